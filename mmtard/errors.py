@@ -1,0 +1,10 @@
+"""The errors a user can cause and mend; the command line prints them as one line and exits with code 2."""
+
+
+class UserError(Exception):
+    """Something the user gave is wrong. The message names the value, the place and the remedy."""
+
+
+def unknown(kind: str, name: str, known) -> UserError:
+    """The error for a `name` that is not among the `known` names of a `kind` of thing."""
+    return UserError(f"unknown {kind} '{name}'; known: {', '.join(sorted(known))}")
