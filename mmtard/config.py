@@ -257,10 +257,11 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """Dotted keys in which two configurations differ, `resume.*` and `log.*` aside."""
+def differences(old: Config, new: Config) -> dict[str, tuple]:
+    """Dotted key -> (old, new) where two configurations differ; `resume`, `log` and `run_dir` do not count."""
     a, b = (_flatten(c.model_dump(mode="json")) for c in (old, new))
-    return sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and k.split(".")[0] not in ("resume", "log", "run_dir"))
+    keys = (k for k in sorted(a.keys() | b.keys()) if k.split(".")[0] not in ("resume", "log", "run_dir"))
+    return {k: (a.get(k), b.get(k)) for k in keys if a.get(k) != b.get(k)}
 
 
 def check_world(config: Config, world_size: int) -> int:
@@ -389,14 +390,13 @@ def _explain(error: dict) -> str:
 def _known_keys(loc: tuple) -> list[str]:
     section: Any = Config
     for part in loc:
-        if section is METHODS:
-            section = METHODS.get(part)
-            continue
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            continue  # a name inside `teachers`
-        field = section.model_fields.get(part)
-        section = METHODS if part == "method" else Teacher if part == "teachers" else field.annotation if field else None
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+        if isinstance(section, dict):  # the name of a method or a teacher
+            section = section.get(part, Teacher)
+        elif part in ("method", "teachers"):
+            section = METHODS if part == "method" else {}
+        else:
+            section = section.model_fields[part].annotation
+    return list(section.model_fields)
 
 
 def world_size_from_env() -> int:

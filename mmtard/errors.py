@@ -8,3 +8,7 @@ class UserError(Exception):
 def unknown(kind: str, name: str, known) -> UserError:
     """The error for a `name` that is not among the `known` names of a `kind` of thing."""
     return UserError(f"unknown {kind} '{name}'; known: {', '.join(sorted(known))}")
+
+
+class RunError(Exception):
+    """A run cannot go on for a reason that lies in what it met, not in what the user gave; exit status 1."""

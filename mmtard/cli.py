@@ -1,0 +1,195 @@
+"""`mmtard`: one thin subcommand for each thing a user does. Heavy imports wait until the arguments are known to be good."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from . import __version__, config as settings
+from .errors import RunError, UserError
+
+PROGRAM = "mmtard"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; the exit status: 0 done, 1 the run failed, 2 the user's to mend, 75 start it again to go on."""
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        return _fail(str(error), 2)
+    except RunError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(message: str, status: int) -> int:
+    rank = os.environ.get("RANK", "0")
+    print(f"{PROGRAM}{f' (rank {rank})' if rank != '0' else ''}: {message}", file=sys.stderr, flush=True)
+    return status
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog=PROGRAM, description="Train and measure vision-language models that resist adversarial images.")
+    top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run, help: str, example: str) -> argparse.ArgumentParser:
+        p = commands.add_parser(name, help=help, description=help, epilog=f"example: {example}", formatter_class=argparse.RawDescriptionHelpFormatter)
+        p.set_defaults(run=run)
+        return p
+
+    p = command("shards", _shards, "Write WebDataset shards from an image folder with one sub-folder a class, and index them.",
+                "mmtard shards imagenet/train shards/train --resize 256")
+    p.add_argument("images", type=Path, metavar="IMAGES", help="folder with one sub-folder of images a class")
+    p.add_argument("out", type=Path, metavar="OUT")
+    p.add_argument("--samples-per-shard", type=_positive, default=1000, metavar="N", help="default 1000")
+    p.add_argument("--resize", type=_positive, metavar="PX", help="shorter side; re-encodes as JPEG. Default: files as they are")
+    p.add_argument("--quality", type=_quality, default=95, metavar="Q", help="JPEG quality when re-encoding (default 95)")
+    p.add_argument("--classnames", type=Path, metavar="FILE", help="one name a line, in the order of the sorted sub-folders; default: their names")
+    p.add_argument("--jobs", type=_positive, metavar="N", help="processes; default: one a core")
+    p.add_argument("--shuffle-seed", type=int, default=0, metavar="S", help="order of the images over the shards (default 0)")
+
+    p = command("index", _index, "Index shards, so that training can read any sample of them.", "mmtard index 'shards/train/{000000..001281}.tar'")
+    p.add_argument("shards", nargs="+", metavar="SHARDS", help="a folder, a brace pattern, or openers such as pipe:...")
+    p.add_argument("--out", type=Path, metavar="FILE", help="default: beside the shards")
+    p.add_argument("--jobs", type=_positive, metavar="N", help="processes; default: one a core")
+
+    p = command("train", _train, "Train, or go on training, the run of a configuration.",
+                "mmtard train configs/vitb32_mmtard.yaml run_dir=runs/b32 data.shards=shards/train\n"
+                "         torchrun --nproc_per_node 8 -m mmtard train configs/vitb32_mmtard.yaml")
+    _config_arguments(p)
+
+    p = command("config", _config, "Print the resolved configuration, or what is wrong with it.", "mmtard config configs/vitb32_mmtard.yaml train.lr=1e-5")
+    _config_arguments(p)
+
+    p = command("evaluate", _evaluate, "Clean and robust zero-shot accuracy of a model.",
+                "mmtard evaluate runs/b32 --data shards/val --eps 2/255\n"
+                "         mmtard evaluate openai --arch ViT-B-32 --data shards/val --eps 1/255 --n-samples 1000")
+    p.add_argument("model", metavar="MODEL", help="run or checkpoint folder, exported folder, weights file, hf-hub:..., or an open_clip tag")
+    p.add_argument("--arch", help="open_clip architecture or .json, when MODEL is a tag or a file")
+    p.add_argument("--text", help="source of the text tower, when MODEL is an image-tower file")
+    p.add_argument("--quick-gelu", choices=("true", "false"), help="activation, when MODEL is a file that does not say")
+    p.add_argument("--data", required=True, metavar="SHARDS", help="folder or pattern of labelled shards")
+    p.add_argument("--index", metavar="FILE", help="default: beside the shards")
+    p.add_argument("--classnames", metavar="FILE", help="default: classnames.txt beside the shards")
+    p.add_argument("--templates", metavar="FILE", help="prompts, one a line, with {} or {c} for the name; default: 'This is a photo of a {}'")
+    p.add_argument("--protocol", choices=("quick",), default="quick", help="quick: clean and PGD-20")
+    p.add_argument("--eps", type=_fraction, default=settings.parse_fraction("2/255"), metavar="E", help="radius in pixel units of [0,1] (default 2/255)")
+    p.add_argument("--norm", choices=("linf", "l2"), default="linf")
+    p.add_argument("--steps", type=_positive, default=20, metavar="K", help="attack steps (default 20)")
+    p.add_argument("--n-samples", type=_positive, metavar="N", help="a stratified sample of this size; default: all")
+    p.add_argument("--batch-size", type=_positive, default=64, metavar="B", help="images a rank takes at once (default 64)")
+    p.add_argument("--workers", type=_natural, default=2, metavar="N", help="loader processes a rank (default 2)")
+    p.add_argument("--seed", type=_natural, default=0, metavar="S")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.add_argument("--out", type=Path, metavar="FILE", help="JSON with every sample's outcome; default: evaluations/ in a run's folder")
+
+    p = command("export", _export, "Write a run as an open_clip folder and an image-tower file.", "mmtard export runs/b32 exported/b32")
+    p.add_argument("run_folder", type=Path, metavar="RUN", help="run or checkpoint folder")
+    p.add_argument("out", type=Path, metavar="OUT")
+    return top
+
+
+def _config_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file, e.g. train.lr=1e-5")
+    # The deepspeed launcher adds this to every command it starts; the rank comes from the environment.
+    p.add_argument("--local_rank", help=argparse.SUPPRESS)
+
+
+def _positive(text: str) -> int:
+    return _at_least(text, 1)
+
+
+def _natural(text: str) -> int:
+    return _at_least(text, 0)
+
+
+def _quality(text: str) -> int:
+    if not 1 <= _at_least(text, 1) <= 100:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a JPEG quality; give 1 to 100")
+    return int(text)
+
+
+def _at_least(text: str, least: int) -> int:
+    if not text.lstrip("-").isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {least}")
+    return int(text)
+
+
+def _fraction(text: str):
+    try:
+        value = settings.parse_fraction(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is negative")
+    return value
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def _config(args) -> None:
+    print(settings.dump(settings.load(args.config, args.overrides)), end="")
+
+
+def _train(args) -> int:
+    config = settings.load(args.config, args.overrides)
+    settings.check_world(config, settings.world_size_from_env())
+    settings.expand_shards(config.data.shards)
+    from .train import train
+
+    return train(config)
+
+
+def _evaluate(args) -> None:
+    source = settings.Data(
+        shards=args.data, index=args.index, classnames=args.classnames, **({"templates": args.templates} if args.templates else {})
+    )
+    settings.expand_shards(args.data)
+    gelu = None if args.quick_gelu is None else args.quick_gelu == "true"
+    model = settings.Model(arch=args.arch, weights=args.model, text=args.text, quick_gelu=gelu)
+    from . import parallel
+    from .evaluate import quick
+
+    ranks = parallel.start(args.device)
+    protocol = quick.Quick(args.eps, args.steps, args.norm, args.n_samples, args.batch_size, args.seed, args.workers)
+    results = quick.evaluate(model, source, protocol, ranks)
+    if ranks.first:
+        quick.show(results)
+        name = f"{Path(args.data.rstrip('/')).stem}-{args.norm}-{str(args.eps).replace('/', '_')}.json"
+        out = args.out or (Path(args.model) / "evaluations" / name if (Path(args.model) / "checkpoints").is_dir() else None)
+        if out:
+            quick.save(results, out)
+            print(f"written: {out}")
+    parallel.stop()
+
+
+def _export(args) -> None:
+    from .export import export
+
+    for path in export(args.run_folder, args.out):
+        print(path)
+
+
+def _index(args) -> None:
+    shards = settings.expand_shards(args.shards)
+    from .data import build_index, default_index_path
+
+    out = args.out or default_index_path(shards)
+    index = build_index(shards, out, **({"jobs": args.jobs} if args.jobs else {}))
+    print(f"{out}: {len(index)} samples in {len(shards)} shards, fingerprint {index.fingerprint[:16]}")
+
+
+def _shards(args) -> None:
+    from .data import write_shards
+
+    write_shards(
+        args.images, args.out, samples_per_shard=args.samples_per_shard, resize=args.resize, quality=args.quality,
+        jobs=args.jobs, shuffle_seed=args.shuffle_seed, classnames=args.classnames,
+    )

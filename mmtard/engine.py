@@ -1,0 +1,207 @@
+"""The student under DeepSpeed ZeRO 0-3: autocast, the attack view, one optimisation step, and its portable full state."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed.utils import (
+    logger,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor
+
+from .config import Config, check_world
+from .parallel import Ranks
+from .towers import ImageTower
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an optimisation step did: `grad_norm` is the global L2 norm before clipping; not `applied` means it was not finite."""
+
+    applied: bool
+    grad_norm: float
+
+
+class Engine:
+    """An ImageTower trained by AdamW under ZeRO; exactly one call for each `backward`.
+
+    The attack must use `attack_view`, never the call: DeepSpeed's forward is armed for a backward, and under stage 3 an attack
+    through it ends in silently wrong weights.
+    """
+
+    def __init__(self, config: Config, tower: ImageTower, ranks: Ranks):
+        if ranks.device.type == "cpu":
+            # Would compile an extension for minutes; only inference_all_reduce uses it.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        logger.setLevel(logging.ERROR)
+        deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
+        self.ranks = ranks
+        self.accumulation = check_world(config, ranks.world_size)
+        tower.autocast = torch.bfloat16 if config.engine.precision == "bf16" else None
+        self.ds, *_ = deepspeed.initialize(
+            model=tower.to(ranks.device),
+            optimizer=torch.optim.AdamW(parameter_groups(tower, config.train.weight_decay), lr=config.train.lr, betas=config.train.betas),
+            config=self._deepspeed_config(config),
+        )
+        self.stage = config.engine.zero_stage
+        self._prepare_moments()
+
+    def _deepspeed_config(self, config: Config) -> dict:
+        share = config.train.batch_size // self.ranks.world_size
+        return {
+            "train_batch_size": config.train.batch_size,
+            "train_micro_batch_size_per_gpu": share // self.accumulation,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": config.train.grad_clip or 0.0,  # DeepSpeed's own default is 1.0
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": config.engine.zero_stage,
+                "memory_efficient_linear": False,  # would replace F.linear for the whole process, the teachers included
+            },
+            "steps_per_print": 2**31,
+        }
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.ds.train_micro_batch_size_per_gpu()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """images [B,3,H,W] float32 in [0,1] -> embeddings [B,D] float32: the forward that `backward` differentiates."""
+        self.ds.train()
+        return self.ds(images)
+
+    @contextmanager
+    def attack_view(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The tower in evaluation mode for `torch.autograd.grad` on its input; its weights gather no gradient.
+
+        One surrounding autocast region keeps each weight's bf16 copy for all attack steps; it is disabled itself, so that
+        everything outside the tower stays float32.
+        """
+        module = self.ds.module
+        module.eval()
+        with torch.autocast(self.ranks.device.type, enabled=False):
+            yield lambda images: module(images)
+        module.train()
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a micro-batch's mean loss."""
+        self.ds.backward(loss)
+
+    def end_micro_batch(self, lr: float) -> Step | None:
+        """Tell DeepSpeed a micro-batch is over; at the last of a step, update the weights with `lr`.
+
+        A gradient that is not finite on any rank leaves weights and moments as they were.
+        """
+        last = self.ds.is_gradient_accumulation_boundary()
+        for group in self.ds.optimizer.param_groups:
+            group["lr"] = lr
+        if not last:
+            self.ds.step()
+            return None
+        if self.stage == 0:
+            norm = self._grad_norm()
+            if not math.isfinite(norm):
+                self.ds.zero_grad()  # AdamW leaves parameters without a gradient alone
+            self.ds.step()
+            return Step(math.isfinite(norm), norm)
+        self.ds.step()
+        applied = self.ds.was_step_applied()
+        return Step(applied, float(self.ds.get_global_grad_norm()) if applied else math.inf)
+
+    def _grad_norm(self) -> float:
+        norms = [p.grad.norm() for p in self.ds.module.parameters() if p.grad is not None]
+        return torch.stack(norms).norm().item()
+
+    # ---------------------------------------------------------------- portable state
+
+    def full_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+        """(weights and buffers, moments as `exp_avg.<name>`, updates applied): CPU copies on the first rank, empty elsewhere.
+
+        Collective: every rank calls it at the same place.
+        """
+        weights, moments = {}, {}
+        for name, parameter in self.ds.module.named_parameters():
+            self._keep(weights, name, self._weight(parameter))
+            for key in MOMENTS:
+                self._keep(moments, f"{key}.{name}", self._moment(parameter, key))
+        persistent = self.ds.module.state_dict().keys() if self.stage < 3 else _buffer_names(self.ds.module)
+        for name, buffer in self.ds.module.named_buffers():
+            if name in persistent:
+                self._keep(weights, name, buffer)
+        return weights, moments, self._updates
+
+    def restore(self, moments: dict[str, Tensor], updates: int) -> None:
+        """Set the optimiser's moments and update count as `full_state` gave them; the weights come with the tower."""
+        for name, parameter in self.ds.module.named_parameters():
+            for key in MOMENTS:
+                value = moments[f"{key}.{name}"].to(self.ranks.device)
+                if self.stage == 0:
+                    self._states[parameter][key].copy_(value)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, key)
+        for state in self._states.values():
+            state["step"].fill_(updates)
+
+    @property
+    def _updates(self) -> int:
+        return int(next(iter(self._states.values()))["step"].item())
+
+    def _prepare_moments(self) -> None:
+        # AdamW makes its state at the first update; making it now lets a checkpoint be restored, and one be taken, before that.
+        zero = self.ds.optimizer
+        if self.stage == 0:
+            base, flat = zero, list(self.ds.module.parameters())
+        else:
+            base = zero.optimizer
+            flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        for p in flat:
+            base.state[p] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(p) for key in MOMENTS}}
+        self._states = {p: base.state[p] for p in flat}
+        if self.stage in (1, 2):
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _weight(self, parameter) -> Tensor:
+        return parameter if self.stage == 0 else safe_get_full_fp32_param(parameter)
+
+    def _moment(self, parameter, key: str) -> Tensor:
+        return self._states[parameter][key] if self.stage == 0 else safe_get_full_optimizer_state(parameter, key)
+
+    def _keep(self, into: dict[str, Tensor], name: str, value: Tensor) -> None:
+        if self.ranks.first:
+            into[name] = value.detach().to("cpu", copy=True).contiguous()
+
+
+def parameter_groups(tower: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW groups: decay on matrices and larger, none on gains, biases and the class token."""
+    trained = [p for p in tower.parameters() if p.requires_grad]
+    matrices, rest = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
+    return [{"params": p, "weight_decay": w} for p, w in ((matrices, weight_decay), (rest, 0.0)) if p]
+
+
+def learning_rate(step: int, lr: float, warmup_steps: int, steps: int) -> float:
+    """Rate of update `step` (0-based): linear warm-up to `lr`, then half a cosine to 0 at `steps`."""
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+def _buffer_names(module: torch.nn.Module) -> set[str]:
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, m in module.named_modules()
+        for name in m._buffers
+        if name not in m._non_persistent_buffers_set
+    }

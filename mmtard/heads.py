@@ -1,0 +1,42 @@
+"""The frozen text side of each model of a run: class embeddings computed once, stored, and read again at every start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .errors import UserError
+from .methods import Head
+from .parallel import Ranks
+from .towers import Clip
+
+FILE = "class_embeddings.safetensors"
+
+
+def build(run: Path, clips: dict[str, Clip], classnames: list[str], templates: list[str], ranks: Ranks) -> dict[str, Head]:
+    """A Head for each model on the ranks' device; the first rank asks the text towers, the others receive its bits.
+
+    Collective. Raises UserError when the run stored embeddings of other class names or templates.
+    """
+    stored = ranks.from_first(lambda: _stored(run / FILE, clips, classnames, templates, ranks))
+    return {name: Head(stored[name].to(ranks.device), clip.logit_scale) for name, clip in clips.items()}
+
+
+def _stored(path: Path, clips, classnames, templates, ranks) -> dict[str, torch.Tensor]:
+    asked = hashlib.sha256(json.dumps([classnames, templates]).encode()).hexdigest()
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            if file.metadata().get("prompts") != asked:
+                raise UserError(f"data.classnames: not the names and templates that '{path}' was made with; restore them or choose another run_dir")
+            if set(file.keys()) == set(clips):
+                return {name: file.get_tensor(name) for name in clips}
+    embeddings = {name: clip.class_embeddings(classnames, templates, ranks.device) for name, clip in clips.items()}
+    scratch = path.with_suffix(".tmp")
+    save_file(embeddings, scratch, metadata={"prompts": asked})
+    scratch.replace(path)
+    return embeddings

@@ -1,0 +1,40 @@
+"""Per-sample losses between two models, or between a model and labels. Pure functions of tensors."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each sample: logits [B,C], labels int64 [B] -> [B], in nats."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(p_T || p_S) of each sample: logits [B,C] x2 -> [B], in nats, of softmax(logits / temperature).
+
+    Hinton et al. 2015, without their factor temperature^2: the caller's equation says whether it applies.
+    """
+    log_p_t = F.log_softmax(teacher_logits / temperature, dim=-1)
+    log_p_s = F.log_softmax(student_logits / temperature, dim=-1)
+    return F.kl_div(log_p_s, log_p_t, reduction="none", log_target=True).sum(-1)
+
+
+def true_class(values: Tensor, labels: Tensor) -> Tensor:
+    """The entry of each sample's own class: values [B,C], labels int64 [B] -> [B]."""
+    return values.gather(1, labels[:, None]).squeeze(1)
+
+
+def class_cosines(embeddings: Tensor, class_embeddings: Tensor) -> Tensor:
+    """Cosines <z(x), t_k>: embeddings [B,D] of any length, class_embeddings [C,D] normalised -> [B,C]."""
+    return F.normalize(embeddings, dim=-1) @ class_embeddings.T
+
+
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """||a - b||^2 of each sample: [B,D] x2, not normalised -> [B]."""
+    return (a - b).square().sum(-1)
+
+
+def top1(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether the highest logit is the label's: [B,C], [B] -> bool [B]."""
+    return torch.eq(logits.argmax(-1), labels)

@@ -1,0 +1,107 @@
+"""What a run reports: `metrics.jsonl` (every step), `events.jsonl`, TensorBoard, and lines on the console."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+
+
+class Metrics:
+    """The reports of one run, written by its first rank.
+
+    Opening cuts `metrics.jsonl` and `events.jsonl` back to the step the run goes on from, so that a step that was lost in an
+    interruption and done again stands there once.
+    """
+
+    def __init__(self, run: Path, start: int, steps: int, log_every: int, tensorboard: bool):
+        for name in (METRICS, EVENTS):
+            cut(run / name, start)
+        self._metrics = (run / METRICS).open("a", buffering=1)
+        self._events = (run / EVENTS).open("a", buffering=1)
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
+        self.steps, self.log_every = steps, log_every
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._bar = None
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console)
+            self._task = self._bar.add_task(run.name, total=steps, completed=start)
+            self._bar.start()
+        self._began, self._start = time.monotonic(), start
+
+    def step(self, row: dict[str, float | int]) -> None:
+        """Record a finished step: `row["step"]` updates are done; numbers that are not finite are stored as null."""
+        self._metrics.write(_line(row))
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step" and value is not None and math.isfinite(value):
+                    self._board.add_scalar(name, value, row["step"])
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["step"])
+        if row["step"] % self.log_every == 0 or row["step"] == self.steps:
+            self.say(self._summary(row))
+
+    def event(self, step: int, kind: str, **details) -> None:
+        """Record and print something out of the ordinary."""
+        self._events.write(_line({"step": step, "event": kind, **details}))
+        shown = "  ".join(f"{k} {_short(v)}" for k, v in details.items())
+        self.say(f"step {step}: {kind}  {shown}")
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def close(self) -> None:
+        for file in (self._metrics, self._events):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _summary(self, row: dict) -> str:
+        done, width = row["step"], len(str(self.steps))
+        left = (time.monotonic() - self._began) / max(1, done - self._start) * (self.steps - done)
+        hidden = ("step", "seconds", "images_per_s", "skipped", "replaced")
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in hidden)
+        return f"step {done:{width}d}/{self.steps}  {shown}  {row['images_per_s']:.4g} images/s  left {timedelta(seconds=round(left))}"
+
+
+def cut(path: Path, step: int) -> None:
+    """Keep the lines of a JSONL file up to `step`; a last line that an interruption cut short goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            break
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text("".join(f"{line}\n" for line in kept))
+    scratch.replace(path)
+
+
+def _line(row: dict) -> str:
+    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}) + "\n"
+
+
+def _short(value) -> str:
+    if isinstance(value, list) and len(value) > 4:
+        return f"{', '.join(map(str, value[:4]))}, ... ({len(value)})"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

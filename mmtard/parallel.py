@@ -1,0 +1,110 @@
+"""Ranks: who this process is under torchrun, the deepspeed launcher, srun or alone, and how ranks agree."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all. Device tensors go through the default group; flags and numbers through `cpu_group` (gloo)."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    cpu_group: Any
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def total(self, values: list[float]) -> list[float]:
+        """Each number summed over the ranks, in float64; the same on every rank."""
+        numbers = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(numbers, group=self.cpu_group)
+        return numbers.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; all ranks get the same answer."""
+        return self.total([float(flag)])[0] > 0
+
+    def gather(self, item: Any) -> list[Any]:
+        """Every rank's item, in rank order, on every rank."""
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item, group=self.cpu_group)
+        return items
+
+    def from_first(self, make) -> Any:
+        """`make()` of the first rank, on every rank. A UserError there is raised on all of them."""
+        box: list[Any] = [None]
+        if self.first:
+            try:
+                box = [make()]
+            except UserError as error:
+                box = [error]
+        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        if isinstance(box[0], UserError):
+            raise box[0]
+        return box[0]
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.cpu_group)
+
+
+def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> Ranks:
+    """Join the process group this launch describes: RANK/WORLD_SIZE/LOCAL_RANK (torchrun, deepspeed), SLURM_PROCID/NTASKS/
+    LOCALID (srun, with MASTER_ADDR and MASTER_PORT exported), or a group of one without a network.
+
+    device: auto | cpu | cuda. Raises UserError when cuda is asked for and absent, or a launcher left no master address.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        rank, world, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    elif "SLURM_PROCID" in env:
+        rank, world, local = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
+    else:
+        rank, world, local = 0, 1, 0
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("engine.device: 'cuda', but torch sees no GPU here; set engine.device=cpu or run where one is")
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    where = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        if local >= torch.cuda.device_count():
+            raise UserError(f"local rank {local} has no GPU of its own: torch sees {torch.cuda.device_count()}; start one process a GPU")
+        torch.cuda.set_device(where)
+    if not dist.is_initialized():
+        if world > 1 and "MMTARD_INIT_FILE" not in env and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+            raise UserError(f"{world} ranks but no MASTER_ADDR and MASTER_PORT; export both (slurm/train_vitb32.sh shows how)")
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            init_method=_meeting_point(world),
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
+            device_id=where if on_gpu else None,
+        )
+    env.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local))  # deepspeed reads these
+    return Ranks(rank, world, local, where, dist.new_group(backend="gloo", timeout=timeout))
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _meeting_point(world: int) -> str:
+    if "MMTARD_INIT_FILE" in os.environ:  # a shared file instead of a TCP store, for ranks on one machine
+        return f"file://{os.environ['MMTARD_INIT_FILE']}"
+    if world > 1:
+        return "env://"
+    return f"file://{tempfile.mkdtemp(prefix='mmtard-')}/store"

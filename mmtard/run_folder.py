@@ -1,0 +1,127 @@
+"""The folder of a run: what it decided, where it goes on from, and the history of its starts."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from . import checkpoint, config as settings
+from .config import Config
+from .errors import UserError
+from .parallel import Ranks
+
+CONFIG, ENVIRONMENT, RESUME = "config.yaml", "environment.json", "resume.jsonl"
+PACKAGES = ("mmtard", "torch", "torchvision", "deepspeed", "open_clip_torch", "webdataset", "submitit", "numpy", "pillow", "safetensors")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A prepared run folder: `checkpoint` to go on from (None: from the start) and its `state`."""
+
+    path: Path
+    checkpoint: Path | None
+    state: dict
+
+    @property
+    def step(self) -> int:
+        return self.state.get("step", 0)
+
+
+def prepare(config: Config, fingerprint: str, ranks: Ranks) -> RunFolder:
+    """Find where the run goes on, refuse what changed, and write config.yaml, environment.json and a line of resume.jsonl.
+
+    Collective. Raises UserError on every rank when the configuration or the data differ from the run's and `resume.allow`
+    does not list the keys, or when there are checkpoints but none is whole.
+    """
+    hosts = ranks.gather(f"{socket.gethostname()} rank {ranks.rank} {_device(ranks.device)}")
+    found = ranks.from_first(lambda: _prepare(config, fingerprint, ranks.world_size, hosts))
+    return RunFolder(*found)
+
+
+def _prepare(config: Config, fingerprint: str, world_size: int, hosts: list[str]) -> tuple[Path, Path | None, dict]:
+    run = Path(config.run_dir)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / ".writable").touch()
+        (run / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"run_dir: cannot write to '{run}': {error.strerror}; choose another folder") from None
+    newest, passed_over = checkpoint.newest_valid(run)
+    if newest is None and passed_over:
+        raise UserError(f"'{run}' has checkpoints but none is whole ({'; '.join(passed_over)}); remove '{run / 'checkpoints'}' to start over")
+    state = checkpoint.read_state(newest) if newest else {}
+    changed = _changes(run, config, state, fingerprint) if newest else {}
+    refused = [k for k in changed if not any(k == a or k.startswith(f"{a}.") for a in config.resume.allow)]
+    if refused:
+        told = "; ".join(f"{k}: {changed[k][0]!r} -> {changed[k][1]!r}" for k in refused)
+        raise UserError(f"'{run}' was started with other settings ({told}); restore them, list the keys in resume.allow, or choose another run_dir")
+    _write(run / CONFIG, settings.dump(config))
+    _write(run / ENVIRONMENT, json.dumps(_environment(hosts), indent=1) + "\n")
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "step": state.get("step", 0),
+        "checkpoint": newest.name if newest else None,
+        "world_size": world_size,
+        "passed_over": passed_over,
+        "changed": {k: list(v) for k, v in changed.items()},
+    }
+    with (run / RESUME).open("a") as history:
+        history.write(json.dumps(start) + "\n")
+    return run, newest, state
+
+
+def _changes(run: Path, config: Config, state: dict, fingerprint: str) -> dict[str, tuple]:
+    stored = settings.load(run / CONFIG) if (run / CONFIG).is_file() else config
+    changed = settings.differences(stored, config)
+    if state.get("data_fingerprint") != fingerprint:
+        changed["data.fingerprint"] = (state.get("data_fingerprint"), fingerprint)
+    return changed
+
+
+def _environment(hosts: list[str]) -> dict:
+    return {
+        "command": shlex.join(sys.argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cuda": torch.version.cuda,
+        "versions": {name: _version(name) for name in PACKAGES},
+        "git": _git(Path(__file__).parent),
+        "hosts": hosts,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(where: Path) -> dict | None:
+    def ask(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(where), *words], capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "changed": ask("status", "--porcelain", "--untracked-files=no").splitlines()}
+    except (OSError, subprocess.SubprocessError):
+        return None  # installed without its history
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
+
+
+def _write(path: Path, text: str) -> None:
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)

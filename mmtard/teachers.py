@@ -1,0 +1,59 @@
+"""The frozen ensemble: named towers that are asked for predictions, whole on every rank or sharded over the ranks.
+
+Measured on 2 ranks (CPU, gloo): a sharded tower holds half of the bytes a rank and gives the same bits; it pays with a
+gather of every block at each forward, so shard a teacher only when its replica does not fit beside the student.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from .config import Teacher
+from .methods import Head, Prediction
+from .parallel import Ranks
+from .towers import ImageTower
+
+
+class FrozenTeacher:
+    """A tower without gradients and the head that turns its embeddings into predictions.
+
+    `dtype` is the one its weights are kept and run in (bfloat16 beside a bf16 student).
+    """
+
+    def __init__(self, name: str, settings: Teacher, tower: ImageTower, head: Head, ranks: Ranks, dtype: torch.dtype):
+        self.name, self.head = name, head
+        self.tower = tower.cast(dtype).eval().requires_grad_(False).to(ranks.device)
+        if settings.placement == "sharded":
+            shard(self.tower)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Prediction:
+        """images [B,3,H,W] float32 in [0,1] -> Prediction without gradient."""
+        return self.head(self.tower(images))
+
+    @property
+    def bytes_here(self) -> int:
+        """Bytes of weights that this rank holds between forwards."""
+        local = (p.to_local() if hasattr(p, "to_local") else p for p in self.tower.parameters())
+        return sum(p.numel() * p.element_size() for p in local)
+
+    @property
+    def bytes_whole(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.tower.parameters())
+
+
+def shard(tower: ImageTower) -> None:
+    """Spread a frozen tower over all ranks with FSDP2: each block gathered for its forward and freed after it."""
+    for block in blocks(tower):
+        fully_shard(block, reshard_after_forward=True)
+    fully_shard(tower, reshard_after_forward=True)
+
+
+def blocks(tower: ImageTower) -> list[nn.Module]:
+    """The repeated blocks of an open_clip ViT or ResNet tower; empty for other towers, which are then sharded whole."""
+    visual = tower.visual
+    if hasattr(visual, "transformer"):
+        return list(visual.transformer.resblocks)
+    return [block for stage in ("layer1", "layer2", "layer3", "layer4") for block in getattr(visual, stage, ())]

@@ -1,0 +1,205 @@
+"""The training loop: shards in, a robust student out, every interruption survived."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from . import checkpoint, data, heads, parallel, run_folder, towers
+from .checkpoint import Checkpoints
+from .config import Config
+from .distill import Distillation
+from .engine import DTYPES, Engine, Step, learning_rate
+from .errors import RunError
+from .metrics import Metrics
+from .parallel import Ranks
+from .preempt import REQUEUE, Interruption
+from .teachers import FrozenTeacher
+
+
+def train(config: Config) -> int:
+    """Train or go on training the run of `config`; 0 when it is complete, `preempt.REQUEUE` when it was asked to stop.
+
+    Collective over the ranks of this launch. Raises UserError for what the user can mend, RunError for what ended the run.
+    """
+    ranks = parallel.start(config.engine.device)
+    status = Run(config, ranks).train()
+    parallel.stop()
+    return status
+
+
+class Run:
+    """A run that is set up: data, models, engine and where it goes on from."""
+
+    def __init__(self, config: Config, ranks: Ranks):
+        self.config, self.ranks = config, ranks
+        torch.manual_seed(config.seed)
+        ranks.from_first(lambda: data.open_dataset(config.data).fingerprint)  # builds the index once, before all read it
+        self.dataset = data.open_dataset(config.data)
+        self.folder = run_folder.prepare(config, self.dataset.fingerprint, ranks)
+        self.step = self.folder.step
+        self.bad_in_a_row = self.folder.state.get("bad_in_a_row", 0)
+        self.skipped, self.replaced = self.folder.state.get("skipped", 0), self.folder.state.get("replaced", 0)
+        self.checkpoints = Checkpoints(self.folder.path, config.checkpoint.keep_last, config.checkpoint.keep_every)
+        self.metrics: Metrics | None = None
+        if ranks.first:
+            self.checkpoints.clean()
+            log = config.log
+            self.metrics = Metrics(self.folder.path, self.step, config.train.steps, log.every, log.tensorboard)
+
+    def train(self) -> int:
+        """Run to the last step or to an interruption; the exit status."""
+        if self.step >= self.config.train.steps:
+            return self._end(f"{self.folder.path}: complete, {self.step} steps done")
+        with Interruption() as interruption:
+            self._build()
+            done = self._loop(interruption)
+        if done:
+            return self._end(f"{self.folder.path}: complete, {self.step} steps done")
+        self._end(f"{self.folder.path}: stopped by {interruption.signal or 'a signal to another rank'} after step {self.step}; start it again to go on")
+        return REQUEUE
+
+    def _build(self) -> None:
+        config, ranks, run = self.config, self.ranks, self.folder
+        student = self._student()
+        clips = {"student": student} | {name: towers.load(t, config.seed, f"teachers.{name}") for name, t in config.teachers.items()}
+        names, templates = data.classnames(config.data), data.templates(config.data)
+        head = heads.build(run.path, clips, names, templates, ranks)
+        tower = student.tower()
+        if run.checkpoint:
+            towers.load_strictly(tower, checkpoint.read_weights(run.checkpoint), f"checkpoint '{run.checkpoint}'")
+        self.image_size = tower.image_size
+        self.engine = Engine(config, tower, ranks)
+        if run.checkpoint:
+            self.engine.restore(checkpoint.read_optimizer(run.checkpoint), run.state["updates"])
+        dtype = DTYPES[config.engine.precision]
+        teachers = {
+            name: FrozenTeacher(name, settings, clips[name].tower(), head[name], ranks, dtype)
+            for name, settings in config.teachers.items()
+        }
+        self.distillation = Distillation(config, self.engine, head["student"], teachers)
+        self._introduce(head, teachers)
+
+    def _student(self) -> towers.Clip:
+        # The start is stored with the run, so that it can be evaluated, exported and resumed without its source.
+        start = self.folder.path / towers.START_FOLDER
+        if not self.folder.checkpoint:
+            clip = towers.load(self.config.student, self.config.seed, "student")
+            self.ranks.from_first(lambda: clip.save(start))
+        return towers.load(self.config.student.model_copy(update={"arch": None, "weights": str(start), "text": None, "quick_gelu": None}))
+
+    def _introduce(self, head, teachers) -> None:
+        placed = self.ranks.gather({name: teacher.bytes_here for name, teacher in teachers.items()})
+        if not self.ranks.first:
+            return
+        config, say = self.config, self.metrics.say
+        origin = f"goes on from {self.folder.checkpoint.name}" if self.folder.checkpoint else "starts"
+        say(f"{self.folder.path}: {config.method.name} {origin}, {self.ranks.world_size} x {self.ranks.device.type}, ZeRO {config.engine.zero_stage}, {config.engine.precision}")
+        say(f"{len(self.dataset)} samples of {len(head['student'].class_embeddings)} classes, images {self.image_size} px, logit scale {head['student'].logit_scale:.4g}")
+        for name, teacher in teachers.items():
+            mib = ", ".join(f"{held[name] / 2**20:.2f}" for held in placed)
+            say(f"teacher {name}: {config.teachers[name].placement}, {teacher.bytes_whole / 2**20:.2f} MiB, a rank holds {mib} MiB")
+
+    def _stream(self) -> data.Stream:
+        config, settings = self.config, self.config.data
+        order = data.Order(self.dataset.shard_counts, config.seed, settings.lanes, settings.window)
+        transform = data.Transform(self.image_size, settings.resize, settings.crop_scale, settings.flip)
+        return data.Stream(
+            self.dataset,
+            order,
+            transform,
+            seed=config.seed,
+            batch_size=config.train.batch_size,
+            rank=self.ranks.rank,
+            world=self.ranks.world_size,
+            start=self.step,
+            stop=config.train.steps,
+            workers=settings.workers,
+            need_labels=True,
+            max_replaced=float(settings.max_replaced),
+        )
+
+    # ---------------------------------------------------------------- the loop
+
+    def _loop(self, interruption: Interruption) -> bool:
+        t = self.config.train
+        began = time.monotonic()
+        for batch in self._stream():
+            lr = learning_rate(self.step, t.lr, t.warmup_steps, t.steps)
+            sums, outcome, bad_samples = self._update(batch, lr)
+            self.step += 1
+            numbers = [*sums.values(), len(batch.replaced), len(bad_samples), bool(interruption)]
+            *totals, replaced, bad, stop = self.ranks.total(numbers)
+            self._account(outcome, batch, replaced, bad, bad_samples)
+            if self.ranks.first:
+                seconds, began = time.monotonic() - began, time.monotonic()
+                means = {name: total / t.batch_size for name, total in zip(sums, totals)}
+                self.metrics.step(
+                    {"step": self.step, **means, "lr": lr, "grad_norm": outcome.grad_norm, "skipped": self.skipped, "replaced": self.replaced}
+                    | {"seconds": seconds, "images_per_s": t.batch_size / seconds}
+                )
+            if self.bad_in_a_row >= t.max_bad_steps:
+                raise RunError(f"step {self.step}: {self.bad_in_a_row} steps in a row were not finite; lower train.lr or look at events.jsonl for the samples")
+            if self.step == t.steps or stop or self.step % self.config.checkpoint.every == 0:
+                self._save()
+            if stop and self.step < t.steps:
+                return False
+        return True
+
+    def _update(self, batch: data.Batch, lr: float) -> tuple[dict[str, float], Step, list[int]]:
+        """One optimisation step on this rank's share: (sums of the loss and its terms, outcome, samples of non-finite loss)."""
+        sums: dict[str, float] = {}
+        bad_samples: list[int] = []
+        micro = self.engine.micro_batch_size
+        for i in range(0, len(batch.labels), micro):
+            images = batch.images[i : i + micro].to(self.ranks.device, non_blocking=True).float() / 255
+            labels, seeds = (x[i : i + micro].to(self.ranks.device, non_blocking=True) for x in (batch.labels, batch.seeds))
+            loss, terms = self.distillation(images, labels, seeds)
+            bad = ~torch.isfinite(loss.detach())
+            # A sample without a finite loss makes the whole gradient so, on every rank, and the engine skips the update.
+            self.engine.backward(loss.mean() * (torch.nan if bad.any() else 1.0))
+            outcome = self.engine.end_micro_batch(lr)
+            bad_samples += batch.sample_ids[i : i + micro][bad.cpu()].tolist()
+            for name, term in {"loss": loss.detach(), **terms}.items():
+                sums[name] = sums.get(name, 0.0) + term.double().sum().item()
+        return sums, outcome, bad_samples
+
+    def _account(self, outcome: Step, batch: data.Batch, replaced: float, bad: float, bad_samples: list[int]) -> None:
+        """Count and name samples that were replaced and steps that were skipped; the same decisions on every rank."""
+        self.replaced += int(replaced)
+        if replaced:
+            told = [f"{asked} -> {given} ({reason})" for rank in self.ranks.gather(batch.replaced) for asked, given, reason in rank]
+            if self.ranks.first:
+                self.metrics.event(self.step, "replaced", samples=told)
+        self.bad_in_a_row = 0 if outcome.applied else self.bad_in_a_row + 1
+        if outcome.applied:
+            return
+        self.skipped += 1
+        suspects = bad_samples if bad else batch.sample_ids.tolist()  # a finite loss with such a gradient: any of the batch
+        found = self.ranks.gather([self.dataset.name(i) for i in suspects])
+        if self.ranks.first:
+            kind = "non-finite loss, step skipped" if bad else "non-finite gradient, step skipped"
+            self.metrics.event(self.step, kind, ranks=[r for r, s in enumerate(found) if s], samples=[s for rank in found for s in rank])
+
+    def _save(self) -> None:
+        weights, moments, updates = self.engine.full_state()
+        state = {
+            "step": self.step,
+            "samples": self.step * self.config.train.batch_size,
+            "updates": updates,
+            "seed": self.config.seed,
+            "bad_in_a_row": self.bad_in_a_row,
+            "skipped": self.skipped,
+            "replaced": self.replaced,
+            "data_fingerprint": self.dataset.fingerprint,
+            "world_size": self.ranks.world_size,
+        }
+        self.ranks.from_first(lambda: self.checkpoints.save(self.step, weights, moments, state))
+
+    def _end(self, message: str) -> int:
+        self.ranks.from_first(self.checkpoints.wait)
+        if self.ranks.first:
+            self.metrics.say(message)
+            self.metrics.close()
+        return 0
