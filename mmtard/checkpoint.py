@@ -65,9 +65,9 @@ class Checkpoints:
             scratch = self.folder / f".writing-{step}-{os.getpid()}"
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
-            save_file(weights, scratch / WEIGHTS)
-            save_file(optimizer, scratch / OPTIMIZER)
             (scratch / STATE).write_text(json.dumps(state, indent=1))
+            save_tensors(weights, scratch / WEIGHTS)
+            save_tensors(optimizer, scratch / OPTIMIZER)
             files = {name: {"bytes": (scratch / name).stat().st_size, "sha256": _sha256(scratch / name)} for name in (WEIGHTS, OPTIMIZER, STATE)}
             (scratch / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
             for path in (*scratch.iterdir(), scratch):
@@ -156,6 +156,16 @@ def read_optimizer(checkpoint: Path) -> dict[str, Tensor]:
 
 def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / STATE).read_text())
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all, that the user's group can read as their umask says."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.touch()
+    mode = scratch.stat().st_mode
+    save_file(tensors, scratch, metadata)
+    scratch.chmod(mode)  # safetensors itself leaves a file for the owner alone
+    scratch.replace(path)
 
 
 def _sha256(path: Path) -> str:

@@ -142,6 +142,8 @@ def _train(args) -> int:
     config = settings.load(args.config, args.overrides)
     settings.check_world(config, settings.world_size_from_env())
     settings.expand_shards(config.data.shards)
+    if config.engine.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU that is there
     from .train import train
 
     return train(config)
@@ -179,9 +181,9 @@ def _export(args) -> None:
 
 def _index(args) -> None:
     shards = settings.expand_shards(args.shards)
-    from .data import build_index, default_index_path
+    from .data import build_index, default_index
 
-    out = args.out or default_index_path(shards)
+    out = args.out or default_index(shards)
     index = build_index(shards, out, **({"jobs": args.jobs} if args.jobs else {}))
     print(f"{out}: {len(index)} samples in {len(shards)} shards, fingerprint {index.fingerprint[:16]}")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from .checkpoint import save_tensors
 from .errors import UserError
 from .methods import Head
 from .parallel import Ranks
@@ -36,7 +36,5 @@ def _stored(path: Path, clips, classnames, templates, ranks) -> dict[str, torch.
             if set(file.keys()) == set(clips):
                 return {name: file.get_tensor(name) for name in clips}
     embeddings = {name: clip.class_embeddings(classnames, templates, ranks.device) for name, clip in clips.items()}
-    scratch = path.with_suffix(".tmp")
-    save_file(embeddings, scratch, metadata={"prompts": asked})
-    scratch.replace(path)
+    save_tensors(embeddings, path, {"prompts": asked})
     return embeddings

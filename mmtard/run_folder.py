@@ -109,10 +109,10 @@ def _version(package: str) -> str | None:
 
 def _git(where: Path) -> dict | None:
     def ask(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(where), *words], capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        return subprocess.run(["git", "-C", str(where), *words], capture_output=True, text=True, check=True, timeout=20).stdout
 
     try:
-        return {"commit": ask("rev-parse", "HEAD"), "changed": ask("status", "--porcelain", "--untracked-files=no").splitlines()}
+        return {"commit": ask("rev-parse", "HEAD").strip(), "changed": ask("status", "--porcelain", "--untracked-files=no").splitlines()}
     except (OSError, subprocess.SubprocessError):
         return None  # installed without its history
 

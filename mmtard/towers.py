@@ -17,10 +17,10 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .checkpoint import read_weights, resolve
+from .checkpoint import read_weights, resolve, save_tensors
 from .config import Model
 from .errors import UserError
 
@@ -101,7 +101,7 @@ class Clip:
         scratch = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        save_file({k: v.detach().clone().contiguous() for k, v in self.model.state_dict().items()}, scratch / WEIGHTS_FILE)
+        save_tensors({k: v.detach().clone().contiguous() for k, v in self.model.state_dict().items()}, scratch / WEIGHTS_FILE)
         (scratch / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)

@@ -117,7 +117,8 @@ class Run:
             stop=config.train.steps,
             workers=settings.workers,
             need_labels=True,
-            max_replaced=float(settings.max_replaced),
+            max_replaced=settings.max_replaced,
+            staging=data.Staging(self.dataset, settings.cache) if self.dataset.remote else None,
         )
 
     # ---------------------------------------------------------------- the loop

@@ -57,7 +57,7 @@ def evaluate(model: Model, source: Data, settings: Quick, ranks: Ranks, say=prin
     classes = ranks.from_first(lambda: clip.class_embeddings(names, data.templates(source), ranks.device))
     head = Head(classes.to(ranks.device), clip.logit_scale)
     tower = clip.tower().eval().requires_grad_(False).to(ranks.device)
-    mine = _measure(tower, head, dataset, ids[ranks.rank :: ranks.world_size], settings, ranks, say)
+    mine = _measure(tower, head, source, dataset, ids[ranks.rank :: ranks.world_size], settings, ranks, say)
     rows = sorted(row for rank in ranks.gather(mine["rows"]) for row in rank)
     largest = max(ranks.gather(mine["largest"]))
     if largest > float(settings.eps) * (1 + 1e-5) + 1e-7:
@@ -78,11 +78,14 @@ def evaluate(model: Model, source: Data, settings: Quick, ranks: Ranks, say=prin
     }
 
 
-def _measure(tower, head: Head, dataset, ids: np.ndarray, settings: Quick, ranks: Ranks, say) -> dict:
+def _measure(tower, head: Head, source: Data, dataset, ids: np.ndarray, settings: Quick, ranks: Ranks, say) -> dict:
     rows, largest, zero_gradient, replaced, began = [], 0.0, 0, 0, time.monotonic()
-    transform = data.Transform(tower.image_size)
     done, said = 0, began
-    for batch in data.eval_batches(dataset, transform, ids, settings.batch_size, settings.seed, settings.workers):
+    staging = data.Staging(dataset, source.cache) if dataset.remote else None
+    batches = data.eval_batches(
+        dataset, data.Transform(tower.image_size), ids, settings.batch_size, settings.seed, settings.workers, staging=staging
+    )
+    for batch in batches:
         images = batch.images.to(ranks.device).float() / 255
         labels, seeds = batch.labels.to(ranks.device), batch.seeds.to(ranks.device)
         with torch.no_grad():
@@ -128,17 +131,17 @@ def _accuracy(flags: list[bool]) -> dict:
 
 def show(results: dict) -> None:
     """Print a table of one evaluation's results."""
-    table = Table(title=f"{results['model']['weights']} on {results['data']} (protocol quick, eps {results['settings']['eps']})")
+    print(f"{results['model']['weights']} on {results['data']}, protocol quick, {results['settings']['norm']} eps {results['settings']['eps']}")
+    table = Table()
     for column in ("", "accuracy %", "95 % interval", "samples"):
         table.add_column(column, justify="right" if column else "left")
     for name, label in (("clean", "clean"), ("pgd", f"PGD-{results['settings']['steps']}")):
         r = results[name]
         low, high = r["interval95"]
         table.add_row(label, f"{100 * r['accuracy']:.2f}", f"{100 * low:.2f} - {100 * high:.2f}", str(r["n"]))
-    console = Console()
-    console.print(table)
+    Console().print(table)
     health = results["health"]
-    console.print(
+    print(
         f"chance {100 * results['chance']:.2f} %  logit scale {results['logit_scale']:.4g}  largest perturbation {health['largest_perturbation']:.6f}"
         f"  zero gradients {health['zero_gradient_samples']}  replaced images {health['replaced']}"
     )

@@ -1,0 +1,100 @@
+"""Encoded bytes to RGB pixels, and RGB pixels to the square a tower sees."""
+
+import io
+import math
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ..errors import UserError
+
+# Others would let a member run external programs (EPS) or read other files.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_PIXELS = 178_956_970  # Pillow's own bound, which other libraries switch off
+# What Pillow's readers raise on damaged files.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class DecodeError(Exception):
+    """These bytes are not an image that can be read; says why."""
+
+
+def decode(data: bytes) -> Image.Image:
+    """The pixels of an encoded image as a PIL image in RGB.
+
+    Grey is repeated, alpha is dropped, 16-bit grey keeps its upper byte, CMYK is converted without a colour profile. The EXIF
+    orientation is deliberately not applied: pixels are taken as stored, as torchvision and open_clip do, on which
+    published numbers rest. Raises DecodeError for truncated, damaged, unknown or oversized images.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise DecodeError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+        image.load()
+        if image.mode.startswith("I"):
+            grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+            image = Image.fromarray(grey)
+        elif image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise DecodeError("not an image of a known format") from None
+    except _DAMAGED as error:
+        raise DecodeError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+class Transform:
+    """(PIL image RGB, sample seed) -> uint8 [3,size,size]. All randomness comes from the seed.
+
+    Without `crop_scale`: the shorter side to `resize` (None: `size`) by antialiased bicubic, then the centre square, pixel for pixel as
+    torchvision's Resize and CenterCrop. With `crop_scale` (least, most) area: torchvision's RandomResizedCrop, aspect ratio 3/4 to 4/3.
+    `flip` mirrors half of the samples. Raises UserError for settings that do not fit.
+    """
+
+    def __init__(self, size: int, resize: int | None = None, crop_scale: tuple[float, float] | None = None, flip: bool = False):
+        if resize is not None and resize < size:
+            raise UserError(f"data.resize: {resize} is less than the crop of {size}; make it at least {size}")
+        if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise UserError(f"data.crop_scale: {list(crop_scale)} is not a range of areas; write it like [0.9, 1.0]")
+        self.size, self.resize, self.crop_scale, self.flip = size, resize or size, crop_scale, flip
+
+    def __call__(self, image: Image.Image, seed: int) -> np.ndarray:
+        u = _uniforms(seed) if self.crop_scale or self.flip else None
+        square = self._random_crop(image, u) if self.crop_scale else self._centre_crop(image)
+        pixels = np.asarray(square).transpose(2, 0, 1)
+        if self.flip and u[-1] < 0.5:
+            pixels = pixels[:, :, ::-1]
+        return np.ascontiguousarray(pixels)
+
+    def _centre_crop(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        if min(width, height) != self.resize:
+            if width < height:
+                width, height = self.resize, int(self.resize * height / width)
+            else:
+                width, height = int(self.resize * width / height), self.resize
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+        return image.crop((left, top, left + self.size, top + self.size))
+
+    def _random_crop(self, image: Image.Image, u: np.ndarray) -> Image.Image:
+        width, height = image.size
+        least, most = self.crop_scale
+        for a, b, c, d in u[:-1].reshape(-1, 4):
+            area = width * height * (least + (most - least) * a)
+            ratio = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * b)
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = int(c * (width - w + 1)), int(d * (height - h + 1))
+                break
+        else:  # an image too long and thin for any: the largest central part within the ratios
+            w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+            left, top = (width - w) // 2, (height - h) // 2
+        return image.crop((left, top, left + w, top + h)).resize((self.size, self.size), Image.Resampling.BICUBIC)
+
+
+def _uniforms(seed: int) -> np.ndarray:
+    """41 numbers in [0,1): four for each of ten tries at a crop, one for the flip."""
+    return (np.random.Philox(key=int(seed)).random_raw(41) >> np.uint64(11)) * 2.0**-53

@@ -1,0 +1,154 @@
+"""The order in which samples are read: a pure function of the seed and of how many samples were consumed.
+
+Epoch e: the shards, permuted by (seed, e), are laid end to end and cut into L equal lanes; each lane is shuffled in windows. Every
+global batch takes as many consecutive samples of each lane; rank r owns the lanes l with l mod world = r. So neither the
+number of ranks nor of loader processes changes what is read at a step.
+"""
+
+from collections import OrderedDict
+
+import numpy as np
+
+from ..errors import UserError
+
+_SHARDS, _WINDOW = 1, 2  # lead the seed of each kind of shuffle, so that no two kinds share a stream
+
+
+class Order:
+    """The endless sequence of sample ids over shards of `shard_counts` [S] samples.
+
+    N mod lanes samples are left out each epoch, others each time. Raises UserError for more lanes than samples.
+    """
+
+    def __init__(self, shard_counts, seed: int, lanes: int, window: int):
+        self.counts = np.asarray(shard_counts, dtype=np.int64)
+        self.seed, self.lanes, self.window = int(seed), int(lanes), int(window)
+        self.lane_length = int(self.counts.sum()) // self.lanes
+        if self.lane_length == 0:
+            raise UserError(f"data.lanes: {lanes} lanes for {int(self.counts.sum())} samples; use at most as many lanes as samples")
+        self._first_id = np.cumsum(self.counts) - self.counts
+        self._epochs: OrderedDict[int, tuple] = OrderedDict()
+        self._windows: OrderedDict[tuple, np.ndarray] = OrderedDict()
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples in an epoch: all but the N mod lanes left out."""
+        return self.lane_length * self.lanes
+
+    def batch(self, consumed: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """The global batch after `consumed` samples, lane after lane: sample ids int64 [B], their epochs int64 [B]."""
+        return self.rank_batch(consumed, batch_size, 0, 1)
+
+    def rank_batch(self, consumed: int, batch_size: int, rank: int, world: int) -> tuple[np.ndarray, np.ndarray]:
+        """The part of the global batch in lanes rank, rank + world, ...: sample ids int64 [B/world], epochs int64 [B/world].
+
+        `consumed` and `batch_size` count samples of all ranks. Raises UserError when lanes, ranks and batch do not divide.
+        """
+        start = self._lane_position(consumed, rank, world)
+        if batch_size % self.lanes:
+            raise UserError(f"data.lanes: {self.lanes} lanes do not divide the batch of {batch_size}; make it a divisor of the batch size")
+        each = batch_size // self.lanes
+        runs = [run for lane in range(rank, self.lanes, world) for run in self._lane_runs(lane, start, each)]
+        epochs = np.concatenate([np.full(len(places), epoch, dtype=np.int64) for epoch, places in runs])
+        places = np.concatenate([places for _, places in runs])
+        ids = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            ids[chosen] = self._ids(int(epoch), places[chosen])
+        return ids, epochs
+
+    def shards_ahead(self, consumed: int, rank: int, world: int, n: int) -> tuple[list[int], list[int]]:
+        """The shards under the windows in which a rank's lanes stand, and at least `n` others it needs next, soonest first.
+
+        The others come window by window of all lanes, which cross into the next window together; fewer than `n` where an
+        epoch ahead holds no more, none for n = 0.
+        """
+        start = self._lane_position(consumed, rank, world)
+        now: dict[int, None] = {}
+        later: dict[int, None] = {}
+        for step in range(-(-self.lane_length // self.window) + 1):
+            for lane in range(rank, self.lanes, world):
+                for shard in self._window_shards(lane, start, step):
+                    if step == 0:
+                        now.setdefault(shard)
+                    elif shard not in now:
+                        later.setdefault(shard)
+            if len(later) >= n:
+                break
+        return list(now), list(later)
+
+    def _lane_position(self, consumed: int, rank: int, world: int) -> int:
+        if self.lanes % world or not 0 <= rank < world:
+            raise UserError(f"data.lanes: {self.lanes} lanes cannot be shared by {world} ranks (rank {rank}); make it a multiple of {world}")
+        if consumed % self.lanes:
+            raise UserError(f"data.lanes: {consumed} samples consumed do not divide over {self.lanes} lanes; keep the lanes the run began with")
+        return consumed // self.lanes
+
+    def _lane_runs(self, lane: int, position: int, count: int):
+        """(epoch, places in the epoch's sequence [n]) for `count` samples of a lane, split where a window ends."""
+        while count:
+            epoch, offset = divmod(position, self.lane_length)
+            number, inside = divmod(offset, self.window)
+            shuffle = self._window_shuffle(epoch, lane, number)
+            taken = shuffle[inside : inside + count]
+            yield epoch, lane * self.lane_length + number * self.window + taken
+            position, count = position + len(taken), count - len(taken)
+
+    def _window_shuffle(self, epoch: int, lane: int, number: int) -> np.ndarray:
+        key = (epoch, lane, number)
+        if key not in self._windows:
+            size = min(self.window, self.lane_length - number * self.window)
+            self._windows[key] = permutation(size, _WINDOW, self.seed, *key)
+            if len(self._windows) > 2 * self.lanes:
+                self._windows.popitem(last=False)
+        return self._windows[key]
+
+    def _epoch_layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's shards in order [S], and the place in its sequence at which each ends [S]."""
+        if epoch not in self._epochs:
+            shards = permutation(len(self.counts), _SHARDS, self.seed, epoch)
+            self._epochs[epoch] = shards, np.cumsum(self.counts[shards])
+            if len(self._epochs) > 3:
+                self._epochs.popitem(last=False)
+        return self._epochs[epoch]
+
+    def _ids(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        shards, ends = self._epoch_layout(epoch)
+        slot = np.searchsorted(ends, places, side="right")
+        return self._first_id[shards[slot]] + places - (ends[slot] - self.counts[shards[slot]])
+
+    def _window_shards(self, lane: int, position: int, step: int) -> list[int]:
+        """The shards under the `step`-th window of a lane, counted from the one that holds `position`."""
+        per_epoch = -(-self.lane_length // self.window)
+        epoch, offset = divmod(position, self.lane_length)
+        more, number = divmod(offset // self.window + step, per_epoch)
+        first = lane * self.lane_length + number * self.window
+        last = lane * self.lane_length + min((number + 1) * self.window, self.lane_length) - 1
+        shards, ends = self._epoch_layout(epoch + more)
+        a, b = np.searchsorted(ends, [first, last], side="right")
+        return [int(s) for s in shards[a : b + 1] if self.counts[s]]
+
+
+def permutation(size: int, *seed: int) -> np.ndarray:
+    """A permutation of 0..size-1, int64 [size], decided by the integers of `seed`.
+
+    Sorts raw Philox output: numpy promises bit generators' raw streams for all versions, but not its own shuffles.
+    """
+    raw = np.random.Philox(np.random.SeedSequence(seed)).random_raw(size)
+    return np.argsort(raw, kind="stable")
+
+
+def sample_seeds(seed: int, epochs, sample_ids) -> np.ndarray:
+    """One seed for each (epoch, sample id) [B] -> uint64 [B]: m(m(m(seed) ^ epoch) ^ id) with m the step of SplitMix64.
+
+    Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".
+    """
+    start = _splitmix64(np.array([seed & (2**64 - 1)], dtype=np.uint64))
+    return _splitmix64(_splitmix64(start ^ np.asarray(epochs).astype(np.uint64)) ^ np.asarray(sample_ids).astype(np.uint64))
+
+
+def _splitmix64(x: np.ndarray) -> np.ndarray:
+    z = x + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

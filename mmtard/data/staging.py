@@ -1,0 +1,199 @@
+"""Remote shards on the node's own disk: fetched once for all ranks and workers of the node, the least recently used evicted.
+
+A reader fetches what it needs itself; the stager only makes that rare. So nothing depends on the stager being on time.
+"""
+
+import hashlib
+import os
+import re
+import signal
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from ..config import Cache, is_remote
+from ..errors import UserError
+from .dataset import Dataset
+from .files import exclusive, held, opened
+from .order import Order
+
+# A scheduler sends these to a whole job; only the training loop may react to them.
+SHIELDED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+
+
+class Staging:
+    """The node's folder of fetched shards; never holds more than `cache.max_gb` (10^9 bytes).
+
+    Raises UserError when the folder cannot be made, or a shard is larger than the folder may grow.
+    """
+
+    ATTEMPTS, PAUSE_S = 3, 2.0
+
+    def __init__(self, dataset: Dataset, cache: Cache):
+        self.dataset, self.cache = dataset, cache
+        self.folder = Path(cache.dir or Path(tempfile.gettempdir()) / "mmtard-shards")
+        self.limit = int(cache.max_gb * 1e9)
+        for path, size in zip(dataset.paths, dataset.shard_sizes):
+            if is_remote(path) and size > self.limit:
+                raise UserError(f"data.cache.max_gb: shard '{path}' of {size / 1e9:.3g} GB does not fit in {cache.max_gb} GB; raise it")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache.dir: cannot make '{self.folder}' ({error.strerror}); name a folder on this node's disk") from None
+
+    def ensure(self, shard: int) -> Path:
+        """The local file of shard number `shard`, fetched now if need be.
+
+        Raises UserError naming the shard when its opener fails or gives another size than was indexed.
+        """
+        path, size = self.dataset.paths[shard], int(self.dataset.shard_sizes[shard])
+        if not is_remote(path):
+            return Path(path)
+        # Two data sets may name their shards alike, and a shard written anew has another size.
+        tag = hashlib.sha256(f"{path}\n{size}".encode()).hexdigest()[:16]
+        name = re.sub(r"[^\w.-]", "_", str(self.dataset.index.shard_names[shard])).removesuffix(".tar")
+        file = self.folder / f"staged-{tag}-{name}.tar"
+        if self._use(file):
+            return file
+        try:
+            with exclusive(file.with_suffix(".lock")):
+                if not self._use(file):
+                    self._fetch(path, size, file)
+        except OSError as error:
+            why = error.strerror or error
+            raise UserError(f"data.cache.dir: cannot stage shard '{path}' in '{self.folder}' ({why}); free space or name another folder") from None
+        return file
+
+    def open(self, shard: int) -> int:
+        """A file descriptor of the shard's local file; it stays readable when the file is evicted."""
+        while True:
+            try:
+                return os.open(self.ensure(shard), os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                if not is_remote(self.dataset.paths[shard]):
+                    raise
+
+    def _use(self, file: Path) -> bool:
+        try:
+            os.utime(file)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _fetch(self, path: str, size: int, file: Path) -> None:
+        part = file.with_suffix(".part")
+        self._make_room(part, size)
+        try:
+            for attempt in range(1, self.ATTEMPTS + 1):
+                try:
+                    got = _copy(path, part, size)
+                    break
+                except OSError as error:
+                    if attempt == self.ATTEMPTS:
+                        raise UserError(f"shard '{path}' cannot be fetched ({error}); check that its opener works on this node") from None
+                    time.sleep(self.PAUSE_S * attempt)
+            if got != size:
+                raise _other_size(path, f"{got}", size)
+            with self._room():  # a listing made meanwhile could miss both names
+                os.replace(part, file)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _room(self):
+        return exclusive(self.folder / "room.lock")
+
+    def _make_room(self, part: Path, size: int) -> None:
+        """Evict until `size` more bytes fit, and take them by a file of that size."""
+        while True:
+            with self._room():
+                part.unlink(missing_ok=True)  # left by a fetch that was killed: we hold the shard's lock
+                shards, used = [], 0
+                for entry in os.scandir(self.folder):
+                    try:
+                        info = entry.stat()
+                    except FileNotFoundError:
+                        continue
+                    if not re.fullmatch(r"staged-[0-9a-f]{16}-.*\.(tar|part)", entry.name):
+                        continue  # not ours to remove
+                    used += info.st_size
+                    if entry.name.endswith(".tar") or not held(Path(entry.path).with_suffix(".lock")):
+                        shards.append((info.st_mtime_ns, entry.path, info.st_size))
+                for _, old, freed in sorted(shards):
+                    if used + size <= self.limit:
+                        break
+                    Path(old).unlink(missing_ok=True)
+                    used -= freed
+                if used + size <= self.limit:
+                    with open(part, "wb") as file:
+                        file.truncate(size)
+                    return
+            time.sleep(0.05)  # others are fetching; what they fetch can be evicted once it is whole
+
+
+def _copy(path: str, part: Path, size: int) -> int:
+    """How many bytes the opener of `path` gave, written to `part`; UserError when more than `size`."""
+    got = 0
+    with opened(path) as source, open(part, "r+b") as target:
+        while data := source.read(1 << 20):
+            got += len(data)
+            if got > size:
+                raise _other_size(path, f"more than {size}", size)
+            target.write(data)
+    return got
+
+
+def _other_size(path: str, got: str, size: int) -> UserError:
+    return UserError(f"shard '{path}' gave {got} bytes, indexed were {size}: mend its opener, or run `mmtard index` again if the shard changed")
+
+
+class Stager:
+    """A thread that keeps fetched the shards a rank reads now, and at least `cache.ahead` more where they fit."""
+
+    def __init__(self, staging: Staging, order: Order, rank: int, world: int):
+        self.staging, self.order, self.rank, self.world = staging, order, rank, world
+        self._moved = threading.Condition()
+        self._consumed: int | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="stager", daemon=True)
+
+    def check(self, consumed: int) -> None:
+        """Raises UserError when the shards a rank reads at once cannot all be kept: each sample would fetch its shard anew."""
+        now, _ = self.order.shards_ahead(consumed, self.rank, self.world, 0)
+        sizes = [int(self.staging.dataset.shard_sizes[s]) for s in now if is_remote(self.staging.dataset.paths[s])]
+        if sum(sizes) > self.staging.limit:
+            need = f"the {len(sizes)} shards a rank reads at once ({sum(sizes) / 1e9:.3g} GB)"
+            raise UserError(f"data.cache.max_gb: {self.staging.cache.max_gb} GB cannot hold {need}; raise it or lower data.lanes")
+
+    def advance(self, consumed: int) -> None:
+        """Tell the stager how many samples were consumed; starts it the first time."""
+        with self._moved:
+            self._consumed = consumed
+            self._moved.notify()
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def close(self) -> None:
+        with self._moved:
+            self._closed = True
+            self._moved.notify()
+
+    def _run(self) -> None:
+        # An opener's program inherits this mask, so a signal to the job does not break a fetch.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
+        while True:
+            with self._moved:
+                self._moved.wait_for(lambda: self._closed or self._consumed is not None)
+                if self._closed:
+                    return
+                consumed, self._consumed = self._consumed, None
+            now, later = self.order.shards_ahead(consumed, self.rank, self.world, self.staging.cache.ahead)
+            room = self.staging.limit
+            for shard in now + later:
+                room -= int(self.staging.dataset.shard_sizes[shard])
+                if room < 0 or self._closed or self._consumed is not None:
+                    break  # without room, fetching more would evict what was fetched for this rank
+                try:
+                    self.staging.ensure(shard)
+                except UserError:
+                    break  # the reader that needs the shard meets the same error and reports it

@@ -1,0 +1,208 @@
+"""Batches of decoded samples, read by worker processes; which samples, and what they look like, is a function of the step alone."""
+
+import atexit
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..errors import UserError
+from .dataset import Dataset, Reader
+from .images import DecodeError, Transform, decode
+from .order import Order, sample_seeds
+from .staging import SHIELDED, Stager, Staging
+
+
+@dataclass
+class Batch:
+    """b samples: `images` uint8 [b,3,S,S]; `labels`, `sample_ids`, `seeds` int64 [b]; `captions` str [b], empty where there is none.
+
+    `sample_ids` name the samples whose images these are; `seeds` are uint64 bit patterns. `replaced` has (asked name, given name,
+    reason) for each sample that could not be used.
+    """
+
+    images: Tensor
+    labels: Tensor
+    sample_ids: Tensor
+    seeds: Tensor
+    captions: list[str]
+    replaced: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pin_memory(self) -> "Batch":
+        tensors = (t.pin_memory() for t in (self.images, self.labels, self.sample_ids, self.seeds))
+        return Batch(*tensors, self.captions, self.replaced)
+
+
+class Samples:
+    """(sample ids [b], seeds [b]) -> Batch, or the UserError that reading them met: raised in a worker it would become a traceback."""
+
+    def __init__(self, dataset: Dataset, transform: Transform, need_labels: bool, staging: Staging | None):
+        self.dataset, self.transform, self.need_labels = dataset, transform, need_labels
+        self.reader = Reader(dataset, staging)
+
+    def __getitem__(self, request: tuple[np.ndarray, np.ndarray]) -> Batch | UserError:
+        try:
+            return self._batch(*request)
+        except UserError as error:
+            return error
+
+    def _batch(self, ids: np.ndarray, seeds: np.ndarray) -> Batch:
+        size = self.transform.size
+        images = torch.empty((len(ids), 3, size, size), dtype=torch.uint8)
+        pixels, given, replaced = images.numpy(), np.empty(len(ids), dtype=np.int64), []
+        for row, (asked, seed) in enumerate(zip(ids.tolist(), seeds.tolist())):
+            given[row], pixels[row], reason = self._usable(asked, seed)
+            if reason:
+                replaced.append((self.dataset.name(asked), self.dataset.name(int(given[row])), reason))
+        captions = [self.reader.caption(i) for i in given.tolist()]
+        labels, given, seeds = (torch.from_numpy(a) for a in (self.dataset.labels[given], given, seeds.view(np.int64).copy()))
+        return Batch(images, labels, given, seeds, captions, replaced)
+
+    def _usable(self, asked: int, seed: int) -> tuple[int, np.ndarray, str | None]:
+        """The sample asked for, or the next usable one of its shard (the first follows the last), and why another was needed."""
+        shard = self.dataset.shard_range(self.dataset.shard_of(asked))
+        reason = None
+        for step in range(len(shard)):
+            sample = shard[(asked - shard.start + step) % len(shard)]
+            problem = self.dataset.label_problem(sample) if self.need_labels else None
+            if problem is None:
+                try:
+                    return sample, self.transform(decode(self.reader.image(sample)), seed), reason
+                except DecodeError as error:
+                    problem = f"cannot be decoded: {error}"
+            reason = reason or problem
+        raise UserError(f"'{self.dataset.name(asked)}': {reason}, nor has its shard any other usable sample; repair or remove the shard")
+
+
+class ReplacedTally:
+    """Counts replaced samples and raises UserError when they are more than `share` of max(seen, 1000).
+
+    The floor of 1000 keeps one bad sample among the first few from ending a run; `share` 0 allows none.
+    """
+
+    def __init__(self, share: float | Fraction):
+        self.share, self.seen, self.count, self.examples = share, 0, 0, []
+
+    def add(self, batch: Batch) -> None:
+        self.seen += len(batch)
+        self.count += len(batch.replaced)
+        self.examples = (self.examples + batch.replaced)[:3]
+        if self.count > self.share * max(self.seen, 1000):
+            named = "; ".join(f"{asked}: {reason}" for asked, _, reason in self.examples)
+            raise UserError(
+                f"data.max_replaced: {self.count} of the first {self.seen} samples could not be used, more than the share of {float(self.share):g} "
+                f"allows ({named}); repair the shards or raise data.max_replaced"
+            )
+
+
+class Stream:
+    """This rank's batches for steps start..stop-1 of a run.
+
+    `batch_size` is global, the batches have batch_size/world samples. `seed` decides each sample's own randomness. Iterating raises
+    UserError when a shard cannot be read or changed, or when more than `max_replaced` of this rank's samples had to be replaced.
+    """
+
+    def __init__(
+        self, dataset: Dataset, order: Order, transform: Transform, *, seed: int, batch_size: int, rank: int = 0, world: int = 1,
+        start: int = 0, stop: int, workers: int = 0, need_labels: bool = True, max_replaced: float | Fraction = 0.01, staging: Staging | None = None,
+    ):  # fmt: skip
+        self.order, self.seed, self.batch_size, self.rank, self.world = order, seed, batch_size, rank, world
+        self.start, self.stop, self.workers = start, stop, workers
+        self.samples = Samples(dataset, transform, need_labels, staging)
+        self.max_replaced, self.staging = max_replaced, staging if dataset.remote else None
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+    def __iter__(self) -> Iterator[Batch]:
+        tally = ReplacedTally(self.max_replaced)
+        stager = Stager(self.staging, self.order, self.rank, self.world) if self.staging else None
+        if stager:
+            stager.check(self.start * self.batch_size)
+        try:
+            for step, batch in enumerate(_load(self.samples, self._requests(), self.workers), self.start):
+                if stager:
+                    stager.advance((step + 1) * self.batch_size)
+                tally.add(batch)
+                yield batch
+        finally:
+            if stager:
+                stager.close()
+
+    def _requests(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for step in range(self.start, self.stop):
+            ids, epochs = self.order.rank_batch(step * self.batch_size, self.batch_size, self.rank, self.world)
+            yield ids, sample_seeds(self.seed, epochs, ids)
+
+
+def eval_batches(
+    dataset: Dataset, transform: Transform, sample_ids, batch_size: int, seed: int = 0, workers: int = 0,
+    need_labels: bool = True, max_replaced: float | Fraction = 0.01, staging: Staging | None = None,
+) -> Iterator[Batch]:  # fmt: skip
+    """The given samples in the given order, `batch_size` at a time, the last batch with what is left. Raises as Stream does."""
+    ids = np.asarray(sample_ids, dtype=np.int64)
+    chunks = (ids[i : i + batch_size] for i in range(0, len(ids), batch_size))
+    requests = ((chunk, sample_seeds(seed, np.zeros_like(chunk), chunk)) for chunk in chunks)
+    tally = ReplacedTally(max_replaced)
+    for batch in _load(Samples(dataset, transform, need_labels, staging), requests, workers):
+        tally.add(batch)
+        yield batch
+
+
+def _load(samples: Samples, requests: Iterator, workers: int) -> Iterator[Batch]:
+    loader = DataLoader(
+        samples, sampler=requests, batch_size=None, num_workers=workers, collate_fn=_as_it_is, pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker, multiprocessing_context="fork" if workers else None, generator=torch.Generator(),
+    )  # fmt: skip
+    others = set(multiprocessing.active_children())
+    with _signals_held():
+        batches = iter(loader)
+    processes = [p for p in multiprocessing.active_children() if p not in others]
+
+    def end() -> None:
+        if workers:
+            batches._shutdown_workers()  # public only as garbage collection, which a kept traceback would put off
+        for process in processes:
+            if process.is_alive():  # in the middle of a long fetch, it ignores the signal that ends it
+                process.kill()
+
+    # Before multiprocessing's own exit, which would wait for workers that ignore its SIGTERM.
+    atexit.register(end)
+    try:
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    finally:
+        end()
+        atexit.unregister(end)
+
+
+def _as_it_is(batch):
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    for number in SHIELDED:
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def _signals_held():
+    """Keep the shielded signals pending while workers are forked: until they ignore them, one would end them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,235 @@
+import gzip
+import multiprocessing
+import os
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset
+from tiny_shards import encode, picture, samples, write_tar
+
+from mmtard.config import Data
+from mmtard.data import Reader, build_index, classnames, default_index, load_index, open_dataset, templates
+from mmtard.data.index import shard_name
+from mmtard.errors import UserError
+
+IMAGE = encode(picture(0))
+
+
+def test_reading_equals_webdatasets_own(folder, dataset):
+    reader, seen = Reader(dataset), 0
+    for sample in webdataset.WebDataset([str(folder / f"{i}.tar") for i in range(3)], shardshuffle=False):
+        assert dataset.keys[seen] == sample["__key__"] and reader.image(seen) == sample["jpg"] and dataset.labels[seen] == int(sample["cls"])
+        seen += 1
+    assert seen == len(dataset) == 32 and dataset.shard_counts.tolist() == [11, 7, 14]
+    assert dataset.name(12) == "1.tar/s0012"
+
+
+def test_layouts_of_public_sets(tmp_path):
+    """timm's .jpg + .cls + .json members, upper-case extensions, folders and dots in names, captions, other members."""
+    write_tar(tmp_path / "train" / "0.tar", [
+        ("n01/a.x.jpg", b"no image: its extension is x.jpg"), ("n01/a.JPEG", IMAGE),
+        ("n01/a.cls", b"7\n"), ("n01/a.json", b'{"label": 7}'), ("n01/a.txt", "ein Käfer\n".encode()),
+        ("b.png", IMAGE), ("b.cls", b"12"), ("__meta__/x.jpg", IMAGE), ("._b.jpg", b"of another system"),
+        ("only.json", b"{}"),
+    ])  # fmt: skip
+    (tmp_path / "classnames.txt").write_text("tench\nhammerhead shark\n")
+    data = Data(shards=str(tmp_path))
+    dataset = open_dataset(data)
+    reader = Reader(dataset)
+    assert dataset.keys == ["n01/a", "b"] and dataset.labels.tolist() == [7, 12] and dataset.file_name(1) == "b.png"
+    assert [reader.caption(i) for i in range(2)] == ["ein Käfer", ""] and reader.image(1) == IMAGE
+    assert "1 left out without an image" in dataset.index.summary()
+    assert classnames(data) == ["tench", "hammerhead shark"]
+
+
+def test_labels_that_are_missing_or_not_integers(open_members):
+    labels = [("b.cls", b"tench"), ("c.cls", b"-1"), ("d.cls", b" 5\n")]
+    dataset = open_members(sorted([(f"{key}.jpg", IMAGE) for key in "abcd"] + labels, key=lambda member: member[0][0]))
+    assert dataset.labels.tolist() == [-1, -1, -1, 5]
+    assert [dataset.label_problem(i) for i in range(4)] == ["no .cls member", *[".cls is not a class number"] * 2, None]
+    assert "1 without a label, 2 with a label that is not an integer" in dataset.index.summary()
+
+
+def refused(path, words, **settings):
+    with pytest.raises(UserError, match=words) as caught:
+        open_dataset(Data(shards=str(path), **settings))
+    assert path.name in str(caught.value)
+
+
+def test_empty_tar(tmp_path):
+    refused(write_tar(tmp_path / "0.tar", []), "no sample with an image")
+    refused(write_tar(tmp_path / "1.tar", [("a.cls", b"1")]), "no sample with an image")
+    (tmp_path / "2.tar").write_bytes(b"")
+    refused(tmp_path / "2.tar", "truncated, damaged, or not a plain tar")
+
+
+def member_ends(path):
+    """Offsets at which a member ends and the next begins."""
+    with tarfile.open(path) as tar:
+        return [m.offset for m in tar.getmembers()[1:]]
+
+
+def test_truncated_tar(tmp_path):
+    whole = write_tar(tmp_path / "whole" / "0.tar", samples(0, 4))
+    boundary = member_ends(whole)[3]
+    for cut in (100, 700, boundary - 600, boundary, boundary + 100, boundary + 512, boundary + 600):
+        path = tmp_path / f"cut{cut}.tar"
+        path.write_bytes(whole.read_bytes()[:cut])
+        refused(path, "truncated")
+
+
+def test_damaged_header_in_the_middle(tmp_path):
+    path = write_tar(tmp_path / "0.tar", samples(0, 4))
+    data = bytearray(path.read_bytes())
+    data[member_ends(path)[3]] ^= 1
+    path.write_bytes(data)
+    refused(path, "truncated or damaged")
+
+
+def test_not_a_plain_tar(tmp_path):
+    (tmp_path / "0.tar").write_bytes(os.urandom(5000))
+    refused(tmp_path / "0.tar", "not a plain tar")
+    (tmp_path / "1.tar").write_bytes(gzip.compress(write_tar(tmp_path / "x" / "1.tar", samples(0, 2)).read_bytes()))
+    refused(tmp_path / "1.tar", "not a plain tar")
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 0, 1), (0, 1, 0), (0, 2, 1)])
+def test_a_key_that_occurs_twice(tmp_path, order):
+    members = [("a.jpg", IMAGE), ("a.cls", b"1"), ("b.jpg", IMAGE), ("b.cls", b"1")]
+    refused(write_tar(tmp_path / "0.tar", [members[i] for i in order]), "key 'a' occurs twice")
+
+
+def test_refusals_come_out_of_worker_processes(tmp_path, folder):
+    (folder / "1.tar").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="1.tar"):
+        build_index([str(folder / f"{i}.tar") for i in range(3)], tmp_path / "i.npz", jobs=2, progress=False)
+    assert not (tmp_path / "i.npz").exists()
+
+
+def test_index_and_fingerprint_do_not_depend_on_jobs_or_folder(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    made = []
+    for where, jobs in ((folder, 1), (tmp_path / "elsewhere", 3)):
+        made.append(build_index([str(where / f"{i}.tar") for i in range(3)], tmp_path / f"{jobs}.npz", jobs, progress=False))
+    assert (tmp_path / "1.npz").read_bytes() == (tmp_path / "3.npz").read_bytes()
+    assert made[0].fingerprint == made[1].fingerprint == load_index(tmp_path / "1.npz").fingerprint
+
+
+@pytest.mark.parametrize("change", [("s0005.cls", b"6"), ("s0005.jpg", encode(picture(99))), ("s0099.jpg", encode(picture(5)))])
+def test_fingerprint_sees_every_change(tmp_path, change):
+    members = samples(0, 8)
+    at = 10 + ("cls" in change[0])
+    before = build_index([str(write_tar(tmp_path / "a" / "0.tar", members))], tmp_path / "a.npz", 1, False).fingerprint
+    if change[0] == "s0099.jpg":
+        members[10], members[11] = change, ("s0099.cls", members[11][1])
+    else:
+        members[at] = change
+    assert build_index([str(write_tar(tmp_path / "b" / "0.tar", members))], tmp_path / "b.npz", 1, False).fingerprint != before
+
+
+def test_a_shard_that_changed(folder, dataset):
+    write_tar(folder / "1.tar", samples(0, 40))
+    with pytest.raises(UserError, match=r"1.tar' has \d+ bytes.*run `mmtard index"):
+        open_dataset(Data(shards=str(folder)))
+
+
+def test_other_shards_than_indexed(folder, dataset):
+    shutil.copy(folder / "1.tar", folder / "3.tar")
+    with pytest.raises(UserError, match=r"shard 3 is '3.tar', indexed was none.*run `mmtard index"):
+        open_dataset(Data(shards=str(folder)))
+
+
+def test_a_changed_image_of_the_same_size_is_not_read(folder, dataset):
+    path = folder / "1.tar"
+    data = bytearray(path.read_bytes())
+    data[dataset.index.image_offset[11] + 300] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="1.tar' changed since it was indexed"):
+        Reader(dataset).image(11)
+    assert len(Reader(dataset).image(12)) == dataset.index.image_size[12]
+
+
+def test_where_the_index_lies(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shards = [str(folder / f"{i}.tar") for i in range(3)]
+    assert default_index(shards) == folder / "mmtard-index.npz"
+    part = default_index(shards[:2])
+    assert part.parent == folder and part != folder / "mmtard-index.npz", "a part of a folder has an index of its own"
+    folder.chmod(0o555)
+    away = default_index(shards)
+    folder.chmod(0o755)
+    assert away.parent == tmp_path / "cache" / "mmtard" == default_index(["pipe:cat x.tar"]).parent
+    open_dataset(Data(shards=shards[:2], index=str(tmp_path / "mine" / "i.npz")))
+    assert (tmp_path / "mine" / "i.npz").is_file() and not any(folder.glob("*.npz"))
+
+
+def test_a_file_that_is_no_index(folder, tmp_path):
+    (tmp_path / "i.npz").write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(UserError, match="is not an index"):
+        open_dataset(Data(shards=str(folder), index=str(tmp_path / "i.npz")))
+    np.savez(tmp_path / "i.npz", format=np.array([{}], dtype=object))
+    with pytest.raises(UserError, match="is not an index"):
+        load_index(tmp_path / "i.npz")
+
+
+def open_and_tell(shards, counted):
+    import mmtard.data.dataset as module
+
+    build = module.build_index
+    module.build_index = lambda *a: (counted.put(1), build(*a, progress=False))[1]
+    counted.put(open_dataset(Data(shards=shards)).fingerprint)
+
+
+def test_several_processes_open_at_once_and_one_builds(folder):
+    context = multiprocessing.get_context("fork")
+    told = context.Queue()
+    processes = [context.Process(target=open_and_tell, args=(str(folder), told)) for _ in range(4)]
+    [p.start() for p in processes]
+    got = [told.get(timeout=30) for _ in range(5)]
+    [p.join() for p in processes]
+    assert got.count(1) == 1 and len(set(got) - {1}) == 1
+    assert sorted(os.listdir(folder)) == ["0.tar", "1.tar", "2.tar", "mmtard-index.npz"]
+
+
+@pytest.mark.parametrize("spec", ["pipe:cat {}", "file:{}", "file://{}"])
+def test_remote_shards_are_indexed_through_their_opener(folder, tmp_path, spec):
+    remote, local = ([form.format(folder / f"{i}.tar") for i in range(3)] for form in (spec, "{}"))
+    with pytest.raises(UserError, match="mmtard index SHARDS --out FILE"):
+        open_dataset(Data(shards=remote, index=str(tmp_path / "i.npz")))
+    assert build_index(remote, tmp_path / "i.npz", 2, False).fingerprint == build_index(local, tmp_path / "l.npz", 1, False).fingerprint
+    assert len(open_dataset(Data(shards=remote, index=str(tmp_path / "i.npz")))) == 32
+
+
+@pytest.mark.parametrize("spec, words", [
+    ("pipe:cat {}/none.tar", "cannot be read: its opener ended with status 1"), ("s3://bucket/none.tar", "pipe:aws s3 cp"),
+    ("pipe:head -c 3000 {}/0.tar", "is truncated or damaged|is truncated, damaged"), ("pipe:cat /dev/urandom", "not a plain tar"),
+])  # fmt: skip
+def test_openers_that_fail(folder, tmp_path, spec, words, capfd):
+    with pytest.raises(UserError, match=words):
+        build_index([spec.format(folder)], tmp_path / "i.npz", 1, False)
+
+
+@pytest.mark.parametrize("shard, name", [
+    ("/a/b/0001.tar", "0001.tar"), ("pipe:aws s3 cp s3://b/x-0001.tar -", "x-0001.tar"), ("https://h/p/0.tar?token=1.2", "0.tar"),
+    ("pipe:curl -s 'https://h/a.tar/0.tar'", "0.tar"), ("file:rel.tar", "rel.tar"),
+])  # fmt: skip
+def test_shard_names(shard, name):
+    assert shard_name(shard) == name
+
+
+def test_templates(tmp_path):
+    (tmp_path / "t.txt").write_text("a photo of a {c}.\n\na {}\n")
+    assert templates(Data(shards="x", templates=str(tmp_path / "t.txt"))) == ["a photo of a {}.", "a {}"]
+    assert templates(Data(shards="x")) == ["This is a photo of a {}"]
+    for bad in (["a photo"], ["a {name}"], ["a {} {x}"], [], str(tmp_path / "none.txt")):
+        with pytest.raises(UserError, match="data.templates"):
+            templates(Data(shards="x", templates=bad))
+
+
+def test_classnames_that_are_not_there(folder):
+    with pytest.raises(UserError, match="no classnames.txt beside"):
+        classnames(Data(shards=str(folder)))
+    with pytest.raises(UserError, match="cannot read"):
+        classnames(Data(shards=str(folder), classnames="/nowhere/names.txt"))

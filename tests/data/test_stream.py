@@ -1,0 +1,260 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_shards import encode, picture, samples
+
+from mmtard.config import Data
+from mmtard.data import Order, Stream, Transform, build_index, classnames, eval_batches, open_dataset
+from mmtard.errors import UserError
+
+CROP = Transform(16, crop_scale=(0.5, 1.0), flip=True)
+IMAGE = encode(picture(0))
+
+
+def stream(dataset, *, lanes=4, batch_size=8, stop=9, transform=CROP, **more):
+    return Stream(dataset, Order(dataset.shard_counts, 1, lanes, 5), transform, seed=1, batch_size=batch_size, stop=stop, **more)
+
+
+def whole(dataset, world=1, workers=0, start=0, stop=9):
+    """All ranks' (ids, images, seeds) of each step, their lanes put back in turn."""
+    ranks = [list(stream(dataset, rank=r, world=world, workers=workers, start=start, stop=stop)) for r in range(world)]
+    for batches in zip(*ranks):
+        fields = [[getattr(b, name) for b in batches] for name in ("sample_ids", "seeds", "labels", "images")]
+        yield [torch.stack([f.unflatten(0, (-1, 2)) for f in parts], 1).flatten(0, 2) for parts in fields]
+
+
+def same(a, b):
+    a, b = list(a), list(b)
+    return len(a) == len(b) and all(torch.equal(x, y) for s, t in zip(a, b) for x, y in zip(s, t))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("world, workers", [(1, 1), (1, 3), (2, 0), (2, 1), (4, 0), (4, 1)])
+def test_batches_do_not_depend_on_ranks_or_workers(dataset, world, workers):
+    reference = list(whole(dataset))
+    assert same(reference, whole(dataset, world, workers))
+    ids = torch.cat([ids for ids, *_ in reference])
+    assert len(set(ids[:32].tolist())) == 32 and all(torch.equal(labels, ids % 7) for ids, _, labels, _ in reference)
+
+
+@pytest.mark.parametrize("start, world, workers", [(3, 1, 0), (5, 2, 1)])
+def test_going_on_from_the_middle(dataset, start, world, workers):
+    assert same(list(whole(dataset))[start:], whole(dataset, world, workers, start))
+
+
+def test_images_are_those_of_their_ids(dataset):
+    for batch in stream(dataset, transform=Transform(30)):
+        assert batch.images.dtype == torch.uint8 and batch.seeds.dtype == torch.int64 and batch.replaced == []
+        for image, i in zip(batch.images, batch.sample_ids.tolist()):
+            assert np.abs(image.numpy().astype(int) - Transform(30)(picture(i), 0)).mean() < 6, "not the image of this id"
+
+
+def test_an_epoch_sees_other_crops(dataset):
+    batches = list(stream(dataset, batch_size=32, stop=2))
+    first, second = ({i: b.images[k] for k, i in enumerate(b.sample_ids.tolist())} for b in batches)
+    assert first.keys() == second.keys() and all(not torch.equal(first[i], second[i]) for i in first)
+
+
+def test_eval_batches_give_the_samples_asked_for(dataset):
+    ids = [3, 31, 4, 15, 9]
+    for workers in (0, 2):
+        batches = list(eval_batches(dataset, Transform(16), ids, 2, workers=workers))
+        assert [len(b) for b in batches] == [2, 2, 1]
+        assert torch.cat([b.sample_ids for b in batches]).tolist() == ids and torch.cat([b.labels for b in batches]).tolist() == [i % 7 for i in ids]
+
+
+def damaged(open_members, bad: dict[int, bytes], count=20):
+    members = samples(0, count)
+    for i, data in bad.items():
+        members[2 * i] = (members[2 * i][0], data)
+    return open_members(members)
+
+
+def test_a_truncated_jpeg_is_replaced_by_its_neighbour(open_members):
+    dataset = damaged(open_members, {7: IMAGE[:-30], 8: b"nothing", 19: IMAGE[:-30]})
+    for workers in (0, 2):
+        batch, = eval_batches(dataset, CROP, [6, 7, 19, 8], 4, seed=5, workers=workers)
+        assert batch.sample_ids.tolist() == [6, 9, 0, 9] and batch.labels.tolist() == [6, 2, 0, 2]
+        assert [(a, b) for a, b, _ in batch.replaced] == [("0.tar/s0007", "0.tar/s0009"), ("0.tar/s0019", "0.tar/s0000"), ("0.tar/s0008", "0.tar/s0009")]
+        assert "truncated" in batch.replaced[0][2] and "not an image of a known format" in batch.replaced[2][2]
+    asked, = eval_batches(damaged(open_members, {}), CROP, [6, 7, 19, 8], 4, seed=5)
+    assert torch.equal(batch.seeds, asked.seeds), "a replacement keeps the seed of the sample asked for"
+
+
+def test_missing_labels_are_replaced_only_where_labels_are_needed(open_members):
+    dataset = open_members([("a.jpg", IMAGE), ("b.jpg", IMAGE), ("b.cls", b"x"), ("c.jpg", IMAGE), ("c.cls", b"3")])
+    needed, = eval_batches(dataset, CROP, [0, 1, 2], 3)
+    assert needed.sample_ids.tolist() == [2, 2, 2] and [r for *_, r in needed.replaced] == ["no .cls member", ".cls is not a class number"]
+    free, = eval_batches(dataset, CROP, [0, 1, 2], 3, need_labels=False)
+    assert free.labels.tolist() == [-1, -1, 3] and free.replaced == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_replaced_samples_stop_the_run(open_members, workers):
+    dataset = damaged(open_members, {7: b"nothing"})
+    assert len(list(stream(dataset, batch_size=4, stop=50, workers=workers))) == 50, "10 of the first 1000 are allowed"
+    with pytest.raises(UserError, match=r"data.max_replaced: 11 of the first \d+ samples.*0.tar/s0007: cannot be decoded.*repair") as caught:
+        list(stream(dataset, batch_size=4, stop=100, workers=workers))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="data.max_replaced: 1 of the first"):
+        list(stream(dataset, batch_size=4, stop=9, workers=workers, max_replaced=0))
+
+
+def test_a_shard_without_any_usable_sample(open_members):
+    dataset = damaged(open_members, {0: b"nothing", 1: b"nothing"}, count=2)
+    with pytest.raises(UserError, match="0.tar/s0001.*nor has its shard any other usable sample"):
+        list(eval_batches(dataset, CROP, [1], 1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_changed_or_gone_stops_the_run_with_one_line(folder, dataset, workers):
+    data = bytearray((folder / "1.tar").read_bytes())
+    data[dataset.index.image_offset[11] + 300] ^= 1
+    (folder / "1.tar").write_bytes(data)
+    with pytest.raises(UserError, match="1.tar' changed since it was indexed") as caught:
+        list(stream(dataset, workers=workers))
+    assert "\n" not in str(caught.value)
+    (folder / "1.tar").unlink()
+    with pytest.raises(UserError, match="1.tar' cannot be read: No such file"):
+        list(stream(dataset, workers=workers))
+
+
+def test_captions(open_members):
+    dataset = open_members([("a.jpg", IMAGE), ("a.cls", b"0"), ("a.txt", b"a red square"), ("b.jpg", IMAGE), ("b.cls", b"1")])
+    batch, = eval_batches(dataset, CROP, [1, 0], 2)
+    assert batch.captions == ["", "a red square"]
+
+
+def test_the_loader_leaves_torchs_generator_alone(dataset):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(stream(dataset, workers=1, stop=2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_real_shards(tmp_path):
+    shard = Path(__file__).parents[3] / "shared/data/imagenet1k-sample-s256/test/0.tar"
+    if not shard.is_file():
+        pytest.skip(f"needs real images at {shard}")
+    data = Data(shards=str(shard), index=str(tmp_path / "i.npz"))
+    build_index([str(shard)], tmp_path / "i.npz", 1, False)
+    dataset = open_dataset(data)
+    assert len(dataset) == 1000 and sorted(dataset.labels) == list(range(1000)) and classnames(data)[:2] == ["tench", "goldfish"]
+    batches = list(eval_batches(dataset, Transform(64), range(0, 1000, 10), 50, max_replaced=0))
+    assert sum(len(b) for b in batches) == 100 and 60 < torch.cat([b.images for b in batches]).double().mean() < 180
+
+
+LOADER = """
+import os, signal, sys, time
+from mmtard.config import Data
+from mmtard.data import Order, Stream, Transform, open_dataset
+import multiprocessing
+dataset = open_dataset(Data(shards=sys.argv[1]))
+def run(stop):
+    return Stream(dataset, Order(dataset.shard_counts, 1, 4, 5), Transform(16), seed=1, batch_size=8, stop=stop, workers=2)
+"""
+
+
+@pytest.fixture
+def launch(folder, dataset):
+    """Runs a body after LOADER in a session of its own, so that a signal to its group spares the test."""
+    started = []
+
+    def start(body):
+        command = [sys.executable, "-c", LOADER + body, str(folder)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_signals_to_the_group_reach_the_parent_and_spare_the_workers(launch):
+    body = """
+got = []
+for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+    signal.signal(s, lambda number, frame: got.append(signal.Signals(number).name))
+seen, workers = 0, None
+for batch in run(200):
+    now = sorted(p.pid for p in multiprocessing.active_children())
+    assert workers in (None, now) and len(now) == 2, (workers, now)
+    workers = now
+    seen += len(batch)
+    if seen in (8, 80, 160, 400):
+        os.killpg(0, [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGUSR1][(8, 80, 160, 400).index(seen)])
+        time.sleep(0.05)
+print(seen, got, flush=True)
+"""
+    out = launch(body).communicate(timeout=60)[0]
+    assert out.strip() == "1600 ['SIGTERM', 'SIGUSR2', 'SIGINT', 'SIGUSR1']"
+
+
+def test_signal_while_workers_start_is_kept_for_the_parent(launch):
+    body = """
+got = []
+signal.signal(signal.SIGUSR2, lambda *_: got.append(len(multiprocessing.active_children())))
+import mmtard.data.stream as module
+start = module._start_worker
+def slow(i):
+    os.kill(os.getppid(), signal.SIGUSR2)
+    os.kill(os.getpid(), signal.SIGTERM)  # here torch has made it fatal
+    start(i)
+module._start_worker = slow
+before = os.fork
+def fork():
+    os.kill(os.getpid(), signal.SIGUSR2)
+    return before()
+os.fork = fork
+print(sum(len(b) for b in run(20)), bool(got), flush=True)
+"""
+    out = launch(body).communicate(timeout=60)[0]
+    assert out.strip() == "160 True"
+
+
+def test_leaving_in_the_middle_ends_the_workers(launch):
+    body = """
+kept = run(1000)
+batches = iter(kept)
+next(batches)
+print(len(multiprocessing.active_children()), flush=True)
+raise SystemExit(3)
+"""
+    process = launch(body)
+    assert process.communicate(timeout=60)[0].strip() == "2" and process.returncode == 3
+
+
+@pytest.mark.slow
+def test_workers_die_with_a_killed_parent(launch):
+    body = """
+batches = iter(run(10**6))
+next(batches)
+print(*[p.pid for p in multiprocessing.active_children()], flush=True)
+time.sleep(1000)
+"""
+    process = launch(body)
+    workers = [int(p) for p in process.stdout.readline().split()]
+    assert len(workers) == 2 and all(alive(p) for p in workers)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(alive(p) for p in workers) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(alive(p) for p in workers)
+
+
+def alive(pid):
+    try:
+        return not re.search(r"\) [ZX] ", Path(f"/proc/{pid}/stat").read_text())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,127 @@
+"""A rank of the equivalence test: five MMT-ARD steps with PGD inside on fixed tiny towers and images. Saves what came out.
+
+Usage: five_steps.py OUT CASE...; CASE is `plain` (PyTorch alone) or STAGE-PLACEMENT-PRECISION-MICROBATCH, such as
+`2-sharded-float32-4`.
+"""
+
+import json
+import sys
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
+
+from mmtard import attacks, config, losses, parallel
+from mmtard.methods import Head
+from mmtard.towers import ImageTower
+
+STEPS, BATCH, CLASSES, LR = 5, 8, 5, 1e-3
+
+
+def tower(seed: int) -> ImageTower:
+    torch.manual_seed(seed)
+    visual = VisionTransformer(image_size=16, patch_size=8, width=32, layers=2, heads=2, mlp_ratio=2, output_dim=16)
+    return ImageTower(visual, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def text() -> torch.Tensor:
+    return F.normalize(torch.randn(CLASSES, 16, generator=torch.Generator().manual_seed(100)), dim=-1)
+
+
+def batches():
+    g = torch.Generator().manual_seed(200)
+    for _ in range(STEPS):
+        yield torch.rand(BATCH, 3, 16, 16, generator=g), torch.randint(CLASSES, (BATCH,), generator=g), torch.randint(2**60, (BATCH,), generator=g)
+
+
+def settings(stage: int, placement: str, precision: str, micro: int) -> config.Config:
+    teacher = {"weights": "random", "placement": placement}
+    return config.validate(
+        {
+            "run_dir": "unused",
+            "student": {"arch": "unused", "weights": "random"},
+            "teachers": {"clean": teacher, "robust": teacher},
+            "method": {"name": "mmtard", "weighting": "confidence_sigmoid"},
+            "attack": {"eps": "8/255", "step_size": "2/255", "steps": 3, "momentum": 0.9},
+            "data": {"shards": "unused", "lanes": BATCH},
+            "train": {"steps": STEPS, "batch_size": BATCH, "micro_batch_size": micro, "lr": LR, "weight_decay": 0.1},
+            "engine": {"zero_stage": stage, "precision": precision, "device": "cpu"},
+        }
+    )
+
+
+def plain() -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same training written out in plain PyTorch: no engine, no distillation step, no DeepSpeed."""
+    student, clean, robust, t = tower(0), tower(1).eval(), tower(2).eval(), text()
+    decayed = [p for p in student.parameters() if p.dim() >= 2]
+    rest = [p for p in student.parameters() if p.dim() < 2]
+    adam = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=LR)
+
+    def logits(model, x):
+        return 20 * F.normalize(model(x), dim=-1) @ t.T
+
+    reported = []
+    for x, y, seeds in batches():
+        with torch.no_grad():
+            q_clean = logits(clean, x).softmax(-1)
+        adv = (x + 8 / 255 * (2 * attacks.sample_uniform(seeds, x.shape[1:]) - 1)).clamp(0, 1)
+        velocity = torch.zeros_like(x)
+        for _ in range(3):
+            adv.requires_grad_(True)
+            divergence = F.kl_div(logits(student, adv).log_softmax(-1), q_clean, reduction="sum")
+            velocity = 0.9 * velocity + torch.autograd.grad(divergence, adv)[0].sign()
+            adv = (adv.detach() + 2 / 255 * velocity.sign() - x).clamp(-8 / 255, 8 / 255).add(x).clamp(0, 1)
+        with torch.no_grad():
+            q_robust = logits(robust, adv).softmax(-1)
+            share = torch.sigmoid(4 * (losses.true_class(q_robust, y) - losses.true_class(q_clean, y)))
+        kl_robust = F.kl_div(logits(student, adv).log_softmax(-1), q_robust, reduction="none").sum(-1)
+        kl_clean = F.kl_div(logits(student, x).log_softmax(-1), q_clean, reduction="none").sum(-1)
+        loss = (share * kl_robust + (1 - share) * kl_clean).mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        reported.append(loss.item())
+    return reported, student.state_dict()
+
+
+def engine(ranks: parallel.Ranks, case: str) -> dict:
+    from mmtard.distill import Distillation
+    from mmtard.engine import DTYPES, Engine
+    from mmtard.teachers import FrozenTeacher
+
+    stage, placement, precision, micro = case.split("-")
+    cfg = settings(int(stage), placement, precision, int(micro))
+    student, head = Engine(cfg, tower(0), ranks), Head(text(), 20.0)
+    teachers = {
+        name: FrozenTeacher(name, cfg.teachers[name], tower(seed), head, ranks, DTYPES[precision])
+        for seed, name in enumerate(("clean", "robust"), 1)
+    }
+    step = Distillation(cfg, student, head, teachers)
+    reported, share = [], BATCH // ranks.world_size
+    for batch in batches():
+        total = 0.0
+        for i in range(ranks.rank * share, (ranks.rank + 1) * share, student.micro_batch_size):
+            loss, _ = step(*(part[i : i + student.micro_batch_size] for part in batch))
+            student.backward(loss.mean())
+            outcome = student.end_micro_batch(LR)
+            total += loss.sum().item()
+        assert outcome.applied
+        reported.append(ranks.total([total])[0] / BATCH)
+    held = ranks.gather({name: t.bytes_here for name, t in teachers.items()})
+    weights, _, updates = student.full_state()
+    assert not ranks.first or updates == STEPS
+    sizes = {"held": held, "whole": {name: t.bytes_whole for name, t in teachers.items()}}
+    return {"losses": reported, "weights": weights, "bytes": json.dumps(sizes)}
+
+
+if __name__ == "__main__":
+    out, *cases = sys.argv[1:]
+    if cases == ["plain"]:
+        reported, weights = plain()
+        torch.save({"plain": {"losses": reported, "weights": weights}}, out)
+    else:
+        ranks = parallel.start("cpu")
+        results = {case: engine(ranks, case) for case in cases}
+        if ranks.first:
+            torch.save(results, out)
+        parallel.stop()
