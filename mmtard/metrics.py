@@ -76,7 +76,7 @@ class Metrics:
     def _summary(self, row: dict) -> str:
         done, width = row["step"], len(str(self.steps))
         left = (time.monotonic() - self._began) / max(1, done - self._start) * (self.steps - done)
-        hidden = ("step", "seconds", "images_per_s", "skipped", "replaced")
+        hidden = ("step", "batch", "seconds", "images_per_s", "skipped", "replaced")
         shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in hidden)
         return f"step {done:{width}d}/{self.steps}  {shown}  {row['images_per_s']:.4g} images/s  left {timedelta(seconds=round(left))}"
 

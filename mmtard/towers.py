@@ -10,6 +10,7 @@ import difflib
 import json
 import shutil
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,7 +126,7 @@ def load(spec: Model, seed: int = 0, where: str = "student") -> Clip:
     name = _architecture(spec.arch, where)
     if spec.weights == "random":
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(zlib.crc32(f"{seed} {where}".encode()))  # a teacher is not its student
             return _create(name, quick_gelu=_wanted_gelu(name, spec.quick_gelu, None, spec.weights, where))
     if source.is_file():
         return _from_file(source, name, spec, where)

@@ -130,15 +130,15 @@ class Run:
             lr = learning_rate(self.step, t.lr, t.warmup_steps, t.steps)
             sums, outcome, bad_samples = self._update(batch, lr)
             self.step += 1
-            numbers = [*sums.values(), len(batch.replaced), len(bad_samples), bool(interruption)]
-            *totals, replaced, bad, stop = self.ranks.total(numbers)
+            numbers = [*sums.values(), batch_digest(batch.seeds), len(batch.replaced), len(bad_samples), bool(interruption)]
+            *totals, digest, replaced, bad, stop = self.ranks.total(numbers)
             self._account(outcome, batch, replaced, bad, bad_samples)
             if self.ranks.first:
                 seconds, began = time.monotonic() - began, time.monotonic()
                 means = {name: total / t.batch_size for name, total in zip(sums, totals)}
                 self.metrics.step(
-                    {"step": self.step, **means, "lr": lr, "grad_norm": outcome.grad_norm, "skipped": self.skipped, "replaced": self.replaced}
-                    | {"seconds": seconds, "images_per_s": t.batch_size / seconds}
+                    {"step": self.step, **means, "lr": lr, "grad_norm": outcome.grad_norm, "batch": int(digest)}
+                    | {"skipped": self.skipped, "replaced": self.replaced, "seconds": seconds, "images_per_s": t.batch_size / seconds}
                 )
             if self.bad_in_a_row >= t.max_bad_steps:
                 raise RunError(f"step {self.step}: {self.bad_in_a_row} steps in a row were not finite; lower train.lr or look at events.jsonl for the samples")
@@ -204,3 +204,8 @@ class Run:
             self.metrics.say(message)
             self.metrics.close()
         return 0
+
+
+def batch_digest(seeds: torch.Tensor) -> float:
+    """A number for which samples of which epoch these are, whatever their order: seeds int64 [b]; adds up over ranks, exactly."""
+    return float((seeds & 0xFFFFFFFF).sum().item())

@@ -68,7 +68,7 @@ def _train(model: open_clip.CLIP, images: torch.Tensor, texts: torch.Tensor, ste
 
 
 def pretrain(
-    data: Path, out: Path, *, steps: int = 250, batch_size: int = 256, lr: float = 1e-3, seed: int = 0, progress: bool = True
+    data: Path, out: Path, *, steps: int = 300, batch_size: int = 256, lr: float = 1e-3, seed: int = 0, progress: bool = True
 ) -> dict[str, float]:
     """Trains the tiny CLIP on `data/train` and writes `out/tiny_clip.safetensors` (whole state_dict) and `out/tiny_clip.json`.
 
@@ -85,15 +85,17 @@ def pretrain(
     open_clip.add_model_config(ARCHITECTURE)
     tokenizer = open_clip.get_tokenizer(ARCHITECTURE.stem)
     images, _, captions, _ = read_split(data / "train")
-    columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}", TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn())
+    loss_column = TextColumn("loss {task.fields[loss]:.3f}")
+    columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}", loss_column, TimeRemainingColumn())
     with torch.random.fork_rng(devices=[]), Progress(*columns, disable=not progress) as bar:
         torch.manual_seed(seed)
-        model = open_clip.create_model(ARCHITECTURE.stem).train()
+        model = open_clip.CLIP(**json.loads(ARCHITECTURE.read_text()))
         _train(model, images, tokenizer(captions), steps, batch_size, lr, bar)
     model.eval()
     accuracy = {split: _accuracy(model, tokenizer, data / split) for split in ("test", "zeroshot")}
     with publish(out, dict(made_with=settings, accuracy=accuracy)) as partial:
-        save_file({name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}, partial / "tiny_clip.safetensors")
+        weights = {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
+        save_file(weights, partial / "tiny_clip.safetensors")
         shutil.copy(ARCHITECTURE, partial / "tiny_clip.json")
     if progress:
         Console().print("tiny CLIP, clean accuracy: " + ", ".join(f"{split} {100 * value:.1f} %" for split, value in accuracy.items()))

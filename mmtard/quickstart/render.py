@@ -92,8 +92,13 @@ def _texture(texture: str, rng: np.random.Generator) -> np.ndarray:
     angle, period = rng.uniform(0, math.pi), rng.uniform(4.5, 6.5)
     u = (x * math.cos(angle) + y * math.sin(angle)) * 2 * math.pi / period + rng.uniform(0, 2 * math.pi)
     v = (y * math.cos(angle) - x * math.sin(angle)) * 2 * math.pi / period + rng.uniform(0, 2 * math.pi)
-    wave = {"plain": -1.0 + 0 * u, "striped": np.sin(u), "dotted": np.sin(u) + np.sin(v) - 0.8, "checkered": 2 * np.sin(u) * np.sin(v)}[texture]
-    return np.clip(0.5 + 2 * wave, 0, 1)
+    wave = {
+        "plain": np.full_like(u, -1.0),
+        "striped": np.sin(u),
+        "dotted": np.sin(u) + np.sin(v) - 0.8,
+        "checkered": 2 * np.sin(u) * np.sin(v),
+    }
+    return np.clip(0.5 + 2 * wave[texture], 0, 1)
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:

@@ -1,0 +1,112 @@
+"""The main job from nothing: renders images, pretrains a tiny CLIP, trains its teachers, distils, compares. Skips what is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .. import parallel
+from ..checkpoint import WEIGHTS
+from ..config import Data, Model
+from ..errors import UserError
+from ..evaluate import quick
+from ..towers import WEIGHTS_FILE
+from .pretrain import PROMPT, pretrain
+from .render import make_data
+
+ROOT = Path("runs/quickstart")
+CONFIGS = Path("configs/quickstart")
+EPS = Fraction(6, 255)
+TRAINED = ("clean_teacher", "robust_teacher", "single_teacher", "mmtard")
+COMPARED = {"start": ROOT / "mmtard" / "start", "single teacher (ARD)": ROOT / "single_teacher", "MMT-ARD": ROOT / "mmtard"}
+SPLITS = {"": "test", "zero-shot ": "zeroshot"}
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main() -> int:
+    began = time.monotonic()
+    stages = 3 + len(TRAINED)
+    try:
+        _title(1, stages, "rendering captioned images")
+        make_data(ROOT / "data")
+        _title(2, stages, "pretraining a tiny CLIP on the captions")
+        pretrain(ROOT / "data", ROOT / "clip")
+        for i, name in enumerate(TRAINED, 3):
+            _title(i, stages, f"training {name} on 2 ranks")
+            status = _train(CONFIGS / f"{name}.yaml")
+            if status:
+                return status
+        _title(stages, stages, f"measuring, PGD-20 at eps {EPS}")
+        _table(_measure())
+    except UserError as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return 2
+    console.print(f"{time.monotonic() - began:.0f} s. The runs are in {ROOT}; look at them with: tensorboard --logdir {ROOT}")
+    return 0
+
+
+def _title(i: int, n: int, text: str) -> None:
+    console.print(f"[bold]\\[{i}/{n}] {text}[/bold]")
+
+
+def _train(config: Path) -> int:
+    command = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "mmtard", "train", str(config)]
+    console.print(f"$ {' '.join(command)}", style="dim")
+    as_module = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
+    return subprocess.run(as_module, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+
+
+def _measure() -> dict[str, dict[str, dict]]:
+    ranks = parallel.start("cpu")
+    measured: dict[str, dict[str, dict]] = {}
+    for name, model in COMPARED.items():
+        for split in SPLITS.values():
+            out = ROOT / "results" / f"{model.parent.name}-{model.name}-{split}.json"
+            measured.setdefault(name, {})[split] = _result(model, split, out, ranks)
+    parallel.stop()
+    return measured
+
+
+def _result(model: Path, split: str, out: Path, ranks) -> dict:
+    weights = model / WEIGHTS_FILE if (model / WEIGHTS_FILE).is_file() else model / "checkpoints" / "latest" / WEIGHTS
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if out.is_file():
+        stored = json.loads(out.read_text())
+        if stored.get("weights_sha256") == digest and stored["settings"]["eps"] == str(EPS):
+            return stored
+    source = Data(shards=str(ROOT / "data" / split), templates=[PROMPT])
+    results = quick.evaluate(Model(weights=str(model)), source, quick.Quick(EPS, batch_size=128), ranks, say=console.print)
+    quick.save({**results, "weights_sha256": digest}, out)
+    console.print(f"{model} on {split}: clean {100 * results['clean']['accuracy']:.1f} %, PGD-20 {100 * results['pgd']['accuracy']:.1f} %")
+    return results
+
+
+def _table(measured: dict[str, dict[str, dict]]) -> None:
+    table = Table(title=f"accuracy in % (95 % interval), eps {EPS}")
+    table.add_column("model")
+    for prefix in SPLITS:
+        for attack in ("clean", "PGD-20"):
+            table.add_column(f"{prefix}{attack}" if attack == "clean" or not prefix else f"{prefix}robust", justify="right")
+    for name, by_split in measured.items():
+        cells = []
+        for split in SPLITS.values():
+            for key in ("clean", "pgd"):
+                low, high = by_split[split][key]["interval95"]
+                cells.append(f"{100 * by_split[split][key]['accuracy']:.1f} ({100 * low:.0f}-{100 * high:.0f})")
+        table.add_row(name, *cells)
+    Console().print(table)
+    chance = ", ".join(f"{split} {100 * measured['start'][split]['chance']:.1f}" for split in SPLITS.values())
+    console.print(f"chance level: {chance}. The zero-shot classes are colour-shape combinations that no training image shows.")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

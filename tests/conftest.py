@@ -1,0 +1,68 @@
+"""A small valid configuration, and open_clip models of a few thousand weights, for the tests of every room."""
+
+import json
+import os
+
+import pytest
+import yaml
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A valid configuration as YAML reads it: 4 lanes, batches of 8, two shards that exist."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name in ("000000.tar", "000001.tar"):
+        (shards / name).touch()
+    model = {"arch": "ViT-B-32", "weights": "openai"}
+    return {
+        "run_dir": str(tmp_path / "run"),
+        "student": dict(model),
+        "teachers": {"clean": dict(model), "robust": {**model, "weights": "robust.pt"}},
+        "method": {"name": "mmtard"},
+        "data": {"shards": str(shards), "lanes": 4},
+        "train": {"steps": 10, "batch_size": 8},
+    }
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Call with a dict (or text) and a name: the path of that YAML file."""
+
+    def make(content, name="run.yaml"):
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def ranks():
+    """A group of this process alone; the environment that joining it changes is put back."""
+    from mmtard import parallel
+
+    before = dict(os.environ)
+    yield parallel.start("cpu")
+    parallel.stop()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def _arch(folder, name, vision):
+    text = {"context_length": 10, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory):
+    """Model config of a 2-block ViT on 16 px images."""
+    return _arch(tmp_path_factory.mktemp("arch"), "tests-vit", {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16})
+
+
+@pytest.fixture(scope="session")
+def resnet(tmp_path_factory):
+    """Model config of CLIP's ModifiedResNet (batch norm, attention pooling) on 32 px images."""
+    return _arch(tmp_path_factory.mktemp("arch"), "tests-resnet", {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None})

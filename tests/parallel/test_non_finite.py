@@ -1,0 +1,49 @@
+"""Steps whose loss or gradient is not finite are skipped, counted and named; too many in a row end the run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from .launch import run_ranks, start_ranks
+
+pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).with_name("nan_at_step.py")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_nan_on_one_rank_skips_the_step_on_all_and_names_rank_and_sample(job, tmp_path, stage):
+    settings = {"method": {"name": "tecoa"}, "teachers": {}, "engine": {"precision": "float32", "device": "cpu", "zero_stage": stage}}
+    train = {"steps": 4, "batch_size": 16, "lr": 1e-3}
+    config, run = job(f"nan{stage}", **settings, train=train, checkpoint={"every": 1, "keep_last": 9})
+    run_ranks([SCRIPT, config, 3], 2, tmp_path, "run")
+    weights = {n: load_file(run / f"checkpoints/step-{n}/weights.safetensors") for n in (1, 2, 3, 4)}
+    states = {n: json.loads((run / f"checkpoints/step-{n}/state.json").read_text()) for n in weights}
+
+    def same(a, b):
+        return all((weights[a][k] == weights[b][k]).all() for k in weights[a])
+
+    assert same(2, 3) and not same(1, 2) and not same(3, 4)
+    assert [states[n]["updates"] for n in weights] == [1, 2, 2, 3]
+    assert [row["skipped"] for row in lines(run / "metrics.jsonl")] == [0, 0, 1, 1]
+    assert lines(run / "metrics.jsonl")[2]["loss"] is None
+    (event,) = lines(run / "events.jsonl")
+    assert (event["step"], event["event"], event["ranks"]) == (3, "non-finite loss, step skipped", [1])
+    (sample,) = event["samples"]
+    assert sample.split("/")[0] in ("0.tar", "1.tar", "2.tar")
+
+
+def test_a_run_of_non_finite_steps_ends_with_the_reason(job, tmp_path):
+    train = {"steps": 24, "batch_size": 16, "lr": 1e30, "max_bad_steps": 3}
+    config, run = job("diverged", train=train)
+    processes = start_ranks(["-m", "mmtard", "train", config], 2, tmp_path / "meet", tmp_path / "log")
+    assert [p.wait(120) for p in processes] == [1, 1]
+    printed = (tmp_path / "log.0").read_text()
+    assert "3 steps in a row were not finite" in printed and "Traceback" not in printed
+    rows = lines(run / "metrics.jsonl")
+    assert rows[-1]["skipped"] == 3 and len(rows) < 24

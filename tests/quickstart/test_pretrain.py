@@ -1,0 +1,35 @@
+"""The tiny CLIP: it builds offline, learns, and comes out the same twice."""
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmtard.quickstart.pretrain import ARCHITECTURE, pretrain
+from mmtard.quickstart.render import make_data
+
+
+def test_the_architecture_builds_without_a_network(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    open_clip.add_model_config(ARCHITECTURE)
+    model = open_clip.create_model("tiny_clip")
+    tokens = open_clip.get_tokenizer("tiny_clip")(["a picture showing a large checkered purple triangle at the bottom"])
+    end_of_text = 49407
+    assert tokens.shape == (1, 20) and end_of_text in tokens and tokens[0, -1] == 0
+    assert model.encode_image(torch.zeros(2, 3, 32, 32)).shape == model.encode_text(tokens.repeat(2, 1)).shape == (2, 64)
+
+
+@pytest.mark.slow
+def test_pretraining_learns_and_repeats_itself(tmp_path):
+    data = make_data(tmp_path / "data", train=720, test=180, zeroshot=60)
+    settings = dict(steps=40, batch_size=64, seed=1, progress=False)
+    accuracy = pretrain(data, tmp_path / "a", **settings)
+    chance = 1 / 36
+    assert accuracy["test"] > 3 * chance
+    pretrain(data, tmp_path / "b", **settings)
+    first, second = (load_file(tmp_path / run / "tiny_clip.safetensors") for run in "ab")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+    written = (tmp_path / "a" / "tiny_clip.safetensors").stat().st_mtime_ns
+    assert pretrain(data, tmp_path / "a", **settings) == accuracy
+    assert (tmp_path / "a" / "tiny_clip.safetensors").stat().st_mtime_ns == written

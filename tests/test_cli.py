@@ -1,0 +1,145 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmtard import __version__, cli, config
+from mmtard.errors import RunError, UserError
+
+COMMANDS = next(action.choices for action in cli.parser()._actions if getattr(action, "choices", None))
+
+
+@pytest.fixture
+def mmtard(tmp_path, tree, write):
+    """Call with arguments: `python -m mmtard` run in tmp_path beside run.yaml, where importing torch fails."""
+    write(tree)
+    for package in ("torch", "open_clip", "deepspeed", "numpy"):
+        (tmp_path / "poison" / package).mkdir(parents=True)
+        (tmp_path / "poison" / package / "__init__.py").write_text(f"raise RuntimeError('{package} was imported')")
+
+    def call(*args, **env):
+        clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK") and not k.startswith("SLURM_")}
+        env = {**clean, "PYTHONPATH": os.pathsep.join([str(tmp_path / "poison"), str(Path(cli.__file__).parents[1])]), **env}
+        return subprocess.run([sys.executable, "-m", "mmtard", *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+
+    return call
+
+
+WRONG = [  # arguments after `train`, what the line on stderr says
+    ("train.lrr=1", "did you mean 'train.lr'?"),
+    ("train.steps=ten", "train.steps: 'ten'"),
+    ("attack.eps=2/0", "'2/0' is not a fraction; write it as 2/255 or 0.0078"),
+    ("method.name=mmtrd", "known: clean, tecoa, ard, mmtard"),
+    ("attack.objective=kl", "unknown objective 'kl'"),
+    ("teachers.third.weights=a", "remove it"),
+    ("teachers={}", "needs this teacher; add it"),
+    ("train.batch_size=6", "4 lanes do not divide train.batch_size 6"),
+    ("train.micro_batch_size=3", "3 does not divide a rank's 8 samples"),
+    ("data.shards=gone.tar", "missing shard 'gone.tar'"),
+    ("train.lr=[", "not valid YAML"),
+]
+
+
+@pytest.mark.parametrize("override, words", WRONG, ids=[o for o, _ in WRONG])
+def test_a_wrong_setting_ends_train_with_one_line_before_torch(mmtard, override, words):
+    done = mmtard("train", "run.yaml", override)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("mmtard: ") and done.stderr.count("\n") == 1 and words in done.stderr, done.stderr
+
+
+def test_a_world_that_lanes_do_not_divide_ends_train_on_every_rank(mmtard):
+    done = mmtard("train", "run.yaml", WORLD_SIZE="3", RANK="2")
+    assert done.returncode == 2
+    assert done.stderr == "mmtard (rank 2): data.lanes: 4 lanes cannot be shared by 3 ranks; make it a multiple of 3\n"
+
+
+@pytest.mark.parametrize("command", ["train", "config"])
+@pytest.mark.parametrize("name, text, words", [("gone.yaml", None, "cannot read configuration 'gone.yaml'"), ("bad.yaml", "train: [1", "bad.yaml is not valid YAML")])
+def test_a_file_that_cannot_be_used(mmtard, write, command, name, text, words):
+    if text:
+        write(text, name)
+    done = mmtard(command, name)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr
+
+
+def test_a_good_configuration_does_reach_torch(mmtard):
+    """The control of the tests above: their poison acts."""
+    assert "was imported" in mmtard("train", "run.yaml").stderr
+
+
+def test_config_prints_yaml_that_loads_as_the_same_configuration(mmtard, tmp_path):
+    done = mmtard("config", "run.yaml", "train.lr=1e-3", "attack.eps=3/255")
+    assert done.returncode == 0 and done.stderr == ""
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    assert config.load(tmp_path / "printed.yaml") == config.load(tmp_path / "run.yaml", ["train.lr=1e-3", "attack.eps=3/255"])
+    assert mmtard("config", "printed.yaml").stdout == done.stdout
+
+
+def test_help_of_the_program_lists_every_command(mmtard):
+    done = mmtard("--help")
+    assert done.returncode == 0 and {"shards", "index", "train", "config", "evaluate", "export"} <= set(COMMANDS)
+    assert all(f"\n    {name} " in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_shows_what_it_does_and_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and f"usage: mmtard {command}" in text
+    examples = [line.partition("mmtard ")[2] for line in text.partition("example: ")[2].splitlines()]
+    assert examples and examples[0].startswith(f"{command} ")
+    for example in examples:
+        assert callable(cli.parser().parse_args(example.replace("'", "").split()).run)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"mmtard {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "required: COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train"], "required: CONFIG"),
+        (["evaluate", "m"], "required: --data"),
+        (["evaluate", "m", "--data", "s", "--eps", "2/0"], "--eps: '2/0' is not a fraction; write it as 2/255 or 0.0078"),
+        (["evaluate", "m", "--data", "s", "--eps=-1/255"], "--eps: '-1/255' is negative"),
+        (["evaluate", "m", "--data", "s", "--steps", "0"], "--steps: '0' is not a whole number of at least 1"),
+        (["evaluate", "m", "--data", "s", "--norm", "l1"], "invalid choice: 'l1'"),
+        (["shards", "a", "b", "--quality", "101"], "'101' is not a JPEG quality; give 1 to 100"),
+        (["export", "run"], "required: OUT"),
+    ],
+)
+def test_a_command_line_that_does_not_parse(capsys, argv, words):
+    with pytest.raises(SystemExit) as end:
+        cli.main(argv)
+    assert end.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("error, status", [(UserError("no such thing"), 2), (RunError("no such thing"), 1)])
+def test_the_exit_status_tells_whose_turn_it_is(monkeypatch, capsys, error, status):
+    def fail(args):
+        raise error
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(cli, "_config", fail)
+    assert cli.main(["config", "run.yaml"]) == status
+    assert capsys.readouterr().err == "mmtard: no such thing\n"
+
+
+def test_evaluate_names_a_missing_shard_before_torch(mmtard):
+    done = mmtard("evaluate", "openai", "--arch", "ViT-B-32", "--data", "gone.tar")
+    assert (done.returncode, done.stderr) == (2, "mmtard: data.shards: missing shard 'gone.tar'; correct the pattern or restore the file\n")
+
+
+def test_the_deepspeed_launchers_local_rank_is_accepted_where_it_puts_it(mmtard):
+    """launcher/launch.py starts `python -m MODULE --local_rank=N ARGUMENTS`: before the command."""
+    done = mmtard("--local_rank=0", "config", "run.yaml")
+    assert done.returncode == 0 and yaml.safe_load(done.stdout)["train"]["steps"] == 10, done.stderr

@@ -1,0 +1,192 @@
+from fractions import Fraction
+
+import pytest
+import yaml
+
+from mmtard import config
+from mmtard.errors import UserError
+
+WRONG = [  # override(s), words of the one line that answers them
+    ("train.lrr=1", "unknown key 'train.lrr'; did you mean 'train.lr'?"),
+    ("method.wieghting=official", "unknown key 'method.wieghting'; did you mean 'method.weighting'?"),
+    ("data.cache.maxgb=3", "did you mean 'data.cache.max_gb'?"),
+    ("teachers.clean.plcement=x", "did you mean 'teachers.clean.placement'?"),
+    ("zzz=1", "unknown key 'zzz'; known keys: run_dir, seed"),
+    ("train.steps=ten", "train.steps: 'ten'|integer"),
+    ("train.steps=true", "train.steps: 'True' is not a number"),
+    ("train.steps=null", "train.steps: None|integer"),
+    ("train.lr=0", "train.lr: 0|greater than 0"),
+    ("train.lr=.inf", "train.lr: inf|finite"),
+    ("method.slope=.nan", "method.slope: nan|finite"),
+    ("train.betas=[0.9]", "train.betas.1: this setting is required"),
+    ("student=openai", "student: 'openai'|dictionary"),
+    ("data.shards=5", "data.shards: 5|string|list"),
+    ("engine.zero_stage=4", "engine.zero_stage: 4|0, 1, 2 or 3"),
+    ("attack.eps=2/0", "attack.eps: '2/0' is not a fraction; write it as 2/255 or 0.0078"),
+    ("attack.eps=8px", "attack.eps: '8px' is not a fraction"),
+    ("attack.eps=-1/255", "attack.eps: -1/255|greater than or equal to 0"),
+    ("method.name=mmtrd", "unknown method 'mmtrd'; known: clean, tecoa, ard, mmtard"),
+    ("method={}", "method.name: unknown method 'None'; known: clean, tecoa, ard, mmtard"),
+    ("attack.objective=kl_clen", "attack.objective: unknown objective 'kl_clen'; known: ce, kl_clean, kl_robust, kl_self"),
+    ("teachers.third.weights=a", "teachers.third: no part of method 'mmtard' uses this teacher; remove it (used: clean, robust)"),
+    ("method.name=tecoa", "teachers.clean: no part of method 'tecoa' uses this teacher; remove it (used: none)"),
+    ("teachers={clean: {weights: a}}", "teachers.robust: method 'mmtard'|needs this teacher; add it"),
+    ("teachers={}", "teachers.clean: method 'mmtard'|needs this teacher; add it"),
+    ("method={name: clean} & teachers={clean: {weights: a}}", "teachers.clean: no part of method 'clean'"),
+    ("method={name: tecoa} & teachers={} & attack.objective=kl_robust", "teachers.robust: method 'tecoa' with attack objective 'kl_robust' needs"),
+    ("train.batch_size=6", "data.lanes: 4 lanes do not divide train.batch_size 6; make it a divisor"),
+    ("train.warmup_steps=11", "train.warmup_steps: 11 is more than train.steps 10; lower it"),
+    ("train.lr", "override 'train.lr' is not of the form key.sub=value"),
+    ("=3", "override '=3' is not of the form"),
+    ("train.lr=[", "override 'train.lr=[': the value is not valid YAML; quote it"),
+    ("run_dir.x=1", "override 'run_dir.x=1': 'run_dir' holds a value, not settings"),
+]
+
+
+@pytest.mark.parametrize("overrides, words", WRONG, ids=[o for o, _ in WRONG])
+def test_a_wrong_setting_is_answered_in_one_line_with_the_remedy(tree, write, overrides, words):
+    with pytest.raises(UserError) as error:
+        config.load(write(tree), overrides.split(" & "))
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words.split("|")), message
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("train: [1, 2", "run.yaml is not valid YAML|line 1"),
+        ("- a\n- b\n", "expected `key: value` lines, found list"),
+        ("", "run_dir: this setting is required; student: this setting is required"),
+        ("!!python/object/apply:os.getcwd []", "not valid YAML|python/object"),
+        ("base: gone.yaml\n", "cannot read configuration|gone.yaml|No such file"),
+        ("base: run.yaml\n", "run.yaml: its `base:` leads back to itself"),
+    ],
+)
+def test_a_file_that_cannot_be_used(write, content, words):
+    with pytest.raises(UserError) as error:
+        config.load(write(content))
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words.split("|")), error.value
+
+
+def test_a_missing_file_is_answered_with_its_neighbour(tree, write):
+    path = write(tree, "vitb32_mmtard.yaml")
+    with pytest.raises(UserError, match=r"cannot read configuration.*vitb32_mmtrd.yaml.*did you mean '.*vitb32_mmtard.yaml'"):
+        config.load(path.with_name("vitb32_mmtrd.yaml"))
+
+
+def test_a_loop_of_two_bases_is_refused(write):
+    write("base: b.yaml\n", "a.yaml")
+    path = write("base: a.yaml\n", "b.yaml")
+    with pytest.raises(UserError, match="leads back to itself"):
+        config.load(path)
+
+
+def test_base_is_merged_under_the_file_and_overrides_go_over_both(tree, write, tmp_path):
+    tree["method"]["robust_weight"] = 30
+    tree["train"]["lr"] = 1e-3
+    (tmp_path / "deep").mkdir()
+    write(tree, "deep/root.yaml")
+    write({"base": "root.yaml", "train": {"steps": 20}}, "deep/middle.yaml")
+    path = write({"base": "deep/middle.yaml", "method": {"clean_weight": 2}, "attack": {"eps": "4/255"}})
+    c = config.load(path, ["train.lr=5e-6", "attack.eps=1/255"])
+    assert (c.train.steps, c.train.lr, c.train.batch_size) == (20, 5e-6, 8)
+    assert (c.method.robust_weight, c.method.clean_weight, c.attack.eps) == (30, 2, Fraction(1, 255))
+
+
+def test_another_method_replaces_the_bases_method_whole(tree, write):
+    tree["method"]["robust_weight"] = 30
+    tree["teachers"] = {"robust": tree["teachers"]["robust"]}
+    write(tree, "base.yaml")
+    c = config.load(write({"base": "base.yaml", "method": {"name": "ard", "alpha": 0.5}}))
+    assert (c.method.name, c.method.alpha) == ("ard", 0.5)
+
+
+@pytest.mark.parametrize("overrides", [[], ["attack.eps=3/255", "data.crop_scale=[0.5, 1]", "data.shards=[a.tar, 'pipe:cat b.tar']", "train.lr=1e-5"]])
+def test_what_dump_writes_loads_as_the_same_configuration(tree, write, overrides):
+    c = config.load(write(tree), overrides)
+    assert config.load(write(config.dump(c), "dumped.yaml")) == c
+
+
+def test_dump_writes_every_setting_with_its_default_and_ratios_as_fractions(tree, write):
+    dumped = yaml.safe_load(config.dump(config.load(write(tree))))
+    assert dumped["attack"]["eps"] == "2/255" and dumped["data"]["max_replaced"] == "1/100"
+    assert dumped["train"]["grad_clip"] is None and dumped["train"]["lr"] == 2e-5 and dumped["engine"]["zero_stage"] == 2
+
+
+def test_differences_name_dotted_keys_and_leave_out_what_does_not_change_the_result(tree, write):
+    path = write(tree)
+    old = config.load(path)
+    new = config.load(path, ["train.lr=1e-3", "attack.eps=4/255", "method.slope=5", "run_dir=b", "log.every=1", "resume.allow=[train]"])
+    assert config.differences(old, new) == {"attack.eps": ("2/255", "4/255"), "method.slope": (4.0, 5.0), "train.lr": (2e-5, 1e-3)}
+    assert config.differences(old, config.load(path, ["log.tensorboard=false"])) == {}
+    gone = config.load(path, ["method={name: clean}", "teachers={}"])
+    assert config.differences(old, gone)["teachers.clean.weights"] == ("openai", None)
+
+
+@pytest.mark.parametrize("world, micro, expected", [(1, None, 1), (2, None, 1), (4, 1, 2), (1, 2, 4), (2, 100, 1)])
+def test_micro_batches_a_rank_accumulates(tree, write, world, micro, expected):
+    c = config.load(write(tree), [f"train.micro_batch_size={'null' if micro is None else micro}"])
+    assert config.check_world(c, world) == expected  # 8 samples / world / micro
+
+
+@pytest.mark.parametrize(
+    "world, micro, words",
+    [
+        (3, "null", "data.lanes: 4 lanes cannot be shared by 3 ranks; make it a multiple of 3"),
+        (8, "null", "4 lanes cannot be shared by 8 ranks"),
+        (2, "3", "train.micro_batch_size: 3 does not divide a rank's 4 samples (batch_size 8 over 2 ranks); choose a divisor of 4"),
+    ],
+)
+def test_a_world_that_does_not_fit(tree, write, world, micro, words):
+    with pytest.raises(UserError) as error:
+        config.check_world(config.load(write(tree), [f"train.micro_batch_size={micro}"]), world)
+    assert words in str(error.value)
+
+
+def touch(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+    return [str(folder / name) for name in names]
+
+
+def test_shards_of_folders_patterns_and_openers(tmp_path):
+    numbered = touch(tmp_path / "n", "2.tar", "10.tar", "1.tar")
+    named = touch(tmp_path / "set" / "train", "b-0001.tar", "b-0000.tar", "x.txt")
+    n, set_ = str(tmp_path / "n"), str(tmp_path / "set")
+    assert config.expand_shards(n) == [numbered[2], numbered[0], numbered[1]]  # 1, 2, 10
+    assert config.expand_shards(set_) == [named[1], named[0]]  # of train/, no other file
+    assert config.expand_shards([n + "/{1,10}.tar", set_]) == [numbered[2], numbered[1], named[1], named[0]]
+    assert config.expand_shards("s3://bucket/{08..10}.tar") == ["s3://bucket/08.tar", "s3://bucket/09.tar", "s3://bucket/10.tar"]
+    assert config.expand_shards("pipe:cat {a,b}.tar") == ["pipe:cat a.tar", "pipe:cat b.tar"]
+
+
+@pytest.mark.parametrize(
+    "shards, words",
+    [
+        ("empty", "no .tar in 'empty'; write shards with `mmtard shards"),
+        ("n/{0..2}.tar", "missing shard 'n/2.tar'; correct the pattern or restore the file"),
+        ("gone", "missing shard 'gone'"),
+        ("n/{0..1.tar", "is not a brace pattern|write it like train-{0000..0099}.tar"),
+        ([], "names no shard"),
+    ],
+)
+def test_shards_that_are_not_there(tmp_path, monkeypatch, shards, words):
+    touch(tmp_path / "n", "0.tar", "1.tar")
+    touch(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        config.expand_shards(shards)
+    assert str(error.value).startswith("data.shards: ") and all(word in str(error.value) for word in words.split("|"))
+
+
+@pytest.mark.parametrize(
+    "env, world",
+    [({}, 1), ({"WORLD_SIZE": "8"}, 8), ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, 4), ({"SLURM_NTASKS": "4"}, 1)],
+)
+def test_world_size_of_a_launcher(monkeypatch, env, world):
+    for name in ("WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert config.world_size_from_env() == world

@@ -1,0 +1,84 @@
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from mmtard import towers
+from mmtard.checkpoint import Checkpoints
+from mmtard.config import Model
+from mmtard.errors import UserError
+from mmtard.export import export
+
+
+@pytest.fixture
+def run(vit, tmp_path):
+    """A run folder: start (seed 1, its own normalisation) and checkpoints of steps 1 and 2 with towers of seeds 2 and 3."""
+    folder = tmp_path / "run"
+    start = towers.load(Model(arch=vit, weights="random", quick_gelu=True), seed=1)
+    start.config["preprocess_cfg"].update(mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
+    start.save(folder / towers.START_FOLDER)
+    saver = Checkpoints(folder, keep_last=5)
+    for step in (1, 2):
+        tower = towers.load(Model(arch=vit, weights="random"), seed=step + 1).tower()
+        saver.save(step, dict(tower.state_dict()), {}, {"step": step})
+        saver.wait()
+    return folder
+
+
+def trained(vit, run, seed):
+    """The image tower the export must hold, put together here: seed's weights in the start's architecture."""
+    clip = towers.load(Model(weights=str(run / towers.START_FOLDER)))
+    clip.model.visual.load_state_dict(towers.load(Model(arch=vit, weights="random"), seed=seed).model.visual.state_dict())
+    return clip
+
+
+@pytest.mark.parametrize("source, seed", [("", 3), ("checkpoints/step-1", 2)])
+def test_open_clip_loads_the_folder_with_the_trained_embeddings(vit, run, tmp_path, source, seed):
+    written = export(run / source, tmp_path / "out")
+    assert {p.name for p in written} == {"open_clip_config.json", "open_clip_model.safetensors", "image_tower.pt"}
+    clip = trained(vit, run, seed)
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    x = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    text = open_clip.get_tokenizer(clip.name)(["a cat"])
+    with torch.no_grad():
+        image = model.eval().encode_image(preprocess(Image.fromarray(pixels))[None])
+        torch.testing.assert_close(image, clip.tower().eval()(x), rtol=1e-5, atol=1e-6)
+        assert torch.equal(model.encode_text(text), clip.model.eval().encode_text(text))
+    assert {type(m).__name__ for m in model.modules() if "GELU" in type(m).__name__} == {"QuickGELU"}
+
+
+def test_the_image_tower_file_is_a_plain_state_dict(vit, run, tmp_path):
+    export(run, tmp_path / "out")
+    state = torch.load(tmp_path / "out" / "image_tower.pt", weights_only=True)
+    expected = trained(vit, run, 3).model.visual
+    fresh = open_clip.create_model("tests-vit").visual
+    fresh.load_state_dict(state, strict=True)
+    assert all(torch.equal(v, expected.state_dict()[k]) for k, v in fresh.state_dict().items())
+
+
+def test_an_earlier_export_is_replaced_whole(vit, run, tmp_path):
+    export(run / "checkpoints/step-1", tmp_path / "out")
+    (tmp_path / "out" / "of_an_older_version.bin").touch()
+    written = export(run, tmp_path / "out")
+    assert len(written) == 3
+    state = torch.load(tmp_path / "out" / "image_tower.pt", weights_only=True)
+    assert torch.equal(state["proj"], trained(vit, run, 3).model.visual.proj)
+
+
+def test_what_was_not_exported_is_never_overwritten(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    for out in (tmp_path / "mine", tmp_path / "mine" / "thesis.tex", run):
+        with pytest.raises(UserError, match="exists and is no exported folder; choose another OUT"):
+            export(run, out)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"] and (run / "checkpoints").is_dir()
+
+
+def test_a_folder_without_a_usable_checkpoint_is_refused(run, tmp_path):
+    for step in (1, 2):
+        (run / "checkpoints" / f"step-{step}" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"with usable weights \(step-2: no manifest.json; step-1: no manifest.json\)"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+import torch
+
+from mmtard import losses
+
+RNG = np.random.Generator(np.random.PCG64(0))
+T_LOGITS, S_LOGITS = 4 * RNG.standard_normal((2, 6, 5))
+LABELS = np.array([0, 4, 2, 2, 1, 3])
+
+
+def softmax(logits):
+    e = np.exp(logits - logits.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def close(actual, expected):
+    """Float64 in, so nothing but rounding may differ."""
+    assert actual.dtype == torch.float64
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 30.0])
+def test_kl_is_the_sum_of_p_log_p_over_q_without_a_temperature_factor(temperature):
+    p, q = softmax(T_LOGITS / temperature), softmax(S_LOGITS / temperature)
+    close(losses.kl(torch.tensor(T_LOGITS), torch.tensor(S_LOGITS), temperature), (p * np.log(p / q)).sum(1))
+
+
+def test_kl_of_two_coins_by_hand():
+    teacher, student = torch.tensor([[0.75, 0.25]]).double().log(), torch.tensor([[0.5, 0.5]]).double().log()
+    close(losses.kl(teacher, student), [0.75 * np.log(1.5) + 0.25 * np.log(0.5)])
+    close(losses.kl(student, teacher), [0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(2)])
+    close(losses.kl(teacher + 7, teacher), [0])
+
+
+def test_kl_stays_finite_at_clip_logits_that_underflow_float32():
+    teacher = torch.tensor([[100.0, -100.0, 0.0]])
+    student = torch.tensor([[-100.0, 100.0, 0.0]], requires_grad=True)
+    value = losses.kl(teacher, student)
+    value.sum().backward()
+    assert value.item() == pytest.approx(200, rel=1e-6)  # p_T is one-hot: log p_T - log p_S = 0 + 200
+    assert torch.allclose(student.grad, torch.tensor([[-1.0, 1.0, 0.0]]), atol=1e-6)
+
+
+def test_cross_entropy_is_minus_the_log_probability_of_the_label():
+    expected = -np.log(softmax(S_LOGITS)[np.arange(6), LABELS])
+    close(losses.cross_entropy(torch.tensor(S_LOGITS), torch.tensor(LABELS)), expected)
+
+
+def test_class_cosines_normalise_the_image_side_only():
+    z, t = RNG.standard_normal((4, 7)), RNG.standard_normal((3, 7))
+    t /= np.linalg.norm(t, axis=1, keepdims=True)
+    expected = np.array([[a @ b / np.sqrt(a @ a) for b in t] for a in z])
+    close(losses.class_cosines(torch.tensor(z), torch.tensor(t)), expected)
+    close(losses.class_cosines(torch.tensor(9 * z), torch.tensor(t)), expected)
+    close(losses.class_cosines(torch.tensor(z), torch.tensor(2 * t)), 2 * expected)
+
+
+def test_squared_distance_is_of_the_embeddings_as_they_are():
+    a, b = RNG.standard_normal((2, 4, 7))
+    close(losses.squared_distance(torch.tensor(a), torch.tensor(b)), [sum((x - y) ** 2 for x, y in zip(*pair)) for pair in zip(a, b)])
+
+
+def test_true_class_and_top1_look_at_each_samples_own_label():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, 4.0, 6.0], [0.0, -1.0, -2.0]])
+    labels = torch.tensor([1, 0, 0])
+    assert losses.true_class(logits, labels).tolist() == [3.0, 5.0, 0.0]
+    assert losses.top1(logits, labels).tolist() == [True, False, True]

@@ -1,0 +1,109 @@
+import json
+import math
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mmtard.metrics import Metrics, cut
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def row(step, **more):
+    return {"step": step, "loss": 1 / step, "images_per_s": 100.0, **more}
+
+
+@pytest.fixture
+def opened():
+    """Call as Metrics(...); closed at the end."""
+    made = []
+
+    def make(run, start=0, steps=4, log_every=2):
+        made.append(Metrics(run, start, steps, log_every, tensorboard=False))
+        return made[-1]
+
+    yield make
+    for metrics in made:
+        metrics.close()
+
+
+LINES = "".join(json.dumps({"step": n, "loss": n / 2}) + "\n" for n in (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "text, step, kept",
+    [
+        (LINES, 2, [1, 2]),
+        (LINES, 3, [1, 2, 3]),
+        (LINES, 0, []),
+        (LINES + '{"step": 4, "lo', 9, [1, 2, 3]),
+        (LINES + "\0\0\0\0", 9, [1, 2, 3]),  # what a power cut may leave
+        ("", 5, []),
+    ],
+)
+def test_cut_keeps_whole_lines_up_to_the_step(tmp_path, text, step, kept):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text)
+    cut(path, step)
+    assert [r["step"] for r in rows(path)] == kept and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_cut_leaves_a_file_that_is_not_there_alone(tmp_path):
+    cut(tmp_path / "metrics.jsonl", 3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_step_stands_once_after_an_interruption(tmp_path, opened):
+    first = opened(tmp_path)
+    for step in (1, 2, 3):
+        first.step(row(step, lr=0.1))
+    first.event(3, "replaced", samples=["a", "b"])
+    again = opened(tmp_path, start=2)  # the newest checkpoint is that of step 2
+    for step in (3, 4):
+        again.step(row(step, lr=0.2))
+    assert [(r["step"], r["lr"]) for r in rows(tmp_path / "metrics.jsonl")] == [(1, 0.1), (2, 0.1), (3, 0.2), (4, 0.2)]
+    assert rows(tmp_path / "events.jsonl") == []
+
+
+def test_a_finished_step_is_on_disk_at_once(tmp_path, opened):
+    metrics = opened(tmp_path)
+    metrics.step(row(1))
+    metrics.event(1, "replaced", samples=["x.tar/a"])
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0, "images_per_s": 100.0}]
+    assert rows(tmp_path / "events.jsonl") == [{"step": 1, "event": "replaced", "samples": ["x.tar/a"]}]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_null_in_valid_json(tmp_path, opened, value):
+    metrics = opened(tmp_path, steps=2)
+    for step in (1, 2):
+        metrics.step(row(step, grad_norm=value))
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert [r["grad_norm"] for r in rows(tmp_path / "metrics.jsonl")] == [None, None]
+
+
+def test_the_console_has_a_line_every_so_often_at_the_end_and_for_events(tmp_path, opened, capsys):
+    metrics = opened(tmp_path, steps=5, log_every=2)
+    for step in range(1, 6):
+        metrics.step(row(step, kl=0.25))
+    metrics.event(5, "replaced", samples=[f"s{i}" for i in range(9)])
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in out[:3]] == ["step 2/5", "step 4/5", "step 5/5"] and len(out) == 4
+    assert "loss 0.2  kl 0.25" in out[2] and "100 images/s" in out[2] and "left 0:00:00" in out[2]
+    assert out[3] == "step 5: replaced  samples s0, s1, s2, s3, ... (9)"
+
+
+def test_tensorboard_shows_a_step_that_was_done_again_once(tmp_path):
+    first = Metrics(tmp_path, start=0, steps=4, log_every=2, tensorboard=True)
+    for step in (1, 2, 3):
+        first.step(row(step, grad_norm=math.inf))
+    first.close()
+    again = Metrics(tmp_path, start=1, steps=4, log_every=2, tensorboard=True)
+    again.step(row(2))
+    again.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1.0), (2, 0.5)]
+    assert set(board.Tags()["scalars"]) == {"loss", "images_per_s"}

@@ -1,0 +1,132 @@
+import json
+import platform
+import socket
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mmtard import config, run_folder
+from mmtard.checkpoint import Checkpoints
+from mmtard.errors import UserError
+
+FINGERPRINT = "a1b2"
+
+
+@pytest.fixture
+def prepare(tree, write, ranks):
+    """Call with overrides (and another data fingerprint): the prepared folder of that run, in a group of one."""
+    path = write(tree)
+
+    def call(*overrides, fingerprint=FINGERPRINT):
+        return run_folder.prepare(config.load(path, list(overrides)), fingerprint, ranks)
+
+    return call
+
+
+@pytest.fixture
+def run(prepare, tmp_path):
+    """The folder of a run that was started and has checkpoints of steps 3 and 6."""
+    prepare()
+    saver = Checkpoints(tmp_path / "run", keep_last=5)
+    for step in (3, 6):
+        saver.save(step, {"w": torch.ones(2)}, {}, {"step": step, "data_fingerprint": FINGERPRINT})
+        saver.wait()
+    return tmp_path / "run"
+
+
+def history(run):
+    return [json.loads(line) for line in (run / "resume.jsonl").read_text().splitlines()]
+
+
+def test_a_new_run_starts_at_zero_and_writes_what_it_decided(prepare, tree, write, tmp_path):
+    found = prepare("train.lr=1e-3")
+    assert (found.path, found.checkpoint, found.state, found.step) == (tmp_path / "run", None, {}, 0)
+    stored = yaml.safe_load((found.path / "config.yaml").read_text())
+    assert stored["train"]["lr"] == 1e-3 and stored["attack"]["steps"] == 10  # defaults too
+    (start,) = history(found.path)
+    assert {k: start[k] for k in ("step", "checkpoint", "world_size", "passed_over", "changed")} == {
+        "step": 0, "checkpoint": None, "world_size": 1, "passed_over": [], "changed": {}
+    }  # fmt: skip
+    assert {p.name for p in found.path.iterdir()} == {"config.yaml", "environment.json", "resume.jsonl"}
+
+
+def test_environment_names_versions_commit_and_hosts(prepare):
+    about = json.loads((prepare().path / "environment.json").read_text())
+    assert about["python"] == platform.python_version()
+    assert about["versions"]["torch"] == version("torch") and about["versions"]["open_clip_torch"] == version("open_clip_torch")
+    assert None not in about["versions"].values() and "pytest" in about["command"]
+    (host,) = about["hosts"]
+    assert host.startswith(f"{socket.gethostname()} rank 0 cpu")
+    root = Path(run_folder.__file__).parents[1]
+    if (root / ".git").exists():
+        asked = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        assert about["git"]["commit"] == asked
+
+
+def test_an_unchanged_run_goes_on_from_its_newest_checkpoint(prepare, run):
+    found = prepare()
+    assert (found.checkpoint, found.step) == (run / "checkpoints" / "step-6", 6)
+    assert [(line["step"], line["checkpoint"]) for line in history(run)] == [(0, None), (6, "step-6")]
+
+
+def test_what_was_passed_over_is_recorded(prepare, run):
+    (run / "checkpoints" / "step-6" / "state.json").unlink()
+    assert prepare().step == 3
+    assert history(run)[-1]["passed_over"] == ["step-6: state.json is missing"] and history(run)[-1]["checkpoint"] == "step-3"
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_started_over(prepare, run):
+    for step in (3, 6):
+        (run / "checkpoints" / f"step-{step}" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"none is whole \(step-6: no manifest.json; step-3: no manifest.json\); remove '.*checkpoints' to start over"):
+        prepare()
+
+
+def test_a_changed_configuration_is_refused_with_every_key_and_nothing_is_written(prepare, run):
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    with pytest.raises(UserError) as error:
+        prepare("train.lr=1e-3", "attack.eps=4/255")
+    message = str(error.value)
+    assert "attack.eps: '2/255' -> '4/255'; train.lr: 2e-05 -> 0.001" in message
+    assert "restore them, list the keys in resume.allow, or choose another run_dir" in message
+    assert {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize("allow", ["train.lr", "train"])
+def test_resume_allow_takes_a_key_or_a_section(prepare, run, allow):
+    assert prepare("train.lr=1e-3", f"resume.allow=[{allow}]").step == 6
+    assert history(run)[-1]["changed"] == {"train.lr": [2e-5, 1e-3]}
+    assert config.load(run / "config.yaml").train.lr == 1e-3  # and is what the next start is compared with
+    assert prepare("train.lr=1e-3").step == 6
+
+
+@pytest.mark.parametrize("allow", ["train.l", "tra", "train.lr.x", "attack"])
+def test_resume_allow_takes_no_part_of_a_name(prepare, run, allow):
+    with pytest.raises(UserError, match="train.lr: 2e-05 -> 0.001"):
+        prepare("train.lr=1e-3", f"resume.allow=[{allow}]")
+
+
+def test_settings_that_do_not_change_the_result_may_change(prepare, run):
+    assert prepare("log.every=1", "log.tensorboard=false").step == 6
+
+
+def test_other_data_under_the_same_name_is_refused_unless_allowed(prepare, run):
+    with pytest.raises(UserError, match="data.fingerprint: 'a1b2' -> 'c3d4'"):
+        prepare(fingerprint="c3d4")
+    assert prepare("resume.allow=[data.fingerprint]", fingerprint="c3d4").step == 6
+
+
+def test_a_run_that_never_reached_a_checkpoint_may_change(prepare):
+    prepare()
+    found = prepare("train.lr=1e-3", fingerprint="c3d4")
+    assert found.step == 0 and config.load(found.path / "config.yaml").train.lr == 1e-3
+
+
+def test_a_run_dir_that_cannot_be_written(prepare, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="run_dir: cannot write to '.*file/run': .*; choose another folder"):
+        prepare(f"run_dir={tmp_path / 'file' / 'run'}")

@@ -1,0 +1,285 @@
+import json
+import pickle
+import re
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.zero_shot_classifier import build_zero_shot_classifier
+from PIL import Image
+from safetensors.torch import save_file
+
+from mmtard import checkpoint, towers
+from mmtard.config import Model
+from mmtard.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def base(vit):
+    """A random ViT from seed 3: the weights that every source below stores."""
+    return towers.load(Model(arch=vit, weights="random"), seed=3)
+
+
+def images(size, batch=2):
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def embeddings(clip):
+    with torch.no_grad():
+        image = clip.tower().eval()(images(clip.model.visual.image_size[0]))
+        text = clip.model.eval().encode_text(open_clip.get_tokenizer(clip.name)(["a cat", "two dogs"]))
+    return torch.cat([image, text])
+
+
+SOURCES = {  # how the whole model is written
+    "pt": lambda s, d: torch.save(s, d / "w.pt"),
+    "wrapped pt of a parallel training": lambda s, d: torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in s.items()}}, d / "w.pt"),
+    "safetensors": lambda s, d: save_file(s, d / "w.safetensors"),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_file_of_the_whole_model_gives_its_embeddings(base, vit, tmp_path, source):
+    SOURCES[source](dict(base.model.state_dict()), tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert torch.equal(embeddings(towers.load(Model(arch=vit, weights=str(path)), seed=9)), embeddings(base))
+
+
+@pytest.mark.parametrize("prefix", ["", "visual.", "module."])
+def test_an_image_tower_file_takes_its_text_from_another_source(base, vit, tmp_path, prefix):
+    torch.save({f"{prefix}{k}": v for k, v in base.model.visual.state_dict().items()}, tmp_path / "tower.pt")
+    whole = {k: v if not k.startswith("visual.") else v + 1 for k, v in base.model.state_dict().items()}
+    torch.save(whole, tmp_path / "whole.pt")
+    clip = towers.load(Model(arch=vit, weights=str(tmp_path / "tower.pt"), text=str(tmp_path / "whole.pt")))
+    assert torch.equal(embeddings(clip), embeddings(base))
+
+
+def test_an_exported_folder_gives_its_embeddings_here_and_in_open_clip(base, tmp_path):
+    base.save(tmp_path / "out")
+    assert torch.equal(embeddings(towers.load(Model(weights=str(tmp_path / "out")))), embeddings(base))
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    assert all(torch.equal(v, base.model.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("at", [".", "checkpoints/step-2", "checkpoints/latest"])
+def test_a_run_gives_the_weights_of_its_checkpoint_not_of_its_start(base, vit, tmp_path, at):
+    towers.load(Model(arch=vit, weights="random"), seed=4).save(tmp_path / towers.START_FOLDER)
+    tower = towers.load(Model(arch=vit, weights="random"), seed=5).tower()
+    saver = checkpoint.Checkpoints(tmp_path, keep_last=2)
+    for step, weights in ((1, base.tower().state_dict()), (2, tower.state_dict())):
+        saver.save(step, dict(weights), {}, {})
+        saver.wait()
+    loaded = towers.load(Model(weights=str(tmp_path / at)))
+    assert torch.equal(loaded.tower().eval()(images(16)), tower.eval()(images(16)))
+
+
+def test_random_weights_are_a_function_of_the_seed_and_leave_the_generator_alone(base, vit):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    again, another = (towers.load(Model(arch=vit, weights="random"), seed=s) for s in (3, 4))
+    assert torch.equal(embeddings(again), embeddings(base)) and not torch.equal(embeddings(another), embeddings(base))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------- what does not fit
+
+SPOILED = {
+    "missing": (lambda s: s.pop("visual.proj"), r"1 missing \(visual.proj\)"),
+    "unexpected": (lambda s: s.update({"visual.head": torch.ones(1)}), r"1 unexpected \(visual.head\)"),
+    "of another shape": (lambda s: s.update({"visual.proj": torch.ones(3, 4)}), r"1 of another shape \(visual.proj \(3, 4\) for \(32, 16\)\)"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_weights_that_do_not_fit_are_refused_with_the_key(base, vit, tmp_path, how):
+    state = dict(base.model.state_dict())
+    spoil, words = SPOILED[how]
+    spoil(state)
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=f"^student.weights.*{words}; check `arch`$"):
+        towers.load(Model(arch=vit, weights=str(tmp_path / "w.pt")))
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_an_exported_folder_that_does_not_fit_is_refused_with_the_key(base, tmp_path, how):
+    state = dict(base.model.state_dict())
+    SPOILED[how][0](state)
+    base.save(tmp_path / "out")
+    save_file(state, tmp_path / "out" / towers.WEIGHTS_FILE)
+    with pytest.raises(UserError, match="^student.weights: cannot load .*(visual.proj|visual.head)"):
+        towers.load(Model(weights=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_an_image_tower_or_checkpoint_that_does_not_fit_is_refused_with_the_key(base, vit, tmp_path, how):
+    state = dict(base.model.state_dict())
+    SPOILED[how][0](state)
+    tower = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
+    torch.save(tower, tmp_path / "tower.pt")
+    with pytest.raises(UserError, match=rf"^teachers.clean.weights.*1 {how} \((proj|head)"):
+        towers.load(Model(arch=vit, weights=str(tmp_path / "tower.pt"), text="random"), where="teachers.clean")
+    base.save(tmp_path / "start")
+    saver = checkpoint.Checkpoints(tmp_path, keep_last=1)
+    saver.save(1, {f"visual.{k}": v for k, v in tower.items()}, {}, {})
+    saver.wait()
+    with pytest.raises(UserError, match=rf"^checkpoint '.*step-1' does not fit.*1 {how} \(visual"):
+        towers.load(Model(weights=str(tmp_path)))
+
+
+class Harmful:
+    def __reduce__(self):
+        return (pytest.fail, ("unpickled",))
+
+
+@pytest.mark.parametrize(
+    "name, write, words",
+    [
+        ("w.pt", lambda p: torch.save({"a": Harmful()}, p), "cannot read '.*w.pt'"),
+        ("w.pkl", lambda p: p.write_bytes(pickle.dumps({"a": Harmful()}, protocol=2)), "cannot read '.*w.pkl'"),
+        ("w.safetensors", lambda p: p.write_bytes(b"no tensors here"), "cannot read '.*w.safetensors'"),
+        ("w.pt", lambda p: torch.save({"step": 3}, p), "holds no state_dict"),
+        ("w.pt", lambda p: torch.save(torch.ones(3), p), "holds no state_dict"),
+    ],
+)
+def test_a_file_that_is_no_state_dict_is_refused_without_running_it(vit, tmp_path, name, write, words):
+    write(tmp_path / name)
+    with pytest.raises(UserError, match=f"^student.weights: .*{words}") as error:
+        towers.load(Model(arch=vit, weights=str(tmp_path / name)))
+    assert "\n" not in str(error.value)
+
+
+def refused(words, where="student", **settings):
+    with pytest.raises(UserError, match=f"^{re.escape(where)}") as error:
+        towers.load(Model(**settings), where=where)
+    assert all(word in str(error.value) for word in words.split("|")) and "\n" not in str(error.value), error.value
+
+
+def test_sources_that_do_not_exist_or_contradict_themselves(base, vit, tmp_path):
+    base.save(tmp_path / "out")
+    torch.save(base.model.visual.state_dict(), tmp_path / "tower.pt")
+    torch.save(base.model.state_dict(), tmp_path / "whole.pt")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "no.json").write_text('{"embed_dim": 3}')
+    (tmp_path / "RN50.json").write_text(open(vit).read())
+    (tmp_path / "empty").mkdir()
+    refused("student.arch: open_clip has no architecture 'ViT-B-23'|near: |ViT-B-32", arch="ViT-B-23", weights="openai")
+    refused("teachers.clean.weights: 'opanai'|nor a tag of ViT-B-32|laion2b_s34b_b79k|openai", "teachers.clean", arch="ViT-B-32", weights="opanai")
+    refused("student.arch: weights 'openai' do not name their architecture; set it", weights="openai")
+    refused("brings its own architecture; leave arch out", arch=vit, weights=str(tmp_path / "out"))
+    refused("holds an image tower alone; name the source of its text tower", arch=vit, weights=str(tmp_path / "tower.pt"))
+    refused("already holds a text tower; leave text out", arch=vit, weights=str(tmp_path / "whole.pt"), text="random")
+    refused("cannot read model config", arch=str(tmp_path / "gone.json"), weights="random")
+    refused("cannot read model config", arch=str(tmp_path / "broken.json"), weights="random")
+    refused("it needs embed_dim, vision_cfg and text_cfg", arch=str(tmp_path / "no.json"), weights="random")
+    refused("open_clip already has an architecture 'RN50'; rename", arch=str(tmp_path / "RN50.json"), weights="random")
+    (tmp_path / "out" / towers.WEIGHTS_FILE).unlink()
+    refused("cannot load 'local-dir:", weights=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="is no run, checkpoint or exported folder"):
+        towers.load(Model(weights=str(tmp_path / "empty")))
+
+
+# ---------------------------------------------------------------- QuickGELU
+
+
+@pytest.fixture
+def created(monkeypatch):
+    """The arguments open_clip's model would be made with, instead of a download."""
+    calls = []
+    monkeypatch.setattr(towers, "_create", lambda name, quick_gelu, pretrained=None: calls.append((name, pretrained, quick_gelu)))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "arch, tag, gelu",  # as open_clip's own list of pretrained models says how each was trained
+    [("ViT-B-32", "openai", True), ("ViT-B-32-quickgelu", "openai", True), ("ViT-B/32", "openai", True), ("ViT-B-32", "laion2b_s34b_b79k", False),
+     ("RN50", "openai", True)],
+)  # fmt: skip
+def test_the_tag_decides_the_activation(created, arch, tag, gelu):
+    towers.load(Model(arch=arch, weights=tag))
+    assert created == [(arch.replace("/", "-"), tag, gelu)]
+
+
+def test_an_activation_the_weights_were_not_trained_with_is_refused(base, created, tmp_path):
+    refused("'openai' were trained with quick_gelu true, but quick_gelu asks for false", arch="ViT-B-32", weights="openai", quick_gelu=False)
+    refused("trained with quick_gelu false, but quick_gelu asks for true", arch="ViT-B-32", weights="laion2b_s34b_b79k", quick_gelu=True)
+    torch.save(base.model.state_dict(), tmp_path / "w.pt")
+    refused("student.quick_gelu: the file|does not say which activation", arch="ViT-B-32", weights=str(tmp_path / "w.pt"))
+    base.save(tmp_path / "out")
+    refused("student.quick_gelu: True, but|trained with quick_gelu False", weights=str(tmp_path / "out"), quick_gelu=True)
+    assert created == []
+
+
+def test_quick_gelu_is_used_and_travels_with_the_model(base, vit, tmp_path):
+    torch.save(base.model.state_dict(), tmp_path / "w.pt")
+    quick = towers.load(Model(arch=vit, weights=str(tmp_path / "w.pt"), quick_gelu=True))
+    kinds = {type(m).__name__ for m in quick.model.modules() if "GELU" in type(m).__name__}
+    assert kinds == {"QuickGELU"} and not torch.equal(embeddings(quick), embeddings(base))
+    quick.save(tmp_path / "out")
+    assert torch.equal(embeddings(towers.load(Model(weights=str(tmp_path / "out")))), embeddings(quick))
+
+
+# ---------------------------------------------------------------- the image tower
+
+
+@pytest.mark.parametrize("arch", ["vit", "resnet"])
+def test_pixels_in_the_tower_equal_open_clips_preprocessing_and_encode_image(arch, request, tmp_path):
+    source = towers.load(Model(arch=request.getfixturevalue(arch), weights="random"), seed=1)
+    source.config["preprocess_cfg"].update(mean=[0.1, 0.5, 0.3], std=[0.2, 0.4, 0.9])
+    source.save(tmp_path / "out")
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    tower = towers.load(Model(weights=str(tmp_path / "out"))).tower().eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (tower.image_size, tower.image_size, 3), dtype=np.uint8)
+    with torch.no_grad():
+        expected = model.eval().encode_image(preprocess(Image.fromarray(pixels))[None])
+        got = tower(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (8, 20)])
+def test_other_sizes_are_resized_inside_and_gradients_reach_their_pixels(base, size):
+    tower = base.tower().eval()
+    x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+    z = tower(x)
+    torch.testing.assert_close(z, tower(F.interpolate(x, (16, 16), mode="bicubic")))
+    (gradient,) = torch.autograd.grad(z.square().sum(), x)
+    assert gradient.shape == x.shape and gradient.isfinite().all() and (gradient != 0).any(dim=1).all()
+
+
+def test_batch_norm_never_learns_from_a_batch(resnet):
+    tower = towers.load(Model(arch=resnet, weights="random")).tower()
+    before = {k: v.clone() for k, v in tower.state_dict().items()}
+    assert sum("running_mean" in k for k in before) > 10
+    expected = tower.eval()(images(32))
+    for x in (images(32), images(32) * 0.1):
+        tower.train()(x).sum().backward()
+    assert tower.training and torch.equal(tower.train()(images(32)), expected)
+    assert all(torch.equal(v, before[k]) for k, v in tower.state_dict().items())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tower.parameters())
+
+
+def test_half_precision_is_only_inside(base, vit):
+    x = images(16)
+    exact = base.tower().eval()(x)
+    cast = towers.load(Model(arch=vit, weights="random"), seed=3).tower().eval().cast(torch.bfloat16)
+    tower = towers.load(Model(arch=vit, weights="random"), seed=3).tower().eval()
+    tower.autocast = torch.bfloat16
+    assert {p.dtype for p in cast.parameters()} == {torch.bfloat16} and {p.dtype for p in tower.parameters()} == {torch.float32}
+    for t in (cast, tower):
+        assert t.mean.dtype == t(x).dtype == torch.float32
+        assert 0 < (F.normalize(t(x), dim=-1) - F.normalize(exact, dim=-1)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("batch_size", [256, 2])
+def test_class_embeddings_equal_open_clips_zero_shot_classifier(base, batch_size):
+    names, prompts = ["cat", "fire truck", "great white shark"], ["a photo of a {}", "{}", "a bad drawing of the {} in the rain"]
+    expected = build_zero_shot_classifier(base.model.eval(), open_clip.get_tokenizer(base.name), names, prompts).T
+    got = base.class_embeddings(names, prompts, batch_size=batch_size)
+    assert got.dtype == torch.float32 and got.shape == (3, 16)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_logit_scale_is_its_exponential(base):
+    assert base.logit_scale == pytest.approx(1 / 0.07, rel=1e-6)  # CLIP's initial temperature
+    assert json.loads(json.dumps(base.config)) == base.config
