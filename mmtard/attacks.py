@@ -114,10 +114,10 @@ def apgd(loss_fn: LossFn, images: Tensor, *, norm: str, eps: float, steps: int, 
 
 def checkpoints(steps: int) -> list[int]:
     """Iterations at which apgd may halve its step: w_j = ceil(p_j * steps), p_0 = 0, p_1 = .22, p_{j+1} = p_j + max(p_j - p_{j-1} - .03, .06)."""
-    out, previous, p = [], 0.0, 0.22
-    while p <= 1:
-        out.append(-int(-p * steps // 1))
-        previous, p = p, p + max(p - previous - 0.03, 0.06)
+    out, previous, p = [], 0, 22  # in hundredths: exact
+    while p <= 100:
+        out.append(-(-p * steps // 100))
+        previous, p = p, p + max(p - previous - 3, 6)
     return out
 
 

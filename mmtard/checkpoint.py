@@ -110,7 +110,7 @@ def fault(checkpoint: Path) -> str | None:
                 return f"{checkpoint.name}: {name} does not match its checksum"
     except FileNotFoundError:
         return f"{checkpoint.name}: no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{checkpoint.name}: unreadable {MANIFEST} ({error})"
     return None
 

@@ -28,13 +28,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fail(message: str, status: int) -> int:
     rank = os.environ.get("RANK", "0")
-    print(f"{PROGRAM}{f' (rank {rank})' if rank != '0' else ''}: {message}", file=sys.stderr, flush=True)
+    print(f"{PROGRAM}{f' (rank {rank})' if rank != '0' else ''}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog=PROGRAM, description="Train and measure vision-language models that resist adversarial images.")
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    # The deepspeed launcher puts this before the arguments of every command it starts; the rank comes from the environment.
+    top.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run, help: str, example: str) -> argparse.ArgumentParser:
@@ -97,8 +99,6 @@ def parser() -> argparse.ArgumentParser:
 def _config_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file, e.g. train.lr=1e-5")
-    # The deepspeed launcher adds this to every command it starts; the rank comes from the environment.
-    p.add_argument("--local_rank", help=argparse.SUPPRESS)
 
 
 def _positive(text: str) -> int:
@@ -144,9 +144,12 @@ def _train(args) -> int:
     settings.expand_shards(config.data.shards)
     if config.engine.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU that is there
-    from .train import train
+    from .preempt import Interruption
 
-    return train(config)
+    with Interruption() as interruption:  # from here on: importing torch takes long enough to be interrupted
+        from .train import train
+
+        return train(config, interruption)
 
 
 def _evaluate(args) -> None:
@@ -164,7 +167,7 @@ def _evaluate(args) -> None:
     results = quick.evaluate(model, source, protocol, ranks)
     if ranks.first:
         quick.show(results)
-        name = f"{Path(args.data.rstrip('/')).stem}-{args.norm}-{str(args.eps).replace('/', '_')}.json"
+        name = f"{Path(args.data.rstrip('/')).stem}-{args.norm}-{settings.show_pixels(args.eps).replace('/', '_')}.json"
         out = args.out or (Path(args.model) / "evaluations" / name if (Path(args.model) / "checkpoints").is_dir() else None)
         if out:
             quick.save(results, out)

@@ -33,9 +33,15 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def show_pixels(value: Fraction) -> str:
+    """A radius or step as the field writes it: over 255 where that is exact (3/255, not 1/85)."""
+    return f"{value * 255}/255" if value.denominator != 1 and (value * 255).denominator == 1 else str(value)
+
+
+Pixels = Annotated[Fraction, BeforeValidator(parse_fraction), PlainSerializer(show_pixels, return_type=str)]
 Ratio = Annotated[Fraction, BeforeValidator(parse_fraction), PlainSerializer(str, return_type=str)]
 Int = Annotated[int, BeforeValidator(_no_bool)]
-Number = Annotated[float, BeforeValidator(_no_bool)]
+Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -120,8 +126,8 @@ class Attack(Section):
     algorithm: Literal["pgd", "apgd"] = "pgd"
     objective: str | None = Field(None, description="the loss to maximise; null: the method's own")
     norm: Literal["linf", "l2"] = "linf"
-    eps: Ratio = Field(Fraction(2, 255), ge=0)
-    step_size: Ratio = Field(Fraction(1, 255), gt=0, description="pgd's step; apgd sets its own")
+    eps: Pixels = Field(Fraction(2, 255), ge=0)
+    step_size: Pixels = Field(Fraction(1, 255), gt=0, description="pgd's step; apgd sets its own")
     steps: Int = Field(10, ge=1)
     momentum: Number = Field(0.0, ge=0, lt=1, description="pgd: momentum of the normalised gradient")
     random_start: bool = True
@@ -319,7 +325,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict:
     if path.resolve() in seen:
         raise UserError(f"{path}: its `base:` leads back to itself")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = _Loader(path.read_text(encoding="utf-8")).get_single_data() or {}
     except OSError as error:
         raise UserError(f"cannot read configuration '{path}': {error.strerror}{_siblings(path)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -330,6 +336,17 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict:
     if base is None:
         return tree
     return _merge(_read(path.parent / str(base), (*seen, path.resolve())), tree)
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which would keep the last of two equal keys without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _siblings(path: Path) -> str:
@@ -371,6 +388,7 @@ def _explain(error: dict) -> str:
     loc = [str(p) for p in error["loc"]]
     if loc and loc[0] == "method" and len(loc) > 1 and loc[1] in METHODS:
         del loc[1]  # pydantic names the union's member; the user wrote no such key
+    loc = [p for p in loc if p not in ("str", "list[str]")] if loc[:1] == ["data"] else loc
     key, kind = ".".join(loc), error["type"]
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(loc[-1], _known_keys(error["loc"][:-1]), n=1)
@@ -382,9 +400,10 @@ def _explain(error: dict) -> str:
         given = error["input"].get("name") if isinstance(error["input"], dict) else error["input"]
         return f"method.name: unknown method '{given}'; known: {', '.join(METHODS)}"
     message = error["msg"].removeprefix("Value error, ")
+    given = str(error["input"]) if isinstance(error["input"], Fraction) else repr(error["input"])
     if kind == "value_error" and (not key or message.startswith(key)):
         return message
-    return f"{key}: {message}" if kind == "value_error" else f"{key}: {error['input']!r}: {message[0].lower() + message[1:]}"
+    return f"{key}: {message}" if kind == "value_error" else f"{key}: {given}: {message[0].lower() + message[1:]}"
 
 
 def _known_keys(loc: tuple) -> list[str]:

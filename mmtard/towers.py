@@ -210,6 +210,9 @@ def _from_open_clip(name: str, where: str) -> Clip:
         kind, _, at = name.partition(":")
         described = Path(at) / CONFIG_FILE if kind == "local-dir" else Path(hf_hub_download(at, CONFIG_FILE))
         cfg = json.loads(described.read_text())["model_cfg"]
+        if kind == "local-dir" and (Path(at) / WEIGHTS_FILE).is_file():
+            # open_clip itself would stretch positional embeddings of another size to fit, without a word.
+            load_strictly(model, load_file(Path(at) / WEIGHTS_FILE), f"{where}.weights '{at}'")
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f"{where}.weights: cannot load '{name}': {' '.join(str(error).split())}") from None
     return Clip(model, name, {"model_cfg": cfg, "preprocess_cfg": _preprocess(model)})

@@ -18,13 +18,14 @@ from .preempt import REQUEUE, Interruption
 from .teachers import FrozenTeacher
 
 
-def train(config: Config) -> int:
+def train(config: Config, interruption: Interruption) -> int:
     """Train or go on training the run of `config`; 0 when it is complete, `preempt.REQUEUE` when it was asked to stop.
 
+    A set `interruption` is acted on after the step under way, so that every start makes progress.
     Collective over the ranks of this launch. Raises UserError for what the user can mend, RunError for what ended the run.
     """
     ranks = parallel.start(config.engine.device)
-    status = Run(config, ranks).train()
+    status = Run(config, ranks).train(interruption)
     parallel.stop()
     return status
 
@@ -48,14 +49,12 @@ class Run:
             log = config.log
             self.metrics = Metrics(self.folder.path, self.step, config.train.steps, log.every, log.tensorboard)
 
-    def train(self) -> int:
+    def train(self, interruption: Interruption) -> int:
         """Run to the last step or to an interruption; the exit status."""
         if self.step >= self.config.train.steps:
             return self._end(f"{self.folder.path}: complete, {self.step} steps done")
-        with Interruption() as interruption:
-            self._build()
-            done = self._loop(interruption)
-        if done:
+        self._build()
+        if self._loop(interruption):
             return self._end(f"{self.folder.path}: complete, {self.step} steps done")
         self._end(f"{self.folder.path}: stopped by {interruption.signal or 'a signal to another rank'} after step {self.step}; start it again to go on")
         return REQUEUE

@@ -127,7 +127,7 @@ OBJECTIVES = {"ce": None, "kl_clean": "clean", "kl_robust": "robust", "kl_self":
 @pytest.mark.parametrize("objective,model", OBJECTIVES.items())
 def test_the_adversarial_images_maximise_the_objective_in_evaluation_mode(objective, model):
     """Against a direct call of pgd with the loss in plain PyTorch."""
-    distillation, student, teachers = setting({"name": "mmtard"}, {"objective": objective, "momentum": 0.5})
+    distillation, student, teachers = setting({"name": "mmtard"}, {"objective": objective, "momentum": 0.9, "steps": 12, "eps": "32/255", "step_size": "16/255"})
     distillation(IMAGES, LABELS, SEEDS)
     adv = student.tower.calls[-1][0][:B]
     student.tower.eval()
@@ -139,7 +139,7 @@ def test_the_adversarial_images_maximise_the_objective_in_evaluation_mode(object
             return F.nll_loss(log_p, LABELS, reduction="none")
         return F.kl_div(log_p, target, reduction="none").sum(-1)
 
-    expected = pgd(loss, IMAGES, norm="linf", eps=EPS, step_size=2 / 255, steps=STEPS, momentum=0.5, seeds=SEEDS)
+    expected = pgd(loss, IMAGES, norm="linf", eps=32 / 255, step_size=16 / 255, steps=12, momentum=0.9, seeds=SEEDS)
     # The target's softmax rounds elsewhere; no gradient here is so near zero that its sign could change.
     assert torch.allclose(adv, expected, rtol=0, atol=1e-6)
     assert (loss(adv) > loss(IMAGES)).all()

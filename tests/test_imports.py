@@ -35,11 +35,11 @@ ROOMS = {
     "export": {"config", "errors", "towers"},
     # data
     "data": {"config", "errors"},
-    "quickstart": {"config", "data", "errors"},
     # engine, and the verbs
     "engine": {"config", "parallel", "towers"},
     "train": {"checkpoint", "config", "data", "distill", "engine", "errors", "heads", "metrics", "parallel", "preempt", "run_folder", "teachers", "towers"},
     "evaluate": {"attacks", "config", "data", "errors", "losses", "methods", "parallel", "towers"},
+    "quickstart": {"checkpoint", "config", "data", "errors", "evaluate", "parallel", "towers"},
     "cli": {"config", "data", "errors", "evaluate", "export", "parallel", "train"},
     "__main__": {"cli"},
 }

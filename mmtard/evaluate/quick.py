@@ -15,7 +15,7 @@ from rich.table import Table
 
 from .. import data, losses, towers
 from ..attacks import pgd
-from ..config import Data, Model
+from ..config import Data, Model, show_pixels
 from ..errors import RunError, UserError
 from ..methods import Head
 from ..parallel import Ranks
@@ -67,7 +67,7 @@ def evaluate(model: Model, source: Data, settings: Quick, ranks: Ranks, say=prin
         "data": source.shards,
         "data_fingerprint": dataset.fingerprint,
         "protocol": "quick",
-        "settings": {**asdict(settings), "eps": str(settings.eps), "step_size": settings.step_size},
+        "settings": {**asdict(settings), "eps": show_pixels(settings.eps), "step_size": settings.step_size},
         "prompts": data.templates(source),
         "logit_scale": head.logit_scale,
         "chance": 1 / len(names),

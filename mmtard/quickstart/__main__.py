@@ -16,7 +16,7 @@ from rich.table import Table
 
 from .. import parallel
 from ..checkpoint import WEIGHTS
-from ..config import Data, Model
+from ..config import Data, Model, show_pixels
 from ..errors import UserError
 from ..evaluate import quick
 from ..towers import WEIGHTS_FILE
@@ -45,7 +45,7 @@ def main() -> int:
             status = _train(CONFIGS / f"{name}.yaml")
             if status:
                 return status
-        _title(stages, stages, f"measuring, PGD-20 at eps {EPS}")
+        _title(stages, stages, f"measuring, PGD-20 at eps {show_pixels(EPS)}")
         _table(_measure())
     except UserError as error:
         print(f"quickstart: {error}", file=sys.stderr)
@@ -81,7 +81,7 @@ def _result(model: Path, split: str, out: Path, ranks) -> dict:
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     if out.is_file():
         stored = json.loads(out.read_text())
-        if stored.get("weights_sha256") == digest and stored["settings"]["eps"] == str(EPS):
+        if stored.get("weights_sha256") == digest and stored["settings"]["eps"] == show_pixels(EPS):
             return stored
     source = Data(shards=str(ROOT / "data" / split), templates=[PROMPT])
     results = quick.evaluate(Model(weights=str(model)), source, quick.Quick(EPS, batch_size=128), ranks, say=console.print)
@@ -91,7 +91,7 @@ def _result(model: Path, split: str, out: Path, ranks) -> dict:
 
 
 def _table(measured: dict[str, dict[str, dict]]) -> None:
-    table = Table(title=f"accuracy in % (95 % interval), eps {EPS}")
+    table = Table(title=f"accuracy in % (95 % interval), eps {show_pixels(EPS)}")
     table.add_column("model")
     for prefix in SPLITS:
         for attack in ("clean", "PGD-20"):
