@@ -68,7 +68,8 @@ def pgd(
     """Projected gradient ascent (Madry et al., ICLR 2018): `steps` forward and input-gradient passes, nothing more.
 
     seeds: int64 [B], each sample's random start; None starts at the images. momentum: the direction of a step is
-    ascent(m) with m <- momentum * m + ascent(g) (sign momentum 0.9 in the published MMT-ARD recipe). Returns the last iterate.
+    ascent(m) with m <- momentum * m + ascent(g). (The published MMT-ARD code keeps only the sign of its velocity, so that its 0.9
+    has no effect under L-inf: momentum 0 reproduces it.) Returns the last iterate.
     """
     adv = images if seeds is None else random_start(images, seeds, norm, eps)
     velocity = torch.zeros_like(images)

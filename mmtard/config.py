@@ -253,7 +253,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
 def validate(tree: dict) -> Config:
     """The configuration of a plain dict; UserError names each bad key."""
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate({k: v for k, v in tree.items() if v is not None})
     except ValidationError as error:
         raise UserError("; ".join(_explain(e) for e in error.errors())) from None
 
@@ -355,7 +355,7 @@ def _siblings(path: Path) -> str:
 
 
 def _merge(base: Any, over: Any) -> Any:
-    # Another method or teacher source replaces the base's block whole: its settings would not fit.
+    # Another method replaces the base's block whole, whose settings would not fit it; so does null, which empties a block.
     if isinstance(base, dict) and isinstance(over, dict) and base.get("name", over.get("name")) == over.get("name", base.get("name")):
         return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in over.items()}}
     return over

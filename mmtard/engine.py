@@ -97,9 +97,11 @@ class Engine:
         """
         module = self.ds.module
         module.eval()
-        with torch.autocast(self.ranks.device.type, enabled=False):
-            yield lambda images: module(images)
-        module.train()
+        try:
+            with torch.autocast(self.ranks.device.type, enabled=False):
+                yield lambda images: module(images)
+        finally:
+            module.train()
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a micro-batch's mean loss."""
