@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
 environment "[test]"
+export PATH="$PATH:/usr/sbin" # where Debian puts the daemons of Slurm
 if ! command -v slurmctld >/dev/null; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         echo "Installing Slurm for the tests that submit jobs..."

@@ -1,0 +1,76 @@
+"""The main job on real photographs. Needs the research images of ../shared/data; skipped where they are absent."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+
+from .launch import run_ranks
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the images of {DATA}")]
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_imagenette_at_224_with_the_main_jobs_models(job, tmp_path):
+    teacher = {"arch": "ViT-L-14", "weights": "random", "placement": "sharded"}
+    config, run = job(
+        "imagenette",
+        student={"arch": "ViT-B-32", "weights": "random"},
+        teachers={"clean": teacher, "robust": teacher},
+        method={"name": "mmtard", "weighting": "official"},
+        attack={"eps": "2/255", "step_size": "1/255", "steps": 2},
+        data={"shards": str(DATA / "imagenette224"), "index": str(tmp_path / "index.npz"), "lanes": 4, "workers": 1},
+        train={"steps": 3, "batch_size": 8, "lr": 2e-5},
+        checkpoint={"every": 3},
+    )
+    printed = run_ranks(["-m", "mmtard", "train", config], 2, tmp_path, "run", timeout=580)
+    assert "ViT" not in printed and "4735 samples of 10 classes, images 224 px" in printed
+    assert [row["skipped"] for row in rows(run)] == [0, 0, 0]
+    assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows(run))
+    # Two ViT-L/14 image towers of 304 M parameters, halved: half of 1.2 GB each in float32.
+    held = [line.split("a rank holds ")[1] for line in printed.splitlines() if line.startswith("teacher ")]
+    assert len(held) == 2 and all(500 < float(mib) < 650 for line in held for mib in line.removesuffix(" MiB").split(", "))
+
+
+def cifar10(folder: Path, source: Path, n: int) -> Path:
+    """The first n images of a blob file as WebDataset shards."""
+    blob = np.load(source)
+    folder.mkdir(parents=True)
+    with wds.ShardWriter(str(folder / "%d.tar"), maxcount=500, verbose=0) as out:
+        for i in range(n):
+            encoded = blob["blob"][blob["offset"][i] : blob["offset"][i + 1]].tobytes()
+            out.write({"__key__": f"{i:05d}", "webp": encoded, "cls": str(blob["label"][i]).encode()})
+    (folder / "classnames.txt").write_text("\n".join(blob["classes"].tolist()))
+    return folder
+
+
+def test_cifar10_adversarial_training_learns_and_makes_robust(job, tmp_path):
+    train = cifar10(tmp_path / "train", DATA / "cifar10_train0of2_webp.npz", 5000)
+    test = cifar10(tmp_path / "test", DATA / "cifar10_test_webp.npz", 500)
+    config, run = job(
+        "cifar10",
+        teachers={},
+        method={"name": "tecoa"},
+        attack={"eps": "4/255", "step_size": "2/255", "steps": 3},
+        data={"shards": str(train), "lanes": 8, "window": 512, "workers": 1, "flip": True},
+        train={"steps": 200, "batch_size": 64, "lr": 1e-3, "warmup_steps": 10},
+        checkpoint={"every": 100},
+    )
+    run_ranks(["-m", "mmtard", "train", config], 2, tmp_path, "train", timeout=580)
+    loss = [row["loss"] for row in rows(run)]
+    assert np.mean(loss[-20:]) < np.mean(loss[:20]) - 0.2
+    evaluate = ["-m", "mmtard", "evaluate", run, "--data", test, "--eps", "4/255", "--steps", "10", "--device", "cpu"]
+    by_world = []
+    for world in (1, 2):
+        run_ranks([*evaluate, "--out", tmp_path / f"{world}.json"], world, tmp_path, f"evaluate{world}")
+        by_world.append(json.loads((tmp_path / f"{world}.json").read_text()))
+    assert by_world[0]["samples"] == by_world[1]["samples"]
+    # Chance is 10 %, and 2.7 points are two standard errors of 500 samples.
+    assert by_world[0]["clean"]["accuracy"] > 0.2
+    assert by_world[0]["pgd"]["accuracy"] > 0.14
