@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import shutil
 import warnings
 import zlib
@@ -197,10 +198,13 @@ def _wanted_gelu(name: str, asked: bool | None, trained: bool | None, weights: s
 def _create(name: str, quick_gelu: bool, pretrained: str | None = None) -> Clip:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # decided by _wanted_gelu
+        logging.disable(logging.WARNING)  # open_clip's that weights are random: they were asked for, or come next
         try:
             model = open_clip.create_model(name, pretrained=pretrained, pretrained_text=False, quick_gelu=quick_gelu)
         except (RuntimeError, OSError) as error:
             raise UserError(f"cannot load weights '{pretrained}' of {name}: {' '.join(str(error).split())}") from None
+        finally:
+            logging.disable(logging.NOTSET)
     return Clip(model, name, {"model_cfg": {**open_clip.get_model_config(name), "quick_gelu": quick_gelu}, "preprocess_cfg": _preprocess(model)})
 
 
