@@ -122,6 +122,8 @@ def load(spec: Model, seed: int = 0, where: str = "student") -> Clip:
         return _no_arch(spec, where, _from_open_clip(f"local-dir:{source}", where))
     if source.is_dir():
         return _no_arch(spec, where, _from_run(source))
+    if "/" in spec.weights and not source.exists():
+        raise UserError(f"{where}.weights: '{spec.weights}' does not exist; correct the path, or make it first if it is a run's folder")
     if spec.arch is None:
         raise UserError(f"{where}.arch: weights '{spec.weights}' do not name their architecture; set it, e.g. arch: ViT-B-32")
     name = _architecture(spec.arch, where)

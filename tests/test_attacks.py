@@ -1,9 +1,11 @@
 import copy
+import copy
 import math
 from fractions import Fraction
 
 import pytest
 import torch
+from pyautoattack.autopgd_base import APGDAttack
 import torch.nn.functional as F
 
 from mmtard.attacks import apgd, checkpoints, pgd, project, random_start, sample_uniform
@@ -320,13 +322,14 @@ def test_apgd_is_at_least_as_strong_as_pgd_of_equal_steps(norm, net, images):
 
 
 @pytest.mark.parametrize("norm,theirs", [("linf", "Linf"), ("l2", "L2")])
-def test_apgd_fools_the_samples_that_torchattacks_fools(norm, theirs, net):
-    torchattacks = pytest.importorskip("torchattacks", reason="pip install torchattacks")
+def test_apgd_fools_the_samples_that_autoattacks_apgd_fools(norm, theirs, net):
     n = 128
-    x = torch.rand(n, 3, 6, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x = torch.rand(n, 3, 6, 6, generator=torch.Generator().manual_seed(2))
+    net = copy.deepcopy(net).float()
     y = net(x).argmax(1)
     eps = NORMS[norm] / 4
     adv = apgd(ce(net, y), x, norm=norm, eps=eps, steps=50, seeds=torch.arange(n))
-    ours, other = (net(a).argmax(1) != y for a in (adv, torchattacks.APGD(net, norm=theirs, eps=eps, steps=50)(x, y)))
+    library = APGDAttack(net, n_iter=50, norm=theirs, eps=eps, seed=0, loss="ce", device="cpu")
+    ours, other = (net(a).argmax(1) != y for a in (adv, library.perturb(x, y)))
     assert 0.2 * n < ours.sum() < 0.8 * n, "the sizes are badly chosen: nothing to compare"
-    assert (ours == other).float().mean() > 0.95  # other random starts: a few samples on the edge may differ
+    assert (ours == other).float().mean() > 0.98  # other random starts: a sample on the edge may differ

@@ -1,0 +1,44 @@
+"""How much arithmetic a training step asks for, and what share of the device's peak that is."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from .config import Attack
+from .methods import Pass
+from .towers import ImageTower
+
+# Dense bf16 peak of a device, in FLOP/s, by a part of its name (NVIDIA's data sheets).
+PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+
+def forward_flops(tower: ImageTower) -> int:
+    """FLOPs of one image's forward (a multiply-add is two), counted by torch without computing anything."""
+    visual = copy.deepcopy(tower.visual).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        visual(torch.empty(1, 3, tower.image_size, tower.image_size, device="meta", dtype=tower.dtype))
+    return counter.get_total_flops()
+
+
+def sample_flops(student: int, teachers: dict[str, int], passes: set[Pass], target: Pass | None, attack: Attack | None) -> int:
+    """FLOPs of training on one sample, from the forward FLOPs of each model.
+
+    A differentiated pass of the student costs three forwards, an attack step two (the input gradient costs as much as the
+    forward), a teacher's pass one. `target`: what the attack is measured against; attack None: none is made.
+    """
+    steps = 0 if attack is None else attack.steps + (attack.algorithm == "apgd")
+    learning = 3 * sum(p.model == "student" for p in passes) * student
+    targets = student if target and target.model == "student" else 0
+    asked = sum(teachers[p.model] for p in passes | ({target} - {None}) if p.model != "student")
+    return learning + targets + 2 * steps * student + asked
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK.items() if part in name), None)

@@ -1,0 +1,32 @@
+import pytest
+import torch
+from open_clip.transformer import VisionTransformer
+
+from mmtard.config import Attack
+from mmtard.flops import forward_flops, peak_flops, sample_flops
+from mmtard.methods import Pass
+from mmtard.towers import ImageTower
+
+
+def test_forward_flops_are_those_counted_by_hand():
+    width, layers, patches, mlp, out = 32, 2, 16, 64, 8
+    visual = VisionTransformer(image_size=32, patch_size=8, width=width, layers=layers, heads=2, mlp_ratio=mlp / width, output_dim=out)
+    tokens = patches + 1
+    embed = patches * 3 * 8 * 8 * width
+    block = tokens * width * 3 * width + 2 * tokens * tokens * width + tokens * width * width + 2 * tokens * width * mlp
+    by_hand = 2 * (embed + layers * block + width * out)  # a multiply-add is two
+    assert forward_flops(ImageTower(visual, (0.5,) * 3, (0.2,) * 3)) == pytest.approx(by_hand, rel=0.01)
+
+
+def test_a_training_sample_is_the_sum_of_its_passes():
+    attack = Attack(steps=10)
+    mmtard = {Pass("student", "adv"), Pass("student", "clean"), Pass("robust", "adv"), Pass("clean", "clean")}
+    teachers = {"clean": 100, "robust": 1000}
+    # two differentiated student passes, ten attack steps, one pass of each teacher (the attack's target is asked anyway)
+    assert sample_flops(1, teachers, mmtard, Pass("clean", "clean"), attack) == 6 + 20 + 1100
+    assert sample_flops(1, {}, {Pass("student", "clean")}, None, None) == 3
+    assert sample_flops(1, {}, {Pass("student", "adv")}, Pass("student", "clean"), Attack(steps=4, algorithm="apgd")) == 3 + 1 + 10
+
+
+def test_the_peak_of_an_unknown_device_is_not_guessed():
+    assert peak_flops(torch.device("cpu")) is None
