@@ -1,12 +1,11 @@
 import copy
-import copy
 import math
 from fractions import Fraction
 
 import pytest
 import torch
-from pyautoattack.autopgd_base import APGDAttack
 import torch.nn.functional as F
+from pyautoattack.autopgd_base import APGDAttack
 
 from mmtard.attacks import apgd, checkpoints, pgd, project, random_start, sample_uniform
 
