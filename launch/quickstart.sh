@@ -5,4 +5,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
 environment ""
+# Threads that wait by spinning slow each other down wherever something else runs on the same cores.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 exec .venv/bin/python -m mmtard.quickstart

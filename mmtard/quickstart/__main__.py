@@ -27,7 +27,7 @@ ROOT = Path("runs/quickstart")
 CONFIGS = Path("configs/quickstart")
 EPS = Fraction(6, 255)
 TRAINED = ("clean_teacher", "robust_teacher", "single_teacher", "mmtard")
-COMPARED = {"start": ROOT / "mmtard" / "start", "single teacher (ARD)": ROOT / "single_teacher", "MMT-ARD": ROOT / "mmtard"}
+COMPARED = {"start": ROOT / "mmtard" / "start", "one teacher (ARD)": ROOT / "single_teacher", "MMT-ARD": ROOT / "mmtard"}
 SPLITS = {"": "test", "zero-shot ": "zeroshot"}
 console = Console(highlight=False, soft_wrap=True)
 
@@ -103,7 +103,7 @@ def _table(measured: dict[str, dict[str, dict]]) -> None:
                 low, high = by_split[split][key]["interval95"]
                 cells.append(f"{100 * by_split[split][key]['accuracy']:.1f} ({100 * low:.0f}-{100 * high:.0f})")
         table.add_row(name, *cells)
-    Console().print(table)
+    Console(width=max(100, console.width)).print(table)
     chance = ", ".join(f"{split} {100 * measured['start'][split]['chance']:.1f}" for split in SPLITS.values())
     console.print(f"chance level: {chance}. The zero-shot classes are colour-shape combinations that no training image shows.")
 
