@@ -7,8 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-from . import __version__, config as settings
+from . import __version__, config as settings, history
 from .errors import RunError, UserError
+from .preempt import Interruption
 
 PROGRAM = "mmtard"
 
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error), 2)
     except RunError as error:
-        return _fail(str(error), 1)
+        return _fail(str(error), error.status)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
 
@@ -66,7 +67,16 @@ def parser() -> argparse.ArgumentParser:
     _config_arguments(p)
 
     p = command("config", _config, "Print the resolved configuration, or what is wrong with it.", "mmtard config configs/vitb32_mmtard.yaml train.lr=1e-5")
+    p.add_argument("--may-start", choices=("now", "again"), help="also fail when the `resume` settings do not let the run be started; "
+                   "again: nor when this job's own start ended before it was noted in the run's folder")
     _config_arguments(p)
+
+    p = command("preflight", _preflight, "Check, on the ranks of this launch, what a run needs: PASS or FAIL a line, status 1 on any FAIL.",
+                "mmtard preflight configs/vitb32_mmtard.yaml data.shards=shards/train")
+    _config_arguments(p)
+
+    p = command("runs", _runs, "A table of the runs below a folder: state, step, speed, checkpoints, restarts, robustness.", "mmtard runs runs")
+    p.add_argument("folder", type=Path, metavar="DIR")
 
     p = command("evaluate", _evaluate, "Clean and robust zero-shot accuracy of a model.",
                 "mmtard evaluate runs/b32 --data shards/val --eps 2/255\n"
@@ -135,24 +145,58 @@ def _fraction(text: str):
 
 
 def _config(args) -> None:
-    print(settings.dump(settings.load(args.config, args.overrides)), end="")
+    config = settings.load(args.config, args.overrides)
+    if args.may_start:
+        _may_start(config)
+    if args.may_start == "again" and not history.is_this_jobs(Path(config.run_dir)):
+        raise RunError(f"'{config.run_dir}': this start ended before the run's folder was prepared, the next would, too; its lines above say why")
+    print(settings.dump(config), end="")
 
 
-def _train(args) -> int:
+def _ready(args) -> settings.Config:
+    """The configuration of a launch, and that its ranks and shards fit it."""
     config = settings.load(args.config, args.overrides)
     settings.check_world(config, settings.world_size_from_env())
     settings.expand_shards(config.data.shards)
     if config.engine.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU that is there
-    from .preempt import Interruption
+    return config
 
+
+def _may_start(config: settings.Config) -> None:
+    refused = history.refusal(Path(config.run_dir), config.resume)
+    if refused:
+        raise RunError(f"'{config.run_dir}': {refused}")
+
+
+def _train(args) -> int:
+    config = _ready(args)
+    _may_start(config)
     with Interruption() as interruption:  # from here on: importing torch takes long enough to be interrupted
         from .train import train
 
         return train(config, interruption)
 
 
+def _preflight(args) -> int:
+    config = _ready(args)
+    from .preflight import preflight
+
+    return preflight(config)
+
+
+def _runs(args) -> None:
+    from .runs import show
+
+    show(args.folder)
+
+
 def _evaluate(args) -> None:
+    with Interruption() as interruption:
+        _measure(args, interruption)
+
+
+def _measure(args, interruption: Interruption) -> None:
     source = settings.Data(
         shards=args.data, index=args.index, classnames=args.classnames, **({"templates": args.templates} if args.templates else {})
     )
@@ -162,17 +206,16 @@ def _evaluate(args) -> None:
     from . import parallel
     from .evaluate import quick
 
-    ranks = parallel.start(args.device)
     protocol = quick.Quick(args.eps, args.steps, args.norm, args.n_samples, args.batch_size, args.seed, args.workers)
-    results = quick.evaluate(model, source, protocol, ranks)
-    if ranks.first:
-        quick.show(results)
-        name = f"{Path(args.data.rstrip('/')).stem}-{args.norm}-{settings.show_pixels(args.eps).replace('/', '_')}.json"
-        out = args.out or (Path(args.model) / "evaluations" / name if (Path(args.model) / "checkpoints").is_dir() else None)
-        if out:
-            quick.save(results, out)
-            print(f"written: {out}")
-    parallel.stop()
+    with parallel.group(args.device) as ranks:
+        results = quick.evaluate(model, source, protocol, ranks, interruption=interruption)
+        if ranks.first:
+            quick.show(results)
+            name = f"{Path(args.data.rstrip('/')).stem}-{args.norm}-{settings.show_pixels(args.eps).replace('/', '_')}.json"
+            out = args.out or (Path(args.model) / "evaluations" / name if (Path(args.model) / "checkpoints").is_dir() else None)
+            if out:
+                quick.save(results, out)
+                print(f"written: {out}")
 
 
 def _export(args) -> None:

@@ -187,7 +187,14 @@ class Checkpoint(Section):
 
 
 class Resume(Section):
+    """What a run survives. How each of its starts ended stands in resume.jsonl."""
+
     allow: list[str] = Field([], description="dotted keys that may differ from the run's stored configuration")
+    max_timeouts: Int | None = Field(None, ge=0, description="starts that may end because the job's time is up; null: no bound")
+    max_preemptions: Int | None = Field(None, ge=0, description="starts that may end by another signal to the job; null: no bound")
+    max_losses: Int | None = Field(5, ge=0, description="starts that may end because a rank was lost or hung; null: no bound")
+    max_starts_without_progress: Int = Field(3, ge=1, description="starts in a row from one and the same checkpoint")
+    watchdog_minutes: Number = Field(10.0, gt=0, lt=30, description="time of a part of a step (its data, update, checkpoint) after which it counts as hung")
 
 
 class Log(Section):

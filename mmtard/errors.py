@@ -11,4 +11,8 @@ def unknown(kind: str, name: str, known) -> UserError:
 
 
 class RunError(Exception):
-    """A run cannot go on for a reason that lies in what it met, not in what the user gave; exit status 1."""
+    """A run cannot go on for a reason that lies in what it met, not in what the user gave."""
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status  # the process's exit status

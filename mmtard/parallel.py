@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .errors import UserError
+from .errors import RunError, UserError
 
 
 @dataclass(frozen=True)
@@ -85,16 +87,45 @@ def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> R
     if not dist.is_initialized():
         if world > 1 and "MMTARD_INIT_FILE" not in env and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
             raise UserError(f"{world} ranks but no MASTER_ADDR and MASTER_PORT; export both (slurm/train_vitb32.sh shows how)")
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            init_method=_meeting_point(world),
-            rank=rank,
-            world_size=world,
-            timeout=timeout,
-            device_id=where if on_gpu else None,
-        )
+        meet = _meeting_point(world)
+        try:
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                init_method=meet,
+                rank=rank,
+                world_size=world,
+                timeout=timeout,
+                device_id=where if on_gpu else None,
+            )
+        except dist.DistError as error:
+            place = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}" if meet == "env://" else meet
+            raise RunError(f"rank {rank} of {world} did not meet the others at {place}: {' '.join(str(error).split())[:300]}") from None
     env.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local))  # deepspeed reads these
     return Ranks(rank, world, local, where, dist.new_group(backend="gloo", timeout=timeout))
+
+
+def peer_is_gone(error: BaseException | None) -> bool:
+    """Whether an error comes from another rank that ended, or did not answer in time, rather than from this one."""
+    # gloo has no exception of its own, and names the file of its transport.
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and ("gloo/" in str(error) or "closed by peer" in str(error)))
+
+
+def reduce(numbers: torch.Tensor) -> None:
+    """Sum a tensor over the ranks in place, on their devices."""
+    dist.all_reduce(numbers)
+
+
+@contextmanager
+def group(device: str = "auto") -> Iterator[Ranks]:
+    """`start` and `stop` around a block; a lost connection leaves as a RunError of one line."""
+    ranks = start(device)
+    try:
+        yield ranks
+    except RuntimeError as error:
+        if not peer_is_gone(error):
+            raise
+        raise RunError(f"lost the connection to another rank; its own lines say why, this rank saw: {' '.join(str(error).split())[:300]}") from None
+    stop()
 
 
 def stop() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 
+from .errors import RunError
+
 REQUEUE = 75  # exit status of a run that saved its state and wants to be started again (EX_TEMPFAIL)
 
 
@@ -30,6 +32,15 @@ class Interruption:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    @property
+    def name(self) -> str:
+        return self.signal or "a signal to another rank"
+
+    def stop(self, ranks) -> None:
+        """Raise RunError with status REQUEUE on every rank when any of them was interrupted. Collective."""
+        if ranks.any(bool(self)):
+            raise RunError(f"stopped by {self.name}; nothing was written, start it again", REQUEUE)
 
     def _note(self, number, frame) -> None:
         if self.signal and number == signal.SIGINT:

@@ -1,26 +1,31 @@
-"""The folder of a run: what it decided, where it goes on from, and the history of its starts."""
+"""The folder of a run: what it decided, where it goes on from, and that one start at a time works in it."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import platform
 import shlex
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO
 
 import torch
 
-from . import checkpoint, config as settings
+from . import checkpoint, config as settings, history, watchdog
 from .config import Config
-from .errors import UserError
+from .errors import RunError, UserError
 from .parallel import Ranks
 
-CONFIG, ENVIRONMENT, RESUME = "config.yaml", "environment.json", "resume.jsonl"
+CONFIG, ENVIRONMENT, LOCK = "config.yaml", "environment.json", ".lock"
+LOCK_WAIT_S = 60.0  # a start that was killed on another node may leave the file system a while to notice
 PACKAGES = ("mmtard", "torch", "torchvision", "deepspeed", "open_clip_torch", "webdataset", "submitit", "numpy", "pillow", "safetensors")
 
 
@@ -31,6 +36,7 @@ class RunFolder:
     path: Path
     checkpoint: Path | None
     state: dict
+    lock: list[IO] = field(default_factory=list, repr=False)  # of the first rank; given up with this object
 
     @property
     def step(self) -> int:
@@ -41,14 +47,18 @@ def prepare(config: Config, fingerprint: str, ranks: Ranks) -> RunFolder:
     """Find where the run goes on, refuse what changed, and write config.yaml, environment.json and a line of resume.jsonl.
 
     Collective. Raises UserError on every rank when the configuration or the data differ from the run's and `resume.allow`
-    does not list the keys, or when there are checkpoints but none is whole.
+    does not list the keys, when there are checkpoints but none is whole, or when another process works in the folder; RunError
+    when the bounds of `resume` do not let it start again.
     """
+    lock: list[IO] = []
     hosts = ranks.gather(f"{socket.gethostname()} rank {ranks.rank} {_device(ranks.device)}")
-    found = ranks.from_first(lambda: _prepare(config, fingerprint, ranks.world_size, hosts))
-    return RunFolder(*found)
+    found = ranks.from_first(lambda: _prepare(config, fingerprint, ranks.world_size, hosts, lock))
+    if isinstance(found, str):
+        raise RunError(f"'{config.run_dir}': {found}")
+    return RunFolder(*found, lock)
 
 
-def _prepare(config: Config, fingerprint: str, world_size: int, hosts: list[str]) -> tuple[Path, Path | None, dict]:
+def _prepare(config: Config, fingerprint: str, world_size: int, hosts: list[str], lock: list[IO]) -> tuple[Path, Path | None, dict] | str:
     run = Path(config.run_dir)
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -56,6 +66,7 @@ def _prepare(config: Config, fingerprint: str, world_size: int, hosts: list[str]
         (run / ".writable").unlink()
     except OSError as error:
         raise UserError(f"run_dir: cannot write to '{run}': {error.strerror}; choose another folder") from None
+    lock += _lock(run)
     newest, passed_over = checkpoint.newest_valid(run)
     if newest is None and passed_over:
         raise UserError(f"'{run}' has checkpoints but none is whole ({'; '.join(passed_over)}); remove '{run / 'checkpoints'}' to start over")
@@ -65,19 +76,43 @@ def _prepare(config: Config, fingerprint: str, world_size: int, hosts: list[str]
     if refused:
         told = "; ".join(f"{k}: {changed[k][0]!r} -> {changed[k][1]!r}" for k in refused)
         raise UserError(f"'{run}' was started with other settings ({told}); restore them, list the keys in resume.allow, or choose another run_dir")
+    refused = history.refusal(run, config.resume, state.get("step", 0))
+    if refused:
+        return refused
     _write(run / CONFIG, settings.dump(config))
     _write(run / ENVIRONMENT, json.dumps(_environment(hosts), indent=1) + "\n")
+    watchdog.forget(run)
     start = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": state.get("step", 0),
         "checkpoint": newest.name if newest else None,
         "world_size": world_size,
         "passed_over": passed_over,
         "changed": {k: list(v) for k, v in changed.items()},
     }
-    with (run / RESUME).open("a") as history:
-        history.write(json.dumps(start) + "\n")
+    history.started(run, start)
     return run, newest, state
+
+
+def _lock(run: Path) -> list[IO]:
+    """The run's lock, held as long as the file is open; nothing where the file system knows no locks."""
+    # A lock by fcntl belongs to the process alone: loader workers that outlive it for a moment do not hold it.
+    file = (run / LOCK).open("a+")
+    end = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return []
+        if time.monotonic() > end:
+            file.seek(0)
+            raise UserError(f"run_dir: '{run}' is in use by {file.read().strip() or 'another process'}; wait for it to end, end it, or choose another folder")
+        time.sleep(0.5)
+    file.truncate(0)
+    file.write(f"{socket.gethostname()} process {os.getpid()}")
+    file.flush()
+    return [file]
 
 
 def _changes(run: Path, config: Config, state: dict, fingerprint: str) -> dict[str, tuple]:

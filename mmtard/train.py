@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
-from . import checkpoint, data, heads, parallel, run_folder, towers
+from . import checkpoint, data, heads, history, parallel, run_folder, towers
 from .checkpoint import Checkpoints
 from .config import Config
 from .distill import Distillation
@@ -16,6 +17,7 @@ from .metrics import Metrics
 from .parallel import Ranks
 from .preempt import REQUEUE, Interruption
 from .teachers import FrozenTeacher
+from .watchdog import Watchdog
 
 
 def train(config: Config, interruption: Interruption) -> int:
@@ -25,7 +27,8 @@ def train(config: Config, interruption: Interruption) -> int:
     Collective over the ranks of this launch. Raises UserError for what the user can mend, RunError for what ended the run.
     """
     ranks = parallel.start(config.engine.device)
-    status = Run(config, ranks).train(interruption)
+    with Watchdog(config, ranks) as watchdog:
+        status = Run(config, ranks, watchdog).train(interruption)
     parallel.stop()
     return status
 
@@ -33,13 +36,14 @@ def train(config: Config, interruption: Interruption) -> int:
 class Run:
     """A run that is set up: data, models, engine and where it goes on from."""
 
-    def __init__(self, config: Config, ranks: Ranks):
-        self.config, self.ranks = config, ranks
+    def __init__(self, config: Config, ranks: Ranks, watchdog: Watchdog):
+        self.config, self.ranks, self.watchdog = config, ranks, watchdog
         torch.manual_seed(config.seed)
         ranks.from_first(lambda: data.open_dataset(config.data).fingerprint)  # builds the index once, before all read it
         self.dataset = data.open_dataset(config.data)
         self.folder = run_folder.prepare(config, self.dataset.fingerprint, ranks)
         self.step = self.folder.step
+        watchdog.at(self.step, "set-up")
         self.bad_in_a_row = self.folder.state.get("bad_in_a_row", 0)
         self.skipped, self.replaced = self.folder.state.get("skipped", 0), self.folder.state.get("replaced", 0)
         self.checkpoints = Checkpoints(self.folder.path, config.checkpoint.keep_last, config.checkpoint.keep_every)
@@ -51,13 +55,13 @@ class Run:
 
     def train(self, interruption: Interruption) -> int:
         """Run to the last step or to an interruption; the exit status."""
-        if self.step >= self.config.train.steps:
-            return self._end(f"{self.folder.path}: complete, {self.step} steps done")
-        self._build()
-        if self._loop(interruption):
-            return self._end(f"{self.folder.path}: complete, {self.step} steps done")
-        self._end(f"{self.folder.path}: stopped by {interruption.signal or 'a signal to another rank'} after step {self.step}; start it again to go on")
-        return REQUEUE
+        if self.step < self.config.train.steps:
+            self._build()
+            if not self._loop(interruption):
+                self._end(lambda: history.kind_of_stop(interruption.signal), f"stopped by {interruption.name} after step {self.step}")
+                return REQUEUE
+        self._end(lambda: history.COMPLETE, f"complete, {self.step} steps done")
+        return 0
 
     def _build(self) -> None:
         config, ranks, run = self.config, self.ranks, self.folder
@@ -125,10 +129,13 @@ class Run:
     def _loop(self, interruption: Interruption) -> bool:
         t = self.config.train
         began = time.monotonic()
+        self.watchdog.at(self.step + 1, "data")
         for batch in self._stream():
+            self.watchdog.at(self.step + 1, "update")
             lr = learning_rate(self.step, t.lr, t.warmup_steps, t.steps)
             sums, outcome, bad_samples = self._update(batch, lr)
             self.step += 1
+            self.watchdog.at(self.step, "agreement")
             numbers = [*sums.values(), batch_digest(batch.seeds), len(batch.replaced), len(bad_samples), bool(interruption)]
             *totals, digest, replaced, bad, stop = self.ranks.total(numbers)
             self._account(outcome, batch, replaced, bad, bad_samples)
@@ -142,9 +149,11 @@ class Run:
             if self.bad_in_a_row >= t.max_bad_steps:
                 raise RunError(f"step {self.step}: {self.bad_in_a_row} steps in a row were not finite; lower train.lr or look at events.jsonl for the samples")
             if self.step == t.steps or stop or self.step % self.config.checkpoint.every == 0:
+                self.watchdog.at(self.step, "checkpoint")
                 self._save()
             if stop and self.step < t.steps:
                 return False
+            self.watchdog.at(self.step + 1, "data")
         return True
 
     def _update(self, batch: data.Batch, lr: float) -> tuple[dict[str, float], Step, list[int]]:
@@ -197,12 +206,21 @@ class Run:
         }
         self.ranks.from_first(lambda: self.checkpoints.save(self.step, weights, moments, state))
 
-    def _end(self, message: str) -> int:
-        self.ranks.from_first(self.checkpoints.wait)
-        if self.ranks.first:
-            self.metrics.say(message)
-            self.metrics.close()
-        return 0
+    def _end(self, kind: Callable[[], str], reason: str) -> None:
+        """Note on the first rank how this start ended; RunError when the run must not be started again though it is not complete."""
+        self.watchdog.at(self.step, "checkpoint")
+        refused = self.ranks.from_first(lambda: self._note_end(kind(), reason))
+        if refused:
+            raise RunError(f"'{self.folder.path}': {refused}")
+
+    def _note_end(self, kind: str, reason: str) -> str | None:
+        self.checkpoints.wait()
+        run = self.folder.path
+        history.ended(run, kind, reason, self.step)
+        refused = history.refusal(run, self.config.resume)
+        self.metrics.say(f"{run}: {reason}" + ("" if refused or kind == history.COMPLETE else "; start it again to go on"))
+        self.metrics.close()
+        return refused
 
 
 def batch_digest(seeds: torch.Tensor) -> float:

@@ -30,50 +30,11 @@
 #SBATCH --open-mode=append
 
 set -euo pipefail
+. slurm/common.sh # found from the project's folder, where sbatch is called
 
 config=${MMTARD_CONFIG:-configs/vitb32_mmtard.yaml}
 if [[ ${1:-} == *.yaml && $1 != *=* ]]; then
     config=$1
     shift
 fi
-
-# The name alone may not resolve; the address is the one that Slurm itself reaches the node by.
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-MASTER_ADDR=$(scontrol show node --oneliner "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
-# Jobs that share a node need ports of their own, below the range that connections take theirs from.
-MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
-export MASTER_ADDR MASTER_PORT
-
-# srun does not inherit --cpus-per-task since Slurm 22.05, and would give each rank one core.
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-# A rank's work on the CPU is decoding, in loader processes; threads on top of those would fight for the same cores.
-export OMP_NUM_THREADS=1
-# Says why NCCL could not connect, and nothing when it could. If it picked the wrong network of your nodes, also export
-# NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME with the name of the right one (`ip -brief addr` lists them).
-export NCCL_DEBUG=WARN
-# A line in the log as soon as it is printed, and a traceback from a rank that crashes in native code.
-export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
-
-say() { echo "$(date '+%F %T') job ${SLURM_JOB_ID}: $*"; }
-
-say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, ranks meet at $MASTER_ADDR:$MASTER_PORT, $config $*"
-
-# One message about a wrong setting, rather than one from every rank.
-python -m mmtard config "$config" "$@" >/dev/null
-
-# A rank that is killed leaves the others waiting for it in a collective: end them, too.
-status=0
-srun --kill-on-bad-exit=1 --label python -m mmtard train "$config" "$@" || status=$?
-
-# 75: the run saved its state and wants to be started again.
-if [ "$status" -ne 75 ]; then
-    say "training ended with status $status"
-    exit "$status"
-fi
-# A task of an array by its own name: the last one shares its SLURM_JOB_ID with the array.
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-say "stopped with its state saved, goes back to the queue"
-scontrol requeue "${job:-$SLURM_JOB_ID}" || {
-    say "could not go back to the queue; the same sbatch command goes on from the saved state"
-    exit "$status"
-}
+train "$config" "$@"

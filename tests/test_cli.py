@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,8 +81,8 @@ def test_config_prints_yaml_that_loads_as_the_same_configuration(mmtard, tmp_pat
 
 def test_help_of_the_program_lists_every_command(mmtard):
     done = mmtard("--help")
-    assert done.returncode == 0 and {"shards", "index", "train", "config", "evaluate", "export"} <= set(COMMANDS)
-    assert all(f"\n    {name} " in done.stdout for name in COMMANDS)
+    assert done.returncode == 0 and {"shards", "index", "train", "config", "preflight", "runs", "evaluate", "export"} <= set(COMMANDS)
+    assert all(re.search(rf"\n    {name}[ \n]", done.stdout) for name in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -123,7 +124,7 @@ def test_a_command_line_that_does_not_parse(capsys, argv, words):
     assert end.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("error, status", [(UserError("no such thing"), 2), (RunError("no such thing"), 1)])
+@pytest.mark.parametrize("error, status", [(UserError("no such thing"), 2), (RunError("no such thing"), 1), (RunError("no such thing", 75), 75)])
 def test_the_exit_status_tells_whose_turn_it_is(monkeypatch, capsys, error, status):
     def fail(args):
         raise error
@@ -132,6 +133,35 @@ def test_the_exit_status_tells_whose_turn_it_is(monkeypatch, capsys, error, stat
     monkeypatch.setattr(cli, "_config", fail)
     assert cli.main(["config", "run.yaml"]) == status
     assert capsys.readouterr().err == "mmtard: no such thing\n"
+
+
+@pytest.mark.parametrize("words", [("train", "run.yaml"), ("config", "--may-start", "now", "run.yaml")])
+def test_a_run_that_was_started_too_often_ends_with_one_line_before_torch(mmtard, tmp_path, words):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "resume.jsonl").write_text('{"step": 0}\n' * 3)
+    done = mmtard(*words)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert f"mmtard: '{tmp_path / 'run'}': the last 3 starts began at step 0 and left no newer checkpoint" in done.stderr
+    assert mmtard("config", "run.yaml").returncode == 0
+
+
+def test_a_start_that_ended_before_it_was_noted_is_not_repeated(mmtard, tmp_path):
+    words, job = ("config", "--may-start", "again", "run.yaml"), {"SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "1"}
+    for history, status in (("", 1), ('{"step": 0, "job": "5", "restart": 0}\n', 1), ('{"step": 0, "job": "5", "restart": 1}\n', 0)):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "resume.jsonl").write_text(history)
+        done = mmtard(*words, **job)
+        assert done.returncode == status and ("this start ended before the run's folder was prepared" in done.stderr) == bool(status)
+
+
+def test_runs_needs_no_torch(mmtard, tmp_path):
+    done = mmtard("runs", ".")
+    assert (done.returncode, done.stderr) == (2, "mmtard: no run below '.'; give the folder that holds your run_dirs\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "resume.jsonl").write_text('{"step": 0}\n')
+    (tmp_path / "run" / "config.yaml").write_text((tmp_path / "run.yaml").read_text())
+    done = mmtard("runs", ".")
+    assert done.returncode == 0 and "killed, or its node lost" in done.stdout and "0/10" in done.stdout
 
 
 def test_evaluate_names_a_missing_shard_before_torch(mmtard):

@@ -25,26 +25,32 @@ ROOMS = {
     # storage and ranks
     "parallel": {"errors"},
     "checkpoint": {"errors"},
-    "preempt": set(),
+    "preempt": {"errors"},
     "metrics": set(),
-    "run_folder": {"checkpoint", "config", "errors", "parallel"},
+    "slurm": set(),
+    "history": {"config", "slurm"},
+    "watchdog": {"config", "errors", "history", "parallel", "preempt"},
+    "run_folder": {"checkpoint", "config", "errors", "history", "parallel", "watchdog"},
     # models
     "towers": {"checkpoint", "config", "errors"},
     "heads": {"checkpoint", "errors", "methods", "parallel", "towers"},
     "teachers": {"config", "methods", "parallel", "towers"},
     "export": {"config", "errors", "towers"},
+    "flops": {"config", "methods", "towers"},
     # data
     "data": {"config", "errors"},
     # engine, and the verbs
     "engine": {"config", "parallel", "towers"},
-    "train": {"checkpoint", "config", "data", "distill", "engine", "errors", "heads", "metrics", "parallel", "preempt", "run_folder", "teachers", "towers"},
-    "evaluate": {"attacks", "config", "data", "errors", "losses", "methods", "parallel", "towers"},
+    "train": {"checkpoint", "config", "data", "distill", "engine", "errors", "heads", "history", "metrics", "parallel", "preempt", "run_folder", "teachers", "towers", "watchdog"},
+    "evaluate": {"attacks", "config", "data", "errors", "losses", "methods", "parallel", "preempt", "towers"},
+    "runs": {"config", "errors", "history", "slurm"},
+    "preflight": {"config", "data", "engine", "errors", "parallel", "run_folder", "towers"},
     "quickstart": {"checkpoint", "config", "data", "errors", "evaluate", "parallel", "towers"},
-    "cli": {"config", "data", "errors", "evaluate", "export", "parallel", "train"},
+    "cli": {"config", "data", "errors", "evaluate", "export", "history", "parallel", "preempt", "preflight", "runs", "train"},
     "__main__": {"cli"},
 }
 MATHEMATICS = ("losses", "attacks", "weighting", "methods", "objectives", "distill")
-LIGHT = ("errors", "config", "cli", "__main__")  # answer a wrong command line before torch is imported
+LIGHT = ("errors", "config", "slurm", "history", "preempt", "cli", "__main__")  # answer a wrong command line before torch is imported
 DISTRIBUTED = {"parallel", "teachers", "engine"}  # all that may speak of torch.distributed or DeepSpeed
 
 
@@ -130,12 +136,12 @@ def test_only_the_engine_rooms_know_torch_distributed(room):
 
 @pytest.mark.parametrize("path", files(*LIGHT), ids=lambda p: p.name)
 def test_the_command_line_needs_no_torch_to_start(path):
-    light = ("pydantic", "yaml", "braceexpand", "mmtard.errors", "mmtard.config", "mmtard.cli", "mmtard.__version__")
+    light = ("pydantic", "yaml", "braceexpand", *(f"mmtard.{room}" for room in LIGHT), "mmtard.__version__")
     assert not {m for m in outside(imports(path, top_level=True), *light) if m.split(".")[0] not in sys.stdlib_module_names}
 
 
 def test_a_login_node_without_torch_can_submit():
-    allowed = ("mmtard.config", "mmtard.errors", "mmtard.__version__", "submitit")
+    allowed = ("mmtard.config", "mmtard.errors", "mmtard.__version__", "launch", "submitit")
     for path in (ROOT / "launch").glob("*.py"):
         assert not {m for m in outside(imports(path), *allowed) if m.split(".")[0] not in sys.stdlib_module_names}, path
 

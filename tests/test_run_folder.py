@@ -2,6 +2,7 @@ import json
 import platform
 import socket
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import yaml
 
 from mmtard import config, run_folder
 from mmtard.checkpoint import Checkpoints
-from mmtard.errors import UserError
+from mmtard.errors import RunError, UserError
 
 FINGERPRINT = "a1b2"
 
@@ -51,7 +52,7 @@ def test_a_new_run_starts_at_zero_and_writes_what_it_decided(prepare, tree, writ
     assert {k: start[k] for k in ("step", "checkpoint", "world_size", "passed_over", "changed")} == {
         "step": 0, "checkpoint": None, "world_size": 1, "passed_over": [], "changed": {}
     }  # fmt: skip
-    assert {p.name for p in found.path.iterdir()} == {"config.yaml", "environment.json", "resume.jsonl"}
+    assert {p.name for p in found.path.iterdir()} == {"config.yaml", "environment.json", "resume.jsonl", ".lock"}
 
 
 def test_environment_names_versions_commit_and_hosts(prepare):
@@ -71,6 +72,29 @@ def test_an_unchanged_run_goes_on_from_its_newest_checkpoint(prepare, run):
     found = prepare()
     assert (found.checkpoint, found.step) == (run / "checkpoints" / "step-6", 6)
     assert [(line["step"], line["checkpoint"]) for line in history(run)] == [(0, None), (6, "step-6")]
+
+
+def test_a_run_past_its_bounds_is_refused_and_nothing_is_written(prepare, run):
+    for _ in range(3):
+        prepare()  # and was killed
+    before = (run / "resume.jsonl").read_bytes()
+    with pytest.raises(RunError, match="the last 3 starts began at step 6 and left no newer checkpoint") as error:
+        prepare()
+    assert error.value.status == 1 and (run / "resume.jsonl").read_bytes() == before
+    assert prepare("resume.max_starts_without_progress=4").step == 6
+
+
+def test_a_folder_that_another_process_works_in_is_refused(prepare, run, monkeypatch):
+    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 0.0)
+    code = f"import fcntl; f = open({str(run / '.lock')!r}, 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); f.truncate(0); f.write('node7 process 3'); f.flush(); print(1, flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "1\n"
+        with pytest.raises(UserError, match="is in use by node7 process 3; wait for it to end, end it, or choose another folder"):
+            prepare()
+    finally:
+        other.communicate("\n")
+    assert prepare().step == 6
 
 
 def test_what_was_passed_over_is_recorded(prepare, run):

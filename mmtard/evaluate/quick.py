@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..config import Data, Model, show_pixels
 from ..errors import RunError, UserError
 from ..methods import Head
 from ..parallel import Ranks
+from ..preempt import Interruption
 from .statistics import stratified, wilson_interval
 
 
@@ -39,11 +41,12 @@ class Quick:
         return 2.5 * float(self.eps) / self.steps
 
 
-def evaluate(model: Model, source: Data, settings: Quick, ranks: Ranks, say=print) -> dict:
+def evaluate(model: Model, source: Data, settings: Quick, ranks: Ranks, say=print, interruption: Interruption | None = None) -> dict:
     """Measure a model on labelled shards; the same result on every rank and, sample by sample, at every world size.
 
     Returns the accuracies as fractions with 95 % intervals, each sample's outcome, the health of the attack, and everything
-    needed to repeat it. Collective. Raises UserError for a model or data that do not fit, RunError when the attack left the ball.
+    needed to repeat it. Collective. Raises UserError for a model or data that do not fit, RunError when the attack left the ball or
+    a rank was interrupted.
     """
     ranks.from_first(lambda: data.open_dataset(source).fingerprint)
     dataset = data.open_dataset(source)
@@ -57,7 +60,7 @@ def evaluate(model: Model, source: Data, settings: Quick, ranks: Ranks, say=prin
     classes = ranks.from_first(lambda: clip.class_embeddings(names, data.templates(source), ranks.device))
     head = Head(classes.to(ranks.device), clip.logit_scale)
     tower = clip.tower().eval().requires_grad_(False).to(ranks.device)
-    mine = _measure(tower, head, source, dataset, ids[ranks.rank :: ranks.world_size], settings, ranks, say)
+    mine = _measure(tower, head, source, dataset, ids, settings, ranks, say, interruption or Interruption())
     rows = sorted(row for rank in ranks.gather(mine["rows"]) for row in rank)
     largest = max(ranks.gather(mine["largest"]))
     if largest > float(settings.eps) * (1 + 1e-5) + 1e-7:
@@ -78,14 +81,19 @@ def evaluate(model: Model, source: Data, settings: Quick, ranks: Ranks, say=prin
     }
 
 
-def _measure(tower, head: Head, source: Data, dataset, ids: np.ndarray, settings: Quick, ranks: Ranks, say) -> dict:
+def _measure(tower, head: Head, source: Data, dataset, everyone: np.ndarray, settings: Quick, ranks: Ranks, say, interruption: Interruption) -> dict:
+    ids, longest = everyone[ranks.rank :: ranks.world_size], everyone[:: ranks.world_size]
+    rounds = -(-len(longest) // settings.batch_size)  # the same on every rank, so that all agree on an interruption equally often
     rows, largest, zero_gradient, replaced, began = [], 0.0, 0, 0, time.monotonic()
     done, said = 0, began
     staging = data.Staging(dataset, source.cache) if dataset.remote else None
     batches = data.eval_batches(
         dataset, data.Transform(tower.image_size), ids, settings.batch_size, settings.seed, settings.workers, staging=staging
     )
-    for batch in batches:
+    for _, batch in zip_longest(range(rounds), batches):
+        interruption.stop(ranks)
+        if batch is None:
+            continue
         images = batch.images.to(ranks.device).float() / 255
         labels, seeds = batch.labels.to(ranks.device), batch.seeds.to(ranks.device)
         with torch.no_grad():

@@ -31,10 +31,10 @@ class Cluster:
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def submit(self, *words, options=(), **env) -> str:
-        """sbatch of the training script, shrunk to two nodes of one task; the job's id."""
-        small = ("--account=any", "--partition=debug", "--nodes=2", "--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1")
-        return self.run("sbatch", "--parsable", *small, f"--output={self.folder}/%x-%j.log", *options, TRAIN, *words, **env).strip()
+    def submit(self, *words, options=(), script=TRAIN, **env) -> str:
+        """sbatch of the training script (or another), shrunk to two nodes of one task; the job's id."""
+        small = ("--account=any", "--partition=debug", "--oversubscribe", "--nodes=2", "--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1")
+        return self.run("sbatch", "--parsable", *small, f"--output={self.folder}/%x-%j.log", *options, script, *words, **env).strip()
 
     def job(self, job: str) -> dict[str, str]:
         """The fields of `scontrol show job`."""
@@ -68,9 +68,21 @@ def cluster(tmp_path_factory):
     cluster.run(LOCAL_CLUSTER, "down", cluster.folder)
 
 
+STEPS = 20
+LONG = {"train": {"steps": STEPS}, "attack": {"steps": 40}, "checkpoint": {"every": 2}}  # long enough to be met at its work
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster, tiny):
+    """The run of a job of the training script that came to its end; the job's id and fields."""
+    config, run = tiny("undisturbed", **LONG)
+    job = cluster.submit(config, "log.every=1")
+    return run, job, cluster.ended(job)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Call with a name: the path of a configuration of six TeCoA steps, and its run folder."""
+    """Call with a name: the path of a configuration of six TeCoA steps, and its run folder. Other arguments change its sections."""
     from mmtard.data import open_dataset
     from mmtard.config import Data
     from mmtard.quickstart.render import make_data
@@ -79,7 +91,7 @@ def tiny(tmp_path_factory):
     shards = make_data(folder / "data", train=200, test=40, zeroshot=40) / "train"
     open_dataset(Data(shards=str(shards)))  # builds the index before two runs could at once
 
-    def make(name: str, **train) -> tuple[Path, Path]:
+    def make(name: str, **changes) -> tuple[Path, Path]:
         run, path = folder / "runs" / name, folder / f"{name}.yaml"
         content = {
             "run_dir": str(run),
@@ -87,10 +99,12 @@ def tiny(tmp_path_factory):
             "method": {"name": "tecoa"},
             "attack": {"steps": 2},
             "data": {"shards": str(shards), "lanes": 4, "window": 16, "workers": 1},
-            "train": {"steps": 6, "batch_size": 16, "lr": 1e-3, **train},
+            "train": {"steps": 6, "batch_size": 16, "lr": 1e-3},
             "engine": {"device": "cpu", "precision": "float32"},
             "log": {"tensorboard": False},
         }
+        for section, settings in changes.items():
+            content[section] = {**content.get(section, {}), **settings}
         path.write_text(yaml.safe_dump(content))
         return path, run
 

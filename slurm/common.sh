@@ -1,0 +1,76 @@
+# Sourced by the scripts beside it, inside their jobs: where the ranks meet, what they are told, and how a job goes on.
+
+arguments=("$@") # of the script, for a job that has to be submitted anew
+
+# A task of an array by its own name: the last one shares its SLURM_JOB_ID with the array.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+starts=$((${SLURM_RESTART_COUNT:-0} + ${MMTARD_SUBMITTED_AGAIN:-0} + 1))
+
+say() { echo "$(date '+%F %T') job $job: $*"; }
+
+# The name alone may not resolve; the address is the one that Slurm itself reaches the node by.
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+MASTER_ADDR=$(scontrol show node --oneliner "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+# Jobs that share a node need ports of their own, below the range that connections take theirs from.
+MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT
+
+# srun does not inherit --cpus-per-task since Slurm 22.05, and would give each rank one core.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+# A rank's work on the CPU is decoding, in loader processes; threads on top of those would fight for the same cores.
+export OMP_NUM_THREADS=1
+# Says why NCCL could not connect, and nothing when it could. If it picked the wrong network of your nodes, also export
+# NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME with the name of the right one (`ip -brief addr` lists them).
+export NCCL_DEBUG=WARN
+# A line in the log as soon as it is printed, and a traceback from a rank that crashes in native code.
+export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+
+# `mmtard WORDS...` on every rank. A rank that is killed leaves the others waiting for it in a collective: end them, too.
+ranks() { srun --kill-on-bad-exit=1 --label python -m mmtard "$@"; }
+
+# Whether a status asks for another start: 75, the state is saved; over 128, a rank was killed by a signal.
+wants_more() { [ "$1" -eq 75 ] || [ "$1" -gt 128 ]; }
+
+field() { scontrol show job --oneliner "$job" | sed -n "s/.* $1=\([^ ]*\).*/\1/p"; }
+
+# Puts the job back into the queue; where that is forbidden, submits the script again, to run when this job is over.
+go_on() {
+    # A job that somebody cancelled or requeued meanwhile is no longer ours to start again.
+    if [ "$(field JobState)" != RUNNING ]; then
+        say "is $(field JobState), and is not started again from here"
+    elif [ "$(field Requeue)" = 1 ]; then
+        say "goes back to the queue"
+        scontrol requeue "$job" || say "could not go back to the queue; the same sbatch command goes on from the saved state"
+    else
+        submit_again
+    fi
+}
+
+submit_again() {
+    local options=(--parsable "--dependency=afterany:$SLURM_JOB_ID" --no-requeue "--job-name=$SLURM_JOB_NAME" "--output=$(field StdOut)")
+    # Options of the command line, which the script's own lines do not have.
+    options+=("--time=$(field TimeLimit)" "--nodes=$SLURM_JOB_NUM_NODES")
+    [ -z "${SLURM_JOB_ACCOUNT:-}" ] || options+=("--account=$SLURM_JOB_ACCOUNT")
+    [ -z "${SLURM_JOB_PARTITION:-}" ] || options+=("--partition=$SLURM_JOB_PARTITION")
+    [ -z "${SLURM_JOB_QOS:-}" ] || options+=("--qos=$SLURM_JOB_QOS")
+    [ -z "${SLURM_NTASKS_PER_NODE:-}" ] || options+=("--ntasks-per-node=$SLURM_NTASKS_PER_NODE")
+    [ -z "${SLURM_CPUS_PER_TASK:-}" ] || options+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
+    [ -z "${SLURM_GPUS_PER_NODE:-}" ] || options+=("--gpus-per-node=$SLURM_GPUS_PER_NODE")
+    [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || options+=("--array=$SLURM_ARRAY_TASK_ID")
+    say "may not be requeued; submitted again as job $(MMTARD_SUBMITTED_AGAIN=$starts sbatch "${options[@]}" "$0" "${arguments[@]}")"
+}
+
+# Trains the run of a configuration on every rank, and has the job start again as often as the run's settings allow.
+train() { # CONFIG SETTINGS...
+    local status=0
+    say "start $starts on $SLURM_JOB_NODELIST, ranks meet at $MASTER_ADDR:$MASTER_PORT, $*"
+    may_start now "$@" || exit
+    ranks train "$@" || status=$?
+    say "training ended with status $status"
+    if wants_more "$status" && may_start again "$@"; then go_on; fi
+    exit "$status"
+}
+
+# One message about a wrong setting, or about a run that was started too often, rather than one from every rank.
+may_start() { python -m mmtard config --may-start "$@" >/dev/null; } # now|again CONFIG SETTINGS...

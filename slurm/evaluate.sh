@@ -1,0 +1,44 @@
+#!/bin/bash
+# Measures a model on several datasets, each in a task of a job array. Write your account and partition into the two lines
+# below. Then, from the project's folder, with one array task for each dataset:
+#
+#   sbatch --array=0-1 slurm/evaluate.sh runs/b32 /data/imagenet/val /data/cifar10/test -- --eps 4/255 --n-samples 5000
+#
+# What follows `--` goes to `mmtard evaluate`. An evaluation that is preempted starts over, three times at most.
+
+#SBATCH --account=YOUR_ACCOUNT
+#SBATCH --partition=YOUR_PARTITION
+
+#SBATCH --array=0
+#SBATCH --job-name=mmtard-evaluate
+#SBATCH --output=%x-%A_%a.log
+#SBATCH --time=4:00:00
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --signal=USR2@60
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+set -euo pipefail
+. slurm/common.sh # found from the project's folder, where sbatch is called
+
+model=${1:?the first argument is the model, such as runs/b32}
+shift
+datasets=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    datasets+=("$1")
+    shift
+done
+[ $# -eq 0 ] || shift
+dataset=${datasets[${SLURM_ARRAY_TASK_ID:-0}]:?no dataset for this task; give as many as the array has tasks}
+say "start $starts on $SLURM_JOB_NODELIST, $model on $dataset $*"
+
+status=0
+ranks evaluate "$model" --data "$dataset" "$@" || status=$?
+say "evaluation ended with status $status"
+if wants_more "$status" && [ "$starts" -le 3 ]; then
+    go_on
+fi
+exit "$status"

@@ -1,0 +1,25 @@
+#!/bin/bash
+# Checks in minutes, on nodes like those a training will get, what would otherwise stop it hours later: one PASS or FAIL line a
+# check, and the job fails when a check does. Write your account and partition into the two lines below. Then, from the project's
+# folder, with the options and settings that you will train with:
+#
+#   sbatch slurm/preflight.sh configs/vitb32_mmtard.yaml run_dir=runs/b32 data.shards=/data/imagenet/train
+
+#SBATCH --account=YOUR_ACCOUNT
+#SBATCH --partition=YOUR_PARTITION
+
+#SBATCH --job-name=mmtard-preflight
+#SBATCH --output=%x-%j.log
+#SBATCH --time=00:20:00
+#SBATCH --nodes=2
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --exclusive
+#SBATCH --mem=0
+
+set -euo pipefail
+. slurm/common.sh # found from the project's folder, where sbatch is called
+
+say "on $SLURM_JOB_NODELIST, ranks meet at $MASTER_ADDR:$MASTER_PORT, $*"
+ranks preflight "$@"

@@ -1,0 +1,31 @@
+#!/bin/bash
+# Trains the two teachers of configs/vitb32_mmtard.yaml, each as a task of a job array that goes on by itself like
+# slurm/train_vitb32.sh. Write your account and partition into the two lines below. Then, from the project's folder:
+#
+#   sbatch slurm/train_teachers.sh data.shards=/data/imagenet/train
+#
+# The student's job can wait for both: sbatch --dependency=afterok:JOB slurm/train_vitb32.sh data.shards=/data/imagenet/train
+
+#SBATCH --account=YOUR_ACCOUNT
+#SBATCH --partition=YOUR_PARTITION
+
+#SBATCH --array=0-1
+#SBATCH --job-name=mmtard-teachers
+#SBATCH --output=%x-%A_%a.log
+#SBATCH --time=24:00:00
+#SBATCH --nodes=2
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --signal=USR2@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+set -euo pipefail
+. slurm/common.sh # found from the project's folder, where sbatch is called
+
+configs=(configs/teachers/clean_vitl14.yaml configs/teachers/robust_vitl14.yaml)
+config=${configs[$SLURM_ARRAY_TASK_ID]}
+train "$config" "$@"

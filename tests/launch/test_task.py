@@ -1,0 +1,132 @@
+"""What a task makes of the end of mmtard, with a stand-in for mmtard and for Slurm's commands."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CALL = "import sys; from pathlib import Path; from launch.task import Task; Task(tuple(sys.argv[2:]), Path(sys.argv[1]))()"
+MMTARD = """
+import os, signal, sys, time
+open("started", "a").write("x")
+{body}
+"""
+
+
+@pytest.fixture
+def task(tmp_path):
+    """Call with what mmtard does and the state that squeue tells: the process of a task, which notes each `scontrol` in `requeued`."""
+    (tmp_path / "mmtard").mkdir()
+    (tmp_path / "mmtard" / "__init__.py").touch()
+    for name in ("squeue", "scontrol"):
+        (tmp_path / name).write_text(f'#!/bin/sh\n{"cat state" if name == "squeue" else "echo $@ >>requeued"}\n')
+        (tmp_path / name).chmod(0o755)
+
+    def start(body, state="RUNNING", words=("train", "x.yaml"), **env):
+        (tmp_path / "state").write_text(state + "\n")
+        (tmp_path / "mmtard" / "__main__.py").write_text(MMTARD.format(body=body))
+        own = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+        return subprocess.Popen([sys.executable, "-c", CALL, tmp_path, *words], cwd=tmp_path, env=clean | own | env, stdout=-1, stderr=-2, text=True)
+
+    return start
+
+
+def started(process, folder):
+    """Wait until mmtard runs."""
+    while not (folder / "started").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def requeued(folder):
+    return (folder / "requeued").read_text() if (folder / "requeued").exists() else ""
+
+
+@pytest.mark.parametrize(
+    "body, status, printed",
+    [
+        ("", 0, ""),
+        ("raise SystemExit(2)", 1, "RuntimeError: mmtard train ended with status 2; the lines above say why"),
+        ("os.kill(os.getpid(), 9)", 1, "rank 0 was ended by SIGKILL"),
+    ],
+)
+def test_a_run_that_ended_for_good_is_never_requeued(task, tmp_path, body, status, printed):
+    process = task(body)
+    assert printed in process.communicate(timeout=30)[0] and process.returncode == status
+    assert requeued(tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    "env, job",
+    [({}, "7"), ({"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}, "7_3"), ({"SLURM_RESTART_COUNT": "5"}, "7")],
+)
+def test_a_run_that_asks_for_another_start_is_requeued_by_its_own_name(task, tmp_path, env, job):
+    process = task("raise SystemExit(75)", **env)
+    assert f"job {job} goes back to the queue" in process.communicate(timeout=30)[0] and process.returncode == 0
+    assert requeued(tmp_path) == f"requeue {job}\n"
+
+
+def test_one_requeue_a_start_whatever_ranks_ask_for_it(task, tmp_path):
+    for restarts in ("0", "0", "1"):
+        task("raise SystemExit(75)", SLURM_RESTART_COUNT=restarts).communicate(timeout=30)
+    assert requeued(tmp_path) == "requeue 7\n" * 2
+
+
+def test_a_job_that_slurm_is_signalling_still_runs(task, tmp_path):
+    task("raise SystemExit(75)", "SIGNALING").communicate(timeout=30)
+    assert requeued(tmp_path) == "requeue 7\n"
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])
+def test_a_cancelled_job_is_left_alone(task, tmp_path, state):
+    process = task("raise SystemExit(75)", state)
+    assert f"job 7 is {state}: it is not requeued from here" in process.communicate(timeout=30)[0] and process.returncode == 0
+    assert requeued(tmp_path) == ""
+
+
+def test_a_refused_requeue_fails_the_job_with_the_reason(task, tmp_path):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 'Requested operation is presently disabled' >&2\nexit 1\n")
+    process = task("raise SystemExit(75)")
+    printed = process.communicate(timeout=30)[0]
+    assert process.returncode == 1
+    assert "job 7 could not go back to the queue (Requested operation is presently disabled); submit it again to go on" in printed
+
+
+def test_what_begins_anew_each_time_is_requeued_three_times_at_most(task, tmp_path):
+    for restarts, status in ((2, 0), (3, 1)):
+        process = task("raise SystemExit(75)", words=("evaluate", "run"), SLURM_RESTART_COUNT=str(restarts))
+        printed = process.communicate(timeout=30)[0]
+        assert process.returncode == status
+    assert "mmtard evaluate was stopped 4 times and begins anew each time; submit it with more --time" in printed
+    assert requeued(tmp_path) == "requeue 7\n"
+
+
+LISTENS_LATE = """
+time.sleep(1)
+signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75))
+time.sleep(20)
+"""
+
+
+def test_a_signal_that_comes_before_mmtard_listens_is_neither_lost_nor_its_end(task, tmp_path):
+    process = task(LISTENS_LATE)
+    started(process, tmp_path)
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, int(child)):  # Slurm signals every process of a step
+        os.kill(pid, signal.SIGUSR2)
+    assert "goes back to the queue" in process.communicate(timeout=15)[0]
+
+
+def test_a_signal_to_a_run_that_has_ended_changes_nothing(task, tmp_path):
+    process = task("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1.5)")
+    started(process, tmp_path)
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=15)
+    assert process.returncode == 0 and requeued(tmp_path) == ""

@@ -1,0 +1,130 @@
+"""A rank that is killed, hangs or fails ends the others in time, with one line that names it and a status that says what next."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from mmtard import config as settings, history
+
+from .launch import start_ranks
+from .test_interruptions import REQUEUE, metrics, starts, steps_done, train, undisturbed, until  # noqa: F401
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def two(job, tmp_path):
+    """Call with a name and settings: two ranks of that run past their second step, and its folder; they are gone afterwards."""
+    started = []
+
+    def start(name, **changes):
+        path, run = job(name, **changes)
+        processes = start_ranks(train(path), 2, tmp_path / f"{len(started)}.meet", tmp_path / "log")
+        started.extend(processes)
+        assert until(lambda: steps_done(run) > 2, processes), (tmp_path / "log.0").read_text()
+        return processes, run, path
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def lines(path):
+    """What a rank said itself, without the libraries' warnings."""
+    return [line for line in path.read_text().splitlines() if line.startswith("mmtard")]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_rank_ends_the_other_with_one_line_and_the_run_goes_on(two, undisturbed, tmp_path, lost):  # noqa: F811
+    processes, run, path = two(f"lost{lost}")
+    processes[lost].kill()
+    survivor = 1 - lost
+    assert processes[survivor].wait(20) == REQUEUE
+    log = tmp_path / f"log.{survivor}"
+    (line,) = lines(log)
+    assert f"lost rank {lost} (" in line and f"process {processes[lost].pid}" in line and "Traceback" not in log.read_text()
+    (start,) = starts(run)
+    assert start["end"]["kind"] == history.LOST and start["end"]["reason"] in line
+    again = start_ranks(train(path), 2, tmp_path / "again.meet", tmp_path / "again")
+    assert [p.wait(120) for p in again] == [0, 0]
+    assert metrics(run) == metrics(undisturbed)
+    assert [history.kind(s) for s in starts(run)] == [history.LOST, history.COMPLETE]
+
+
+@pytest.mark.parametrize("losses, status", [(5, REQUEUE), (0, 1)])
+def test_a_hang_ends_within_the_limit_and_names_the_rank(two, tmp_path, losses, status):
+    processes, run, _ = two(f"hung{losses}", resume={"watchdog_minutes": 0.1, "max_losses": losses})
+    processes[1].send_signal(signal.SIGSTOP)
+    assert processes[0].wait(6 + 6) == status
+    printed = (tmp_path / "log.0").read_text()
+    assert "for 0.1 minutes, rank 1 (" in starts(run)[0]["end"]["reason"]
+    assert f"process {processes[1].pid}, last heard of in the" in printed and "did not arrive" in printed
+    assert 'train.py", line' in printed  # where this rank waited
+    refused = history.refusal(run, settings.Resume(max_losses=losses))
+    assert (refused is None) == (status == REQUEUE) and (losses or "resume.max_losses allows 0" in lines(tmp_path / "log.0")[-1])
+
+
+def test_a_rank_that_fails_is_no_loss_and_is_not_started_again(job, tmp_path):
+    """A GPU out of memory, say: the next start would end there, too."""
+    path, run = job("failed", train={"steps": 24, "batch_size": 16, "lr": 1e-3})
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import os, sys\nfrom mmtard import cli, metrics, train\nupdate = train.Run._update\n"
+        "def fail(self, batch, lr):\n    if self.step == 3 and os.environ['RANK'] == '1':\n        raise MemoryError('out of memory')\n"
+        "    return update(self, batch, lr)\ntrain.Run._update = fail\nraise SystemExit(cli.main(['train', sys.argv[1]]))\n"
+    )
+    processes = start_ranks([script, path], 2, tmp_path / "meet", tmp_path / "log")
+    assert [p.wait(120) for p in processes] == [1, 1]
+    (line,) = lines(tmp_path / "log.0")
+    assert line == "mmtard: rank 1: MemoryError: out of memory"
+    assert starts(run)[0]["end"]["kind"] == history.FAILED and "Traceback" in (tmp_path / "log.1").read_text()
+
+
+def test_starts_that_come_no_further_are_stopped_before_a_model_is_made(job, tmp_path):
+    path, run = job("loops", resume={"max_starts_without_progress": 2})
+    for attempt in range(2):
+        processes = start_ranks(train(path), 2, tmp_path / "meet", tmp_path / "log")
+        assert until(lambda: run.exists() and len(history.read(run)) > attempt, processes)
+        for process in processes:
+            process.kill()
+            process.wait()
+    processes = start_ranks(train(path), 2, tmp_path / "meet", tmp_path / "last")
+    assert [p.wait(60) for p in processes] == [1, 1]
+    (line,) = lines(tmp_path / "last.0")
+    assert "the last 2 starts began at step 0 and left no newer checkpoint" in line and "resume.max_starts_without_progress=3" in line
+    assert len(starts(run)) == 2
+
+
+def test_a_second_start_beside_a_running_one_waits_and_gives_up(two, tmp_path, monkeypatch):
+    processes, run, path = two("twice", train={"steps": 5000, "batch_size": 16, "lr": 1e-3})
+    script = tmp_path / "impatient.py"
+    script.write_text("import sys\nfrom mmtard import cli, run_folder\nrun_folder.LOCK_WAIT_S = 1.0\nraise SystemExit(cli.main(['train', sys.argv[1]]))\n")
+    (second,) = start_ranks([script, path], 1, tmp_path / "second.meet", tmp_path / "second")
+    assert second.wait(60) == 2
+    assert f"is in use by {os.uname().nodename} process {processes[0].pid}" in lines(tmp_path / "second.0")[0]
+    assert all(p.poll() is None for p in processes) and len(starts(run)) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_an_interrupted_evaluation_leaves_nothing_and_says_start_it_again(job, undisturbed, tmp_path, number):  # noqa: F811
+    shards = json.loads(json.dumps(settings.load(undisturbed / "config.yaml").data.shards))
+    out = tmp_path / "result.json"
+    words = ["-m", "mmtard", "evaluate", undisturbed, "--data", shards, "--steps", 200, "--batch-size", 5, "--device", "cpu", "--out", out]
+    processes = start_ranks(words, 2, tmp_path / "meet", tmp_path / "log")
+    try:
+        until(lambda: "worker" in maps(processes[0].pid), processes)
+        processes[1].send_signal(number)  # one rank is told, all agree
+        assert [p.wait(90) for p in processes] == [REQUEUE, REQUEUE]
+    finally:
+        for process in processes:
+            process.kill()
+    assert lines(tmp_path / "log.1") == [f"mmtard (rank 1): stopped by {number.name}; nothing was written, start it again"]
+    assert not list(tmp_path.glob("result*"))
+
+
+def maps(pid):
+    """'worker' once the process has children: its loader's."""
+    return "worker" if open(f"/proc/{pid}/task/{pid}/children").read().strip() else ""

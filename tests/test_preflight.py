@@ -1,0 +1,65 @@
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from mmtard import config, preflight
+from mmtard.preflight import Checks, Fault
+
+
+@pytest.fixture
+def checks(tree, write, ranks, vit):
+    """Call with overrides: the checks of that run in a group of one; the student is a small ViT of random weights."""
+    tree |= {"method": {"name": "tecoa"}, "teachers": {}, "student": {"arch": vit, "weights": "random"}}
+    path = write(tree)
+    return lambda *overrides: Checks(config.load(path, ["engine.device=cpu", "engine.precision=float32", *overrides]), ranks)
+
+
+def test_what_one_process_can_check_passes(checks, tmp_path, capsys):
+    bench = checks()
+    assert [bench.run(name) for name in ("versions", "devices", "network", "models", "folder")] == [True] * 5
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["PASS versions", "PASS devices", "PASS network", "PASS models", "PASS folder"]
+    assert "1 x CPU" in lines[1] and "one rank, none to reach" in lines[2] and bench.most_images_per_s > 0
+    assert list((tmp_path / "run").iterdir()) == []  # nothing left behind
+
+
+def test_other_versions_on_a_rank_are_named(checks):
+    with pytest.raises(Fault, match="torch is 2 on rank 1 and 1 on rank 0; use one environment on all nodes"):
+        checks().versions_verdict([{"torch": "1", "cuda": None}, {"torch": "2", "cuda": None}])
+
+
+def test_a_wrong_sum_names_its_ranks(checks):
+    with pytest.raises(Fault, match=r"a sum over 3 ranks came out wrong on ranks \[1\]"):
+        checks().network_verdict([(True, 0.1), (False, 0.1), (True, 0.1)])
+    assert "at 0.833 GiB/s of bus bandwidth" in checks().network_verdict([(True, 0.05), (True, 0.1), (True, 0.1)])  # 2/3 * 2 * 64 MiB in 0.1 s
+
+
+def test_a_folder_that_cannot_be_written_or_is_too_small(checks, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    assert not checks(f"run_dir={tmp_path / 'file' / 'run'}").run("folder")
+    assert "FAIL folder: rank 0 (" in capsys.readouterr().out
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100e6))
+    bench = checks("checkpoint.keep_every=5")
+    bench.parameters = 2_000_000  # 24 MB a checkpoint; two kept, one being written, two for good
+    assert not bench.run("folder")
+    assert "FAIL folder: 5 checkpoints take 0.12 GB and" in capsys.readouterr().out
+
+
+def test_weights_that_are_absent_fail_and_the_rest_goes_on(checks, capsys):
+    assert not checks("student.weights=gone.pt").run("models")
+    assert capsys.readouterr().out.startswith("FAIL models: rank 0 (")
+
+
+def test_shards_slower_than_the_models(checks):
+    bench = checks()
+    bench.most_images_per_s = 100.0
+    assert "read at 120 images/s" in bench.shards_verdict([(9, 1, 60.0), (9, 1, 70.0)])
+    with pytest.raises(Fault, match="read at 80 images/s; the models may take 100: raise data.workers"):
+        bench.shards_verdict([(9, 1, 40.0), (9, 1, 70.0)])
+
+
+def test_the_status_is_1_when_any_check_fails(checks, monkeypatch):
+    answers = iter([True, True, False, True, True, True])
+    monkeypatch.setattr(preflight.Checks, "run", lambda self, name: next(answers))
+    assert preflight.preflight(checks().config) == 1
