@@ -237,7 +237,8 @@ def _index(args) -> None:
 def _shards(args) -> None:
     from .data import write_shards
 
-    write_shards(
+    written = write_shards(
         args.images, args.out, samples_per_shard=args.samples_per_shard, resize=args.resize, quality=args.quality,
         jobs=args.jobs, shuffle_seed=args.shuffle_seed, classnames=args.classnames,
     )
+    print(written)

@@ -23,17 +23,17 @@ def forward_flops(tower: ImageTower) -> int:
     return counter.get_total_flops()
 
 
-def sample_flops(student: int, teachers: dict[str, int], passes: set[Pass], target: Pass | None, attack: Attack | None) -> int:
-    """FLOPs of training on one sample, from the forward FLOPs of each model.
+def sample_flops(forward: dict[str, int], passes: set[Pass], target: Pass | None, attack: Attack | None) -> int:
+    """FLOPs of training on one sample, from the forward FLOPs of each model (`student` and the teachers' names).
 
     A differentiated pass of the student costs three forwards, an attack step two (the input gradient costs as much as the
     forward), a teacher's pass one. `target`: what the attack is measured against; attack None: none is made.
     """
     steps = 0 if attack is None else attack.steps + (attack.algorithm == "apgd")
-    learning = 3 * sum(p.model == "student" for p in passes) * student
-    targets = student if target and target.model == "student" else 0
-    asked = sum(teachers[p.model] for p in passes | ({target} - {None}) if p.model != "student")
-    return learning + targets + 2 * steps * student + asked
+    learning = sum(3 * forward["student"] for p in passes if p.model == "student")
+    asked = sum(forward[p.model] for p in passes | ({target} - {None}) if p.model != "student")
+    own_target = forward["student"] if target and target.model == "student" else 0
+    return learning + own_target + 2 * steps * forward["student"] + asked
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+TIMINGS = ("seconds", "images_per_s", "tflops_a_rank", "mfu")  # the columns that differ between equal runs
 
 
 class Metrics:
@@ -76,7 +77,7 @@ class Metrics:
     def _summary(self, row: dict) -> str:
         done, width = row["step"], len(str(self.steps))
         left = (time.monotonic() - self._began) / max(1, done - self._start) * (self.steps - done)
-        hidden = ("step", "batch", "seconds", "images_per_s", "skipped", "replaced")
+        hidden = ("step", "batch", "skipped", "replaced", "seconds", "images_per_s", "tflops_a_rank")
         shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in hidden)
         return f"step {done:{width}d}/{self.steps}  {shown}  {row['images_per_s']:.4g} images/s  left {timedelta(seconds=round(left))}"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import checkpoint, data, heads, history, parallel, run_folder, towers
+from . import checkpoint, data, flops, heads, history, parallel, run_folder, towers
 from .checkpoint import Checkpoints
 from .config import Config
 from .distill import Distillation
@@ -69,6 +69,7 @@ class Run:
         clips = {"student": student} | {name: towers.load(t, config.seed, f"teachers.{name}") for name, t in config.teachers.items()}
         names, templates = data.classnames(config.data), data.templates(config.data)
         head = heads.build(run.path, clips, names, templates, ranks)
+        forward = {name: flops.forward_flops(clip.tower()) for name, clip in clips.items()}
         tower = student.tower()
         if run.checkpoint:
             towers.load_strictly(tower, checkpoint.read_weights(run.checkpoint), f"checkpoint '{run.checkpoint}'")
@@ -82,6 +83,9 @@ class Run:
             for name, settings in config.teachers.items()
         }
         self.distillation = Distillation(config, self.engine, head["student"], teachers)
+        attack = config.attack if config.attack_objective else None
+        self.sample_flops = flops.sample_flops(forward, self.distillation.passes, self.distillation.target, attack)
+        self.peak_flops = flops.peak_flops(ranks.device)
         self._introduce(head, teachers)
 
     def _student(self) -> towers.Clip:
@@ -144,7 +148,8 @@ class Run:
                 means = {name: total / t.batch_size for name, total in zip(sums, totals)}
                 self.metrics.step(
                     {"step": self.step, **means, "lr": lr, "grad_norm": outcome.grad_norm, "batch": int(digest)}
-                    | {"skipped": self.skipped, "replaced": self.replaced, "seconds": seconds, "images_per_s": t.batch_size / seconds}
+                    | {"skipped": self.skipped, "replaced": self.replaced}
+                    | self._speed(seconds)
                 )
             if self.bad_in_a_row >= t.max_bad_steps:
                 raise RunError(f"step {self.step}: {self.bad_in_a_row} steps in a row were not finite; lower train.lr or look at events.jsonl for the samples")
@@ -190,6 +195,13 @@ class Run:
         if self.ranks.first:
             kind = "non-finite loss, step skipped" if bad else "non-finite gradient, step skipped"
             self.metrics.event(self.step, kind, ranks=[r for r, s in enumerate(found) if s], samples=[s for rank in found for s in rank])
+
+    def _speed(self, seconds: float) -> dict[str, float]:
+        """Throughput of a step: all ranks' images, a rank's FLOP/s, and its share of the device's bf16 peak where that is known."""
+        images = self.config.train.batch_size / seconds
+        done = images * self.sample_flops / self.ranks.world_size
+        known = {"mfu": done / self.peak_flops} if self.peak_flops else {}
+        return {"seconds": seconds, "images_per_s": images, "tflops_a_rank": done / 1e12, **known}
 
     def _save(self) -> None:
         weights, moments, updates = self.engine.full_state()

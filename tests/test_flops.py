@@ -21,11 +21,11 @@ def test_forward_flops_are_those_counted_by_hand():
 def test_a_training_sample_is_the_sum_of_its_passes():
     attack = Attack(steps=10)
     mmtard = {Pass("student", "adv"), Pass("student", "clean"), Pass("robust", "adv"), Pass("clean", "clean")}
-    teachers = {"clean": 100, "robust": 1000}
+    forward = {"student": 1, "clean": 100, "robust": 1000}
     # two differentiated student passes, ten attack steps, one pass of each teacher (the attack's target is asked anyway)
-    assert sample_flops(1, teachers, mmtard, Pass("clean", "clean"), attack) == 6 + 20 + 1100
-    assert sample_flops(1, {}, {Pass("student", "clean")}, None, None) == 3
-    assert sample_flops(1, {}, {Pass("student", "adv")}, Pass("student", "clean"), Attack(steps=4, algorithm="apgd")) == 3 + 1 + 10
+    assert sample_flops(forward, mmtard, Pass("clean", "clean"), attack) == 6 + 20 + 1100
+    assert sample_flops({"student": 1}, {Pass("student", "clean")}, None, None) == 3
+    assert sample_flops({"student": 1}, {Pass("student", "adv")}, Pass("student", "clean"), Attack(steps=4, algorithm="apgd")) == 3 + 1 + 10
 
 
 def test_the_peak_of_an_unknown_device_is_not_guessed():

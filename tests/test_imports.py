@@ -35,13 +35,14 @@ ROOMS = {
     "towers": {"checkpoint", "config", "errors"},
     "heads": {"checkpoint", "errors", "methods", "parallel", "towers"},
     "teachers": {"config", "methods", "parallel", "towers"},
+    "flops": {"config", "methods", "towers"},
     "export": {"config", "errors", "towers"},
     "flops": {"config", "methods", "towers"},
     # data
     "data": {"config", "errors"},
     # engine, and the verbs
     "engine": {"config", "parallel", "towers"},
-    "train": {"checkpoint", "config", "data", "distill", "engine", "errors", "heads", "history", "metrics", "parallel", "preempt", "run_folder", "teachers", "towers", "watchdog"},
+    "train": {"checkpoint", "config", "data", "distill", "engine", "errors", "flops", "heads", "history", "metrics", "parallel", "preempt", "run_folder", "teachers", "towers", "watchdog"},
     "evaluate": {"attacks", "config", "data", "errors", "losses", "methods", "parallel", "preempt", "towers"},
     "runs": {"config", "errors", "history", "slurm"},
     "preflight": {"config", "data", "engine", "errors", "parallel", "run_folder", "towers"},

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from mmtard.metrics import TIMINGS
+
 SUBMIT = Path(__file__).parents[2] / "launch" / "submit.py"
 TWO_NODES = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1", "log.every=1")
 pytestmark = pytest.mark.slow
@@ -23,7 +25,7 @@ def rows(path):
 
 def losses(run):
     """metrics.jsonl without the times."""
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in rows(run / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows(run / "metrics.jsonl")]
 
 
 def jobs(run):

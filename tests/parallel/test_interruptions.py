@@ -9,6 +9,8 @@ import time
 import pytest
 from safetensors.torch import load_file
 
+from mmtard.metrics import TIMINGS
+
 from .launch import run_ranks, start_ranks
 
 pytestmark = pytest.mark.slow
@@ -21,7 +23,7 @@ def train(config):
 
 def metrics(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
 
 
 def digest(run):

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from mmtard.metrics import TIMINGS
+
 from .conftest import LONG, STEPS
 
 pytestmark = pytest.mark.slow
@@ -15,7 +17,7 @@ def rows(path):
 
 def losses(run):
     """metrics.jsonl without the times."""
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in rows(run / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows(run / "metrics.jsonl")]
 
 
 def test_the_script_trains_over_two_nodes_to_the_end(cluster, undisturbed):
