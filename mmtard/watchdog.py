@@ -33,7 +33,7 @@ class Watchdog:
     """
 
     def __init__(self, config: Config, ranks: Ranks):
-        self.run, self.ranks, self.bounds = Path(config.run_dir), ranks, config.resume
+        self.run, self.rank, self.world, self.bounds = Path(config.run_dir), ranks.rank, ranks.world_size, config.resume
         self.limit = 60 * config.resume.watchdog_minutes
         self.interval = min(5.0, self.limit / 20)
         self._place, self._since = (0, PHASES[0]), time.monotonic()
@@ -58,6 +58,8 @@ class Watchdog:
     def __exit__(self, kind, error, traceback) -> bool:
         faulthandler.cancel_dump_traceback_later()
         self._closed.set()
+        if self._thread is not None:
+            self._thread.join(WORD_S)  # a file system that hangs may hold it
         if error is None:
             return False
         if peer_is_gone(error):
@@ -70,7 +72,7 @@ class Watchdog:
         elif isinstance(error, KeyboardInterrupt):
             self._end(history.STOPPED, "SIGINT twice")
         else:
-            self._end(history.FAILED, f"rank {self.ranks.rank}: {kind.__name__}: {' '.join(str(error).split())[:300]}")
+            self._end(history.FAILED, f"rank {self.rank}: {kind.__name__}: {' '.join(str(error).split())[:300]}")
         return False
 
     # ---------------------------------------------------------------- the end
@@ -132,20 +134,20 @@ class Watchdog:
         why += f"{_names(late)} did not arrive" if late else "no rank is behind the others"
         told, status = self._end(history.LOST, why)
         faulthandler.dump_traceback(sys.stderr)
-        print(f"mmtard (rank {self.ranks.rank}): {told}", file=sys.stderr, flush=True)
+        print(f"mmtard (rank {self.rank}): {told}", file=sys.stderr, flush=True)
         os._exit(status)
 
     # ---------------------------------------------------------------- heartbeats
 
     def _report(self) -> dict:
         step, phase = self._place
-        own = {"rank": self.ranks.rank, "host": socket.gethostname(), "pid": os.getpid()}
+        own = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid()}
         return own | {"step": step, "phase": phase, "beat": self._beat, "said": self._said}
 
     def _write(self) -> None:
         with self._writing:
             self._beat += 1
-            path = self.run / FOLDER / f"rank-{self.ranks.rank}.json"
+            path = self.run / FOLDER / f"rank-{self.rank}.json"
             try:
                 path.with_suffix(".tmp").write_text(json.dumps(self._report()))
                 path.with_suffix(".tmp").replace(path)
@@ -155,7 +157,7 @@ class Watchdog:
     def _others(self) -> dict[int, dict]:
         """Rank -> its last report; empty for one that never came so far."""
         found = {}
-        for rank in set(range(self.ranks.world_size)) - {self.ranks.rank}:
+        for rank in set(range(self.world)) - {self.rank}:
             found[rank] = {"rank": rank, "host": "?", "pid": "?", "step": 0, "phase": PHASES[0], "beat": 0, "said": None}
             try:
                 found[rank] |= json.loads((self.run / FOLDER / f"rank-{rank}.json").read_text())

@@ -7,6 +7,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from .launch import run_ranks
+
 MODEL = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32},
@@ -55,3 +57,12 @@ def job(tmp_path_factory):
         return path, folder / "runs" / name
 
     return write
+
+
+@pytest.fixture(scope="session")
+def undisturbed(job, tmp_path_factory):
+    """The run folder of the job as it ends on two ranks when nothing happens to it."""
+    config, run = job("undisturbed")
+    run_ranks(["-m", "mmtard", "train", config], 2, tmp_path_factory.mktemp("undisturbed"), "run")
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 24
+    return run

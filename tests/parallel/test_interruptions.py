@@ -14,7 +14,7 @@ from mmtard.metrics import TIMINGS
 from .launch import run_ranks, start_ranks
 
 pytestmark = pytest.mark.slow
-STEPS, REQUEUE = 24, 75
+REQUEUE = 75
 
 
 def train(config):
@@ -49,14 +49,6 @@ def until(condition, processes, limit=120.0):
             return False
         time.sleep(0.0005)
     raise AssertionError("neither the awaited moment nor the end of the run came")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(job, tmp_path_factory):
-    config, run = job("undisturbed")
-    run_ranks(train(config), 2, tmp_path_factory.mktemp("undisturbed"), "run")
-    assert [row["step"] for row in metrics(run)] == list(range(1, STEPS + 1))
-    return run
 
 
 def test_sigkill_at_any_moment_changes_neither_weights_nor_metrics(job, undisturbed, tmp_path):

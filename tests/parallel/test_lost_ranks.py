@@ -9,7 +9,7 @@ import pytest
 from mmtard import config as settings, history
 
 from .launch import start_ranks
-from .test_interruptions import REQUEUE, metrics, starts, steps_done, train, undisturbed, until  # noqa: F401
+from .test_interruptions import REQUEUE, metrics, starts, steps_done, train, until
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def lines(path):
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_killed_rank_ends_the_other_with_one_line_and_the_run_goes_on(two, undisturbed, tmp_path, lost):  # noqa: F811
+def test_a_killed_rank_ends_the_other_with_one_line_and_the_run_goes_on(two, undisturbed, tmp_path, lost):
     processes, run, path = two(f"lost{lost}")
     processes[lost].kill()
     survivor = 1 - lost
@@ -109,7 +109,7 @@ def test_a_second_start_beside_a_running_one_waits_and_gives_up(two, tmp_path, m
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_an_interrupted_evaluation_leaves_nothing_and_says_start_it_again(job, undisturbed, tmp_path, number):  # noqa: F811
+def test_an_interrupted_evaluation_leaves_nothing_and_says_start_it_again(job, undisturbed, tmp_path, number):
     shards = json.loads(json.dumps(settings.load(undisturbed / "config.yaml").data.shards))
     out = tmp_path / "result.json"
     words = ["-m", "mmtard", "evaluate", undisturbed, "--data", shards, "--steps", 200, "--batch-size", 5, "--device", "cpu", "--out", out]

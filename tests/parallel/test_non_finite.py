@@ -16,7 +16,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", (0, 2, 3))  # stage 1 shares the code of 2
 def test_a_nan_on_one_rank_skips_the_step_on_all_and_names_rank_and_sample(job, tmp_path, stage):
     settings = {"method": {"name": "tecoa"}, "teachers": {}, "engine": {"precision": "float32", "device": "cpu", "zero_stage": stage}}
     train = {"steps": 4, "batch_size": 16, "lr": 1e-3}
