@@ -1,0 +1,26 @@
+"""The run's schema and how it is read: YAML files plus `key.sub=value` overrides, validated without importing torch."""
+
+from .launched import check_world, expand_shards, is_remote, world_size_from_env
+from .loading import differences, dump, load, validate
+from .schema import (
+    ARD,
+    ATTACK_OBJECTIVES,
+    METHODS,
+    MMTARD,
+    Attack,
+    Cache,
+    Clean,
+    Config,
+    Data,
+    Model,
+    Resume,
+    Teacher,
+    TeCoA,
+    parse_fraction,
+    show_pixels,
+)
+
+__all__ = [
+    "ARD", "ATTACK_OBJECTIVES", "Attack", "Cache", "Clean", "Config", "Data", "METHODS", "MMTARD", "Model", "Resume", "TeCoA", "Teacher", "check_world",
+    "differences", "dump", "expand_shards", "is_remote", "load", "parse_fraction", "show_pixels", "validate", "world_size_from_env",
+]  # fmt: skip

@@ -1,0 +1,145 @@
+"""YAML files and `key.sub=value` overrides to a validated configuration; bad input is one `UserError` that names key, value, remedy."""
+
+from __future__ import annotations
+
+import difflib
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ..errors import UserError
+from .schema import METHODS, Config, Teacher
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> Config:
+    """The validated configuration of a YAML file (with its `base:` files) and `key.sub=value` overrides.
+
+    Raises UserError for an unreadable file, an unknown key (with the nearest known one), or a value that does not fit.
+    """
+    tree = _read(Path(path), seen=())
+    for text in overrides:
+        key, sep, value = text.partition("=")
+        if not sep or not key:
+            raise UserError(f"override '{text}' is not of the form key.sub=value")
+        _set(tree, key.split("."), _scalar(value, text), text)
+    return validate(tree)
+
+
+def validate(tree: dict) -> Config:
+    """The configuration of a plain dict; UserError names each bad key."""
+    try:
+        return Config.model_validate({k: v for k, v in tree.items() if v is not None})
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(e) for e in error.errors())) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML; `load` of this text gives an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple]:
+    """Dotted key -> (old, new) where two configurations differ; `resume`, `log` and `run_dir` do not count."""
+    a, b = (_flatten(c.model_dump(mode="json")) for c in (old, new))
+    keys = (k for k in sorted(a.keys() | b.keys()) if k.split(".")[0] not in ("resume", "log", "run_dir"))
+    return {k: (a.get(k), b.get(k)) for k in keys if a.get(k) != b.get(k)}
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict:
+    if path.resolve() in seen:
+        raise UserError(f"{path}: its `base:` leads back to itself")
+    try:
+        tree = _Loader(path.read_text(encoding="utf-8")).get_single_data() or {}
+    except OSError as error:
+        raise UserError(f"cannot read configuration '{path}': {error.strerror}{_siblings(path)}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return _merge(_read(path.parent / str(base), (*seen, path.resolve())), tree)
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which would keep the last of two equal keys without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _siblings(path: Path) -> str:
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1) if path.parent.is_dir() else []
+    return f"; did you mean '{path.parent / near[0]}'?" if near else ""
+
+
+def _merge(base: Any, over: Any) -> Any:
+    # Another method replaces the base's block whole, whose settings would not fit it; so does null, which empties a block.
+    if isinstance(base, dict) and isinstance(over, dict) and base.get("name", over.get("name")) == over.get("name", base.get("name")):
+        return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in over.items()}}
+    return over
+
+
+def _scalar(value: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"override '{text}': the value is not valid YAML; quote it") from None
+
+
+def _set(tree: dict, keys: list[str], value: Any, text: str) -> None:
+    for key in keys[:-1]:
+        if tree.get(key) is None:
+            tree[key] = {}
+        tree = tree[key]
+        if not isinstance(tree, dict):
+            raise UserError(f"override '{text}': '{key}' holds a value, not settings")
+    tree[keys[-1]] = value
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    return {k: v for name, sub in tree.items() for k, v in _flatten(sub, f"{prefix}.{name}" if prefix else name).items()}
+
+
+def _explain(error: dict) -> str:
+    loc = [str(p) for p in error["loc"]]
+    if loc and loc[0] == "method" and len(loc) > 1 and loc[1] in METHODS:
+        del loc[1]  # pydantic names the union's member; the user wrote no such key
+    loc = [p for p in loc if p not in ("str", "list[str]")] if loc[:1] == ["data"] else loc
+    key, kind = ".".join(loc), error["type"]
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(loc[-1], _known_keys(error["loc"][:-1]), n=1)
+        where = f" in {'.'.join(loc[:-1])}" if loc[:-1] else ""
+        return f"unknown key '{key}'" + (f"; did you mean '{'.'.join([*loc[:-1], near[0]])}'?" if near else f"; known keys{where}: {', '.join(_known_keys(error['loc'][:-1]))}")
+    if kind == "missing":
+        return f"{key}: this setting is required"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        given = error["input"].get("name") if isinstance(error["input"], dict) else error["input"]
+        return f"method.name: unknown method '{given}'; known: {', '.join(METHODS)}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = str(error["input"]) if isinstance(error["input"], Fraction) else repr(error["input"])
+    if kind == "value_error" and (not key or message.startswith(key)):
+        return message
+    return f"{key}: {message}" if kind == "value_error" else f"{key}: {given}: {message[0].lower() + message[1:]}"
+
+
+def _known_keys(loc: tuple) -> list[str]:
+    section: Any = Config
+    for part in loc:
+        if isinstance(section, dict):  # the name of a method or a teacher
+            section = section.get(part, Teacher)
+        elif part in ("method", "teachers"):
+            section = METHODS if part == "method" else {}
+        else:
+            section = section.model_fields[part].annotation
+    return list(section.model_fields)
