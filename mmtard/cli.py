@@ -34,6 +34,7 @@ def _fail(message: str, status: int) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The whole command line: every command with its arguments and an example."""
     top = argparse.ArgumentParser(prog=PROGRAM, description="Train and measure vision-language models that resist adversarial images.")
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     # The deepspeed launcher puts this before the arguments of every command it starts; the rank comes from the environment.

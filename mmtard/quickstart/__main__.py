@@ -33,6 +33,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> int:
+    """Run every stage that is not done yet and print the table; the exit status."""
     began = time.monotonic()
     stages = 3 + len(TRAINED)
     try:
