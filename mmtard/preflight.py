@@ -86,6 +86,7 @@ class Checks:
     # ---------------------------------------------------------------- each GPU computes rightly and is free
 
     def devices(self) -> str:
+        """What this rank computes on; Fault when its GPU is taken, faulty or wrong."""
         device = self.ranks.device
         if device.type == "cpu":
             return f"CPU, {torch.get_num_threads()} threads a rank ({'as asked for' if self.config.engine.device == 'cpu' else 'no GPU here'})"
@@ -164,6 +165,7 @@ class Checks:
     # ---------------------------------------------------------------- the run's folder is shared, writable, and large enough
 
     def folder(self) -> int:
+        """Bytes free in the run folder, after writing to it; Fault when it cannot be written."""
         run, fault = Path(self.config.run_dir), None
         mark = run / f".preflight-{self.ranks.rank}"
         try:
@@ -192,6 +194,7 @@ class Checks:
     # ---------------------------------------------------------------- the loaders, all at once, give images fast enough
 
     def shards(self) -> tuple[int, int, float]:
+        """What this rank read of its shards and how long it took; Fault when they cannot be read."""
         config, ranks = self.config, self.ranks
         ranks.from_first(lambda: data.open_dataset(config.data).fingerprint)
         dataset = data.open_dataset(config.data)
