@@ -165,7 +165,7 @@ class Checks:
     # ---------------------------------------------------------------- the run's folder is shared, writable, and large enough
 
     def folder(self) -> int:
-        """Bytes free in the run folder, after writing to it; Fault when it cannot be written."""
+        """Bytes free in the run folder; Fault when it cannot be written or the nodes do not share it."""
         run, fault = Path(self.config.run_dir), None
         mark = run / f".preflight-{self.ranks.rank}"
         try:
@@ -194,7 +194,7 @@ class Checks:
     # ---------------------------------------------------------------- the loaders, all at once, give images fast enough
 
     def shards(self) -> tuple[int, int, float]:
-        """What this rank read of its shards and how long it took; Fault when they cannot be read."""
+        """(samples, shards, images a second that this rank's loaders give), measured after the first batch."""
         config, ranks = self.config, self.ranks
         ranks.from_first(lambda: data.open_dataset(config.data).fingerprint)
         dataset = data.open_dataset(config.data)
