@@ -60,7 +60,7 @@ def evaluate(model: Model, source: Data, settings: Quick, ranks: Ranks, say=prin
     classes = ranks.from_first(lambda: clip.class_embeddings(names, data.templates(source), ranks.device))
     head = Head(classes.to(ranks.device), clip.logit_scale)
     tower = clip.tower().eval().requires_grad_(False).to(ranks.device)
-    mine = _measure(tower, head, source, dataset, ids, settings, ranks, say, interruption or Interruption())
+    mine = _measure(tower, head, source, dataset, ids, settings, ranks, say, Interruption() if interruption is None else interruption)
     rows = sorted(row for rank in ranks.gather(mine["rows"]) for row in rank)
     largest = max(ranks.gather(mine["largest"]))
     if largest > float(settings.eps) * (1 + 1e-5) + 1e-7:
