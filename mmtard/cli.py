@@ -101,9 +101,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     p.add_argument("--out", type=Path, metavar="FILE", help="JSON with every sample's outcome; default: evaluations/ in a run's folder")
 
-    p = command("export", _export, "Write a run as an open_clip folder and an image-tower file.", "mmtard export runs/b32 exported/b32")
+    p = command("export", _export, "Write a run as a folder that open_clip loads, with the image tower alone and a model card.", "mmtard export runs/b32 exported/b32")
     p.add_argument("run_folder", type=Path, metavar="RUN", help="run or checkpoint folder")
     p.add_argument("out", type=Path, metavar="OUT")
+    p.add_argument("--hf", action="store_true", help="also OUT/transformers, which transformers' CLIPModel loads")
     return top
 
 
@@ -222,7 +223,7 @@ def _measure(args, interruption: Interruption) -> None:
 def _export(args) -> None:
     from .export import export
 
-    for path in export(args.run_folder, args.out):
+    for path in export(settings.Model(weights=str(args.run_folder)), args.out, hf=args.hf):
         print(path)
 
 

@@ -105,8 +105,17 @@ class Clip:
         scratch.mkdir(parents=True)
         save_tensors({k: v.detach().clone().contiguous() for k, v in self.model.state_dict().items()}, scratch / WEIGHTS_FILE)
         (scratch / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
+        if self.config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):  # open_clip looks for it in the folder itself
+            self._save_tokenizer(scratch)
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
+
+    def _save_tokenizer(self, folder: Path) -> None:
+        try:
+            open_clip.get_tokenizer(self.name).save_pretrained(folder)
+        except (OSError, ValueError, ImportError) as error:
+            name = self.config["model_cfg"]["text_cfg"]["hf_tokenizer_name"]
+            raise UserError(f"{self.name}: its tokenizer '{name}' is not at hand ({' '.join(str(error).split())}); download it once") from None
 
 
 def load(spec: Model, seed: int = 0, where: str = "student") -> Clip:

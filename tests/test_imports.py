@@ -36,7 +36,7 @@ ROOMS = {
     "heads": {"checkpoint", "errors", "methods", "parallel", "towers"},
     "teachers": {"config", "methods", "parallel", "towers"},
     "flops": {"config", "methods", "towers"},
-    "export": {"config", "errors", "towers"},
+    "export": {"checkpoint", "config", "errors", "towers"},
     "flops": {"config", "methods", "towers"},
     # data
     "data": {"config", "errors"},

@@ -35,7 +35,7 @@ def trained(vit, run, seed):
 
 @pytest.mark.parametrize("source, seed", [("", 3), ("checkpoints/step-1", 2)])
 def test_open_clip_loads_the_folder_with_the_trained_embeddings(vit, run, tmp_path, source, seed):
-    written = export(run / source, tmp_path / "out")
+    written = export(Model(weights=str(run / source)), tmp_path / "out")
     assert {p.name for p in written} == {"open_clip_config.json", "open_clip_model.safetensors", "image_tower.pt"}
     clip = trained(vit, run, seed)
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
@@ -50,7 +50,7 @@ def test_open_clip_loads_the_folder_with_the_trained_embeddings(vit, run, tmp_pa
 
 
 def test_the_image_tower_file_is_a_plain_state_dict(vit, run, tmp_path):
-    export(run, tmp_path / "out")
+    export(Model(weights=str(run)), tmp_path / "out")
     state = torch.load(tmp_path / "out" / "image_tower.pt", weights_only=True)
     expected = trained(vit, run, 3).model.visual
     fresh = open_clip.create_model("tests-vit").visual
@@ -59,9 +59,9 @@ def test_the_image_tower_file_is_a_plain_state_dict(vit, run, tmp_path):
 
 
 def test_an_earlier_export_is_replaced_whole(vit, run, tmp_path):
-    export(run / "checkpoints/step-1", tmp_path / "out")
+    export(Model(weights=str(run / "checkpoints/step-1")), tmp_path / "out")
     (tmp_path / "out" / "of_an_older_version.bin").touch()
-    written = export(run, tmp_path / "out")
+    written = export(Model(weights=str(run)), tmp_path / "out")
     assert len(written) == 3
     state = torch.load(tmp_path / "out" / "image_tower.pt", weights_only=True)
     assert torch.equal(state["proj"], trained(vit, run, 3).model.visual.proj)
@@ -72,7 +72,7 @@ def test_what_was_not_exported_is_never_overwritten(run, tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     for out in (tmp_path / "mine", tmp_path / "mine" / "thesis.tex", run):
         with pytest.raises(UserError, match="exists and is no exported folder; choose another OUT"):
-            export(run, out)
+            export(Model(weights=str(run)), out)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"] and (run / "checkpoints").is_dir()
 
 
@@ -80,5 +80,5 @@ def test_a_folder_without_a_usable_checkpoint_is_refused(run, tmp_path):
     for step in (1, 2):
         (run / "checkpoints" / f"step-{step}" / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"with usable weights \(step-2: no manifest.json; step-1: no manifest.json\)"):
-        export(run, tmp_path / "out")
+        export(Model(weights=str(run)), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,50 @@
+"""The exported folder: what open_clip loads, the image tower alone, a model card, and what transformers loads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from .. import checkpoint, towers
+from ..config import Model
+from ..errors import UserError
+from .hf import FOLDER as HF_FOLDER, save_transformers
+
+TOWER_FILE = "image_tower.pt"
+
+
+def export(source: Model, out: Path, hf: bool = False) -> list[Path]:
+    """Write a model to the folder `out`, whole or not at all; the files written.
+
+    `open_clip.create_model_and_transforms("local-dir:OUT")` loads the folder; `image_tower.pt` is the plain state_dict of the image
+    tower that `model.visual.load_state_dict` takes, as RobustVLM publishes its towers; `README.md` is the model card. hf: also
+    `transformers/`, which `transformers.CLIPModel.from_pretrained` loads. Raises UserError when `out` holds something else, when
+    the model cannot be loaded, and with `hf` when transformers has no such architecture.
+    """
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / towers.CONFIG_FILE).is_file())):
+        raise UserError(f"'{out}' exists and is no exported folder; choose another OUT")
+    clip = towers.load(source, where="export")
+    scratch = out.with_name(f".{out.name}.exporting")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        clip.save(scratch)
+        torch.save(clip.model.visual.state_dict(), scratch / TOWER_FILE)
+        if hf:
+            save_transformers(clip, scratch / HF_FOLDER)
+        shutil.rmtree(out, ignore_errors=True)
+        scratch.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write '{out}': {error.strerror or error}; free space or choose another OUT") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def _run_of(source: Model) -> Path | None:
+    """The run folder that the weights come from; None when they come from elsewhere."""
+    folder = Path(source.weights)
+    if not folder.is_dir() or (folder / towers.CONFIG_FILE).is_file():
+        return None
+    return checkpoint.resolve(folder)[0]
