@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from . import __version__, config as settings, history
+from . import __version__, config as settings, history, trackers
 from .errors import RunError, UserError
 from .preempt import Interruption
 
@@ -160,6 +160,7 @@ def _ready(args) -> settings.Config:
     config = settings.load(args.config, args.overrides)
     settings.check_world(config, settings.world_size_from_env())
     settings.expand_shards(config.data.shards)
+    trackers.check(config.log)
     if config.engine.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU that is there
     return config

@@ -1,4 +1,4 @@
-"""What a run reports: `metrics.jsonl` (every step), `events.jsonl`, TensorBoard, and lines on the console."""
+"""What a run reports: `metrics.jsonl` (every step), `events.jsonl`, lines on the console, and the trackers."""
 
 from __future__ import annotations
 
@@ -6,33 +6,32 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .trackers import Tracker, finite
+
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
-TIMINGS = ("seconds", "images_per_s", "tflops_a_rank", "mfu")  # the columns that differ between equal runs
+TIMINGS = ("seconds", "images_per_s", "tflops_a_rank", "mfu", "memory_gib")  # the columns that differ between equal runs
 
 
 class Metrics:
     """The reports of one run, written by its first rank.
 
     Opening cuts `metrics.jsonl` and `events.jsonl` back to the step the run goes on from, so that a step that was lost in an
-    interruption and done again stands there once.
+    interruption and done again stands there once. `trackers` open one each; one that fails is named and left out from then on.
     """
 
-    def __init__(self, run: Path, start: int, steps: int, log_every: int, tensorboard: bool):
+    def __init__(self, run: Path, start: int, steps: int, log_every: int, trackers: dict[str, Callable[[], Tracker]] = {}):
         for name in (METRICS, EVENTS):
             cut(run / name, start)
         self._metrics = (run / METRICS).open("a", buffering=1)
         self._events = (run / EVENTS).open("a", buffering=1)
-        self._board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
         self.steps, self.log_every = steps, log_every
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar = None
@@ -42,14 +41,14 @@ class Metrics:
             self._task = self._bar.add_task(run.name, total=steps, completed=start)
             self._bar.start()
         self._began, self._start = time.monotonic(), start
+        self._trackers: dict[str, Tracker] = {}
+        for name, make in trackers.items():
+            self._attempt(name, lambda: self._trackers.update({name: make()}))
 
     def step(self, row: dict[str, float | int]) -> None:
         """Record a finished step: `row["step"]` updates are done; numbers that are not finite are stored as null."""
         self._metrics.write(_line(row))
-        if self._board is not None:
-            for name, value in row.items():
-                if name != "step" and value is not None and math.isfinite(value):
-                    self._board.add_scalar(name, value, row["step"])
+        self._track(lambda tracker: tracker.log(row["step"], finite(row)))
         if self._bar is not None:
             self._bar.update(self._task, completed=row["step"])
         if row["step"] % self.log_every == 0 or row["step"] == self.steps:
@@ -69,17 +68,39 @@ class Metrics:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        if self._board is not None:
-            self._board.close()
+        self._track(lambda tracker: tracker.close())
         if self._bar is not None:
             self._bar.stop()
+
+    def _track(self, call: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            if not self._attempt(name, lambda: call(tracker)):
+                del self._trackers[name]
+
+    def _attempt(self, name: str, call: Callable[[], None]) -> bool:
+        try:
+            call()
+        except Exception as error:  # of a service or a library: whatever it is, training is worth more
+            self.say(f"{name} gets no more numbers of this start: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            return False
+        return True
 
     def _summary(self, row: dict) -> str:
         done, width = row["step"], len(str(self.steps))
         left = (time.monotonic() - self._began) / max(1, done - self._start) * (self.steps - done)
-        hidden = ("step", "batch", "skipped", "replaced", "seconds", "images_per_s", "tflops_a_rank")
+        hidden = ("step", "batch", "skipped", "replaced", "seconds", "images_per_s", "tflops_a_rank", "memory_gib")
         shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in hidden)
         return f"step {done:{width}d}/{self.steps}  {shown}  {row['images_per_s']:.4g} images/s  left {timedelta(seconds=round(left))}"
+
+
+def memory_gib(device: torch.device) -> float:
+    """GiB this process takes: the device's peak since the last call on CUDA, the resident set on the CPU."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 2**30
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def cut(path: Path, step: int) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import torch
 
-from . import checkpoint, data, flops, heads, history, parallel, run_folder, towers
+from . import checkpoint, data, flops, heads, history, parallel, run_folder, towers, trackers
 from .checkpoint import Checkpoints
 from .config import Config
 from .distill import Distillation
 from .engine import DTYPES, Engine, Step, learning_rate
 from .errors import RunError
-from .metrics import Metrics
+from .metrics import Metrics, memory_gib
 from .parallel import Ranks
 from .preempt import REQUEUE, Interruption
 from .teachers import FrozenTeacher
@@ -50,8 +50,7 @@ class Run:
         self.metrics: Metrics | None = None
         if ranks.first:
             self.checkpoints.clean()
-            log = config.log
-            self.metrics = Metrics(self.folder.path, self.step, config.train.steps, log.every, log.tensorboard)
+            self.metrics = Metrics(self.folder.path, self.step, config.train.steps, config.log.every, trackers.chosen(config, self.step))
 
     def train(self, interruption: Interruption) -> int:
         """Run to the last step or to an interruption; the exit status."""
@@ -197,11 +196,11 @@ class Run:
             self.metrics.event(self.step, kind, ranks=[r for r, s in enumerate(found) if s], samples=[s for rank in found for s in rank])
 
     def _speed(self, seconds: float) -> dict[str, float]:
-        """Throughput of a step: all ranks' images, a rank's FLOP/s, and its share of the device's bf16 peak where that is known."""
+        """Throughput of a step: all ranks' images, a rank's FLOP/s, and its share of the device's bf16 peak where that is known; the first rank's memory."""
         images = self.config.train.batch_size / seconds
         done = images * self.sample_flops / self.ranks.world_size
         known = {"mfu": done / self.peak_flops} if self.peak_flops else {}
-        return {"seconds": seconds, "images_per_s": images, "tflops_a_rank": done / 1e12, **known}
+        return {"seconds": seconds, "images_per_s": images, "tflops_a_rank": done / 1e12, **known, "memory_gib": memory_gib(self.ranks.device)}
 
     def _save(self) -> None:
         weights, moments, updates = self.engine.full_state()

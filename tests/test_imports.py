@@ -26,7 +26,8 @@ ROOMS = {
     "parallel": {"errors"},
     "checkpoint": {"errors"},
     "preempt": {"errors"},
-    "metrics": set(),
+    "trackers": {"config", "errors"},
+    "metrics": {"trackers"},
     "slurm": set(),
     "history": {"config", "slurm"},
     "watchdog": {"config", "errors", "history", "parallel", "preempt"},
@@ -42,16 +43,16 @@ ROOMS = {
     "data": {"config", "errors"},
     # engine, and the verbs
     "engine": {"config", "parallel", "towers"},
-    "train": {"checkpoint", "config", "data", "distill", "engine", "errors", "flops", "heads", "history", "metrics", "parallel", "preempt", "run_folder", "teachers", "towers", "watchdog"},
+    "train": {"checkpoint", "config", "data", "distill", "engine", "errors", "flops", "heads", "history", "metrics", "parallel", "preempt", "run_folder", "teachers", "towers", "trackers", "watchdog"},
     "evaluate": {"attacks", "config", "data", "errors", "losses", "methods", "parallel", "preempt", "towers"},
     "runs": {"config", "errors", "history", "slurm"},
     "preflight": {"config", "data", "engine", "errors", "parallel", "run_folder", "towers"},
     "quickstart": {"checkpoint", "config", "data", "errors", "evaluate", "parallel", "towers"},
-    "cli": {"config", "data", "errors", "evaluate", "export", "history", "parallel", "preempt", "preflight", "runs", "train"},
+    "cli": {"config", "data", "errors", "evaluate", "export", "history", "parallel", "preempt", "preflight", "runs", "trackers", "train"},
     "__main__": {"cli"},
 }
 MATHEMATICS = ("losses", "attacks", "weighting", "methods", "objectives", "distill")
-LIGHT = ("errors", "config", "slurm", "history", "preempt", "cli", "__main__")  # answer a wrong command line before torch is imported
+LIGHT = ("errors", "config", "slurm", "history", "preempt", "trackers", "cli", "__main__")  # answer a wrong command line before torch is imported
 DISTRIBUTED = {"parallel", "teachers", "engine"}  # all that may speak of torch.distributed or DeepSpeed
 
 

@@ -2,7 +2,6 @@ import json
 import math
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmtard.metrics import Metrics, cut
 
@@ -21,7 +20,7 @@ def opened():
     made = []
 
     def make(run, start=0, steps=4, log_every=2):
-        made.append(Metrics(run, start, steps, log_every, tensorboard=False))
+        made.append(Metrics(run, start, steps, log_every))
         return made[-1]
 
     yield make
@@ -94,16 +93,3 @@ def test_the_console_has_a_line_every_so_often_at_the_end_and_for_events(tmp_pat
     assert [line.split("  ")[0] for line in out[:3]] == ["step 2/5", "step 4/5", "step 5/5"] and len(out) == 4
     assert "loss 0.2  kl 0.25" in out[2] and "100 images/s" in out[2] and "left 0:00:00" in out[2]
     assert out[3] == "step 5: replaced  samples s0, s1, s2, s3, ... (9)"
-
-
-def test_tensorboard_shows_a_step_that_was_done_again_once(tmp_path):
-    first = Metrics(tmp_path, start=0, steps=4, log_every=2, tensorboard=True)
-    for step in (1, 2, 3):
-        first.step(row(step, grad_norm=math.inf))
-    first.close()
-    again = Metrics(tmp_path, start=1, steps=4, log_every=2, tensorboard=True)
-    again.step(row(2))
-    again.close()
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1.0), (2, 0.5)]
-    assert set(board.Tags()["scalars"]) == {"loss", "images_per_s"}

@@ -12,6 +12,7 @@ from .schema import (
     Clean,
     Config,
     Data,
+    Log,
     Model,
     Resume,
     Teacher,
@@ -21,6 +22,6 @@ from .schema import (
 )
 
 __all__ = [
-    "ARD", "ATTACK_OBJECTIVES", "Attack", "Cache", "Clean", "Config", "Data", "METHODS", "MMTARD", "Model", "Resume", "TeCoA", "Teacher", "check_world",
+    "ARD", "ATTACK_OBJECTIVES", "Attack", "Cache", "Clean", "Config", "Data", "Log", "METHODS", "MMTARD", "Model", "Resume", "TeCoA", "Teacher", "check_world",
     "differences", "dump", "expand_shards", "is_remote", "load", "parse_fraction", "show_pixels", "validate", "world_size_from_env",
 ]  # fmt: skip

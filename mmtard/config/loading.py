@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -141,5 +141,6 @@ def _known_keys(loc: tuple) -> list[str]:
         elif part in ("method", "teachers"):
             section = METHODS if part == "method" else {}
         else:
-            section = section.model_fields[part].annotation
+            annotation = section.model_fields[part].annotation
+            section = (get_args(annotation) or (annotation,))[0]  # of a section that may be null, the section
     return list(section.model_fields)

@@ -186,9 +186,20 @@ class Resume(Section):
     watchdog_minutes: Number = Field(10.0, gt=0, lt=30, description="time of a part of a step (its data, update, checkpoint) after which it counts as hung")
 
 
+class WandB(Section):
+    """Weights & Biases; needs `pip install mmtard[wandb]`."""
+
+    project: str
+    entity: str | None = Field(None, description="user or team; null: the one you are logged in as")
+    name: str | None = Field(None, description="null: the run folder's name")
+    tags: list[str] = []
+    mode: Literal["online", "offline", "disabled"] | None = Field(None, description="null: as $WANDB_MODE says, else online")
+
+
 class Log(Section):
     every: Int = Field(10, ge=1, description="steps between console lines; metrics.jsonl has every step")
     tensorboard: bool = True
+    wandb: WandB | None = None
 
 
 class Config(Section):

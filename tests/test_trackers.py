@@ -1,0 +1,126 @@
+"""TensorBoard and Weights & Biases beside a run's own files."""
+
+import json
+import math
+import struct
+import subprocess
+import sys
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mmtard import trackers
+from mmtard.config import Log, validate
+from mmtard.errors import UserError
+from mmtard.metrics import Metrics
+from mmtard.trackers import TensorBoard
+
+
+def row(step, **more):
+    return {"step": step, "loss": 1 / step, "images_per_s": 100.0, **more}
+
+
+def test_tensorboard_shows_a_step_that_was_done_again_once(tmp_path):
+    first = Metrics(tmp_path, start=0, steps=4, log_every=2, trackers={"TensorBoard": lambda: TensorBoard(tmp_path, 0)})
+    for step in (1, 2, 3):
+        first.step(row(step, grad_norm=math.inf))
+    first.close()
+    again = Metrics(tmp_path, start=1, steps=4, log_every=2, trackers={"TensorBoard": lambda: TensorBoard(tmp_path, 1)})
+    again.step(row(2))
+    again.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1.0), (2, 0.5)]
+    assert set(board.Tags()["scalars"]) == {"loss", "images_per_s"}
+
+
+class Broken:
+    def __init__(self, at):
+        self.at, self.logged = at, []
+        if at == "open":
+            raise OSError("no network")
+
+    def log(self, step, numbers):
+        if self.at == step:
+            raise ValueError("quota\nexceeded")
+        self.logged.append((step, numbers))
+
+    def close(self):
+        if self.at == "close":
+            raise RuntimeError("gone")
+
+
+@pytest.mark.parametrize("at,logged,said", [("open", None, "OSError: no network"), (2, [1], "ValueError: quota exceeded"), ("close", [1, 2, 3], "RuntimeError: gone")])
+def test_a_tracker_that_fails_is_named_once_and_ends_nothing(tmp_path, capsys, at, logged, said):
+    made, whole = [], Broken(None)
+    metrics = Metrics(tmp_path, 0, 3, 99, {"broken": lambda: made.append(Broken(at)) or made[0], "whole": lambda: whole})
+    for step in (1, 2, 3):
+        metrics.step(row(step, grad_norm=math.nan))
+    metrics.close()
+    assert [s for s, _ in made[0].logged] == logged if made else logged is None
+    assert whole.logged == [(s, {"loss": 1 / s, "images_per_s": 100.0}) for s in (1, 2, 3)]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    lines = [line for line in capsys.readouterr().out.splitlines() if "broken" in line]
+    assert lines == [f"broken gets no more numbers of this start: {said}"]
+
+
+def test_a_missing_package_is_an_error_of_one_line_that_names_the_remedy(monkeypatch):
+    wanted = Log(wandb={"project": "p"})
+    trackers.check(wanted)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    trackers.check(Log())
+    with pytest.raises(UserError, match=r"^log\.wandb: .*pip install mmtard\[wandb\]"):
+        trackers.check(wanted)
+
+
+WANDB_RUN = """
+import sys
+from mmtard.config import load
+from mmtard.metrics import Metrics
+from mmtard.trackers import chosen
+config, start = load(sys.argv[1]), int(sys.argv[2])
+metrics = Metrics(__import__("pathlib").Path(config.run_dir), start, 4, 99, chosen(config, start))
+for step in range(start + 1, start + 3):
+    metrics.step({"step": step, "loss": 1.0 / step, "images_per_s": 1.0})
+metrics.close()
+"""
+
+
+def leveldb_log(data):
+    """The records of a W&B file: 7 bytes of header, then LevelDB's log format (blocks of 32 KiB; crc32, length, kind before each piece)."""
+    at, record = 7, b""
+    while at + 7 <= len(data):
+        if at % 32768 > 32768 - 7:
+            at += -at % 32768
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        record, at = record + data[at + 7 : at + 7 + length], at + 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield record
+            record = b""
+
+
+@pytest.mark.slow
+def test_every_start_of_a_run_goes_on_in_one_weights_and_biases_run(tree, write, tmp_path):
+    """Offline, read back from the records that `wandb sync` would send."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    tree["log"] = {"tensorboard": False, "wandb": {"project": "robust", "tags": ["a"], "mode": "offline"}}
+    run = tmp_path / "run"
+    run.mkdir()
+    assert validate(tree).log.wandb.project == "robust"
+    for start in (0, 2):
+        done = subprocess.run([sys.executable, "-c", WANDB_RUN, str(write(tree)), str(start)], capture_output=True, text=True)
+        assert done.returncode == 0 and "no more numbers" not in done.stdout, done
+    runs, history, settings = [], {}, {}
+    for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
+        for data in leveldb_log(path.read_bytes()):
+            record = Record.FromString(data)
+            if record.HasField("run"):
+                runs.append((record.run.run_id, record.run.project, list(record.run.tags)))
+                settings |= {u.key: json.loads(u.value_json) for u in record.run.config.update}
+            if record.HasField("history"):
+                numbers = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.history.item}
+                history[numbers["_step"]] = numbers["loss"]
+    identity = json.loads((run / "wandb.json").read_text())["id"]
+    assert set(map(str, runs)) == {str((identity, "robust", ["a"]))}
+    assert history == {s: 1 / s for s in (1, 2, 3, 4)}
+    assert settings["train"]["batch_size"] == 8 and settings["attack"]["eps"] == "2/255"
