@@ -21,11 +21,20 @@ def sample_uniform(seeds: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor
     batch composition and world size. The upper 24 bits become the number.
     """
     counter = torch.arange(1, 1 + torch.Size(shape).numel(), device=seeds.device, dtype=torch.int64)
-    z = seeds[:, None] + counter[None, :] * _GOLDEN
+    z = _mix(seeds[:, None] + counter[None, :] * _GOLDEN)
+    return (_shift(z, 40).to(torch.float32) * 2.0**-24).reshape(len(seeds), *shape)
+
+
+def derive_seeds(seeds: Tensor, k: int) -> Tensor:
+    """Each sample's seed of its k-th restart, target or draw: int64 [B] -> int64 [B], unrelated for any two k."""
+    step = torch.full_like(seeds, _MIX1)  # not the step of sample_uniform, so that no seed is one of its numbers; wraps as int64 does
+    return _mix(seeds + (k + 1) * step)
+
+
+def _mix(z: Tensor) -> Tensor:
     z = (z ^ _shift(z, 30)) * _MIX1
     z = (z ^ _shift(z, 27)) * _MIX2
-    z = z ^ _shift(z, 31)
-    return (_shift(z, 40).to(torch.float32) * 2.0**-24).reshape(len(seeds), *shape)
+    return z ^ _shift(z, 31)
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:

@@ -35,6 +35,30 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).square().sum(-1)
 
 
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """z_y - max_{i != y} z_i of each sample: logits [B,C >= 2], labels int64 [B] -> [B]; negative where misclassified."""
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return true_class(logits, labels) - others.max(1).values
+
+
+def dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """Difference of logits ratio, -(z_y - max_{i != y} z_i) / (z_pi1 - z_pi3): logits [B,C >= 3], labels int64 [B] -> [B].
+
+    Croce & Hein, ICML 2020, equation 6; z_pi1 >= z_pi2 >= ... are the sorted logits. Invariant to the logits' scale and shift.
+    """
+    z = logits.topk(3).values
+    return -margin(logits, labels) / (z[:, 0] - z[:, 2] + 1e-12)
+
+
+def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """-(z_y - z_t) / (z_pi1 - (z_pi3 + z_pi4) / 2) of each sample: logits [B,C >= 4], labels and targets int64 [B] -> [B].
+
+    Croce & Hein, ICML 2020, equation 7; it rises as the target class gains on the label's.
+    """
+    z = logits.topk(4).values
+    return (true_class(logits, targets) - true_class(logits, labels)) / (z[:, 0] - (z[:, 2] + z[:, 3]) / 2 + 1e-12)
+
+
 def top1(logits: Tensor, labels: Tensor) -> Tensor:
     """Whether the highest logit is the label's: [B,C], [B] -> bool [B]."""
     return torch.eq(logits.argmax(-1), labels)
