@@ -1,7 +1,7 @@
 """Checkpoints: written beside the loop, published by rename, verified before use. What is stored is opaque here.
 
 A run folder holds `checkpoints/step-N/` and the link `checkpoints/latest`. A checkpoint folder holds `weights.safetensors`
-(float32, by parameter name), `optimizer.safetensors`, `state.json` and, written last, `manifest.json` with every file's size and
+(float32, by parameter name), `optimizer.safetensors` (by `<state>.<parameter name>`), `state.json` and, written last, `manifest.json` with every file's size and
 SHA-256. It is independent of world size and ZeRO stage.
 """
 
@@ -15,6 +15,7 @@ import shutil
 import threading
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from .errors import UserError
 
 FORMAT = 1
 MANIFEST, WEIGHTS, OPTIMIZER, STATE = "manifest.json", "weights.safetensors", "optimizer.safetensors", "state.json"
+EMA = "ema."  # how the optimiser's keys of the moving average begin
 _PUBLISHED = re.compile(r"step-(\d+)$")
 
 
@@ -144,9 +146,19 @@ def resolve(folder: Path) -> tuple[Path, Path]:
     return folder, checkpoint
 
 
-def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The student's float32 weights by name."""
-    return load_file(checkpoint / WEIGHTS)
+def read_weights(checkpoint: Path, ema: bool = False) -> dict[str, Tensor]:
+    """The student's float32 weights by name; ema: their moving average, with the buffers as they are.
+
+    Raises UserError when the run kept no average.
+    """
+    weights = load_file(checkpoint / WEIGHTS)
+    if not ema:
+        return weights
+    with safe_open(checkpoint / OPTIMIZER, "pt") as file:
+        averages = {key.removeprefix(EMA): file.get_tensor(key) for key in file.keys() if key.startswith(EMA)}
+    if not averages:
+        raise UserError(f"'{checkpoint}' holds no moving average of the weights: its run had no train.ema; take the weights themselves")
+    return weights | averages
 
 
 def read_optimizer(checkpoint: Path) -> dict[str, Tensor]:

@@ -85,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", metavar="MODEL", help="run or checkpoint folder, exported folder, weights file, hf-hub:..., or an open_clip tag")
     p.add_argument("--arch", help="open_clip architecture or .json, when MODEL is a tag or a file")
     p.add_argument("--text", help="source of the text tower, when MODEL is an image-tower file")
+    p.add_argument("--ema", action="store_true", help="the moving average of a run's weights that train.ema kept")
     p.add_argument("--quick-gelu", choices=("true", "false"), help="activation, when MODEL is a file that does not say")
     p.add_argument("--data", required=True, metavar="SHARDS", help="folder or pattern of labelled shards")
     p.add_argument("--index", metavar="FILE", help="default: beside the shards")
@@ -105,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("run_folder", type=Path, metavar="RUN", help="run or checkpoint folder")
     p.add_argument("out", type=Path, metavar="OUT")
     p.add_argument("--hf", action="store_true", help="also OUT/transformers, which transformers' CLIPModel loads")
+    p.add_argument("--ema", action="store_true", help="the moving average of the weights that train.ema kept")
     return top
 
 
@@ -205,7 +207,7 @@ def _measure(args, interruption: Interruption) -> None:
     )
     settings.expand_shards(args.data)
     gelu = None if args.quick_gelu is None else args.quick_gelu == "true"
-    model = settings.Model(arch=args.arch, weights=args.model, text=args.text, quick_gelu=gelu)
+    model = settings.Model(arch=args.arch, weights=args.model, text=args.text, quick_gelu=gelu, ema=args.ema)
     from . import parallel
     from .evaluate import quick
 
@@ -214,7 +216,7 @@ def _measure(args, interruption: Interruption) -> None:
         results = quick.evaluate(model, source, protocol, ranks, interruption=interruption)
         if ranks.first:
             quick.show(results)
-            name = f"{Path(args.data.rstrip('/')).stem}-{args.norm}-{settings.show_pixels(args.eps).replace('/', '_')}.json"
+            name = f"{Path(args.data.rstrip('/')).stem}{'-ema' if args.ema else ''}-{args.norm}-{settings.show_pixels(args.eps).replace('/', '_')}.json"
             out = args.out or (Path(args.model) / "evaluations" / name if (Path(args.model) / "checkpoints").is_dir() else None)
             if out:
                 quick.save(results, out)
@@ -224,7 +226,7 @@ def _measure(args, interruption: Interruption) -> None:
 def _export(args) -> None:
     from .export import export
 
-    for path in export(settings.Model(weights=str(args.run_folder)), args.out, hf=args.hf):
+    for path in export(settings.Model(weights=str(args.run_folder), ema=args.ema), args.out, hf=args.hf):
         print(path)
 
 

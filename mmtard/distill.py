@@ -19,8 +19,8 @@ Forward = Callable[[Tensor], Tensor]
 class Student(Protocol):
     """What distillation needs of the engine."""
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """The one forward that is differentiated: [B,3,H,W] -> embeddings [B,D]."""
+    def __call__(self, images: Tensor, seeds: Tensor) -> Tensor:
+        """The one forward that is differentiated: V views of B samples, [V*B,3,H,W] and int64 [B] -> embeddings [V*B,D]."""
 
     def attack_view(self) -> AbstractContextManager[Forward]:
         """The same tower in evaluation mode for input gradients, gathering none for its weights."""
@@ -46,7 +46,7 @@ class Distillation:
         if self.objective:
             views["adv"] = self._adversarial(images, labels, seeds, predictions)
             predictions |= self._ask_teachers({"adv": views["adv"]})
-        predictions |= self._ask_student(views)
+        predictions |= self._ask_student(views, seeds)
         loss, terms = self.method.loss(self.settings, predictions, labels)
         return loss, {name: term.detach() for name, term in terms.items()}
 
@@ -62,9 +62,9 @@ class Distillation:
         wanted = (self.passes | {self.target}) - {None}
         return {p: self.teachers[p.model](views[p.view]) for p in sorted(wanted) if p.model != "student" and p.view in views}
 
-    def _ask_student(self, views: dict[str, Tensor]) -> dict[Pass, Prediction]:
+    def _ask_student(self, views: dict[str, Tensor], seeds: Tensor) -> dict[Pass, Prediction]:
         asked = sorted(p.view for p in self.passes if p.model == "student")
-        embeddings = self.student(torch.cat([views[v] for v in asked])).chunk(len(asked))
+        embeddings = self.student(torch.cat([views[v] for v in asked]), seeds).chunk(len(asked))
         return {Pass("student", v): self.head(z) for v, z in zip(asked, embeddings)}
 
 

@@ -28,7 +28,7 @@ from .config import Config, check_world
 from .parallel import Ranks
 from .towers import ImageTower
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS, EMA = ("exp_avg", "exp_avg_sq"), "ema"
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -62,7 +62,9 @@ class Engine:
             config=self._deepspeed_config(config),
         )
         self.stage = config.engine.zero_stage
-        self._prepare_moments()
+        self.ema = config.train.ema
+        self._kept = (*MOMENTS, EMA) if self.ema else MOMENTS
+        self._prepare_states()
 
     def _deepspeed_config(self, config: Config) -> dict:
         share = config.train.batch_size // self.ranks.world_size
@@ -83,8 +85,10 @@ class Engine:
     def micro_batch_size(self) -> int:
         return self.ds.train_micro_batch_size_per_gpu()
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """images [B,3,H,W] float32 in [0,1] -> embeddings [B,D] float32: the forward that `backward` differentiates."""
+    def __call__(self, images: Tensor, seeds: Tensor) -> Tensor:
+        """V views of B samples, images [V*B,3,H,W] float32 in [0,1], seeds int64 [B] -> embeddings [V*B,D] float32: the forward
+        that `backward` differentiates. What is random in it comes from the seeds."""
+        self.ds.module.views.show(len(images), seeds)
         self.ds.train()
         return self.ds(images)
 
@@ -110,8 +114,15 @@ class Engine:
     def end_micro_batch(self, lr: float) -> Step | None:
         """Tell DeepSpeed a micro-batch is over; at the last of a step, update the weights with `lr`.
 
-        A gradient that is not finite on any rank leaves weights and moments as they were.
+        A gradient that is not finite on any rank leaves weights, moments and averages as they were.
         """
+        step = self._end_micro_batch(lr)
+        if step and step.applied and self.ema:
+            for weights, state in self._states.items():
+                state[EMA].lerp_(weights.detach(), 1 - self.ema)
+        return step
+
+    def _end_micro_batch(self, lr: float) -> Step | None:
         last = self.ds.is_gradient_accumulation_boundary()
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr
@@ -135,26 +146,32 @@ class Engine:
     # ---------------------------------------------------------------- portable state
 
     def full_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
-        """(weights and buffers, moments as `exp_avg.<name>`, updates applied): CPU copies on the first rank, empty elsewhere.
+        """(trained weights and buffers, the optimiser's states as `exp_avg.<name>`, updates applied): CPU copies on the first rank, empty
+        elsewhere. The average of the weights, where one is kept, is the state `ema`.
 
         Collective: every rank calls it at the same place.
         """
-        weights, moments = {}, {}
-        for name, parameter in self.ds.module.named_parameters():
+        weights, states = {}, {}
+        for name, parameter in self._trained():
             self._keep(weights, name, self._weight(parameter))
-            for key in MOMENTS:
-                self._keep(moments, f"{key}.{name}", self._moment(parameter, key))
+            for key in self._kept:
+                self._keep(states, f"{key}.{name}", self._optimizer_state(parameter, key))
         persistent = self.ds.module.state_dict().keys() if self.stage < 3 else _buffer_names(self.ds.module)
         for name, buffer in self.ds.module.named_buffers():
             if name in persistent:
                 self._keep(weights, name, buffer)
-        return weights, moments, self._updates
+        return weights, states, self._updates
 
-    def restore(self, moments: dict[str, Tensor], updates: int) -> None:
-        """Set the optimiser's moments and update count as `full_state` gave them; the weights come with the tower."""
-        for name, parameter in self.ds.module.named_parameters():
-            for key in MOMENTS:
-                value = moments[f"{key}.{name}"].to(self.ranks.device)
+    def restore(self, states: dict[str, Tensor], updates: int) -> None:
+        """Set the optimiser's states and update count as `full_state` gave them; the weights come with the tower.
+
+        An average that was not kept so far begins with those weights.
+        """
+        for name, parameter in self._trained():
+            for key in self._kept:
+                if key == EMA and f"{key}.{name}" not in states:
+                    continue
+                value = states[f"{key}.{name}"].to(self.ranks.device)
                 if self.stage == 0:
                     self._states[parameter][key].copy_(value)
                 else:
@@ -162,20 +179,25 @@ class Engine:
         for state in self._states.values():
             state["step"].fill_(updates)
 
+    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, p) for name, p in self.ds.module.named_parameters() if p.requires_grad]
+
     @property
     def _updates(self) -> int:
         return int(next(iter(self._states.values()))["step"].item())
 
-    def _prepare_moments(self) -> None:
+    def _prepare_states(self) -> None:
         # AdamW makes its state at the first update; making it now lets a checkpoint be restored, and one be taken, before that.
         zero = self.ds.optimizer
         if self.stage == 0:
-            base, flat = zero, list(self.ds.module.parameters())
+            base, flat = zero, [parameter for _, parameter in self._trained()]
         else:
             base = zero.optimizer
             flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         for p in flat:
             base.state[p] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(p) for key in MOMENTS}}
+            if self.ema:  # lives there because DeepSpeed cuts up and gathers whatever is shaped like the weights
+                base.state[p][EMA] = p.detach().clone()
         self._states = {p: base.state[p] for p in flat}
         if self.stage in (1, 2):
             zero._lazy_init_hp_params_optimizer_state()
@@ -183,7 +205,7 @@ class Engine:
     def _weight(self, parameter) -> Tensor:
         return parameter if self.stage == 0 else safe_get_full_fp32_param(parameter)
 
-    def _moment(self, parameter, key: str) -> Tensor:
+    def _optimizer_state(self, parameter, key: str) -> Tensor:
         return self._states[parameter][key] if self.stage == 0 else safe_get_full_optimizer_state(parameter, key)
 
     def _keep(self, into: dict[str, Tensor], name: str, value: Tensor) -> None:

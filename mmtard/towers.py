@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .checkpoint import read_weights, resolve, save_tensors
 from .config import Model
 from .errors import UserError
+from .views import Views
 
 CONFIG_FILE, WEIGHTS_FILE, START_FOLDER = "open_clip_config.json", "open_clip_model.safetensors", "start"
 
@@ -44,6 +45,7 @@ class ImageTower(nn.Module):
         self.image_size: int = size[0] if isinstance(size, (tuple, list)) else size
         self.autocast: torch.dtype | None = None
         self.dtype = torch.float32  # of the weights, and so of the tower's input
+        self.views = Views()
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -125,12 +127,14 @@ def load(spec: Model, seed: int = 0, where: str = "student") -> Clip:
     activation (QuickGELU) that is not the one the weights were trained with.
     """
     source = Path(spec.weights)
+    if spec.ema and not (source.is_dir() and not (source / CONFIG_FILE).is_file()):
+        raise UserError(f"{where}.ema: '{spec.weights}' is no run or checkpoint, which alone hold a moving average; leave ema out")
     if spec.weights.startswith("hf-hub:"):
         return _no_arch(spec, where, _from_open_clip(spec.weights, where))
     if (source / CONFIG_FILE).is_file():
         return _no_arch(spec, where, _from_open_clip(f"local-dir:{source}", where))
     if source.is_dir():
-        return _no_arch(spec, where, _from_run(source))
+        return _no_arch(spec, where, _from_run(source, spec.ema))
     if "/" in spec.weights and not source.exists():
         raise UserError(f"{where}.weights: '{spec.weights}' does not exist; correct the path, or make it first if it is a run's folder")
     if spec.arch is None:
@@ -233,10 +237,10 @@ def _from_open_clip(name: str, where: str) -> Clip:
     return Clip(model, name, {"model_cfg": cfg, "preprocess_cfg": _preprocess(model)})
 
 
-def _from_run(folder: Path) -> Clip:
+def _from_run(folder: Path, ema: bool) -> Clip:
     run, checkpoint = resolve(folder)
     clip = _from_open_clip(f"local-dir:{run / START_FOLDER}", "weights")
-    load_strictly(clip.tower(), read_weights(checkpoint), f"checkpoint '{checkpoint}'")
+    load_strictly(clip.tower(), read_weights(checkpoint, ema), f"checkpoint '{checkpoint}'")
     return clip
 
 

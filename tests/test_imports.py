@@ -14,6 +14,7 @@ PACKAGE = ROOT / "mmtard"
 # A room is a file or a sub-package of mmtard/: the rooms it may import, anywhere in its files.
 ROOMS = {
     "errors": set(),
+    "views": set(),
     "config": {"errors"},
     # mathematics
     "losses": set(),
@@ -33,7 +34,7 @@ ROOMS = {
     "watchdog": {"config", "errors", "history", "parallel", "preempt"},
     "run_folder": {"checkpoint", "config", "errors", "history", "parallel", "watchdog"},
     # models
-    "towers": {"checkpoint", "config", "errors"},
+    "towers": {"checkpoint", "config", "errors", "views"},
     "heads": {"checkpoint", "errors", "methods", "parallel", "towers"},
     "teachers": {"config", "methods", "parallel", "towers"},
     "flops": {"config", "methods", "towers"},

@@ -51,6 +51,7 @@ class Model(Section):
     )
     text: str | None = Field(None, description="weights of the text tower and logit scale, when `weights` holds an image tower alone")
     quick_gelu: bool | None = Field(None, description="the activation the weights were trained with; null: as their source says")
+    ema: bool = Field(False, description="take the moving average of a run's or checkpoint's weights, which train.ema kept")
 
 
 class Teacher(Model):
@@ -160,6 +161,7 @@ class Train(Section):
     weight_decay: Number = Field(1e-4, ge=0)
     betas: tuple[Number, Number] = (0.9, 0.999)
     grad_clip: Number | None = Field(None, gt=0, description="largest global gradient norm; null: no clipping")
+    ema: Number | None = Field(None, gt=0, lt=1, description="decay of an average of the weights, kept in float32 beside them; null: none")
     max_bad_steps: Int = Field(10, ge=1, description="non-finite steps in a row after which the run stops")
 
 

@@ -1,0 +1,76 @@
+"""A rank that trains each kind of student for a few steps. Saves what came out.
+
+Usage: students.py OUT CASE...; CASE is KIND-STAGE. Kinds: `ema`.
+"""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
+
+from mmtard import config, parallel
+from mmtard.engine import Engine
+from mmtard.towers import ImageTower, load_strictly
+
+STEPS, BATCH, LR, DECAY = 4, 8, 1e-2, 0.75
+SETTINGS = {"ema": {"train": {"ema": DECAY}}}
+
+
+def settings(kind: str, stage: int) -> config.Config:
+    own = SETTINGS[kind]
+    return config.validate({
+        "run_dir": "unused", "student": {"weights": "random", **own.get("student", {})}, "method": {"name": "clean"}, "data": {"shards": "unused", "lanes": BATCH},
+        "train": {"steps": STEPS, "batch_size": BATCH, "lr": LR, **own.get("train", {})},
+        "engine": {"zero_stage": stage, "precision": "float32", "device": "cpu", **own.get("engine", {})},
+    })  # fmt: skip
+
+
+def start(kind: str) -> ImageTower:
+    torch.manual_seed(0)
+    visual = VisionTransformer(image_size=16, patch_size=8, width=32, layers=2, heads=2, mlp_ratio=2, output_dim=16)
+    return ImageTower(visual, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(step)
+    return torch.rand(BATCH, 3, 16, 16, generator=g), F.normalize(torch.randn(BATCH, 16, generator=g), dim=-1), torch.randint(2**60, (BATCH,), generator=g)
+
+
+def train(engine: Engine, ranks: parallel.Ranks, steps: range, finite: bool = True) -> list[dict[str, torch.Tensor]]:
+    """The weights after each step: two views a sample, drawn towards fixed directions; not finite: a step that is skipped."""
+    share, after = BATCH // ranks.world_size, []
+    for step in steps:
+        images, wanted, seeds = (x[ranks.rank * share : (ranks.rank + 1) * share] for x in batch(step))
+        z = engine(torch.cat([images, images.flip(-1)]), seeds)
+        distance = (F.normalize(z, dim=-1) - torch.cat([wanted, wanted])).square().sum(-1)
+        engine.backward(distance.mean() * (1 if finite else torch.nan))
+        assert engine.end_micro_batch(LR).applied == finite
+        after.append(engine.full_state()[0])
+    return after
+
+
+def case(kind: str, stage: int, ranks: parallel.Ranks) -> dict:
+    """A run in one go, with a step in its middle that is skipped; and what a run in another stage makes of its half."""
+    whole = Engine(settings(kind, stage), start(kind), ranks)
+    first = train(whole, ranks, range(2))
+    train(whole, ranks, range(99, 100), finite=False)
+    half = whole.full_state()
+    after = first + train(whole, ranks, range(2, STEPS))
+    _, states, updates = whole.full_state()
+    weights, half_states, half_updates = ranks.from_first(lambda: half)
+    tower = start(kind)
+    load_strictly(tower, weights, "half")
+    resumed = Engine(settings(kind, (stage + 1) % 4), tower, ranks)
+    resumed.restore(half_states, half_updates)
+    train(resumed, ranks, range(2, STEPS))
+    return {"weights": after, "states": states, "updates": updates, "resumed": resumed.full_state()}
+
+
+if __name__ == "__main__":
+    out, *cases = sys.argv[1:]
+    ranks = parallel.start("cpu")
+    results = {name: case(*(int(x) if x.isdigit() else x for x in name.split("-")), ranks) for name in cases}
+    if ranks.first:
+        torch.save(results, out)
+    parallel.stop()

@@ -1,0 +1,43 @@
+"""The moving average of the weights in the place of the weights; how it is made is in tests/parallel/test_students.py."""
+
+import pytest
+import torch
+
+from mmtard import checkpoint, towers
+from mmtard.checkpoint import Checkpoints
+from mmtard.config import Model
+from mmtard.errors import UserError
+from mmtard.export import export
+
+
+@pytest.fixture
+def run(resnet, tmp_path):
+    """A run with an average: start and weights and average of three seeds, and batch-norm statistics in the weights."""
+    folder = tmp_path / "run"
+    towers.load(Model(arch=resnet, weights="random"), seed=1).save(folder / towers.START_FOLDER)
+    weights, average = (towers.load(Model(arch=resnet, weights="random"), seed=seed).tower() for seed in (2, 3))
+    state = {k: v + 0.5 if k.endswith("running_mean") else v for k, v in weights.state_dict().items()}
+    saver = Checkpoints(folder, keep_last=1)
+    saver.save(1, state, {f"ema.{k}": v.detach() for k, v in average.named_parameters()}, {"step": 1})
+    saver.wait()
+    return folder, state, dict(average.named_parameters())
+
+
+def test_the_average_is_loaded_and_exported_in_the_weights_place(run, tmp_path):
+    folder, state, average = run
+    loaded = towers.load(Model(weights=str(folder), ema=True)).tower().state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(v, average[k] if k in average else state[k]) for k, v in loaded.items())
+    export(Model(weights=str(folder), ema=True), tmp_path / "out")
+    exported = torch.load(tmp_path / "out" / "image_tower.pt", weights_only=True)
+    assert all(torch.equal(v, loaded[f"visual.{k}"]) for k, v in exported.items())
+
+
+def test_an_average_that_nobody_kept_is_refused(run, tmp_path):
+    folder, state, _ = run
+    Checkpoints(folder, keep_last=2)._write(2, state, {}, {})
+    with pytest.raises(UserError, match=r"step-2' holds no moving average of the weights: its run had no train.ema"):
+        towers.load(Model(weights=str(folder), ema=True))
+    with pytest.raises(UserError, match="model.ema: 'openai' is no run or checkpoint"):
+        towers.load(Model(arch="ViT-B-32", weights="openai", ema=True), where="model")
+    assert checkpoint.read_weights(folder / "checkpoints/step-2").keys() == state.keys()
