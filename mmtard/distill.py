@@ -50,6 +50,10 @@ class Distillation:
         loss, terms = self.method.loss(self.settings, predictions, labels)
         return loss, {name: term.detach() for name, term in terms.items()}
 
+    def adversarial(self, images: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+        """The training's adversarial images alone, arguments as in a call."""
+        return self._adversarial(images, labels, seeds, self._ask_teachers({"clean": images}))
+
     def _adversarial(self, images, labels, seeds, predictions) -> Tensor:
         with self.student.attack_view() as forward:
             if self.target == Pass("student", "clean"):

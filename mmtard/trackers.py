@@ -82,7 +82,7 @@ class WandB:
             resume="allow",
             dir=str(run),
             config=config.model_dump(mode="json"),
-            settings=wandb.Settings(console="off", init_timeout=60),  # the run's lines stay as they are
+            settings=wandb.Settings(console="off", init_timeout=60, finish_timeout=30),
         )
         # W&B's own step only grows; a probe's numbers belong to a step that is over.
         self._run.define_metric("probe/step", hidden=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import checkpoint, data, flops, heads, history, parallel, run_folder, towers, trackers
+from . import alarm, checkpoint, data, flops, heads, history, parallel, run_folder, towers, trackers
 from .checkpoint import Checkpoints
 from .config import Config
 from .distill import Distillation
@@ -82,6 +82,7 @@ class Run:
             for name, settings in config.teachers.items()
         }
         self.distillation = Distillation(config, self.engine, head["student"], teachers)
+        self.alarm = alarm.Alarm(config, self.distillation, ranks, self.engine.micro_batch_size)
         attack = config.attack if config.attack_objective else None
         self.sample_flops = flops.sample_flops(forward, self.distillation.passes, self.distillation.target, attack)
         self.peak_flops = flops.peak_flops(ranks.device)
@@ -150,6 +151,9 @@ class Run:
                     | {"skipped": self.skipped, "replaced": self.replaced}
                     | self._speed(seconds)
                 )
+            overfitting = self.alarm(self.step, batch)
+            if overfitting and self.ranks.first:
+                self.metrics.event(self.step, alarm.EVENT, **overfitting)
             if self.bad_in_a_row >= t.max_bad_steps:
                 raise RunError(f"step {self.step}: {self.bad_in_a_row} steps in a row were not finite; lower train.lr or look at events.jsonl for the samples")
             if self.step == t.steps or stop or self.step % self.config.checkpoint.every == 0:

@@ -44,7 +44,8 @@ ROOMS = {
     "data": {"config", "errors"},
     # engine, and the verbs
     "engine": {"config", "parallel", "towers"},
-    "train": {"checkpoint", "config", "data", "distill", "engine", "errors", "flops", "heads", "history", "metrics", "parallel", "preempt", "run_folder", "teachers", "towers", "trackers", "watchdog"},
+    "alarm": {"config", "data", "distill", "evaluate", "losses", "parallel"},
+    "train": {"alarm", "checkpoint", "config", "data", "distill", "engine", "errors", "flops", "heads", "history", "metrics", "parallel", "preempt", "run_folder", "teachers", "towers", "trackers", "watchdog"},
     "evaluate": {"attacks", "config", "data", "errors", "losses", "methods", "parallel", "preempt", "towers"},
     "runs": {"config", "errors", "history", "slurm"},
     "preflight": {"config", "data", "engine", "errors", "parallel", "run_folder", "towers"},

@@ -121,6 +121,8 @@ class Attack(Section):
     steps: Int = Field(10, ge=1)
     momentum: Number = Field(0.0, ge=0, lt=1, description="pgd: momentum of the normalised gradient")
     random_start: bool = True
+    alarm_every: Int | None = Field(100, ge=1, description="steps: 1 alone: how often its student is tried with 10 steps; null: never")
+    alarm_ratio: Number = Field(0.25, gt=0, le=1, description="of the one-step accuracy; a multi-step accuracy below it sets off the alarm")
 
 
 # ---------------------------------------------------------------- data

@@ -1,0 +1,89 @@
+"""The alarm for catastrophic overfitting, on a student built to be fooled by its own attack and on an honest one."""
+
+from contextlib import contextmanager
+from math import pi
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mmtard import alarm, data
+from mmtard.alarm import Alarm, overfitted
+from mmtard.config import validate
+from mmtard.distill import Distillation
+from mmtard.errors import UserError
+from mmtard.methods import Head
+
+N, EPS = 24, 8 / 255
+HEAD = Head(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), 10.0)
+BATCH = data.Batch(torch.full((N, 3, 8, 8), 51, dtype=torch.uint8), torch.zeros(N, dtype=torch.int64), torch.arange(N), torch.arange(100, 100 + N), [""] * N)
+
+
+class Student:
+    """Right, class 0, where `margin(x - clean)` is positive."""
+
+    def __init__(self, margin):
+        self.margin, self.forwards = margin, 0
+
+    def __call__(self, images):
+        self.forwards += 1
+        m = self.margin(images - 0.2).flatten(1).mean(1)
+        return torch.stack([m, torch.ones_like(m)], 1)
+
+    @contextmanager
+    def attack_view(self):
+        yield self
+
+
+def wave(delta):
+    """Positive at 0 and at the ball's surface, negative half way: one long step jumps over what ten short ones find."""
+    return torch.cos(2 * pi * delta / EPS)
+
+
+def plane(delta):
+    return 0.5 + delta
+
+
+def check(margin, step=100, totals=None, **attack):
+    settings = {"eps": "8/255", "step_size": "16/255", "steps": 1, **attack}
+    config = validate({
+        "run_dir": "r", "student": {"weights": "random"}, "method": {"name": "tecoa"}, "attack": settings,
+        "data": {"shards": "s", "lanes": 2}, "train": {"steps": 1, "batch_size": 2},
+    })  # fmt: skip
+    student = Student(margin)
+    ranks = SimpleNamespace(device=torch.device("cpu"), total=totals or (lambda numbers: [float(n) for n in numbers]))
+    return Alarm(config, Distillation(config, student, HEAD, {}), ranks, 16)(step, BATCH), student.forwards
+
+
+def test_it_goes_off_where_only_the_multi_step_attack_succeeds():
+    found, _ = check(wave)
+    assert found == {"one_step_accuracy": 1.0, "pgd10_accuracy": 0.0, "samples": 16, "remedy": alarm.REMEDY}
+
+
+def test_a_student_on_which_both_attacks_agree_sets_off_nothing():
+    assert check(plane)[0] is None
+    assert check(lambda delta: plane(delta) - 0.5 - EPS)[0] is None, "robust to neither"
+
+
+def test_the_answer_is_that_of_all_ranks():
+    seen = []
+    found, _ = check(wave, totals=lambda numbers: seen.append(numbers) or [numbers[0] + 16, numbers[1] + 8, 32.0])
+    assert seen == [[16, 0, 16]] and found is None, "8 of 32 are not below a quarter of 32"
+    assert check(wave, totals=lambda numbers: [32, 7, 32])[0]["pgd10_accuracy"] == 7 / 32
+
+
+def test_it_costs_nothing_between_its_steps_with_more_attack_steps_or_switched_off():
+    forwards = 1 + alarm.STEPS + 2  # the two attacks, and a look at what each made
+    assert check(wave)[1] == forwards and check(wave, step=14, alarm_every=7)[1] == forwards
+    assert [check(wave, **case)[1] for case in ({"step": 99}, {"steps": 2}, {"alarm_every": None})] == [0, 0, 0]
+
+
+# 95 % intervals of 16 and 3 in 16: (0.806, 1), (0.066, 0.430); of 4 and 0 in 8: (0.215, 0.785), (0, 0.324)
+@pytest.mark.parametrize("single,multi,n,ratio,expected", [(16, 3, 16, 0.25, True), (16, 4, 16, 0.25, False), (4, 0, 8, 0.25, False), (16, 3, 16, 0.1, False), (0, 0, 16, 0.25, False)])
+def test_both_a_small_share_and_intervals_apart_are_needed(single, multi, n, ratio, expected):
+    assert overfitted(single, multi, n, ratio) is expected
+
+
+def test_a_ratio_above_one_is_refused():
+    with pytest.raises(UserError, match="attack.alarm_ratio"):
+        check(wave, alarm_ratio=1.5)
