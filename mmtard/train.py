@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import alarm, checkpoint, data, flops, heads, history, parallel, run_folder, towers, trackers
+from . import alarm, checkpoint, data, flops, history, parallel, run_folder, targets, towers, trackers
 from .checkpoint import Checkpoints
 from .config import Config
 from .distill import Distillation
@@ -66,8 +66,7 @@ class Run:
         config, ranks, run = self.config, self.ranks, self.folder
         student = self._student()
         clips = {"student": student} | {name: towers.load(t, config.seed, f"teachers.{name}") for name, t in config.teachers.items()}
-        names, templates = data.classnames(config.data), data.templates(config.data)
-        head = heads.build(run.path, clips, names, templates, ranks)
+        head, self.targets = targets.build(config, run.path, clips, ranks)
         forward = {name: flops.forward_flops(clip.tower()) for name, clip in clips.items()}
         tower = student.tower()
         if run.checkpoint:
@@ -103,7 +102,8 @@ class Run:
         config, say = self.config, self.metrics.say
         origin = f"goes on from {self.folder.checkpoint.name}" if self.folder.checkpoint else "starts"
         say(f"{self.folder.path}: {config.method.name} {origin}, {self.ranks.world_size} x {self.ranks.device.type}, ZeRO {config.engine.zero_stage}, {config.engine.precision}")
-        say(f"{len(self.dataset)} samples of {len(head['student'].class_embeddings)} classes, images {self.image_size} px, logit scale {head['student'].logit_scale:.4g}")
+        classes = f"{len(head['student'].class_embeddings)} classes" if config.data.targets == "labels" else "classes by caption"
+        say(f"{len(self.dataset)} samples of {classes}, images {self.image_size} px, logit scale {head['student'].logit_scale:.4g}")
         for name, teacher in teachers.items():
             mib = ", ".join(f"{held[name] / 2**20:.2f}" for held in placed)
             say(f"teacher {name}: {config.teachers[name].placement}, {teacher.bytes_whole / 2**20:.2f} MiB, a rank holds {mib} MiB")
@@ -123,7 +123,8 @@ class Run:
             start=self.step,
             stop=config.train.steps,
             workers=settings.workers,
-            need_labels=True,
+            need_labels=settings.targets == "labels",
+            need_captions=settings.targets == "captions",
             max_replaced=settings.max_replaced,
             staging=data.Staging(self.dataset, settings.cache) if self.dataset.remote else None,
         )
@@ -134,7 +135,7 @@ class Run:
         t = self.config.train
         began = time.monotonic()
         self.watchdog.at(self.step + 1, "data")
-        for batch in self._stream():
+        for batch in map(self.targets, self._stream()):
             self.watchdog.at(self.step + 1, "update")
             lr = learning_rate(self.step, t.lr, t.warmup_steps, t.steps)
             sums, outcome, bad_samples = self._update(batch, lr)

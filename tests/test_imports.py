@@ -36,6 +36,7 @@ ROOMS = {
     # models
     "towers": {"checkpoint", "config", "errors", "views"},
     "heads": {"checkpoint", "errors", "methods", "parallel", "towers"},
+    "targets": {"config", "data", "heads", "methods", "parallel", "towers"},
     "teachers": {"config", "methods", "parallel", "towers"},
     "flops": {"config", "methods", "towers"},
     "export": {"checkpoint", "config", "errors", "towers"},
@@ -45,7 +46,7 @@ ROOMS = {
     # engine, and the verbs
     "engine": {"config", "parallel", "towers"},
     "alarm": {"config", "data", "distill", "evaluate", "losses", "parallel"},
-    "train": {"alarm", "checkpoint", "config", "data", "distill", "engine", "errors", "flops", "heads", "history", "metrics", "parallel", "preempt", "run_folder", "teachers", "towers", "trackers", "watchdog"},
+    "train": {"alarm", "checkpoint", "config", "data", "distill", "engine", "errors", "flops", "history", "metrics", "parallel", "preempt", "run_folder", "targets", "teachers", "towers", "trackers", "watchdog"},
     "evaluate": {"attacks", "config", "data", "errors", "losses", "methods", "parallel", "preempt", "towers"},
     "runs": {"config", "errors", "history", "slurm"},
     "preflight": {"config", "data", "engine", "errors", "parallel", "run_folder", "towers"},

@@ -139,6 +139,7 @@ class Cache(Section):
 class Data(Section):
     shards: str | list[str] = Field(..., description="a folder, a brace pattern, a tar, pipe:..., or a list of these")
     index: str | None = Field(None, description="index file; null: beside the shards")
+    targets: Literal["labels", "captions"] = Field("labels", description="a sample's true class: its label, or its caption (.txt) among those of the global batch")
     classnames: str | None = Field(None, description="file, one name a line; null: classnames.txt beside the shards")
     templates: str | list[str] = Field(["This is a photo of a {}"], description="prompts with {} or {c}, or a file of them")
     resize: Int | None = Field(None, ge=1, description="shorter side before the crop; null: the crop's size")

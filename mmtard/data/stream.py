@@ -46,8 +46,8 @@ class Batch:
 class Samples:
     """(sample ids [b], seeds [b]) -> Batch, or the UserError that reading them met: raised in a worker it would become a traceback."""
 
-    def __init__(self, dataset: Dataset, transform: Transform, need_labels: bool, staging: Staging | None):
-        self.dataset, self.transform, self.need_labels = dataset, transform, need_labels
+    def __init__(self, dataset: Dataset, transform: Transform, need_labels: bool, staging: Staging | None, need_captions: bool = False):
+        self.dataset, self.transform, self.need_labels, self.need_captions = dataset, transform, need_labels, need_captions
         self.reader = Reader(dataset, staging)
 
     def __getitem__(self, request: tuple[np.ndarray, np.ndarray]) -> Batch | UserError:
@@ -74,7 +74,7 @@ class Samples:
         reason = None
         for step in range(len(shard)):
             sample = shard[(asked - shard.start + step) % len(shard)]
-            problem = self.dataset.label_problem(sample) if self.need_labels else None
+            problem = self._problem(sample)
             if problem is None:
                 try:
                     return sample, self.transform(decode(self.reader.image(sample)), seed), reason
@@ -82,6 +82,13 @@ class Samples:
                     problem = f"cannot be decoded: {error}"
             reason = reason or problem
         raise UserError(f"'{self.dataset.name(asked)}': {reason}, nor has its shard any other usable sample; repair or remove the shard")
+
+    def _problem(self, sample: int) -> str | None:
+        """What a sample lacks that its training needs; None when it has all."""
+        problem = self.dataset.label_problem(sample) if self.need_labels else None
+        if problem is None and self.need_captions and not self.reader.caption(sample):
+            problem = "no .txt member, or an empty one"
+        return problem
 
 
 class ReplacedTally:
@@ -115,10 +122,11 @@ class Stream:
     def __init__(
         self, dataset: Dataset, order: Order, transform: Transform, *, seed: int, batch_size: int, rank: int = 0, world: int = 1,
         start: int = 0, stop: int, workers: int = 0, need_labels: bool = True, max_replaced: float | Fraction = 0.01, staging: Staging | None = None,
+        need_captions: bool = False,
     ):  # fmt: skip
         self.order, self.seed, self.batch_size, self.rank, self.world = order, seed, batch_size, rank, world
         self.start, self.stop, self.workers = start, stop, workers
-        self.samples = Samples(dataset, transform, need_labels, staging)
+        self.samples = Samples(dataset, transform, need_labels, staging, need_captions)
         self.max_replaced, self.staging = max_replaced, staging if dataset.remote else None
 
     def __len__(self) -> int:

@@ -258,3 +258,14 @@ def alive(pid):
         return not re.search(r"\) [ZX] ", Path(f"/proc/{pid}/stat").read_text())
     except FileNotFoundError:
         return False
+
+
+def test_a_sample_without_a_caption_is_replaced_where_captions_are_needed(open_members):
+    """Missing, empty and white space alone are all none; labels are then not needed."""
+    members = [m for key, more in (("a", []), ("b", [("b.txt", b"")]), ("c", [("c.txt", b" \n")]), ("d", [("d.txt", b"an owl"), ("d.cls", b"x")])) for m in [(f"{key}.jpg", IMAGE), *more]]
+    dataset = open_members(members)
+    batches = list(stream(dataset, lanes=1, batch_size=4, stop=1, need_labels=False, need_captions=True, max_replaced=1))
+    assert batches[0].captions == ["an owl"] * 4 and sorted(r[0][-1] for r in batches[0].replaced) == ["a", "b", "c"]
+    assert {r[1:] for r in batches[0].replaced} == {(dataset.name(3), "no .txt member, or an empty one")}
+    with pytest.raises(UserError, match="no .txt member.*nor has its shard any other usable"):
+        next(iter(stream(open_members([("a.jpg", IMAGE), ("a.cls", b"0")]), lanes=1, batch_size=1, stop=1, need_captions=True)))

@@ -1,0 +1,81 @@
+"""What a sample's true class is: its label among the class names, or its own caption among those of the step's global batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import data, heads
+from .config import Config
+from .data import Batch
+from .methods import Head, Prediction
+from .parallel import Ranks
+from .towers import Clip
+
+
+def build(config: Config, run: Path, clips: dict[str, Clip], ranks: Ranks) -> tuple[dict[str, Head], Callable[[Batch], Batch]]:
+    """(a Head for each model, what every batch has to pass before it is trained on), by `data.targets`. Both are collective."""
+    if config.data.targets == "captions":
+        captions = Captions(clips, ranks)
+        return captions.heads, captions
+    return heads.build(run, clips, data.classnames(config.data), data.templates(config.data), ranks), lambda batch: batch
+
+
+class Captions:
+    """Makes the captions of a step's global batch its classes, each embedded by every model's own frozen text tower.
+
+    Which classes there are, and in which order, depends on the global batch alone: equal captions are one class, the classes are
+    sorted. A rank embeds the captions of its own samples and receives the others', so that the text towers' work is shared. They
+    stay on the ranks' device in float32.
+    """
+
+    def __init__(self, clips: dict[str, Clip], ranks: Ranks):
+        self.ranks = ranks
+        self.towers = {name: TextTower(clip).to(ranks.device) for name, clip in clips.items()}
+        self.heads = {name: CaptionHead(clip.logit_scale) for name, clip in clips.items()}
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Give the heads the classes of this step; the rank's batch with each sample's own caption as its label. Collective."""
+        own = sorted(set(batch.captions))
+        shared = self.ranks.gather((own, {name: tower(own).cpu() for name, tower in self.towers.items()}))
+        place = {caption: (embedded, row) for captions, embedded in reversed(shared) for row, caption in enumerate(captions)}
+        classes = sorted(place)
+        for name, head in self.heads.items():
+            head.class_embeddings = torch.stack([embedded[name][row] for embedded, row in map(place.get, classes)]).to(self.ranks.device)
+        index = {caption: i for i, caption in enumerate(classes)}
+        return replace(batch, labels=torch.tensor([index[caption] for caption in batch.captions]))
+
+
+class CaptionHead:
+    """A Head whose `class_embeddings` [C,D] are those of the step under way."""
+
+    def __init__(self, logit_scale: float):
+        self.class_embeddings, self.logit_scale = torch.empty(0, 0), logit_scale
+
+    def __call__(self, *outputs: Tensor) -> Prediction:
+        return Head(self.class_embeddings, self.logit_scale)(*outputs)
+
+
+class TextTower(nn.Module):
+    """The text side of a `Clip` with its tokenizer: N texts -> embeddings [N,D] float32, normalised, without gradient."""
+
+    def __init__(self, clip: Clip):
+        super().__init__()
+        # The image tower goes its own way, to the engine or to bfloat16: this is the same model without it.
+        self.model = copy.copy(clip.model)
+        self.model._modules = {name: module for name, module in clip.model._modules.items() if name != "visual"}
+        self.tokenize = open_clip.get_tokenizer(clip.name)
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, texts: list[str], batch_size: int = 256) -> Tensor:
+        device = next(self.parameters()).device
+        chunks = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
+        return torch.cat([F.normalize(self.model.encode_text(self.tokenize(c).to(device)).float(), dim=-1) for c in chunks])

@@ -1,0 +1,109 @@
+"""Captions as classes: which there are, their embeddings, and that neither depends on how many ranks share the batch."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from mmtard import targets, towers
+from mmtard.config import Model, validate
+from mmtard.data import Batch
+from mmtard.losses import cross_entropy, kl
+from mmtard.methods import Head
+from mmtard.targets import Captions
+
+CAPTIONS = ["a red ring", "two dogs", "a red ring", "Zürich by night", "a blue cube", "two dogs", "a cow", "an owl"]
+CLASSES = ["Zürich by night", "a blue cube", "a cow", "a red ring", "an owl", "two dogs"]
+LABELS = [3, 5, 3, 0, 1, 5, 2, 4]
+
+
+@pytest.fixture(scope="module")
+def clips(vit):
+    return {name: towers.load(Model(arch=vit, weights="random"), where=name) for name in ("student", "clean", "robust")}
+
+
+def batch(captions):
+    n = len(captions)
+    return Batch(torch.zeros(n, 3, 2, 2, dtype=torch.uint8), torch.full((n,), -1), torch.arange(n), torch.arange(n), captions)
+
+
+def ask(clips, shares):
+    """For each rank's share of the captions, asked at the same time: (its heads, its labels)."""
+    box, barrier = [None] * len(shares), Barrier(len(shares))
+
+    def rank(r):
+        def gather(item):
+            box[r] = item
+            barrier.wait(30)
+            return list(box)
+
+        captions = Captions(clips, SimpleNamespace(device=torch.device("cpu"), gather=gather))
+        return captions.heads, captions(batch(shares[r])).labels
+
+    with ThreadPoolExecutor(len(shares)) as pool:
+        return list(pool.map(rank, range(len(shares))))
+
+
+def test_logits_are_those_of_the_text_tower_in_double_precision(clips):
+    (heads, labels), = ask(clips, [CAPTIONS])
+    assert labels.tolist() == LABELS
+    for name, clip in clips.items():
+        z = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+        tokens = open_clip.get_tokenizer(clip.name)(CLASSES)
+        t = copy.deepcopy(clip.model).double().encode_text(tokens).detach().numpy()
+        unit = [a / np.linalg.norm(a, axis=1, keepdims=True) for a in (z.double().numpy(), t)]
+        expected = np.exp(clip.model.logit_scale.double().item()) * unit[0] @ unit[1].T
+        assert np.allclose(heads[name](z).logits, expected, atol=2e-5)
+    assert not torch.allclose(heads["clean"].class_embeddings, heads["robust"].class_embeddings), "each model has its own text tower"
+
+
+def test_the_losses_are_those_of_the_global_batch_at_every_world_size(clips):
+    g = torch.Generator().manual_seed(2)
+    z = {name: torch.randn(8, 16, generator=g) for name in ("student", "clean", "robust")}
+
+    def losses(world):
+        """Per sample, in the order of the global batch, of which each rank has every world-th sample, in micro-batches of two."""
+        out = torch.empty(8)
+        for r, (heads, labels) in enumerate(ask(clips, [CAPTIONS[r::world] for r in range(world)])):
+            for i in range(0, 8 // world, 2):
+                mine = torch.arange(8)[r::world][i : i + 2]
+                logits = {name: heads[name](embeddings[mine]).logits for name, embeddings in z.items()}
+                assert logits["student"].shape == (2, len(CLASSES))
+                kls = kl(logits["clean"], logits["student"]) + kl(logits["robust"], logits["student"])
+                out[mine] = kls + cross_entropy(logits["student"], labels[i : i + 2])
+        return out
+
+    one = losses(1)
+    assert torch.allclose(one, losses(2), rtol=1e-5) and torch.allclose(one, losses(4), rtol=1e-5)
+    assert one.unique().numel() == 8
+
+
+def test_ranks_get_the_same_bits_of_a_caption_that_several_have(clips):
+    ranks = ask(clips, [CAPTIONS[:3], CAPTIONS[3:]])  # two dogs and more, embedded in batches of different sizes
+    (first, _), (second, _) = ranks
+    assert all(first[name].class_embeddings.equal(second[name].class_embeddings) for name in clips)
+
+
+def test_the_image_tower_goes_its_own_way(clips):
+    clip = copy.deepcopy(clips["clean"])
+    captions = Captions({"clean": clip}, SimpleNamespace(device=torch.device("cpu"), gather=lambda item: [item]))
+    clip.tower().cast(torch.bfloat16)
+    captions(batch(CAPTIONS))
+    parameters = dict(captions.towers["clean"].named_parameters())
+    assert not any("visual" in name for name in parameters) and {p.dtype for p in parameters.values()} == {torch.float32}
+    assert captions.heads["clean"].class_embeddings.dtype == torch.float32
+    assert clip.model.visual is not None and not any(p.requires_grad for p in parameters.values())
+
+
+def test_labels_pass_as_they_are(clips, ranks, tmp_path, tree):
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\n")
+    tree["data"]["classnames"] = str(names)
+    head, through = targets.build(validate(tree), tmp_path, {"student": clips["student"]}, ranks)
+    given = batch(["x", "y"])
+    assert through(given) is given and isinstance(head["student"], Head) and len(head["student"].class_embeddings) == 2
