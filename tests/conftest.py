@@ -6,6 +6,9 @@ import os
 import pytest
 import yaml
 
+# torch.compile, which DeepSpeed names and no test compiles with, would import a compiler in every process: a second of each launch.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
 
 @pytest.fixture
 def tree(tmp_path):
