@@ -22,6 +22,7 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from . import config as settings, lora
 from .checkpoint import read_weights, resolve, save_tensors
 from .config import Model
 from .errors import UserError
@@ -170,6 +171,12 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> Non
     module.load_state_dict(state, strict=True)
 
 
+def load_trained(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
+    """Load what a checkpoint holds of a module: everything but its frozen parameters, as strictly as `load_strictly`."""
+    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    load_strictly(module, frozen | weights, what)
+
+
 def _no_arch(spec: Model, where: str, clip: Clip) -> Clip:
     if spec.arch is not None:
         raise UserError(f"{where}.arch: '{spec.weights}' brings its own architecture; leave arch out")
@@ -240,7 +247,13 @@ def _from_open_clip(name: str, where: str) -> Clip:
 def _from_run(folder: Path, ema: bool) -> Clip:
     run, checkpoint = resolve(folder)
     clip = _from_open_clip(f"local-dir:{run / START_FOLDER}", "weights")
-    load_strictly(clip.tower(), read_weights(checkpoint, ema), f"checkpoint '{checkpoint}'")
+    weights, tower = read_weights(checkpoint, ema), clip.tower()
+    if lora.is_adapter(weights):
+        lora.attach(tower.visual, settings.load(run / "config.yaml").student.lora, tower.views)
+        load_trained(tower, weights, f"checkpoint '{checkpoint}'")
+        lora.merge(tower.visual)
+    else:
+        load_strictly(tower, weights, f"checkpoint '{checkpoint}'")
     return clip
 
 

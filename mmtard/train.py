@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import alarm, checkpoint, data, flops, history, parallel, run_folder, targets, towers, trackers
+from . import alarm, checkpoint, data, flops, history, parallel, run_folder, student, targets, towers, trackers
 from .checkpoint import Checkpoints
 from .config import Config
 from .distill import Distillation
@@ -64,13 +64,11 @@ class Run:
 
     def _build(self) -> None:
         config, ranks, run = self.config, self.ranks, self.folder
-        student = self._student()
-        clips = {"student": student} | {name: towers.load(t, config.seed, f"teachers.{name}") for name, t in config.teachers.items()}
+        start = student.start(config, run.path, bool(run.checkpoint), ranks)
+        clips = {"student": start} | {name: towers.load(t, config.seed, f"teachers.{name}") for name, t in config.teachers.items()}
         head, self.targets = targets.build(config, run.path, clips, ranks)
         forward = {name: flops.forward_flops(clip.tower()) for name, clip in clips.items()}
-        tower = student.tower()
-        if run.checkpoint:
-            towers.load_strictly(tower, checkpoint.read_weights(run.checkpoint), f"checkpoint '{run.checkpoint}'")
+        tower = student.tower(config, start, run.checkpoint)
         self.image_size = tower.image_size
         self.engine = Engine(config, tower, ranks)
         if run.checkpoint:
@@ -86,14 +84,6 @@ class Run:
         self.sample_flops = flops.sample_flops(forward, self.distillation.passes, self.distillation.target, attack)
         self.peak_flops = flops.peak_flops(ranks.device)
         self._introduce(head, teachers)
-
-    def _student(self) -> towers.Clip:
-        # The start is stored with the run, so that it can be evaluated, exported and resumed without its source.
-        start = self.folder.path / towers.START_FOLDER
-        if not self.folder.checkpoint:
-            clip = towers.load(self.config.student, self.config.seed, "student")
-            self.ranks.from_first(lambda: clip.save(start))
-        return towers.load(self.config.student.model_copy(update={"arch": None, "weights": str(start), "text": None, "quick_gelu": None}))
 
     def _introduce(self, head, teachers) -> None:
         placed = self.ranks.gather({name: teacher.bytes_here for name, teacher in teachers.items()})

@@ -34,7 +34,9 @@ ROOMS = {
     "watchdog": {"config", "errors", "history", "parallel", "preempt"},
     "run_folder": {"checkpoint", "config", "errors", "history", "parallel", "watchdog"},
     # models
-    "towers": {"checkpoint", "config", "errors", "views"},
+    "lora": {"attacks", "checkpoint", "config", "errors", "views"},
+    "towers": {"checkpoint", "config", "errors", "lora", "views"},
+    "student": {"checkpoint", "config", "lora", "parallel", "towers"},
     "heads": {"checkpoint", "errors", "methods", "parallel", "towers"},
     "targets": {"config", "data", "heads", "methods", "parallel", "towers"},
     "teachers": {"config", "methods", "parallel", "towers"},
@@ -46,7 +48,7 @@ ROOMS = {
     # engine, and the verbs
     "engine": {"config", "parallel", "towers"},
     "alarm": {"config", "data", "distill", "evaluate", "losses", "parallel"},
-    "train": {"alarm", "checkpoint", "config", "data", "distill", "engine", "errors", "flops", "history", "metrics", "parallel", "preempt", "run_folder", "targets", "teachers", "towers", "trackers", "watchdog"},
+    "train": {"alarm", "checkpoint", "config", "data", "distill", "engine", "errors", "flops", "history", "metrics", "parallel", "preempt", "run_folder", "student", "targets", "teachers", "towers", "trackers", "watchdog"},
     "evaluate": {"attacks", "config", "data", "errors", "losses", "methods", "parallel", "preempt", "towers"},
     "runs": {"config", "errors", "history", "slurm"},
     "preflight": {"config", "data", "engine", "errors", "parallel", "run_folder", "towers"},

@@ -13,8 +13,10 @@ from .schema import (
     Config,
     Data,
     Log,
+    Lora,
     Model,
     Resume,
+    Student,
     Teacher,
     TeCoA,
     parse_fraction,
@@ -22,6 +24,6 @@ from .schema import (
 )
 
 __all__ = [
-    "ARD", "ATTACK_OBJECTIVES", "Attack", "Cache", "Clean", "Config", "Data", "Log", "METHODS", "MMTARD", "Model", "Resume", "TeCoA", "Teacher", "check_world",
+    "ARD", "ATTACK_OBJECTIVES", "Attack", "Cache", "Clean", "Config", "Data", "Log", "Lora", "METHODS", "MMTARD", "Model", "Resume", "Student", "TeCoA", "Teacher", "check_world",
     "differences", "dump", "expand_shards", "is_remote", "load", "parse_fraction", "show_pixels", "validate", "world_size_from_env",
 ]  # fmt: skip

@@ -54,6 +54,19 @@ class Model(Section):
     ema: bool = Field(False, description="take the moving average of a run's or checkpoint's weights, which train.ema kept")
 
 
+class Lora(Section):
+    """Low-rank adapters that are trained in the place of the tower."""
+
+    r: Int = Field(16, ge=1, description="rank")
+    alpha: Number = Field(16.0, gt=0, description="the update is scaled by alpha / r")
+    dropout: Number = Field(0.1, ge=0, lt=1, description="on the adapters' input, in training")
+    targets: Literal["attention"] = Field("attention", description="qkv and output projections")
+
+
+class Student(Model):
+    lora: Lora | None = Field(None, description="train adapters alone; null: the whole tower")
+
+
 class Teacher(Model):
     placement: Literal["replicated", "sharded"] = "replicated"
 
@@ -210,7 +223,7 @@ class Log(Section):
 class Config(Section):
     run_dir: str
     seed: Int = Field(0, ge=0)
-    student: Model
+    student: Student
     teachers: dict[str, Teacher] = {}
     method: Method
     attack: Attack = Attack()

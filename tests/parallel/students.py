@@ -1,6 +1,6 @@
 """A rank that trains each kind of student for a few steps. Saves what came out.
 
-Usage: students.py OUT CASE...; CASE is KIND-STAGE. Kinds: `ema`.
+Usage: students.py OUT CASE...; CASE is KIND-STAGE. Kinds: `ema`, `lora`.
 """
 
 import sys
@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 
-from mmtard import config, parallel
-from mmtard.engine import Engine
-from mmtard.towers import ImageTower, load_strictly
+from mmtard import config, lora, parallel
+from mmtard.engine import Engine, parameter_groups
+from mmtard.towers import ImageTower, load_trained
 
 STEPS, BATCH, LR, DECAY = 4, 8, 1e-2, 0.75
-SETTINGS = {"ema": {"train": {"ema": DECAY}}}
+SETTINGS = {
+    "ema": {"train": {"ema": DECAY}},
+    "lora": {"train": {"ema": DECAY}, "student": {"lora": {"r": 4, "alpha": 8, "dropout": 0.2}}},
+}
 
 
 def settings(kind: str, stage: int) -> config.Config:
@@ -29,7 +32,10 @@ def settings(kind: str, stage: int) -> config.Config:
 def start(kind: str) -> ImageTower:
     torch.manual_seed(0)
     visual = VisionTransformer(image_size=16, patch_size=8, width=32, layers=2, heads=2, mlp_ratio=2, output_dim=16)
-    return ImageTower(visual, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    tower = ImageTower(visual, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    if kind == "lora":
+        lora.attach(visual, settings(kind, 0).student.lora, tower.views)
+    return tower
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -37,14 +43,34 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.rand(BATCH, 3, 16, 16, generator=g), F.normalize(torch.randn(BATCH, 16, generator=g), dim=-1), torch.randint(2**60, (BATCH,), generator=g)
 
 
+def loss(student, images: torch.Tensor, wanted: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+    """Two views a sample, drawn towards fixed directions."""
+    z = student(torch.cat([images, images.flip(-1)]), seeds)
+    return (F.normalize(z, dim=-1) - torch.cat([wanted, wanted])).square().sum(-1).mean()
+
+
+def plain(kind: str) -> dict[str, torch.Tensor]:
+    """The tower's weights and buffers after the same training in PyTorch alone, in one process."""
+    tower = start(kind).train()
+    adam = torch.optim.AdamW(parameter_groups(tower, 1e-4), lr=LR)
+
+    def student(images, seeds):
+        tower.views.show(len(images), seeds)
+        return tower(images)
+
+    for step in range(STEPS):
+        adam.zero_grad()
+        loss(student, *batch(step)).backward()
+        adam.step()
+    return {k: v.detach() for k, v in tower.state_dict().items()}
+
+
 def train(engine: Engine, ranks: parallel.Ranks, steps: range, finite: bool = True) -> list[dict[str, torch.Tensor]]:
-    """The weights after each step: two views a sample, drawn towards fixed directions; not finite: a step that is skipped."""
+    """The weights after each step; not finite: a step that is skipped."""
     share, after = BATCH // ranks.world_size, []
     for step in steps:
-        images, wanted, seeds = (x[ranks.rank * share : (ranks.rank + 1) * share] for x in batch(step))
-        z = engine(torch.cat([images, images.flip(-1)]), seeds)
-        distance = (F.normalize(z, dim=-1) - torch.cat([wanted, wanted])).square().sum(-1)
-        engine.backward(distance.mean() * (1 if finite else torch.nan))
+        mine = (x[ranks.rank * share : (ranks.rank + 1) * share] for x in batch(step))
+        engine.backward(loss(engine, *mine) * (1 if finite else torch.nan))
         assert engine.end_micro_batch(LR).applied == finite
         after.append(engine.full_state()[0])
     return after
@@ -60,7 +86,7 @@ def case(kind: str, stage: int, ranks: parallel.Ranks) -> dict:
     _, states, updates = whole.full_state()
     weights, half_states, half_updates = ranks.from_first(lambda: half)
     tower = start(kind)
-    load_strictly(tower, weights, "half")
+    load_trained(tower, weights, "half")
     resumed = Engine(settings(kind, (stage + 1) % 4), tower, ranks)
     resumed.restore(half_states, half_updates)
     train(resumed, ranks, range(2, STEPS))

@@ -1,13 +1,15 @@
-"""What a student may be, on two ranks and in every ZeRO stage: averaged weights."""
+"""What a student may be, on two ranks and in every ZeRO stage: whole or with adapters, its weights averaged."""
 
 import pytest
 import torch
 
 from .launch import run_ranks
-from .students import DECAY, STEPS, start
+from .students import DECAY, STEPS, plain, start
 from .test_equivalence import settled
 
 pytestmark = pytest.mark.slow
+CASES = [(kind, stage) for kind in ("ema", "lora") for stage in range(4)]
+each = pytest.mark.parametrize("kind, stage", CASES)
 
 
 @pytest.fixture(scope="module")
@@ -15,14 +17,42 @@ def trained(tmp_path_factory):
     """Case -> what two ranks made of it."""
     folder = tmp_path_factory.mktemp("students")
     script = __file__.replace("test_students", "students")
-    run_ranks([script, folder / "out.pt", *(f"ema-{stage}" for stage in range(4))], 2, folder, "ranks")
+    run_ranks([script, folder / "out.pt", *(f"{kind}-{stage}" for kind, stage in CASES)], 2, folder, "ranks")
     return torch.load(folder / "out.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_the_average_is_the_recurrence_in_float64(trained, stage):
-    result = trained[f"ema-{stage}"]
-    expected = {k: v.detach().double() for k, v in start("ema").named_parameters()}
+@pytest.fixture(scope="module")
+def alone():
+    """Kind -> the same training in PyTorch alone, in this process."""
+    return {kind: plain(kind) for kind, _ in CASES}
+
+
+def assert_close(ours: dict, theirs: dict) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(settled(name, value), settled(name, theirs[name]), rtol=1e-4, atol=2e-5, msg=lambda text: f"{name}: {text}")
+
+
+@each
+def test_two_ranks_train_as_plain_pytorch_does(trained, alone, kind, stage):
+    """With adapters: what dropout drops is no matter of the ranks."""
+    final = trained[f"{kind}-{stage}"]["weights"][-1]
+    assert_close(final, {k: alone[kind][k] for k in final})
+
+
+@each
+def test_a_run_goes_on_from_its_checkpoint_in_another_stage(trained, kind, stage):
+    result = trained[f"{kind}-{stage}"]
+    weights, states, updates = result["resumed"]
+    assert updates == STEPS
+    assert_close(weights, result["weights"][-1])
+    assert_close(states, result["states"])
+
+
+@each
+def test_the_average_is_the_recurrence_in_float64(trained, kind, stage):
+    result = trained[f"{kind}-{stage}"]
+    expected = {k: v.detach().double() for k, v in start(kind).named_parameters() if v.requires_grad}
     for weights in result["weights"]:
         expected = {k: DECAY * v + (1 - DECAY) * weights[k].double() for k, v in expected.items()}
     assert result["updates"] == STEPS
@@ -31,12 +61,13 @@ def test_the_average_is_the_recurrence_in_float64(trained, stage):
         assert (result["weights"][-1][name] - value).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_a_run_goes_on_from_its_checkpoint_in_another_stage(trained, stage):
-    result = trained[f"ema-{stage}"]
-    weights, states, updates = result["resumed"]
-    assert updates == STEPS
-    for ours, theirs in ((weights, result["weights"][-1]), (states, result["states"])):
-        assert ours.keys() == theirs.keys()
-        for name, value in ours.items():
-            torch.testing.assert_close(settled(name, value), settled(name, theirs[name]), rtol=1e-4, atol=1e-5, msg=name)
+def test_a_checkpoint_of_adapters_holds_nothing_else(trained):
+    result = trained["lora-2"]
+    assert len(result["weights"][-1]) == 8 and all(".lora_A." in k or ".lora_B." in k for k in result["weights"][-1])
+    assert {k.partition(".")[2] for k in result["states"]} == set(result["weights"][-1])
+
+
+def test_adapters_leave_the_weights_they_stand_on_alone(alone):
+    before = start("lora").state_dict()
+    assert all(torch.equal(v, before[k]) for k, v in alone["lora"].items() if ".lora_" not in k)
+    assert all((alone["lora"][k] != before[k]).any() for k in before if ".lora_" in k)
