@@ -110,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("out", type=Path, metavar="OUT")
     p.add_argument("--hf", action="store_true", help="also OUT/transformers, which transformers' CLIPModel loads")
     p.add_argument("--ema", action="store_true", help="the moving average of the weights that train.ema kept")
+    p.add_argument("--merge-lora", action="store_true", help="fold a run's adapter into the weights; without it, OUT is a peft folder")
     return top
 
 
@@ -240,7 +241,7 @@ def _measure(args, interruption: Interruption) -> None:
 def _export(args) -> None:
     from .export import export
 
-    for path in export(settings.Model(weights=str(args.run_folder), ema=args.ema), args.out, hf=args.hf):
+    for path in export(settings.Model(weights=str(args.run_folder), ema=args.ema), args.out, hf=args.hf, merge_lora=args.merge_lora):
         print(path)
 
 

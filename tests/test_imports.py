@@ -41,7 +41,7 @@ ROOMS = {
     "targets": {"config", "data", "heads", "methods", "parallel", "towers"},
     "teachers": {"config", "methods", "parallel", "towers"},
     "flops": {"config", "methods", "towers"},
-    "export": {"checkpoint", "config", "errors", "towers"},
+    "export": {"checkpoint", "config", "errors", "lora", "towers"},
     "flops": {"config", "methods", "towers"},
     # data
     "data": {"config", "errors"},

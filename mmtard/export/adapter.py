@@ -1,0 +1,27 @@
+"""The adapter of a run whose student was trained with `student.lora`, as a folder that peft loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .. import checkpoint, config, lora, towers
+from ..config import Model
+
+
+class Adapter:
+    """What a run or checkpoint holds of adapters; `found` is False when its student was trained whole, or it is no run."""
+
+    def __init__(self, source: Model):
+        folder = Path(source.weights)
+        self.found = folder.is_dir() and not (folder / towers.CONFIG_FILE).is_file()
+        if self.found:
+            run, newest = checkpoint.resolve(folder)
+            self.weights = checkpoint.read_weights(newest, source.ema)
+            self.found = lora.is_adapter(self.weights)
+        if self.found:
+            self.student = config.load(run / "config.yaml").student
+
+    def save(self, folder: Path) -> None:
+        """Write adapter_config.json, which names the model to put it on, and adapter_model.safetensors."""
+        base = "/".join(filter(None, (self.student.arch, self.student.weights)))
+        lora.save(self.weights, self.student.lora, base, folder)
