@@ -37,14 +37,15 @@ class Alarm:
             return None
         images = batch.images[: self.size].to(self.ranks.device).float() / 255
         labels, seeds = (x[: self.size].to(self.ranks.device) for x in (batch.labels, batch.seeds))
-        single, multi = self._hits(images, labels, seeds)
-        single, multi, n = (int(total) for total in self.ranks.total([single, multi, len(labels)]))
+        known = labels >= 0  # data for a method that reads none may lack them
+        hits = self._hits(images, labels.clamp_min(0), seeds)
+        single, multi, n = (int(total) for total in self.ranks.total([int((h & known).sum()) for h in hits] + [int(known.sum())]))
         if not overfitted(single, multi, n, self.ratio):
             return None
         return {"one_step_accuracy": single / n, f"pgd{STEPS}_accuracy": multi / n, "samples": n, "remedy": REMEDY}
 
-    def _hits(self, images: Tensor, labels: Tensor, seeds: Tensor) -> tuple[int, int]:
-        """Samples that the student gets right under the training's attack, and under PGD on cross-entropy."""
+    def _hits(self, images: Tensor, labels: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether the student gets each sample right under the training's attack, and under PGD on cross-entropy."""
         single = self.distillation.adversarial(images, labels, seeds)
         with self.distillation.student.attack_view() as forward:
 
@@ -52,7 +53,7 @@ class Alarm:
                 return self.distillation.head(forward(x)).logits
 
             multi = perturb(self.multi_step, lambda x: cross_entropy(predict(x), labels), images, seeds)
-            return tuple(int(top1(predict(x).detach(), labels).sum()) for x in (single, multi))
+            return tuple(top1(predict(x).detach(), labels) for x in (single, multi))
 
 
 def multi_step(attack: Attack) -> Attack:

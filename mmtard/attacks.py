@@ -5,7 +5,7 @@ images of the same shape inside the eps ball and [0,1]. Losses are summed, so th
 on the batch it stands in. Perturbation, projection and clamp stay in float32; only `loss_fn` may run in lower precision.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -119,6 +119,18 @@ def apgd(loss_fn: LossFn, images: Tensor, *, norm: str, eps: float, steps: int, 
             x, gradient = (torch.where(stuck.view(shape), b, now) for b, now in ((best, x), (best_gradient, gradient)))
             loss = torch.where(stuck, best_loss, loss)
             gains, last_check = torch.zeros_like(gains), k + 1
+    return best
+
+
+@torch.no_grad()
+def worst(loss_fn: LossFn, candidates: Iterable[Tensor]) -> Tensor:
+    """Of several adversarial batches [B,C,H,W], each sample's image of largest loss (the first of equals): one forward a batch."""
+    best = best_loss = None
+    for images in candidates:
+        loss = loss_fn(images)
+        better = torch.ones_like(loss, dtype=torch.bool) if best is None else loss > best_loss
+        best = images if best is None else torch.where(better.view((-1,) + (1,) * (images.dim() - 1)), images, best)
+        best_loss = loss if best_loss is None else torch.where(better, loss, best_loss)
     return best
 
 

@@ -85,12 +85,12 @@ class Engine:
     def micro_batch_size(self) -> int:
         return self.ds.train_micro_batch_size_per_gpu()
 
-    def __call__(self, images: Tensor, seeds: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, seeds: Tensor, tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """V views of B samples, images [V*B,3,H,W] float32 in [0,1], seeds int64 [B] -> embeddings [V*B,D] float32: the forward
-        that `backward` differentiates. What is random in it comes from the seeds."""
+        that `backward` differentiates. What is random in it comes from the seeds. tokens: the patches' tokens [V*B,P,D] beside them."""
         self.ds.module.views.show(len(images), seeds)
         self.ds.train()
-        return self.ds(images)
+        return self.ds(images, tokens=True) if tokens else self.ds(images)
 
     @contextmanager
     def attack_view(self) -> Iterator[Callable[[Tensor], Tensor]]:

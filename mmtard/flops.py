@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .config import Attack
 from .methods import Pass
+from .objectives import Objective
 from .towers import ImageTower
 
 # Dense bf16 peak of a device, in FLOP/s, by a part of its name (NVIDIA's data sheets).
@@ -26,17 +27,22 @@ def forward_flops(tower: ImageTower) -> int:
     return counter.get_total_flops()
 
 
-def sample_flops(forward: dict[str, int], passes: set[Pass], target: Pass | None, attack: Attack | None) -> int:
+def sample_flops(forward: dict[str, int], passes: set[Pass], objective: Objective | None, attack: Attack) -> int:
     """FLOPs of training on one sample, from the forward FLOPs of each model (`student` and the teachers' names).
 
     A differentiated pass of the student costs three forwards, an attack step two (the input gradient costs as much as the
-    forward), a teacher's pass one. `target`: what the attack is measured against; attack None: none is made.
+    forward) of every model the gradient goes through, a teacher's pass one, and so does the loss after each of several
+    restarts. objective: what the attack maximises; None: none is made.
     """
-    steps = 0 if attack is None else attack.steps + (attack.algorithm == "apgd")
-    learning = sum(3 * forward["student"] for p in passes if p.model == "student")
-    asked = sum(forward[p.model] for p in passes | ({target} - {None}) if p.model != "student")
-    own_target = forward["student"] if target and target.model == "student" else 0
-    return learning + own_target + 2 * steps * forward["student"] + asked
+    cost = sum(3 * forward["student"] for p in passes if p.model == "student")
+    cost += sum(forward[p.model] for p in passes if p.model != "student")
+    if objective is None:
+        return cost
+    steps = attack.steps + (attack.algorithm == "apgd")
+    looks = attack.restarts if attack.restarts > 1 else 0
+    moved = forward["student"] + (forward[objective.moving] if objective.moving else 0)
+    own = sum(forward[p.model] for p in objective.targets if p.model == "student" or p not in passes)
+    return cost + own + (2 * steps * attack.restarts + looks) * moved
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -1,5 +1,7 @@
 """Per-sample losses between two models, or between a model and labels. Pure functions of tensors."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +20,12 @@ def kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0)
     log_p_t = F.log_softmax(teacher_logits / temperature, dim=-1)
     log_p_s = F.log_softmax(student_logits / temperature, dim=-1)
     return F.kl_div(log_p_s, log_p_t, reduction="none", log_target=True).sum(-1)
+
+
+def kl_of_mean(teacher_logits: list[Tensor], weights: list[float], student_logits: Tensor) -> Tensor:
+    """KL(sum_m w_m p_m || p_S) of each sample: logits [B,C] of each teacher, weights of sum 1 -> [B], in nats."""
+    log_p = torch.stack([F.log_softmax(t, dim=-1) + math.log(w) for t, w in zip(teacher_logits, weights)]).logsumexp(0)
+    return F.kl_div(F.log_softmax(student_logits, dim=-1), log_p, reduction="none", log_target=True).sum(-1)
 
 
 def true_class(values: Tensor, labels: Tensor) -> Tensor:

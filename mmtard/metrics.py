@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -89,7 +90,7 @@ class Metrics:
         done, width = row["step"], len(str(self.steps))
         left = (time.monotonic() - self._began) / max(1, done - self._start) * (self.steps - done)
         hidden = ("step", "batch", "skipped", "replaced", "seconds", "images_per_s", "tflops_a_rank", "memory_gib")
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in hidden)
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in hidden and not re.search(r"_p\d\d$", k))
         return f"step {done:{width}d}/{self.steps}  {shown}  {row['images_per_s']:.4g} images/s  left {timedelta(seconds=round(left))}"
 
 

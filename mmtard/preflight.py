@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from . import data, parallel, towers
-from .config import Config, Model
+from .config import START, Config, Model, Teacher
 from .engine import DTYPES
 from .errors import UserError
 from .parallel import Ranks
@@ -135,7 +135,8 @@ class Checks:
         micro = min(config.train.micro_batch_size or share, share)
         attacked = config.attack_objective is not None
         seconds = self._pass(config.student, "student", micro, attacked) * (config.attack.steps + 1 if attacked else 1)
-        return micro / (seconds + sum(self._pass(t, f"teachers.{name}", micro, False) for name, t in config.teachers.items()))
+        untouched = {START: config.student} if config.teachers.get(START, Teacher()).weights == START else {}  # the run has not stored it yet
+        return micro / (seconds + sum(self._pass(untouched.get(name, t), f"teachers.{name}", micro, False) for name, t in config.ensemble.items()))
 
     def _pass(self, spec: Model, where: str, micro: int, attacked: bool) -> float:
         """Seconds of a model's forward, and of the gradient for the images when it is attacked."""
@@ -160,7 +161,7 @@ class Checks:
 
     def models_verdict(self, found: list[float]) -> str:
         self.most_images_per_s = sum(found)
-        return f"{', '.join(['student', *self.config.teachers])} load; their passes alone allow {sum(found):.4g} images/s at most"
+        return f"{', '.join(['student', *self.config.ensemble])} load; their passes alone allow {sum(found):.4g} images/s at most"
 
     # ---------------------------------------------------------------- the run's folder is shared, writable, and large enough
 

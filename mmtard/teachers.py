@@ -29,8 +29,13 @@ class FrozenTeacher:
             shard(self.tower)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Prediction:
-        """images [B,3,H,W] float32 in [0,1] -> Prediction without gradient."""
+    def __call__(self, images: Tensor, tokens: bool = False) -> Prediction:
+        """images [B,3,H,W] float32 in [0,1] -> Prediction without gradient, with the patches' tokens when asked for."""
+        return self.head(*self.tower(images, tokens=True)) if tokens else self.head(self.tower(images))
+
+    def differentiable(self, images: Tensor) -> Prediction:
+        """The Prediction with its gradient to the images; the weights gather none. A sharded tower is gathered again for the
+        backward, so every rank must ask, and differentiate, as often as the others."""
         return self.head(self.tower(images))
 
     @property

@@ -19,6 +19,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
+from open_clip.transformer import VisionTransformer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -34,9 +35,9 @@ CONFIG_FILE, WEIGHTS_FILE, START_FOLDER = "open_clip_config.json", "open_clip_mo
 class ImageTower(nn.Module):
     """An open_clip image tower that takes pixels: resizing and normalisation live in its forward.
 
-    images [B,3,H,W] float32 in [0,1], any H and W -> embeddings [B,D] float32, not normalised. Other sizes than
-    `image_size` are resized inside (bicubic, no antialias). `autocast`: the dtype in which the tower runs while its weights stay
-    float32, or None.
+    images [B,3,H,W] float32 in [0,1], any H and W -> embeddings [B,D] float32, not normalised; with `tokens`, also those of the
+    P patches, [B,P,D], brought to the same space. Other sizes than `image_size` are resized inside (bicubic, no antialias).
+    `autocast`: the dtype in which the tower runs while its weights stay float32, or None.
     """
 
     def __init__(self, visual: nn.Module, mean, std):
@@ -49,14 +50,25 @@ class ImageTower(nn.Module):
         self.views = Views()
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        if self.has_tokens and _project_tokens not in visual._forward_hooks.values():
+            # As a hook, it finds the projection's weight gathered where the tower is sharded.
+            visual.register_forward_hook(_project_tokens)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         if images.shape[-1] != self.image_size or images.shape[-2] != self.image_size:
             images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", align_corners=False)
         x = ((images - self.mean) / self.std).to(self.dtype)
         with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            if self.has_tokens:
+                self.visual.output_tokens = tokens
             z = self.visual(x)
-        return z.float() if z.dtype != torch.float64 else z
+        return tuple(_at_least_float32(t) for t in z) if tokens else _at_least_float32(z)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the forward can give the patches' tokens: that of a ViT whose embedding is a projected token or their mean."""
+        v = self.visual
+        return isinstance(v, VisionTransformer) and v.attn_pool is None and v.proj is not None and v.pool_type != "none"
 
     def cast(self, dtype: torch.dtype) -> "ImageTower":
         """The same tower with its weights (and so its arithmetic) in `dtype`; normalisation stays float32."""
@@ -72,6 +84,20 @@ class ImageTower(nn.Module):
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
+
+
+def _project_tokens(visual: VisionTransformer, _, output):
+    return (output[0], output[1] @ visual.proj) if visual.output_tokens else output
+
+
+def _at_least_float32(z: Tensor) -> Tensor:
+    return z.float() if z.dtype != torch.float64 else z
+
+
+def require_tokens(tower: ImageTower, where: str) -> None:
+    """UserError when the tower cannot give the patch tokens that the method reads."""
+    if not tower.has_tokens:
+        raise UserError(f"{where}: the method reads a ViT's patch tokens, which a {type(tower.visual).__name__} does not give; choose a ViT or another method")
 
 
 @dataclass

@@ -17,6 +17,7 @@ from .metrics import Metrics, memory_gib
 from .parallel import Ranks
 from .preempt import REQUEUE, Interruption
 from .teachers import FrozenTeacher
+from .terms import Terms
 from .watchdog import Watchdog
 
 
@@ -65,7 +66,9 @@ class Run:
     def _build(self) -> None:
         config, ranks, run = self.config, self.ranks, self.folder
         start = student.start(config, run.path, bool(run.checkpoint), ranks)
-        clips = {"student": start} | {name: towers.load(t, config.seed, f"teachers.{name}") for name, t in config.teachers.items()}
+        clips = {"student": start} | {name: towers.load(t, config.seed, f"teachers.{name}") for name, t in config.ensemble.items()}
+        for name, clip in clips.items() if config.needs_tokens else ():
+            towers.require_tokens(clip.tower(), name)
         head, self.targets = targets.build(config, run.path, clips, ranks)
         forward = {name: flops.forward_flops(clip.tower()) for name, clip in clips.items()}
         tower = student.tower(config, start, run.checkpoint)
@@ -76,12 +79,12 @@ class Run:
         dtype = DTYPES[config.engine.precision]
         teachers = {
             name: FrozenTeacher(name, settings, clips[name].tower(), head[name], ranks, dtype)
-            for name, settings in config.teachers.items()
+            for name, settings in config.ensemble.items()
         }
         self.distillation = Distillation(config, self.engine, head["student"], teachers)
+        self.distillation.state |= run.state.get("method", {})
         self.alarm = alarm.Alarm(config, self.distillation, ranks, self.engine.micro_batch_size)
-        attack = config.attack if config.attack_objective else None
-        self.sample_flops = flops.sample_flops(forward, self.distillation.passes, self.distillation.target, attack)
+        self.sample_flops = flops.sample_flops(forward, self.distillation.passes, self.distillation.objective, config.attack)
         self.peak_flops = flops.peak_flops(ranks.device)
         self._introduce(head, teachers)
 
@@ -96,7 +99,7 @@ class Run:
         say(f"{len(self.dataset)} samples of {classes}, images {self.image_size} px, logit scale {head['student'].logit_scale:.4g}")
         for name, teacher in teachers.items():
             mib = ", ".join(f"{held[name] / 2**20:.2f}" for held in placed)
-            say(f"teacher {name}: {config.teachers[name].placement}, {teacher.bytes_whole / 2**20:.2f} MiB, a rank holds {mib} MiB")
+            say(f"teacher {name}: {config.ensemble[name].placement}, {teacher.bytes_whole / 2**20:.2f} MiB, a rank holds {mib} MiB")
 
     def _stream(self) -> data.Stream:
         config, settings = self.config, self.config.data
@@ -113,7 +116,7 @@ class Run:
             start=self.step,
             stop=config.train.steps,
             workers=settings.workers,
-            need_labels=settings.targets == "labels",
+            need_labels=config.needs_labels,
             need_captions=settings.targets == "captions",
             max_replaced=settings.max_replaced,
             staging=data.Staging(self.dataset, settings.cache) if self.dataset.remote else None,
@@ -128,17 +131,20 @@ class Run:
         for batch in map(self.targets, self._stream()):
             self.watchdog.at(self.step + 1, "update")
             lr = learning_rate(self.step, t.lr, t.warmup_steps, t.steps)
-            sums, outcome, bad_samples = self._update(batch, lr)
+            terms, outcome, bad_samples = self._update(batch, lr)
             self.step += 1
             self.watchdog.at(self.step, "agreement")
-            numbers = [*sums.values(), batch_digest(batch.seeds), len(batch.replaced), len(bad_samples), bool(interruption)]
+            numbers = [*terms.sums.values(), batch_digest(batch.seeds), len(batch.replaced), len(bad_samples), bool(interruption)]
             *totals, digest, replaced, bad, stop = self.ranks.total(numbers)
+            means = {name: total / t.batch_size for name, total in zip(terms.sums, totals)}
+            spread = terms.quantiles(self.ranks)
+            if outcome.applied:
+                self.distillation.end_step(means)
             self._account(outcome, batch, replaced, bad, bad_samples)
             if self.ranks.first:
                 seconds, began = time.monotonic() - began, time.monotonic()
-                means = {name: total / t.batch_size for name, total in zip(sums, totals)}
                 self.metrics.step(
-                    {"step": self.step, **means, "lr": lr, "grad_norm": outcome.grad_norm, "batch": int(digest)}
+                    {"step": self.step, **means, **spread, "lr": lr, "grad_norm": outcome.grad_norm, "batch": int(digest)}
                     | {"skipped": self.skipped, "replaced": self.replaced}
                     | self._speed(seconds)
                 )
@@ -155,9 +161,9 @@ class Run:
             self.watchdog.at(self.step + 1, "data")
         return True
 
-    def _update(self, batch: data.Batch, lr: float) -> tuple[dict[str, float], Step, list[int]]:
-        """One optimisation step on this rank's share: (sums of the loss and its terms, outcome, samples of non-finite loss)."""
-        sums: dict[str, float] = {}
+    def _update(self, batch: data.Batch, lr: float) -> tuple[Terms, Step, list[int]]:
+        """One optimisation step on this rank's share: (the loss and its terms, outcome, samples of non-finite loss)."""
+        told = Terms()
         bad_samples: list[int] = []
         micro = self.engine.micro_batch_size
         for i in range(0, len(batch.labels), micro):
@@ -169,9 +175,8 @@ class Run:
             self.engine.backward(loss.mean() * (torch.nan if bad.any() else 1.0))
             outcome = self.engine.end_micro_batch(lr)
             bad_samples += batch.sample_ids[i : i + micro][bad.cpu()].tolist()
-            for name, term in {"loss": loss.detach(), **terms}.items():
-                sums[name] = sums.get(name, 0.0) + term.double().sum().item()
-        return sums, outcome, bad_samples
+            told.add({"loss": loss.detach(), **terms})
+        return told, outcome, bad_samples
 
     def _account(self, outcome: Step, batch: data.Batch, replaced: float, bad: float, bad_samples: list[int]) -> None:
         """Count and name samples that were replaced and steps that were skipped; the same decisions on every rank."""
@@ -207,6 +212,7 @@ class Run:
             "bad_in_a_row": self.bad_in_a_row,
             "skipped": self.skipped,
             "replaced": self.replaced,
+            "method": self.distillation.state,
             "data_fingerprint": self.dataset.fingerprint,
             "world_size": self.ranks.world_size,
         }

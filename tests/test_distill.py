@@ -35,7 +35,7 @@ class Student:
     def __init__(self):
         self.tower, self.views = Tower(0).train(), 0
 
-    def __call__(self, images, seeds):
+    def __call__(self, images, seeds, tokens=False):
         assert self.tower.training and torch.equal(seeds, SEEDS)
         return self.tower(images)
 
@@ -51,7 +51,7 @@ class Teacher:
     def __init__(self, seed, head):
         self.tower, self.head = Tower(seed).eval().requires_grad_(False), head
 
-    def __call__(self, images):
+    def __call__(self, images, tokens=False):
         return self.head(self.tower(images))
 
 
@@ -106,7 +106,7 @@ def test_exactly_the_declared_passes_are_computed(method, attack, teacher_views,
     # The loss is the method's on predictions made one view at a time.
     outputs = {Pass(n, v): t(views[v]) for n, t in teachers.items() for v in teacher_views[n]}
     outputs |= {Pass("student", v): student.tower(views[v]) for v in student_views}
-    expected, _ = find(method["name"]).loss(distillation.settings, {p: distillation.head(z) for p, z in outputs.items()}, LABELS)
+    expected, _ = find(method["name"]).loss(distillation.settings, {p: distillation.head(z) for p, z in outputs.items()}, LABELS, distillation.state)
     assert loss.shape == (B,) and torch.allclose(loss, expected, rtol=1e-5, atol=1e-6)  # float32, another batch size
     assert not any(t.requires_grad for t in terms.values())
 

@@ -21,7 +21,7 @@ ROOMS = {
     "attacks": set(),
     "weighting": {"errors", "losses"},
     "methods": {"config", "errors", "losses", "weighting"},
-    "objectives": {"errors", "losses", "methods"},
+    "objectives": {"attacks", "errors", "losses", "methods"},
     "distill": {"attacks", "config", "methods", "objectives"},
     # storage and ranks
     "parallel": {"errors"},
@@ -29,6 +29,7 @@ ROOMS = {
     "preempt": {"errors"},
     "trackers": {"config", "errors"},
     "metrics": {"trackers"},
+    "terms": {"parallel"},
     "slurm": set(),
     "history": {"config", "slurm"},
     "watchdog": {"config", "errors", "history", "parallel", "preempt"},
@@ -40,15 +41,14 @@ ROOMS = {
     "heads": {"checkpoint", "errors", "methods", "parallel", "towers"},
     "targets": {"config", "data", "heads", "methods", "parallel", "towers"},
     "teachers": {"config", "methods", "parallel", "towers"},
-    "flops": {"config", "methods", "towers"},
+    "flops": {"config", "methods", "objectives", "towers"},
     "export": {"checkpoint", "config", "errors", "lora", "towers"},
-    "flops": {"config", "methods", "towers"},
     # data
     "data": {"config", "errors"},
     # engine, and the verbs
     "engine": {"config", "parallel", "towers"},
     "alarm": {"config", "data", "distill", "evaluate", "losses", "parallel"},
-    "train": {"alarm", "checkpoint", "config", "data", "distill", "engine", "errors", "flops", "history", "metrics", "parallel", "preempt", "run_folder", "student", "targets", "teachers", "towers", "trackers", "watchdog"},
+    "train": {"alarm", "checkpoint", "config", "data", "distill", "engine", "errors", "flops", "history", "metrics", "parallel", "preempt", "run_folder", "student", "targets", "teachers", "terms", "towers", "trackers", "watchdog"},
     "evaluate": {"attacks", "config", "data", "errors", "losses", "methods", "parallel", "preempt", "towers"},
     "runs": {"config", "errors", "history", "slurm"},
     "preflight": {"config", "data", "engine", "errors", "parallel", "run_folder", "towers"},
@@ -129,7 +129,7 @@ def test_the_table_has_no_cycle():
 
 @pytest.mark.parametrize("path", files(*MATHEMATICS), ids=lambda p: p.name)
 def test_mathematics_is_torch_alone(path):
-    allowed = ("torch", "math", "typing", "collections.abc", "contextlib", "dataclasses", "importlib", "__future__", "mmtard")
+    allowed = ("torch", "math", "typing", "types", "collections.abc", "contextlib", "dataclasses", "importlib", "__future__", "mmtard")
     modules = imports(path)
     assert not outside(modules, *allowed) and not under(modules, "torch.distributed", "torch.utils", "torch.save", "torch.load")
 

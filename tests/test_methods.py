@@ -2,22 +2,31 @@ import numpy as np
 import pytest
 import torch
 
-from mmtard import methods, objectives
-from mmtard.config import ATTACK_OBJECTIVES, METHODS
+from mmtard import methods
+from mmtard.config import METHODS
 from mmtard.errors import UserError
 from mmtard.methods import Head, Pass, Prediction
 
-B, C, D, SCALE = 6, 4, 64, 100.0
+B, C, D, P, SCALE = 6, 4, 64, 9, 100.0
 RNG = np.random.Generator(np.random.PCG64(1))
 LABELS = np.array([0, 3, 1, 1, 2, 0])
-PASSES = [Pass(m, v) for m in ("student", "clean", "robust") for v in ("clean", "adv")]
+PASSES = [Pass(m, v) for m in ("student", "clean", "robust", "start", "third") for v in ("clean", "adv")]
 TEXT = RNG.standard_normal((C, D))
 TEXT /= np.linalg.norm(TEXT, axis=1, keepdims=True)
 Z = {p: RNG.standard_normal((B, D)) * 3 for p in PASSES}
+TOKENS = {p: RNG.standard_normal((B, P, D)) * 2 for p in PASSES}
+STATE = {"w_robust": 0.7, "w_clean": 0.2, "w_third": 0.1}
+THREE = {"views": {"clean": "clean", "third": "adv", "robust": "adv"}}
 CASES = [
     ("clean", {}), ("tecoa", {}), ("mmtard", {}), ("mmtard", {"weighting": "confidence_sigmoid", "slope": 3.0, "bias": -0.4, "budget": 2.5}),
     ("mmtard", {"robust_weight": 60.0, "clean_weight": 7.0}), ("ard", {}), ("ard", {"alpha": 0.3, "temperature": 5.0}),
     ("ard", {"alpha": 0.0}), ("ard", {"temperature": 1.0, "teacher_view": "adv"}),
+    ("fare", {}), ("sim_clip", {}), ("pmg_aft", {}), ("pmg_aft", {"general_weight": 0.5, "clean_weight": 2.0}), ("tga_zsr", {}),
+    ("tga_zsr", {"alpha": 3.0, "beta": 2.0}), ("trades", {}), ("trades", {"beta": 1.5}), ("rslad", {}), ("rslad", {"alpha": 0.3}), ("iad", {}),
+    ("iad", {"beta": 0.9}), ("adaad", {}), ("adaad", {"alpha": 0.4}), ("adaad", {"alpha": 0.0}), ("mtard", {}),
+    ("mmtard", {"weighting": "uniform", "cross_modal_weight": 7.0}), ("mmtard", {**THREE, "cross_modal_weight": 2.0}),
+    *(("mmtard", {**THREE, "weighting": w, "slope": 2.0, "bias": 0.6, "budget": 1.5}) for w in ("uniform", "confidence_sigmoid", "entropy", "hardness", "mtard")),
+    ("mmtard", {"views": {"robust": "adv"}, "weighting": "uniform"}), ("mmtard", {"views": {"clean": "clean"}, "weighting": "hardness"}),
 ]  # fmt: skip
 
 
@@ -51,32 +60,99 @@ def of_label(values):
     return values[np.arange(B), LABELS]
 
 
+def attention(model, view):
+    """Of each sample's class over the patches: cosines one by one, brought to [0,1]."""
+    out = np.empty((B, P))
+    for i in range(B):
+        for j in range(P):
+            token = TOKENS[model, view][i, j]
+            out[i, j] = token @ TEXT[LABELS[i]] / np.sqrt(token @ token)
+        out[i] = (out[i] - out[i].min()) / (out[i].max() - out[i].min())
+    return out
+
+
+def of_single_teacher(name, s):
+    """The mean loss over the batch of every method but the multi-teacher ones, by method.md, in float64 numpy."""
+    adv, clean = p("student", "adv"), p("student", "clean")
+    ce_adv, ce_clean = -np.log(of_label(adv)), -np.log(of_label(clean))
+    z, z0 = Z["student", "adv"], Z["start", "clean"]
+    match name:
+        case "clean":
+            return ce_clean
+        case "tecoa":
+            return ce_adv
+        case "ard":
+            return s.alpha * s.temperature**2 * kl(p("robust", s.teacher_view, s.temperature), p("student", "adv", s.temperature)) + (1 - s.alpha) * ce_clean
+        case "fare":
+            return ((z - z0) ** 2).sum(1)
+        case "sim_clip":
+            return -(z * z0).sum(1) / np.sqrt((z**2).sum(1) * (z0**2).sum(1))
+        case "pmg_aft":
+            return ce_adv + s.general_weight * kl(p("start", "adv"), adv) + s.clean_weight * kl(clean, adv)
+        case "tga_zsr":
+            near = [np.sqrt(((attention("student", v) - attention("start", "clean")) ** 2).sum(1)) for v in ("adv", "clean")]
+            return ce_adv + s.alpha * near[0] + s.beta * near[1]
+        case "trades":
+            return ce_clean + s.beta * kl(clean, adv)
+        case "rslad":
+            return s.alpha * kl(p("robust", "clean"), adv) + (1 - s.alpha) * kl(p("robust", "clean"), clean)
+        case "iad":
+            return kl(p("robust", "clean"), adv) + (1 - of_label(p("robust", "adv")) ** s.beta) * kl(clean, adv)
+        case "adaad":
+            return s.alpha * kl(p("robust", "adv"), adv) + (1 - s.alpha) * kl(p("robust", "clean"), clean)
+
+
+def weights(s):
+    """Each teacher's weight [B] by the docstrings of `mmtard.weighting`."""
+    views, adv = s.views, np.array([[v == "adv"] for v in s.views.values()])
+    q = np.stack([p(m, v) for m, v in views.items()])  # [M,B,C]
+    sure = q[:, np.arange(B), LABELS]
+    match s.weighting:
+        case "uniform":
+            w = np.full((len(views), B), s.budget / len(views))
+        case "official":
+            w = np.stack([(s.robust_weight if v == "adv" else s.clean_weight) * of_label(cosines(m, v)) for m, v in views.items()])
+        case "confidence_sigmoid" | "entropy":
+            c = sure if s.weighting == "confidence_sigmoid" else 1 + (q * np.log(q)).sum(2) / np.log(C)
+            e = np.exp(s.slope * c + s.bias * adv)
+            w = s.budget * e / e.sum(0)
+        case "hardness":
+            seen = [i for i, v in enumerate(views.values()) if v == "adv"] or range(len(views))
+            w = np.tile(s.budget / len(views) * (1 + s.slope * (1 - np.mean([sure[i] for i in seen], 0))), (len(views), 1))
+        case "mtard":
+            w = s.budget * np.array([[STATE[f"w_{m}"]] * B for m in views])
+    return dict(zip(views, w))
+
+
 def expected(name, s):
-    """The mean loss over the batch by method.md, in float64 numpy."""
-    if name in ("clean", "tecoa"):
-        return -np.log(of_label(p("student", "clean" if name == "clean" else "adv"))).mean()
-    if name == "ard":
-        a, T = s.alpha, s.temperature
-        ce = -np.log(of_label(p("student", "clean")))
-        return (a * T**2 * kl(p("robust", s.teacher_view, T), p("student", "adv", T)) + (1 - a) * ce).mean()
-    kl_r, kl_c = kl(p("robust", "adv"), p("student", "adv")), kl(p("clean", "clean"), p("student", "clean"))
-    if s.weighting == "official":
-        c_r, c_c = of_label(cosines("robust", "adv")), of_label(cosines("clean", "clean"))
-        return (s.robust_weight * c_r * kl_r + s.clean_weight * c_c * kl_c).sum() / (B * C)
-    g = 1 / (1 + np.exp(-(s.slope * (of_label(p("robust", "adv")) - of_label(p("clean", "clean"))) + s.bias)))
-    return (s.budget * g * kl_r + s.budget * (1 - g) * kl_c).mean()
+    if name == "mtard":
+        return (STATE["w_robust"] * kl(p("robust", "adv"), p("student", "adv")) + STATE["w_clean"] * kl(p("clean", "clean"), p("student", "clean"))).mean()
+    if name != "mmtard":
+        return of_single_teacher(name, s).mean()
+    w = weights(s)
+    total = sum(w[m] * kl(p(m, v), p("student", v)) for m, v in s.views.items()) / (C if s.weighting == "official" else 1)
+    return (total + s.cross_modal_weight * sum(((cosines(m, v) - cosines("student", v)) ** 2).sum(1) for m, v in s.views.items())).mean()
 
 
 def setup(name, options):
     settings, method = METHODS[name](name=name, **options), methods.find(name)
-    head = Head(torch.tensor(TEXT), SCALE)
-    return settings, method, OnlyDeclared({q: head(torch.tensor(Z[q])) for q in method.passes(settings)})
+    head, tokens = Head(torch.tensor(TEXT), SCALE), settings.tokens
+    return settings, method, OnlyDeclared({q: head(torch.tensor(Z[q]), torch.tensor(TOKENS[q]) if tokens else None) for q in method.passes(settings)})
+
+
+def leaves_of(predictions, wanted=lambda q: True):
+    """The same predictions as leaves of a graph, so that what a loss reads of each can be told from its gradients."""
+    return {q: Prediction(*(t if t is None else t.clone().requires_grad_(wanted(q)) for t in pred)) for q, pred in predictions.items()}
+
+
+def gradients(prediction):
+    return [t.grad for t in prediction if t is not None]
 
 
 @pytest.mark.parametrize("name,options", CASES)
 def test_the_loss_is_its_equation_in_float64(name, options):
     settings, method, predictions = setup(name, options)
-    loss, terms = method.loss(settings, predictions, torch.tensor(LABELS))
+    loss, terms = method.loss(settings, predictions, torch.tensor(LABELS), STATE)
     assert loss.shape == (B,) and all(t.shape == (B,) for t in terms.values())
     assert loss.mean().item() == pytest.approx(expected(name, settings), rel=1e-11)
 
@@ -90,7 +166,7 @@ def test_the_official_case_has_cosines_of_both_signs():
 @pytest.mark.parametrize("name,options", CASES)
 def test_the_loss_reads_exactly_the_passes_it_declares(name, options):
     settings, method, predictions = setup(name, options)
-    method.loss(settings, predictions, torch.tensor(LABELS))
+    method.loss(settings, predictions, torch.tensor(LABELS), STATE)
     assert predictions.read == method.passes(settings)
     assert {q.model for q in method.passes(settings)} - {"student"} == set(settings.teachers)
 
@@ -99,8 +175,8 @@ def test_the_loss_reads_exactly_the_passes_it_declares(name, options):
 def test_the_weights_are_constants_to_the_gradient(weighting):
     """d KL(p_T || p_S) / d logits_S = p_S - p_T, times the weight and nothing else."""
     settings, method, predictions = setup("mmtard", {"weighting": weighting})
-    leaves = {q: Prediction(*(t.clone().requires_grad_() for t in pred)) for q, pred in predictions.items()}
-    loss, terms = method.loss(settings, leaves, torch.tensor(LABELS))
+    leaves = leaves_of(predictions)
+    loss, terms = method.loss(settings, leaves, torch.tensor(LABELS), STATE)
     loss.mean().backward()
     assert not terms["w_robust"].requires_grad and not terms["w_clean"].requires_grad
     for teacher, view, w in (("robust", "adv", terms["w_robust"]), ("clean", "clean", terms["w_clean"])):
@@ -111,14 +187,58 @@ def test_the_weights_are_constants_to_the_gradient(weighting):
 
 
 @pytest.mark.parametrize("name,options", CASES)
-def test_the_gradient_reaches_each_student_pass(name, options):
+def test_the_gradient_reaches_each_student_pass_and_no_teacher(name, options):
     settings, method, predictions = setup(name, options)
-    leaves = {q: Prediction(*(t.clone().requires_grad_(q.model == "student") for t in pred)) for q, pred in predictions.items()}
-    loss, _ = method.loss(settings, leaves, torch.tensor(LABELS))
+    leaves = leaves_of(predictions)
+    loss, terms = method.loss(settings, leaves, torch.tensor(LABELS), STATE)
     loss.mean().backward()
     for q in leaves:
+        found = [g for g in gradients(leaves[q]) if g is not None and g.abs().sum() > 0]
         if q.model == "student" and (q.view == "clean" or options.get("alpha") != 0.0):
-            assert leaves[q].logits.grad.abs().sum() > 0, q
+            assert found, q
+    assert not any(t.requires_grad for n, t in terms.items() if n.startswith("w_"))
+
+
+def test_stopped_gradients():
+    """Where the loss itself, and not the teacher's no_grad, must stop a gradient."""
+    for name in ("sim_clip", "iad", "tga_zsr"):
+        settings, method, predictions = setup(name, {})
+        leaves = leaves_of(predictions)
+        method.loss(settings, leaves, torch.tensor(LABELS), STATE)[0].mean().backward()
+        for q in leaves.keys() & {("start", "clean"), ("robust", "adv")}:
+            assert all(g is None for g in gradients(leaves[q])[:4]), (name, q)
+
+
+def test_sim_clip_has_the_gradient_of_one_cosine_in_full():
+    """d(-cos)/dz = -(u0 - cos u) / |z|, u and u0 unit vectors: not half of it, as with a second term that is stopped."""
+    settings, method, predictions = setup("sim_clip", {})
+    leaves = leaves_of(predictions)
+    method.loss(settings, leaves, torch.tensor(LABELS), STATE)[0].sum().backward()
+    z, z0 = Z["student", "adv"], Z["start", "clean"]
+    length = np.sqrt((z**2).sum(1, keepdims=True))
+    u, u0 = z / length, z0 / np.sqrt((z0**2).sum(1, keepdims=True))
+    analytic = -(u0 - (u * u0).sum(1, keepdims=True) * u) / length
+    np.testing.assert_allclose(leaves["student", "adv"].embeddings.grad.numpy(), analytic, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("name,options", CASES)
+def test_a_method_without_labels_does_not_read_them(name, options):
+    settings, method, predictions = setup(name, options)
+    given = [method.loss(settings, predictions, labels, STATE)[0].mean().item() for labels in (torch.tensor(LABELS), torch.tensor((LABELS + 1) % C))]
+    assert (given[0] == given[1]) is not settings.labels
+
+
+def test_attention_that_is_the_same_everywhere_and_attention_that_did_not_move_give_finite_gradients():
+    settings, method, predictions = setup("tga_zsr", {})
+    same = predictions["start", "clean"]
+    leaves = leaves_of({q: same for q in predictions}, lambda q: q.model == "student")
+    method.loss(settings, leaves, torch.tensor(LABELS), STATE)[0].mean().backward()
+    assert all(leaves[q].tokens.grad.isfinite().all() for q in leaves if q.model == "student")
+    flat = same._replace(tokens=torch.ones(B, P, D).double())
+    leaves = leaves_of({q: flat if q.view == "adv" else same for q in predictions}, lambda q: q.model == "student")
+    loss, _ = method.loss(settings, leaves, torch.tensor(LABELS), STATE)
+    loss.mean().backward()
+    assert loss.isfinite().all() and all(leaves[q].tokens.grad.isfinite().all() for q in leaves if q.model == "student")
 
 
 def test_a_head_gives_normalised_cosines_and_float32_logits_of_bf16_embeddings():
@@ -139,28 +259,5 @@ def test_every_method_of_the_schema_has_a_file_and_a_case_here():
 
 
 def test_an_unknown_method_is_answered_with_the_known_ones():
-    with pytest.raises(UserError, match="unknown method 'mmtrd'; known: ard, clean, mmtard, tecoa"):
+    with pytest.raises(UserError, match="unknown method 'mmtrd'; known: adaad, ard, clean, fare, iad, mmtard, mtard, pmg_aft, rslad, sim_clip, tecoa, tga_zsr, trades"):
         methods.find("mmtrd")
-
-
-# ---------------------------------------------------------------- what an attack maximises
-
-
-def test_the_objectives_are_those_of_the_schema_and_ask_for_the_same_teachers():
-    assert {n: t and t.model for n, t in objectives.TARGETS.items()} == {n: "student" if n == "kl_self" else t for n, t in ATTACK_OBJECTIVES.items()}
-    assert all(t is None or t.view == "clean" for t in objectives.TARGETS.values())
-    with pytest.raises(UserError, match="unknown attack objective 'cw'; known: ce, kl_clean, kl_robust, kl_self"):
-        objectives.target_pass("cw")
-
-
-@pytest.mark.parametrize("name,model", [("kl_clean", "clean"), ("kl_robust", "robust"), ("kl_self", "student"), ("ce", None)])
-def test_attack_objectives_measure_the_perturbed_student_against_a_fixed_target(name, model):
-    head = Head(torch.tensor(TEXT), SCALE)
-    target = model and head(torch.tensor(Z[model, "clean"]).requires_grad_())
-    student = head(torch.tensor(Z["student", "adv"]).requires_grad_())
-    loss = objectives.attack_loss(name, target, torch.tensor(LABELS))(student)
-    p_s = p("student", "adv")
-    np.testing.assert_allclose(loss.detach().numpy(), -np.log(of_label(p_s)) if model is None else kl(p(model, "clean"), p_s), rtol=1e-11, atol=1e-14)
-    loss.sum().backward(inputs=[t.embeddings for t in (student, target) if t])
-    assert student.embeddings.grad.abs().sum() > 0
-    assert target is None or target.embeddings.grad is None

@@ -11,7 +11,8 @@ import yaml
 from pydantic import ValidationError
 
 from ..errors import UserError
-from .schema import METHODS, Config, Teacher
+from .methods import METHODS
+from .schema import Config, Teacher
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> Config:
@@ -29,7 +30,9 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
 
 
 def validate(tree: dict) -> Config:
-    """The configuration of a plain dict; UserError names each bad key."""
+    """The configuration of a plain dict; UserError names each bad key. A section or teacher that is null counts as left out."""
+    if isinstance(tree.get("teachers"), dict):
+        tree = {**tree, "teachers": {k: v for k, v in tree["teachers"].items() if v is not None}}
     try:
         return Config.model_validate({k: v for k, v in tree.items() if v is not None})
     except ValidationError as error:

@@ -3,39 +3,13 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args
+from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import Field, model_validator
 
-
-def parse_fraction(value: Any) -> Fraction:
-    """`2/255`, `0.0078` or a number as an exact Fraction; ValueError with the remedy otherwise."""
-    try:
-        return Fraction(str(value).replace(" ", ""))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"'{value}' is not a fraction; write it as 2/255 or 0.0078") from None
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"'{value}' is not a number")
-    return value
-
-
-def show_pixels(value: Fraction) -> str:
-    """A radius or step as the field writes it: over 255 where that is exact (3/255, not 1/85)."""
-    return f"{value * 255}/255" if value.denominator != 1 and (value * 255).denominator == 1 else str(value)
-
-
-Pixels = Annotated[Fraction, BeforeValidator(parse_fraction), PlainSerializer(show_pixels, return_type=str)]
-Ratio = Annotated[Fraction, BeforeValidator(parse_fraction), PlainSerializer(str, return_type=str)]
-Int = Annotated[int, BeforeValidator(_no_bool)]
-Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
+from .methods import ATTACK_OBJECTIVES, START, Attack, Method
+from .values import Int, Number, Ratio, Section
 
 # ---------------------------------------------------------------- models
 
@@ -68,74 +42,8 @@ class Student(Model):
 
 
 class Teacher(Model):
+    weights: str = Field(START, description="as a student's; only the teacher `start` may leave it out: it is then the untouched student")
     placement: Literal["replicated", "sharded"] = "replicated"
-
-
-# ---------------------------------------------------------------- method and attack
-
-
-class MethodSettings(Section):
-    """Settings of one objective; `mmtard/methods/<name>.py` holds its mathematics."""
-
-    teachers: ClassVar[tuple[str, ...]] = ()
-    attack: ClassVar[str | None] = None  # the objective its attack maximises, unless attack.objective says otherwise
-
-
-class Clean(MethodSettings):
-    name: Literal["clean"]
-
-
-class TeCoA(MethodSettings):
-    attack: ClassVar[str | None] = "ce"
-    name: Literal["tecoa"]
-
-
-class ARD(MethodSettings):
-    teachers: ClassVar[tuple[str, ...]] = ("robust",)
-    attack: ClassVar[str | None] = "ce"
-    name: Literal["ard"]
-    alpha: Number = Field(1.0, ge=0, le=1, description="weight of the distillation term against cross-entropy")
-    temperature: Number = Field(30.0, gt=0)
-    teacher_view: Literal["clean", "adv"] = Field("clean", description="the image the teacher sees")
-
-
-class MMTARD(MethodSettings):
-    teachers: ClassVar[tuple[str, ...]] = ("clean", "robust")
-    attack: ClassVar[str | None] = "kl_clean"
-    name: Literal["mmtard"]
-    weighting: Literal["official", "confidence_sigmoid"] = "official"
-    robust_weight: Number = Field(50.0, ge=0, description="official: factor of the robust teacher's cosine")
-    clean_weight: Number = Field(5.0, ge=0, description="official: factor of the clean teacher's cosine")
-    slope: Number = Field(4.0, description="confidence_sigmoid: k of sigmoid(k * (p_Tr - p_Tc) + b)")
-    bias: Number = Field(0.0, description="confidence_sigmoid: b")
-    budget: Number = Field(1.0, gt=0, description="confidence_sigmoid: what the two weights of a sample add up to")
-
-
-Method = Annotated[Union[Clean, TeCoA, ARD, MMTARD], Field(discriminator="name")]
-METHODS: dict[str, type[MethodSettings]] = {
-    get_args(m.model_fields["name"].annotation)[0]: m for m in get_args(get_args(Method)[0])
-}
-
-# The loss each attack objective maximises, and the teacher it asks for; `mmtard/objectives.py` holds them.
-ATTACK_OBJECTIVES: dict[str, str | None] = {
-    "ce": None,
-    "kl_clean": "clean",
-    "kl_robust": "robust",
-    "kl_self": None,
-}
-
-
-class Attack(Section):
-    algorithm: Literal["pgd", "apgd"] = "pgd"
-    objective: str | None = Field(None, description="the loss to maximise; null: the method's own")
-    norm: Literal["linf", "l2"] = "linf"
-    eps: Pixels = Field(Fraction(2, 255), ge=0)
-    step_size: Pixels = Field(Fraction(1, 255), gt=0, description="pgd's step; apgd sets its own")
-    steps: Int = Field(10, ge=1)
-    momentum: Number = Field(0.0, ge=0, lt=1, description="pgd: momentum of the normalised gradient")
-    random_start: bool = True
-    alarm_every: Int | None = Field(100, ge=1, description="steps: 1 alone: how often its student is tried with 10 steps; null: never")
-    alarm_ratio: Number = Field(0.25, gt=0, le=1, description="of the one-step accuracy; a multi-step accuracy below it sets off the alarm")
 
 
 # ---------------------------------------------------------------- data
@@ -239,18 +147,64 @@ class Config(Section):
         """The loss the training attack maximises; None for a method that trains on clean images."""
         return None if self.method.attack is None else self.attack.objective or self.method.attack
 
+    @property
+    def fusion(self) -> dict[str, float]:
+        """Weights, of sum 1, of the teachers whose fused prediction the attack is measured against; empty for another objective."""
+        if self.attack_objective != "kl_fused":
+            return {}
+        weights = self.attack.fusion or {name: 1.0 for name in self.teachers if name != START}
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+    @property
+    def ensemble(self) -> dict[str, Teacher]:
+        """The teachers of the run: those listed, and `start` from the run's own folder where a part of it needs it."""
+        listed = dict(self.teachers)
+        if START in self._needed:
+            listed.setdefault(START, Teacher())
+        stored = {"weights": str(Path(self.run_dir) / START)}
+        return {name: t.model_copy(update=stored) if name == START and t.weights == START else t for name, t in listed.items()}
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether a sample without a label in its shard is of no use to this run."""
+        if self.data.targets != "labels":
+            return False
+        attacked = self.attack_objective is not None and ATTACK_OBJECTIVES[self.attack_objective].labels
+        return self.method.labels or attacked
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether every model of the run must give patch tokens beside its image embedding."""
+        return self.method.tokens
+
+    @property
+    def _needed(self) -> set[str]:
+        objective = ATTACK_OBJECTIVES[self.attack_objective].teacher if self.attack_objective else None
+        return {*self.method.teachers, *self.fusion, objective} - {None}
+
     @model_validator(mode="after")
-    def _parts_fit(self):
-        objective = self.attack.objective
+    def _teachers_fit(self):
+        method, objective = self.method.name, self.attack.objective
         if objective is not None and objective not in ATTACK_OBJECTIVES:
             raise ValueError(f"attack.objective: unknown objective '{objective}'; known: {', '.join(ATTACK_OBJECTIVES)}")
-        needed = set(self.method.teachers)
-        if self.attack_objective is not None:
-            needed |= {ATTACK_OBJECTIVES[self.attack_objective]} - {None}
-        for name in sorted(needed - set(self.teachers)):
-            raise ValueError(f"teachers.{name}: method '{self.method.name}' with attack objective '{self.attack_objective}' needs this teacher; add it")
+        needed = self._needed
+        for name in sorted(needed - {START} - set(self.teachers)):
+            raise ValueError(f"teachers.{name}: method '{method}' with attack objective '{self.attack_objective}' needs this teacher; add it")
         for name in sorted(set(self.teachers) - needed):
-            raise ValueError(f"teachers.{name}: no part of method '{self.method.name}' uses this teacher; remove it (used: {', '.join(sorted(needed)) or 'none'})")
+            raise ValueError(f"teachers.{name}: no part of method '{method}' uses this teacher; remove it (used: {', '.join(sorted(needed)) or 'none'})")
+        for name, teacher in self.teachers.items():
+            if name != START and teacher.weights == START:
+                raise ValueError(f"teachers.{name}.weights: this setting is required; only the teacher `start` is the untouched student")
+        if self.attack_objective == "kl_fused" and not self.fusion:
+            raise ValueError("attack.objective: 'kl_fused' needs teachers to fuse; list them in attack.fusion")
+        if self.attack.fusion and self.attack_objective != "kl_fused":
+            raise ValueError(f"attack.fusion: attack objective '{self.attack_objective}' fuses no teachers; set attack.objective=kl_fused or remove it")
+        if self.attack.restarts > 1 and not self.attack.random_start:
+            raise ValueError(f"attack.restarts: {self.attack.restarts} restarts without a random start are all the same; set attack.random_start=true")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_fit(self):
         if self.train.batch_size % self.data.lanes:
             raise ValueError(f"data.lanes: {self.data.lanes} lanes do not divide train.batch_size {self.train.batch_size}; make it a divisor of the batch size")
         if self.train.warmup_steps > self.train.steps:

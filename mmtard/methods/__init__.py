@@ -2,9 +2,13 @@
 
 A method file defines
     passes(settings) -> set[Pass]                  the (model, view) pairs it needs; model is "student" or a teacher's name
-    loss(settings, predictions, labels)            predictions: dict[Pass, Prediction], labels int64 [B]
+    loss(settings, predictions, labels, state)     predictions: dict[Pass, Prediction], labels int64 [B], the method's state
         -> (per-sample loss [B], {name: per-sample term [B]})
-Its settings are a class in `mmtard.config` with the same name. Views: "clean" (x) and "adv" (x').
+and, when it carries numbers from step to step,
+    first_state(settings) -> dict[str, float]
+    next_state(settings, state, means) -> dict[str, float]     means: the terms' means over the step's global batch
+Its settings are a class in `mmtard.config` with the same name. Views: "clean" (x) and "adv" (x'). The teacher "start" (T0) is the
+student before training. Terms that start with `w_` are weights.
 """
 
 from importlib import import_module
@@ -28,6 +32,9 @@ class Prediction(NamedTuple):
     embeddings: Tensor  # [B,D], not normalised
     cosines: Tensor  # [B,C]
     logits: Tensor  # [B,C]
+    # for methods whose settings ask for tokens
+    tokens: Tensor | None = None  # [B,P,D], of the patches, in the space of the embeddings, not normalised
+    text: Tensor | None = None  # [C,D], the model's class embeddings
 
 
 class Head(NamedTuple):
@@ -36,17 +43,19 @@ class Head(NamedTuple):
     class_embeddings: Tensor
     logit_scale: float
 
-    def __call__(self, embeddings: Tensor) -> Prediction:
-        """Image embeddings [B,D] of any float type -> Prediction in float32 (float64 stays)."""
-        z = embeddings.to(self.class_embeddings.dtype)
-        cosines = class_cosines(z, self.class_embeddings)
-        return Prediction(z, cosines, self.logit_scale * cosines)
+    def __call__(self, embeddings: Tensor, tokens: Tensor | None = None) -> Prediction:
+        """Image embeddings [B,D] (and patch tokens [B,P,D]) of any float type -> Prediction in float32 (float64 stays)."""
+        text = self.class_embeddings
+        z = embeddings.to(text.dtype)
+        cosines = class_cosines(z, text)
+        patches = () if tokens is None else (tokens.to(text.dtype), text)
+        return Prediction(z, cosines, self.logit_scale * cosines, *patches)
 
 
 class Method(Protocol):
     def passes(self, settings) -> set[Pass]: ...
 
-    def loss(self, settings, predictions: dict[Pass, Prediction], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def loss(self, settings, predictions: dict[Pass, Prediction], labels: Tensor, state: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 def find(name: str) -> Method:
@@ -54,3 +63,13 @@ def find(name: str) -> Method:
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     return import_module(f".{name}", __name__)
+
+
+def first_state(method: Method, settings) -> dict[str, float]:
+    """The state of a method before the first step; empty for one that carries none."""
+    return method.first_state(settings) if hasattr(method, "first_state") else {}
+
+
+def next_state(method: Method, settings, state: dict[str, float], means: dict[str, float]) -> dict[str, float]:
+    """The state after a step whose terms had these means over the global batch."""
+    return method.next_state(settings, state, means) if hasattr(method, "next_state") else state

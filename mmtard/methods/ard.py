@@ -15,7 +15,7 @@ def passes(settings) -> set[Pass]:
     return {Pass("student", "adv"), Pass("robust", settings.teacher_view)} | student_clean
 
 
-def loss(settings, predictions, labels):
+def loss(settings, predictions, labels, state):
     a, T = settings.alpha, settings.temperature
     teacher, student = predictions["robust", settings.teacher_view], predictions["student", "adv"]
     terms = {"kl_robust": T**2 * kl(teacher.logits, student.logits, T)}

@@ -1,30 +1,43 @@
-"""`mmtard`: multi-teacher adversarially robust distillation (arXiv 2511.17448),
+"""`mmtard`: multi-teacher adversarially robust distillation (arXiv 2511.17448), for any number of teachers m with views x^m,
 
-    L_i = w^r_i * KL(p_Tr(x'_i) || p_S(x'_i)) + w^c_i * KL(p_Tc(x_i) || p_S(x_i)).
+    L_i = sum_m w^m_i * KL(p_m(x^m_i) || p_S(x^m_i)) + lambda * sum_m ||c_m(x^m_i) - c_S(x^m_i)||^2.
 
-`weighting: official` is the published recipe, whose loss is the mean over samples AND classes:
-L = 1/(B*C) sum_i [ 50 c^r_i KL + 5 c^c_i KL ], so its L_i above is divided by C. `confidence_sigmoid` is ours and is a plain
-mean over samples. The attack maximises KL(p_Tc(x) || p_S(x')), the clean teacher on the clean image.
+By default the robust teacher sees x' and the clean one x, as published. `weighting: official` is the published recipe, whose
+loss is the mean over samples AND classes: L = 1/(B*C) sum_i [ 50 c^r_i KL + 5 c^c_i KL ], so that its L_i is divided by C; under
+the other weightings the loss is a plain mean over samples. The attack maximises KL(p_Tc(x) || p_S(x')), the clean
+teacher on the clean image. The second sum is ours, with c_M(x) the cosines of M's image embedding with its class embeddings: it
+keeps the student's image-text similarity matrix near the teachers'; lambda (`cross_modal_weight`) is 0 unless set.
 """
 
-from ..losses import kl
-from ..weighting import teacher_weights
+from .. import weighting
+from ..losses import kl, squared_distance
 from . import Pass
-
-STUDENT_ADV, STUDENT_CLEAN = Pass("student", "adv"), Pass("student", "clean")
-ROBUST, CLEAN = Pass("robust", "adv"), Pass("clean", "clean")
 
 
 def passes(settings) -> set[Pass]:
-    return {STUDENT_ADV, STUDENT_CLEAN, ROBUST, CLEAN}
+    return {Pass(name, view) for name, view in settings.views.items()} | {Pass("student", view) for view in settings.views.values()}
 
 
-def loss(settings, predictions, labels):
-    robust, clean = predictions[ROBUST], predictions[CLEAN]
-    w_robust, w_clean = teacher_weights(settings, robust, clean, labels)
-    kl_robust = kl(robust.logits, predictions[STUDENT_ADV].logits)
-    kl_clean = kl(clean.logits, predictions[STUDENT_CLEAN].logits)
-    total = w_robust * kl_robust + w_clean * kl_clean
+def loss(settings, predictions, labels, state):
+    views = settings.views
+    teachers = {name: predictions[name, view] for name, view in views.items()}
+    students = {name: predictions["student", view] for name, view in views.items()}
+    w = weighting.teacher_weights(settings, teachers, labels, state)
+    terms = {f"kl_{name}": kl(teachers[name].logits, students[name].logits) for name in views}
+    total = sum(w[name] * terms[f"kl_{name}"] for name in views)
     if settings.weighting == "official":
-        total = total / robust.logits.shape[-1]
-    return total, {"kl_robust": kl_robust, "kl_clean": kl_clean, "w_robust": w_robust, "w_clean": w_clean}
+        total = total / teachers[next(iter(views))].logits.shape[-1]
+    if settings.cross_modal_weight:
+        terms["cross_modal"] = sum(squared_distance(teachers[name].cosines, students[name].cosines) for name in views)
+        total = total + settings.cross_modal_weight * terms["cross_modal"]
+    return total, terms | {f"w_{name}": w[name] for name in views}
+
+
+def first_state(settings) -> dict[str, float]:
+    return weighting.balanced_start(settings.views) if settings.weighting == "mtard" else {}
+
+
+def next_state(settings, state, means) -> dict[str, float]:
+    if settings.weighting != "mtard":
+        return state
+    return weighting.balanced_next(settings.rate, state, {name: means[f"kl_{name}"] for name in settings.views})

@@ -13,6 +13,6 @@ def passes(settings) -> set[Pass]:
     return {STUDENT}
 
 
-def loss(settings, predictions, labels):
+def loss(settings, predictions, labels, state):
     ce = cross_entropy(predictions[STUDENT].logits, labels)
     return ce, {"ce": ce}
