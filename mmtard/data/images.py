@@ -60,6 +60,11 @@ class Transform:
             raise UserError(f"data.crop_scale: {list(crop_scale)} is not a range of areas; write it like [0.9, 1.0]")
         self.size, self.resize, self.crop_scale, self.flip = size, resize or size, crop_scale, flip
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W) of what it gives."""
+        return self.size, self.size
+
     def __call__(self, image: Image.Image, seed: int) -> np.ndarray:
         u = _uniforms(seed) if self.crop_scale or self.flip else None
         square = self._random_crop(image, u) if self.crop_scale else self._centre_crop(image)
@@ -93,6 +98,19 @@ class Transform:
             w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
             left, top = (width - w) // 2, (height - h) // 2
         return image.crop((left, top, left + w, top + h)).resize((self.size, self.size), Image.Resampling.BICUBIC)
+
+
+class Native:
+    """A stored image's own pixels: RGB PIL image -> uint8 [3,H,W]. All images must be `shape` (H, W): UserError for any other."""
+
+    def __init__(self, shape: tuple[int, int]):
+        self.shape = shape
+
+    def __call__(self, image: Image.Image, seed: int) -> np.ndarray:
+        if (image.height, image.width) != self.shape:
+            at, others = f"{image.width}x{image.height}", f"{self.shape[1]}x{self.shape[0]}"
+            raise UserError(f"is {at} pixels, others are {others}: images of several sizes have no common native size; use --perturb-at input")
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def _uniforms(seed: int) -> np.ndarray:

@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader
 
 from ..errors import UserError
 from .dataset import Dataset, Reader
-from .images import DecodeError, Transform, decode
+from .images import DecodeError, Native, Transform, decode
 from .order import Order, sample_seeds
 from .staging import SHIELDED, Stager, Staging
 
 
 @dataclass
 class Batch:
-    """b samples: `images` uint8 [b,3,S,S]; `labels`, `sample_ids`, `seeds` int64 [b]; `captions` str [b], empty where there is none.
+    """b samples: `images` uint8 [b,3,H,W]; `labels`, `sample_ids`, `seeds` int64 [b]; `captions` str [b], empty where there is none.
 
     `sample_ids` name the samples whose images these are; `seeds` are uint64 bit patterns. `replaced` has (asked name, given name,
     reason) for each sample that could not be used.
@@ -46,7 +46,7 @@ class Batch:
 class Samples:
     """(sample ids [b], seeds [b]) -> Batch, or the UserError that reading them met: raised in a worker it would become a traceback."""
 
-    def __init__(self, dataset: Dataset, transform: Transform, need_labels: bool, staging: Staging | None, need_captions: bool = False):
+    def __init__(self, dataset: Dataset, transform: Transform | Native, need_labels: bool, staging: Staging | None, need_captions: bool = False):
         self.dataset, self.transform, self.need_labels, self.need_captions = dataset, transform, need_labels, need_captions
         self.reader = Reader(dataset, staging)
 
@@ -57,8 +57,7 @@ class Samples:
             return error
 
     def _batch(self, ids: np.ndarray, seeds: np.ndarray) -> Batch:
-        size = self.transform.size
-        images = torch.empty((len(ids), 3, size, size), dtype=torch.uint8)
+        images = torch.empty((len(ids), 3, *self.transform.shape), dtype=torch.uint8)
         pixels, given, replaced = images.numpy(), np.empty(len(ids), dtype=np.int64), []
         for row, (asked, seed) in enumerate(zip(ids.tolist(), seeds.tolist())):
             given[row], pixels[row], reason = self._usable(asked, seed)
@@ -77,7 +76,7 @@ class Samples:
             problem = self._problem(sample)
             if problem is None:
                 try:
-                    return sample, self.transform(decode(self.reader.image(sample)), seed), reason
+                    return sample, self._pixels(sample, decode(self.reader.image(sample)), seed), reason
                 except DecodeError as error:
                     problem = f"cannot be decoded: {error}"
             reason = reason or problem
@@ -89,6 +88,12 @@ class Samples:
         if problem is None and self.need_captions and not self.reader.caption(sample):
             problem = "no .txt member, or an empty one"
         return problem
+
+    def _pixels(self, sample: int, image, seed: int) -> np.ndarray:
+        try:
+            return self.transform(image, seed)
+        except UserError as error:
+            raise UserError(f"'{self.dataset.name(sample)}' {error}") from None
 
 
 class ReplacedTally:
@@ -154,7 +159,7 @@ class Stream:
 
 
 def eval_batches(
-    dataset: Dataset, transform: Transform, sample_ids, batch_size: int, seed: int = 0, workers: int = 0,
+    dataset: Dataset, transform: Transform | Native, sample_ids, batch_size: int, seed: int = 0, workers: int = 0,
     need_labels: bool = True, max_replaced: float | Fraction = 0.01, staging: Staging | None = None,
 ) -> Iterator[Batch]:  # fmt: skip
     """The given samples in the given order, `batch_size` at a time, the last batch with what is left. Raises as Stream does."""
