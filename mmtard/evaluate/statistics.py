@@ -29,3 +29,24 @@ def stratified(labels: np.ndarray, n: int | None, seed: int) -> np.ndarray:
     for i, label in enumerate(labels[shuffled].tolist()):
         turn[i] = seen[label] = seen.get(label, -1) + 1
     return np.sort(shuffled[np.argsort(turn, kind="stable")[:n]])
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """The two-sided p-value of McNemar's exact test (1947): of the samples that one model alone gets right, `only_a` and `only_b`,
+    are as unequal parts as these likely when each is as probable? Binomial(only_a + only_b, 1/2); 1 when they never differ."""
+    n, fewer = only_a + only_b, min(only_a, only_b)
+    if n == 0:
+        return 1.0
+    tail = sum(math.comb(n, k) for k in range(fewer + 1))  # integers: exact for any n
+    return min(1.0, 2 * tail / 2**n)
+
+
+def paired_difference(a: list[bool], b: list[bool], z: float = 1.959964) -> dict:
+    """How b's accuracy differs from a's on the same samples: the difference, its 95 % interval and McNemar's p.
+
+    The interval is Wald's for paired proportions: sd of the per-sample differences over sqrt(n).
+    """
+    n, only_a, only_b = len(a), sum(x and not y for x, y in zip(a, b)), sum(y and not x for x, y in zip(a, b))
+    difference = (only_b - only_a) / n
+    half = z * math.sqrt(max(0.0, (only_a + only_b) / n - difference**2) / n)
+    return {"difference": difference, "interval95": [difference - half, difference + half], "only_a": only_a, "only_b": only_b, "n": n, "p": mcnemar(only_a, only_b)}
