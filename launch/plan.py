@@ -68,8 +68,8 @@ def plan(path: Path, overrides: list[str], sweeps: list[str], pipeline: bool, ev
         stages.append(Stage("training", tuple(_training(c, world) for c in to_train), needed))
     for config, shards in itertools.product(students, evaluate):
         run = Path(config.run_dir)
-        out = run / "evaluations" / f"{slug(shards.strip('/'))}.json"
-        if out.is_file() and config not in to_train:
+        out = run / "evaluations" / slug(shards.strip("/"))
+        if (out / "results.json").is_file() and config not in to_train:
             notes.append(f"evaluated: {out}")
             continue
         _shards_exist(shards, "--evaluate: ")

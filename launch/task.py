@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 FIRST_RANKS_TURN_S = 15
 # Longer than mmtard's ranks need to notice that one of them hangs; while one of them is still about, it decides.
 OTHERS_TURN_S = 15 * 60
-ANEW = 3  # requeues of what begins anew each time, and might never come to its end
+MOST = 20  # requeues of what keeps no account of its own starts, and might never come to its end
 
 
 class Task:
@@ -67,8 +67,8 @@ class Task:
             (self.folder / f"{job}_requeue_{restarts + 1}").touch(exist_ok=False)
         except FileExistsError:
             return
-        if self.words[0] != "train" and restarts >= ANEW:
-            raise RuntimeError(f"mmtard {self.words[0]} was stopped {restarts + 1} times and begins anew each time; submit it with more --time")
+        if self.words[0] != "train" and restarts >= MOST:
+            raise RuntimeError(f"mmtard {self.words[0]} was stopped {restarts + 1} times; submit it again, with more --time, to go on")
         state = subprocess.run(["squeue", "--noheader", "--format=%T", "--jobs", job], capture_output=True, text=True).stdout.strip()
         if state not in ("RUNNING", "SIGNALING", ""):
             print(f"job {job} is {state}: it is not requeued from here, its last checkpoint stays", flush=True)

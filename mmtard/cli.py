@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from . import __version__, config as settings, history, trackers
@@ -82,28 +83,40 @@ def parser() -> argparse.ArgumentParser:
     p = command("runs", _runs, "A table of the runs below a folder: state, step, speed, checkpoints, restarts, robustness.", "mmtard runs runs")
     p.add_argument("folder", type=Path, metavar="DIR")
 
-    p = command("evaluate", _evaluate, "Clean and robust zero-shot accuracy of a model.",
-                "mmtard evaluate runs/b32 --data shards/val --eps 2/255\n"
-                "         mmtard evaluate openai --arch ViT-B-32 --data shards/val --eps 1/255 --n-samples 1000")
+    p = command("evaluate", _evaluate, "How robust a model is: clean and under attack, with intervals and checks of the attack, by a named protocol.",
+                "mmtard evaluate runs/b32 --data shards/val\n"
+                "         mmtard evaluate openai --arch ViT-B-32 --protocol fare --data clip_benchmark --datasets cifar10 pets --eps 1/255 2/255")
     p.add_argument("model", metavar="MODEL", help="run or checkpoint folder, exported folder, weights file, hf-hub:..., or an open_clip tag")
     p.add_argument("--arch", help="open_clip architecture or .json, when MODEL is a tag or a file")
     p.add_argument("--text", help="source of the text tower, when MODEL is an image-tower file")
     p.add_argument("--ema", action="store_true", help="the moving average of a run's weights that train.ema kept")
     p.add_argument("--quick-gelu", choices=("true", "false"), help="activation, when MODEL is a file that does not say")
-    p.add_argument("--data", required=True, metavar="SHARDS", help="folder or pattern of labelled shards")
+    p.add_argument("--protocol", metavar="NAME", default="quick", help="fare, tecoa, robustbench or quick (default); what follows changes it")
+    p.add_argument("--data", required=True, metavar="ROOT", help="a dataset (shards, or images in class folders), or a folder of them as CLIP_benchmark lays them out")
+    p.add_argument("--datasets", nargs="+", metavar="NAME", help="of those in ROOT; default: all")
     p.add_argument("--index", metavar="FILE", help="default: beside the shards")
-    p.add_argument("--classnames", metavar="FILE", help="default: classnames.txt beside the shards")
-    p.add_argument("--templates", metavar="FILE", help="prompts, one a line, with {} or {c} for the name; default: 'This is a photo of a {}'")
-    p.add_argument("--protocol", choices=("quick",), default="quick", help="quick: clean and PGD-20")
-    p.add_argument("--eps", type=_fraction, default=settings.parse_fraction("2/255"), metavar="E", help="radius in pixel units of [0,1] (default 2/255)")
-    p.add_argument("--norm", choices=("linf", "l2"), default="linf")
-    p.add_argument("--steps", type=_positive, default=20, metavar="K", help="attack steps (default 20)")
-    p.add_argument("--n-samples", type=_positive, metavar="N", help="a stratified sample of this size; default: all")
-    p.add_argument("--batch-size", type=_positive, default=64, metavar="B", help="images a rank takes at once (default 64)")
+    p.add_argument("--classnames", metavar="FILE", help="default: classnames.txt beside the shards or above them")
+    p.add_argument("--templates", metavar="FILE", help="prompts, one a line, with {} or {c} for the name, or one prompt; default: the dataset's own")
+    p.add_argument("--norm", choices=("linf", "l2"))
+    p.add_argument("--eps", type=_fraction, nargs="+", metavar="E", help="radii in units of [0,1], such as 2/255 4/255")
+    p.add_argument("--attacks", nargs="+", metavar="NAME", help="in their order: pgd, apgd-ce, apgd-dlr, apgd-t, fab-t, square, transfer")
+    p.add_argument("--iters", type=_positive, metavar="K", help="iterations of each gradient attack")
+    p.add_argument("--restarts", type=_positive, metavar="R")
+    p.add_argument("--transfer-from", metavar="MODEL2", help="also the `transfer` attack, which follows this model's gradients")
+    p.add_argument("--transfer-arch", metavar="ARCH", help="when MODEL2 is a tag or a file")
+    p.add_argument("--n-samples", type=_positive_or("all"), metavar="N|all", help="size of the stratified sample that is attacked")
+    p.add_argument("--seed", type=_natural, metavar="S", help="of the sample and the attacks' starts")
+    p.add_argument("--perturb-at", choices=("native", "input"), help="the images' stored size, or the tower's; default: the usual one of each dataset")
+    p.add_argument("--sanity", action="store_true", help="also the health checks that need attacks of their own")
+    p.add_argument("--batch-size", type=_positive_or("auto"), metavar="auto|B", help="images a rank takes at once (default auto; halved when the GPU's memory is too small)")
     p.add_argument("--workers", type=_natural, default=2, metavar="N", help="loader processes a rank (default 2)")
-    p.add_argument("--seed", type=_natural, default=0, metavar="S")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    p.add_argument("--out", type=Path, metavar="FILE", help="JSON with every sample's outcome; default: evaluations/ in a run's folder")
+    p.add_argument("--out", type=Path, metavar="DIR", help="for results.json; default: a folder named by the settings in the run's evaluations/, or in ./evaluations")
+
+    p = command("compare", _compare, "Paired differences of two evaluations on the same samples, with McNemar's test.",
+                "mmtard compare runs/a/evaluations/quick-val-linf-2_255-0c1d2e3f runs/b/evaluations/quick-val-linf-2_255-0c1d2e3f")
+    p.add_argument("a", type=Path, metavar="A", help="results.json, or the folder of one")
+    p.add_argument("b", type=Path, metavar="B")
 
     p = command("export", _export, "Write a run as a folder that open_clip loads, with the image tower alone and a model card.", "mmtard export runs/b32 exported/b32")
     p.add_argument("run_folder", type=Path, metavar="RUN", help="run or checkpoint folder")
@@ -136,6 +149,13 @@ def _positive(text: str) -> int:
 
 def _natural(text: str) -> int:
     return _at_least(text, 0)
+
+
+def _positive_or(word: str):
+    def parse(text: str) -> int | str:
+        return text if text == word else _positive(text)
+
+    return parse
 
 
 def _quality(text: str) -> int:
@@ -211,31 +231,42 @@ def _runs(args) -> None:
     show(args.folder)
 
 
-def _evaluate(args) -> None:
+def _evaluate(args) -> int:
     with Interruption() as interruption:
-        _measure(args, interruption)
+        return _measure(args, interruption)
 
 
-def _measure(args, interruption: Interruption) -> None:
-    source = settings.Data(
-        shards=args.data, index=args.index, classnames=args.classnames, **({"templates": args.templates} if args.templates else {})
-    )
-    settings.expand_shards(args.data)
+def _measure(args, interruption: Interruption) -> int:
+    from .evaluate import datasets, request
+
     gelu = None if args.quick_gelu is None else args.quick_gelu == "true"
     model = settings.Model(arch=args.arch, weights=args.model, text=args.text, quick_gelu=gelu, ema=args.ema)
+    transfer = settings.Model(arch=args.transfer_arch, weights=args.transfer_from) if args.transfer_from else None
+    n_samples, batch_size = (None if n in ("all", "auto") else n for n in (args.n_samples, args.batch_size))
+    protocol = request.protocol(
+        args.protocol, args.eps, transfer is not None, args.n_samples == "all", n_samples=n_samples, norm=args.norm, iters=args.iters,
+        restarts=args.restarts, seed=args.seed, perturb_at=args.perturb_at, attacks=args.attacks and tuple(args.attacks),
+    )  # fmt: skip
+    sources = datasets.find(args.data, args.datasets, args.index, args.classnames)
     with _imports():
         from . import parallel
-        from .evaluate import quick
-    protocol = quick.Quick(args.eps, args.steps, args.norm, args.n_samples, args.batch_size, args.seed, args.workers)
+        from .data import templates
+        from .evaluate import evaluation, health, table
+    if args.templates:
+        protocol = replace(protocol, templates=tuple(templates(settings.Data(shards=args.data, templates=args.templates))))
+    out = args.out or request.default_out(model, protocol, sources, args.data, batch_size=batch_size, sanity=args.sanity, transfer=args.transfer_from)
+    asked = request.Evaluation(model, sources, protocol, out, transfer, batch_size, args.workers, args.sanity)
     with parallel.group(args.device) as ranks:
-        results = quick.evaluate(model, source, protocol, ranks, interruption=interruption)
+        results = evaluation.evaluate(asked, ranks, interruption=interruption)
         if ranks.first:
-            quick.show(results)
-            name = f"{Path(args.data.rstrip('/')).stem}{'-ema' if args.ema else ''}-{args.norm}-{settings.show_pixels(args.eps).replace('/', '_')}.json"
-            out = args.out or (Path(args.model) / "evaluations" / name if (Path(args.model) / "checkpoints").is_dir() else None)
-            if out:
-                quick.save(results, out)
-                print(f"written: {out}")
+            table.show(results)
+    return int(any(health.failed(dataset["health"]) for dataset in results["datasets"]))
+
+
+def _compare(args) -> None:
+    from .evaluate import compare
+
+    compare.show(compare.compare(args.a, args.b), args.a, args.b)
 
 
 def _export(args) -> None:

@@ -37,10 +37,10 @@ class Interruption:
     def name(self) -> str:
         return self.signal or "a signal to another rank"
 
-    def stop(self, ranks) -> None:
-        """Raise RunError with status REQUEUE on every rank when any of them was interrupted. Collective."""
+    def stop(self, ranks, kept: str = "nothing was written") -> None:
+        """Raise RunError with status REQUEUE on every rank when any of them was interrupted; it says what is `kept`. Collective."""
         if ranks.any(bool(self)):
-            raise RunError(f"stopped by {self.name}; nothing was written, start it again", REQUEUE)
+            raise RunError(f"stopped by {self.name}; {kept}, start it again", REQUEUE)
 
     def _note(self, number, frame) -> None:
         if self.signal and number == signal.SIGINT:

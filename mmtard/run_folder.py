@@ -51,7 +51,7 @@ def prepare(config: Config, fingerprint: str, ranks: Ranks) -> RunFolder:
     when the bounds of `resume` do not let it start again.
     """
     lock: list[IO] = []
-    hosts = ranks.gather(f"{socket.gethostname()} rank {ranks.rank} {_device(ranks.device)}")
+    hosts = ranks.gather(f"{socket.gethostname()} rank {ranks.rank} {device_name(ranks.device)}")
     found = ranks.from_first(lambda: _prepare(config, fingerprint, ranks.world_size, hosts, lock))
     if isinstance(found, str):
         raise RunError(f"'{config.run_dir}': {found}")
@@ -80,7 +80,7 @@ def _prepare(config: Config, fingerprint: str, world_size: int, hosts: list[str]
     if refused:
         return refused
     _write(run / CONFIG, settings.dump(config))
-    _write(run / ENVIRONMENT, json.dumps(_environment(hosts), indent=1) + "\n")
+    _write(run / ENVIRONMENT, json.dumps(environment(hosts), indent=1) + "\n")
     watchdog.forget(run)
     start = {
         "step": state.get("step", 0),
@@ -123,7 +123,7 @@ def _changes(run: Path, config: Config, state: dict, fingerprint: str) -> dict[s
     return changed
 
 
-def _environment(hosts: list[str]) -> dict:
+def environment(hosts: list[str]) -> dict:
     return {
         "command": shlex.join(sys.argv),
         "python": platform.python_version(),
@@ -156,7 +156,7 @@ def _git(where: Path) -> dict | None:
         return None  # installed without its history
 
 
-def _device(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
 
 

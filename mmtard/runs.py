@@ -130,12 +130,13 @@ def _tail(path: Path) -> list[dict]:
 
 
 def _robust(run: Path) -> str | None:
-    """`41.2 % under linf 2/255` of the newest evaluation."""
-    for path in sorted((run / "evaluations").glob("*.json"), key=lambda p: p.stat().st_mtime, reverse=True):
+    """`41.2 % under linf 2/255` of the newest evaluation: its mean, at the first of its radii."""
+    for path in sorted((run / "evaluations").glob("*/results.json"), key=lambda p: p.stat().st_mtime, reverse=True):
         try:
             result = json.loads(path.read_text())
-            return f"{100 * result['pgd']['accuracy']:.1f} % under {result['settings']['norm']} {result['settings']['eps']} ({path.stem})"
-        except (OSError, ValueError, KeyError, TypeError):
+            eps, mean = next(iter(result["averages"]["all"]["eps"].items()))
+            return f"{100 * mean['robust']:.1f} % under {result['settings']['norm']} {eps} ({path.parent.name})"
+        except (OSError, ValueError, KeyError, TypeError, StopIteration):
             continue
     return None
 

@@ -1,10 +1,10 @@
 #!/bin/bash
 # Measures a model on several datasets, each in a task of a job array. Write your account and partition into the two lines
-# below. Then, from the project's folder, with one array task for each dataset:
+# below. Then, from the project's folder, with one array task for each dataset, or for each folder of datasets:
 #
-#   sbatch --array=0-1 slurm/evaluate.sh runs/b32 /data/imagenet/val /data/cifar10/test -- --eps 4/255 --n-samples 5000
+#   sbatch --array=0-1 slurm/evaluate.sh runs/b32 /data/imagenet/val /data/clip_benchmark -- --protocol fare
 #
-# What follows `--` goes to `mmtard evaluate`. An evaluation that is preempted starts over, three times at most.
+# What follows `--` goes to `mmtard evaluate`. An evaluation that is preempted goes on where it was, twenty times at most.
 
 #SBATCH --account=YOUR_ACCOUNT
 #SBATCH --partition=YOUR_PARTITION
@@ -17,7 +17,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=12
-#SBATCH --signal=USR2@60
+#SBATCH --signal=USR2@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
@@ -38,7 +38,7 @@ say "start $starts on $SLURM_JOB_NODELIST, $model on $dataset $*"
 status=0
 ranks evaluate "$model" --data "$dataset" "$@" || status=$?
 say "evaluation ended with status $status"
-if wants_more "$status" && [ "$starts" -le 3 ]; then
+if wants_more "$status" && [ "$starts" -le 20 ]; then
     go_on
 fi
 exit "$status"

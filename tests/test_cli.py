@@ -81,7 +81,7 @@ def test_config_prints_yaml_that_loads_as_the_same_configuration(mmtard, tmp_pat
 
 def test_help_of_the_program_lists_every_command(mmtard):
     done = mmtard("--help")
-    assert done.returncode == 0 and {"shards", "index", "train", "config", "preflight", "runs", "evaluate", "export"} <= set(COMMANDS)
+    assert done.returncode == 0 and {"shards", "index", "train", "config", "preflight", "runs", "evaluate", "compare", "export"} <= set(COMMANDS)
     assert all(re.search(rf"\n    {name}[ \n]", done.stdout) for name in COMMANDS)
 
 
@@ -112,8 +112,10 @@ def test_version(capsys):
         (["evaluate", "m"], "required: --data"),
         (["evaluate", "m", "--data", "s", "--eps", "2/0"], "--eps: '2/0' is not a fraction; write it as 2/255 or 0.0078"),
         (["evaluate", "m", "--data", "s", "--eps=-1/255"], "--eps: '-1/255' is negative"),
-        (["evaluate", "m", "--data", "s", "--steps", "0"], "--steps: '0' is not a whole number of at least 1"),
+        (["evaluate", "m", "--data", "s", "--iters", "0"], "--iters: '0' is not a whole number of at least 1"),
         (["evaluate", "m", "--data", "s", "--norm", "l1"], "invalid choice: 'l1'"),
+        (["evaluate", "m", "--data", "s", "--n-samples", "some"], "--n-samples: 'some' is not a whole number of at least 1"),
+        (["compare", "a"], "required: B"),
         (["shards", "a", "b", "--quality", "101"], "'101' is not a JPEG quality; give 1 to 100"),
         (["export", "run"], "required: OUT"),
     ],
@@ -164,9 +166,19 @@ def test_runs_needs_no_torch(mmtard, tmp_path):
     assert done.returncode == 0 and "killed, or its node lost" in done.stdout and "0/10" in done.stdout
 
 
-def test_evaluate_names_a_missing_shard_before_torch(mmtard):
-    done = mmtard("evaluate", "openai", "--arch", "ViT-B-32", "--data", "gone.tar")
-    assert (done.returncode, done.stderr) == (2, "mmtard: data.shards: missing shard 'gone.tar'; correct the pattern or restore the file\n")
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--data", "gone.tar"], "data.shards: missing shard 'gone.tar'; correct the pattern or restore the file"),
+        (["--data", "shards", "--datasets", "pets"], "unknown dataset in 'shards' 'pets'; known: shards"),
+        (["--data", "shards", "--protocol", "fair"], "unknown protocol 'fair'; known: fare, quick, robustbench, tecoa"),
+        (["--data", "shards", "--eps", "0"], "--eps: 0 is no attack; write a positive size such as 2/255"),
+        (["--data", "shards", "--attacks", "transfer"], "--attacks: 'transfer' needs the model whose gradients it follows; name it with --transfer-from"),
+    ],
+)
+def test_evaluate_says_what_is_wrong_before_torch(mmtard, words, message):
+    done = mmtard("evaluate", "openai", "--arch", "ViT-B-32", *words)
+    assert (done.returncode, done.stderr) == (2, f"mmtard: {message}\n")
 
 
 def test_the_deepspeed_launchers_local_rank_is_accepted_where_it_puts_it(mmtard):

@@ -49,10 +49,10 @@ ROOMS = {
     "engine": {"config", "parallel", "towers"},
     "alarm": {"config", "data", "distill", "evaluate", "losses", "parallel"},
     "train": {"alarm", "checkpoint", "config", "data", "distill", "engine", "errors", "flops", "history", "metrics", "parallel", "preempt", "run_folder", "student", "targets", "teachers", "terms", "towers", "trackers", "watchdog"},
-    "evaluate": {"attacks", "config", "data", "errors", "losses", "methods", "parallel", "preempt", "towers"},
+    "evaluate": {"attacks", "config", "data", "errors", "losses", "methods", "parallel", "preempt", "run_folder", "towers"},
     "runs": {"config", "errors", "history", "slurm"},
     "preflight": {"config", "data", "engine", "errors", "parallel", "run_folder", "towers"},
-    "quickstart": {"checkpoint", "config", "data", "errors", "evaluate", "parallel", "towers"},
+    "quickstart": {"config", "data", "errors", "evaluate", "parallel", "towers"},
     "cli": {"config", "data", "errors", "evaluate", "export", "history", "parallel", "preempt", "preflight", "runs", "trackers", "train"},
     "__main__": {"cli"},
 }

@@ -80,13 +80,15 @@ def test_slurm_is_asked_about_the_job_of_the_newest_start(run, tmp_path, monkeyp
 def test_the_newest_evaluation_is_shown(run, tmp_path, capsys):
     folder = run("a", history.COMPLETE)
     (folder / "evaluations").mkdir()
-    for name, accuracy, age in (("old", 0.1, 100), ("val-linf-2_255", 0.4125, 10), ("other", None, 0)):
-        path = folder / "evaluations" / f"{name}.json"
-        path.write_text(json.dumps({"pgd": {"accuracy": accuracy}, "settings": {"norm": "linf", "eps": "2/255"}} if accuracy else {"protocol": "else"}))
+    for name, robust, age in (("old", 0.1, 100), ("quick-val", 0.4125, 10), ("other", None, 0)):
+        path = folder / "evaluations" / name / "results.json"
+        path.parent.mkdir()
+        averages = {"all": {"eps": {"2/255": {"robust": robust}, "4/255": {"robust": 0.0}}}}
+        path.write_text(json.dumps({"averages": averages, "settings": {"norm": "linf"}} if robust else {"format": 0}))
         os.utime(path, (1e9 - age, 1e9 - age))
     runs.show(tmp_path / "all")
     printed = capsys.readouterr().out
-    assert "41.2 % under linf 2/255 (val-linf-2_255)" in printed and "7/10" in printed and "step 6, " in printed
+    assert "41.2 % under linf 2/255 (quick-val)" in printed and "7/10" in printed and "step 6, " in printed
 
 
 def test_a_folder_without_runs(tmp_path):

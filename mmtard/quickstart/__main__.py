@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,11 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import parallel
-from ..checkpoint import WEIGHTS
-from ..config import Data, Model, show_pixels
+from ..config import Model, show_pixels
 from ..errors import UserError
-from ..evaluate import quick
-from ..towers import WEIGHTS_FILE
+from ..evaluate import datasets
+from ..evaluate.evaluation import evaluate
+from ..evaluate.protocols import PROTOCOLS
+from ..evaluate.request import Evaluation
 from .pretrain import PROMPT, pretrain
 from .render import make_data
 
@@ -28,6 +28,7 @@ CONFIGS = Path("configs/quickstart")
 EPS = Fraction(6, 255)
 TRAINED = ("clean_teacher", "robust_teacher", "single_teacher", "mmtard")
 COMPARED = {"start": ROOT / "mmtard" / "start", "one teacher (ARD)": ROOT / "single_teacher", "MMT-ARD": ROOT / "mmtard"}
+PROTOCOL = replace(PROTOCOLS["quick"], attacks=("pgd",), eps=(EPS,), n_samples=None, templates=(PROMPT,))
 SPLITS = {"": "test", "zero-shot ": "zeroshot"}
 console = Console(highlight=False, soft_wrap=True)
 
@@ -67,28 +68,16 @@ def _train(config: Path) -> int:
 
 
 def _measure() -> dict[str, dict[str, dict]]:
+    """{model: {split: its part of the results}}; what is measured already is taken over."""
     ranks = parallel.start("cpu")
-    measured: dict[str, dict[str, dict]] = {}
+    sources = [source for split in SPLITS.values() for source in datasets.find(str(ROOT / "data" / split))]
+    measured = {}
     for name, model in COMPARED.items():
-        for split in SPLITS.values():
-            out = ROOT / "results" / f"{model.parent.name}-{model.name}-{split}.json"
-            measured.setdefault(name, {})[split] = _result(model, split, out, ranks)
+        out = ROOT / "results" / f"{model.parent.name}-{model.name}"
+        results = evaluate(Evaluation(Model(weights=str(model)), sources, PROTOCOL, out, batch_size=128), ranks, console.print)
+        measured[name] = {entry["name"]: entry for entry in results["datasets"]}
     parallel.stop()
     return measured
-
-
-def _result(model: Path, split: str, out: Path, ranks) -> dict:
-    weights = model / WEIGHTS_FILE if (model / WEIGHTS_FILE).is_file() else model / "checkpoints" / "latest" / WEIGHTS
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if out.is_file():
-        stored = json.loads(out.read_text())
-        if stored.get("weights_sha256") == digest and stored["settings"]["eps"] == show_pixels(EPS):
-            return stored
-    source = Data(shards=str(ROOT / "data" / split), templates=[PROMPT])
-    results = quick.evaluate(Model(weights=str(model)), source, quick.Quick(EPS, batch_size=128), ranks, say=console.print)
-    quick.save({**results, "weights_sha256": digest}, out)
-    console.print(f"{model} on {split}: clean {100 * results['clean']['accuracy']:.1f} %, PGD-20 {100 * results['pgd']['accuracy']:.1f} %")
-    return results
 
 
 def _table(measured: dict[str, dict[str, dict]]) -> None:
@@ -100,9 +89,9 @@ def _table(measured: dict[str, dict[str, dict]]) -> None:
     for name, by_split in measured.items():
         cells = []
         for split in SPLITS.values():
-            for key in ("clean", "pgd"):
-                low, high = by_split[split][key]["interval95"]
-                cells.append(f"{100 * by_split[split][key]['accuracy']:.1f} ({100 * low:.0f}-{100 * high:.0f})")
+            for found in (by_split[split]["clean"], by_split[split]["eps"][show_pixels(EPS)]["robust"]):
+                low, high = found["interval95"]
+                cells.append(f"{100 * found['accuracy']:.1f} ({100 * low:.0f}-{100 * high:.0f})")
         table.add_row(name, *cells)
     Console(width=max(100, console.width)).print(table)
     chance = ", ".join(f"{split} {100 * measured['start'][split]['chance']:.1f}" for split in SPLITS.values())

@@ -98,12 +98,12 @@ def test_a_refused_requeue_fails_the_job_with_the_reason(task, tmp_path):
     assert "job 7 could not go back to the queue (Requested operation is presently disabled); submit it again to go on" in printed
 
 
-def test_what_begins_anew_each_time_is_requeued_three_times_at_most(task, tmp_path):
-    for restarts, status in ((2, 0), (3, 1)):
+def test_an_evaluation_is_requeued_twenty_times_at_most(task, tmp_path):
+    for restarts, status in ((19, 0), (20, 1)):
         process = task("raise SystemExit(75)", words=("evaluate", "run"), SLURM_RESTART_COUNT=str(restarts))
         printed = process.communicate(timeout=30)[0]
         assert process.returncode == status
-    assert "mmtard evaluate was stopped 4 times and begins anew each time; submit it with more --time" in printed
+    assert "mmtard evaluate was stopped 21 times; submit it again, with more --time, to go on" in printed
     assert requeued(tmp_path) == "requeue 7\n"
 
 

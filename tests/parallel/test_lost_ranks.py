@@ -1,13 +1,15 @@
 """A rank that is killed, hangs or fails ends the others in time, with one line that names it and a status that says what next."""
 
+import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from mmtard import config as settings, history
 
-from .launch import start_ranks
+from .launch import run_ranks, start_ranks
 from .test_interruptions import REQUEUE, metrics, starts, steps_done, train, until
 
 pytestmark = pytest.mark.slow
@@ -106,22 +108,32 @@ def test_a_second_start_beside_a_running_one_waits_and_gives_up(two, tmp_path, m
     assert all(p.poll() is None for p in processes) and len(starts(run)) == 1
 
 
-def test_an_interrupted_evaluation_leaves_nothing_and_says_start_it_again(undisturbed, tmp_path):
-    shards = settings.load(undisturbed / "config.yaml").data.shards
-    out = tmp_path / "result.json"
-    words = ["-m", "mmtard", "evaluate", undisturbed, "--data", shards, "--steps", 200, "--batch-size", 5, "--device", "cpu", "--out", out]
-    processes = start_ranks(words, 2, tmp_path / "meet", tmp_path / "log")
-    try:
-        until(lambda: "worker" in maps(processes[0].pid), processes)
-        processes[1].send_signal(signal.SIGTERM)  # one rank is told, all agree
-        assert [p.wait(90) for p in processes] == [REQUEUE, REQUEUE]
-    finally:
-        for process in processes:
-            process.kill()
-    assert lines(tmp_path / "log.1") == ["mmtard (rank 1): stopped by SIGTERM; nothing was written, start it again"]
-    assert not list(tmp_path.glob("result*"))
+def test_a_killed_and_interrupted_evaluation_goes_on_to_the_numbers_of_one_rank_alone(undisturbed, tmp_path):
+    data = Path(settings.load(undisturbed / "config.yaml").data.shards)
+    words = ["-m", "mmtard", "evaluate", undisturbed, "--data", data, "--eps", "2/255", "--attacks", "apgd-ce", "--iters", 60, "--batch-size", 5, "--device", "cpu"]
+    run_ranks([*words, "--out", tmp_path / "alone"], 1, tmp_path, "alone")
+    out = tmp_path / "result"
+    for number, status in ((signal.SIGTERM, REQUEUE), (signal.SIGKILL, -signal.SIGKILL)):
+        attacked = partial(out).count("broken_by")
+        processes = start_ranks([*words, "--out", out], 2, tmp_path / "meet", tmp_path / f"log{number}")
+        try:
+            assert until(lambda: partial(out).count("broken_by") > attacked, processes)
+            for process in processes if number == signal.SIGKILL else processes[1:]:  # of a signal, one rank is told and all agree
+                process.send_signal(number)
+            assert [p.wait(90) for p in processes] == [status, status]
+        finally:
+            for process in processes:
+                process.kill()
+        assert not (out / "results.json").exists()
+    (line,) = lines(tmp_path / f"log{signal.SIGTERM}.1")
+    assert line == f"mmtard (rank 1): stopped by SIGTERM; what is measured is kept in '{out}', start it again"
+    printed = run_ranks([*words, "--out", out], 2, tmp_path, "again")
+    assert "shards: goes on, " in printed
+    found, alone = (json.loads((folder / "results.json").read_text())["datasets"] for folder in (out, tmp_path / "alone"))
+    assert found[0]["samples"] == alone[0]["samples"] and found[0]["clean_all"] == alone[0]["clean_all"]
+    assert any(found[0]["samples"]["clean"]) and not (out / "partial").exists()
 
 
-def maps(pid):
-    """'worker' once the process has children: its loader's."""
-    return "worker" if open(f"/proc/{pid}/task/{pid}/children").read().strip() else ""
+def partial(out):
+    """The lines that say what an evaluation has measured so far."""
+    return "".join(p.read_text() for p in sorted(out.glob("partial/*.jsonl")))

@@ -1,0 +1,102 @@
+"""The work of a dataset, cut into chunks of samples that are the same at every world size, shared by the ranks, and measured in
+batches as large as the memory allows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import numpy as np
+import torch
+
+from .. import data
+from ..config import Cache
+from ..errors import UserError
+from ..parallel import Ranks
+from ..preempt import Interruption
+from .progress import Progress
+
+CPU_BATCH, CUDA_BATCH = 64, 128  # where none is asked for; memory that is too small for it halves what is taken at once
+SAY_EVERY_S = 10.0
+
+
+class Halving:
+    """Splits a chunk into batches of at most `limit` samples, and halves that for good when the GPU's memory is too small."""
+
+    def __init__(self, limit: int, say=print):
+        self.limit, self.say = limit, say
+
+    def __call__(self, work: Callable, tensors: Sequence[torch.Tensor]) -> list:
+        """[work(*a batch of each tensor), ...], in order. Raises UserError when not even one sample fits."""
+        done, at = [], 0
+        while at < len(tensors[0]):
+            try:
+                done.append(work(*(t[at : at + self.limit] for t in tensors)))
+            except torch.OutOfMemoryError:
+                if self.limit == 1:
+                    raise UserError("--device: the GPU's memory is too small for one image; end what else runs on it, or use another") from None
+            else:
+                at += self.limit
+                continue
+            self.limit = -(-self.limit // 2)
+            self.say(f"out of GPU memory: {self.limit} images at once from here on")
+            torch.cuda.empty_cache()
+        return done
+
+
+@dataclass
+class Work:
+    """What one rank needs to go through samples of a dataset."""
+
+    dataset: data.Dataset
+    transform: data.Transform | data.Native
+    chunk: int
+    seed: int
+    workers: int
+    cache: Cache
+    ranks: Ranks
+    halving: Halving
+    interruption: Interruption
+    say: Callable
+
+    def each(self, part: str, ids: np.ndarray, progress: Progress, measure: Callable, need_labels: bool = True) -> list[dict]:
+        """Measure what is left of a part and return every chunk's row, in order, on every rank. Collective.
+
+        measure(images [b,3,H,W] float32, batch) -> the chunk's row. Raises RunError with status REQUEUE on an interruption: all
+        that was measured is kept.
+        """
+        chunks = [ids[i : i + self.chunk] for i in range(0, len(ids), self.chunk)]
+        mine, rounds = progress.mine(part, len(chunks))
+        asked = np.concatenate([chunks[c] for c in mine]) if mine else np.empty(0, dtype=np.int64)
+        meter = Meter(part, sum(len(chunks[c]) for c in range(len(chunks)) if (part, c) not in progress.done), self)
+        for _, chunk, batch in zip_longest(range(rounds), mine, self.batches(asked, self.chunk, need_labels)):
+            self.interruption.stop(self.ranks, kept=f"what is measured is kept in '{progress.folder.parent}'")
+            if batch is not None:
+                images = batch.images.to(self.ranks.device).float() / 255
+                progress.add(part, chunk, {"ids": chunks[chunk].tolist(), "replaced": len(batch.replaced), **measure(images, batch)})
+                meter.add(len(batch))
+        return progress.rows(part)
+
+    def batches(self, ids: np.ndarray, size: int, need_labels: bool = True) -> Iterator[data.Batch]:
+        """The samples in this order, `size` at a time."""
+        staging = data.Staging(self.dataset, self.cache) if self.dataset.remote else None
+        return data.eval_batches(self.dataset, self.transform, ids, size, self.seed, self.workers, need_labels, staging=staging)
+
+
+class Meter:
+    """Says now and then how fast the samples of a part are measured, over all ranks, and how long the rest will take."""
+
+    def __init__(self, part: str, total: int, work: Work):
+        self.part, self.total, self.work = part, total, work
+        self.done, self.began = 0, time.monotonic()
+        self.said = self.began
+
+    def add(self, n: int) -> None:
+        self.done += n * self.work.ranks.world_size
+        now = time.monotonic()
+        if self.work.ranks.first and now - self.said > SAY_EVERY_S:
+            self.said, done = now, min(self.done, self.total)
+            rate = done / (now - self.began)
+            self.work.say(f"{self.part}: {done}/{self.total} samples  {rate:.3g} images/s  left {(self.total - done) / rate:.0f} s")

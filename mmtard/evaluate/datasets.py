@@ -1,0 +1,150 @@
+"""Datasets by name: where they lie, their class names and prompts, and what is particular to them.
+
+Imports no torch, so that a missing dataset is answered at once.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..config import Data, expand_shards, is_remote
+from ..errors import UserError, unknown
+
+SPLITS = ("test", "val", "validation")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+SIMPLE = "This is a photo of a {}"
+
+# CLIP's prompts name EuroSAT's classes in words (Radford et al., 2021); the dataset's own names are its folders'.
+EUROSAT = {
+    "AnnualCrop": "annual crop land", "Forest": "forest", "HerbaceousVegetation": "brushland or shrubland", "Highway": "highway or road",
+    "Industrial": "industrial buildings or commercial buildings", "Pasture": "pasture land", "PermanentCrop": "permanent crop land",
+    "Residential": "residential buildings or homes or apartments", "River": "river", "SeaLake": "lake or sea",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Known:
+    """A dataset with a name of its own. spellings: of its folder, beside `name`, without case, `wds_`, `vtab-` and punctuation."""
+
+    name: str
+    spellings: tuple[str, ...] = ()
+    native: bool = False  # perturbed at its stored size by the protocols that cite it
+    imagenet: bool = False  # takes ImageNet's prompts
+    thousand: bool = False  # has ImageNet's 1000 classes
+    names: dict[str, str] = field(default_factory=dict, hash=False)  # stored class name -> the one in prompts
+
+
+KNOWN = (
+    Known("Caltech101"),
+    Known("Cars", ("stanfordcars",)),
+    Known("CIFAR10", native=True),
+    Known("CIFAR100", native=True),
+    Known("DTD"),
+    Known("EuroSAT", names=EUROSAT),
+    Known("FGVC", ("fgvcaircraft", "aircraft")),
+    Known("Flowers", ("flowers102", "oxfordflowers102")),
+    Known("PCAM"),
+    Known("Pets", ("oxfordpets", "oxfordiiitpet")),
+    Known("STL-10", native=True),
+    Known("ImageNet", ("imagenet1k", "imagenet1kwds"), imagenet=True, thousand=True),
+    Known("ImageNet-V2", imagenet=True, thousand=True),
+    Known("ImageNet-A", imagenet=True),
+    Known("ImageNet-R", imagenet=True),
+    Known("ImageNet-Sketch", imagenet=True, thousand=True),
+)
+PLAIN = Known("")  # nothing particular
+
+
+def plain(name: str) -> str:
+    """A spelling without what differs between publishers: `wds_vtab-cifar10` and `CIFAR-10` -> cifar10."""
+    return re.sub(r"[^a-z0-9]", "", re.sub(r"^(wds[_/-])?(vtab[_/-])?", "", name.lower()))
+
+
+def known(name: str) -> Known | None:
+    """The dataset that a folder's name, or a user, means."""
+    return next((k for k in KNOWN if plain(name) in (plain(k.name), *k.spellings)), None)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset that was found. `data`: its shards and the files beside them; `folder` of its images where there are no shards
+    yet, one sub-folder a class; `captions`: it is measured by retrieval."""
+
+    name: str
+    data: Data
+    kind: Known = PLAIN
+    folder: Path | None = None
+    captions: bool = False
+
+
+def find(root: str, wanted: list[str] | None = None, index: str | None = None, classnames: str | None = None) -> list[Source]:
+    """The datasets at or below ROOT: ROOT itself, else ROOT/[wds/][vtab/]NAME[/test]; `wanted` names some of them.
+
+    ROOT may be a pattern of shards. index, classnames: files of the one dataset that ROOT is. Raises UserError naming what is missing.
+    """
+    own = _source(root, index, classnames)
+    if own is None and (index or classnames):
+        raise UserError(f"--{'index' if index else 'classnames'}: belongs to one dataset, '{root}' holds several; name the dataset's folder in --data")
+    found = [own] if own else [s for path in _below(Path(root)) if (s := _source(str(path)))]
+    if not found:
+        raise UserError(f"--data: '{root}' is no dataset and holds none; give a folder of shards, of class folders, or of datasets (NAME/test/0.tar)")
+    names = [s.name for s in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--data: '{root}' holds the dataset {name} twice; name its folder in --data")
+    return found if wanted is None else [_pick(found, name, root) for name in dict.fromkeys(wanted)]
+
+
+def _pick(found: list[Source], name: str, root: str) -> Source:
+    of_kind = known(name)
+    for source in found:
+        if source.name == (of_kind.name if of_kind else name) or plain(source.name) == plain(name):
+            return source
+    raise unknown(f"dataset in '{root}'", name, [s.name for s in found])
+
+
+def _below(root: Path) -> list[Path]:
+    """Folders that may be datasets: children, looking through `wds` and `vtab`."""
+    paths = []
+    for path in sorted(root.iterdir()) if root.is_dir() else ():
+        if path.is_dir() and not path.name.startswith("."):
+            paths += _below(path) if path.name in ("wds", "vtab") else [path]
+    return paths
+
+
+def _source(where: str, index: str | None = None, classnames: str | None = None) -> Source | None:
+    if is_remote(where) or not Path(where).is_dir():
+        expand_shards(where)  # names what is missing
+        shards, folder, top = where, None, Path(where) if is_remote(where) else Path(where).parent
+    else:
+        top = Path(where)
+        split = next((p for p in (*(top / s for s in SPLITS), top) if p.is_dir() and (any(p.glob("*.tar")) or _has_classes(p))), None)
+        if split is None:
+            return None
+        shards, folder = str(split), None if any(split.glob("*.tar")) else split
+    path = top.resolve() if not is_remote(where) else top
+    kind = known(path.name) or (known(path.parent.name) if path.name in SPLITS else None)
+    name = kind.name if kind else path.name if not is_remote(where) else "remote"
+    beside = [p for at in (path / "test", path, path.parent if path.name in SPLITS else path) for p in [at] if p.is_dir()]
+    files = {"index": index, "classnames": classnames or _first(beside, "classnames.txt")}
+    prompts = _first(beside, "zeroshot_classification_templates.txt")
+    data = Data(shards=shards, **files, **({"templates": prompts} if prompts else {}))
+    kind_file = _first(beside, "dataset_type.txt")
+    return Source(name, data, kind or PLAIN, folder, bool(kind_file) and Path(kind_file).read_text().strip().lower() == "retrieval")
+
+
+def _has_classes(folder: Path) -> bool:
+    """Whether images lie in a sub-folder, as in one for each class."""
+    return any(p.is_dir() and any(f.suffix.lower() in IMAGES for f in p.iterdir()) for p in folder.iterdir() if not p.name.startswith("."))
+
+
+def _first(folders: list[Path], name: str) -> str | None:
+    return next((str(f / name) for f in folders if (f / name).is_file()), None)
+
+
+def class_names(source: Source, stored: list[str]) -> list[str]:
+    """The names as prompts have them: `stored`, with the dataset's rewritings."""
+    rewritten = {plain(k): v for k, v in source.kind.names.items()}
+    return [rewritten.get(plain(name), name) for name in stored]

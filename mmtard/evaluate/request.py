@@ -1,0 +1,62 @@
+"""What an evaluation is asked to do, from the words of a command line; says what is wrong with them before torch is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+from ..config import Model, show_pixels
+from ..errors import UserError, unknown
+from .datasets import Source
+from .naming import digest, slug
+from .protocols import PROTOCOLS, Protocol
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured, how, and where its results go: OUT/results.json."""
+
+    model: Model
+    sources: list[Source]
+    protocol: Protocol
+    out: Path
+    transfer_from: Model | None = None  # the model whose gradients the `transfer` attack follows
+    batch_size: int | None = None  # images a rank takes at once; None: by the device
+    workers: int = 2
+    sanity: bool = False  # the costly health checks, too
+
+
+def protocol(name: str, eps: list[Fraction] | None = None, transfer: bool = False, all_samples: bool = False, **changes) -> Protocol:
+    """The protocol of that name with what the user changed (None: as the protocol says). Raises UserError for what does not fit."""
+    if name not in PROTOCOLS:
+        raise unknown("protocol", name, PROTOCOLS)
+    changes = {k: v for k, v in changes.items() if v is not None}
+    if all_samples:
+        changes["n_samples"] = None
+    if eps is not None:
+        for e in eps:
+            if e <= 0:
+                raise UserError(f"--eps: {e} is no attack; write a positive size such as 2/255")
+        changes |= {"eps": tuple(dict.fromkeys(eps)), "eps_of": ()}
+    asked = replace(PROTOCOLS[name], **changes)
+    if transfer and "transfer" not in asked.attacks:
+        asked = replace(asked, attacks=(*asked.attacks, "transfer"))
+    if "transfer" in asked.attacks and not transfer:
+        raise UserError("--attacks: 'transfer' needs the model whose gradients it follows; name it with --transfer-from")
+    return asked
+
+
+def default_out(model: Model, asked: Protocol, sources: list[Source], root: str, **others) -> Path:
+    """RUN/evaluations/PROTOCOL-DATA-NORM-EPS-DIGEST of a run or checkpoint folder, else the same under evaluations/ here.
+
+    The digest stands for every other setting, so that two evaluations share a folder only when they are the same.
+    """
+    path = Path(model.weights)
+    checkpoint = path.parent.name == "checkpoints" and path.name
+    run = path.parent.parent if checkpoint else path if (path / "checkpoints").is_dir() else Path()
+    of = sources[0].name if len(sources) == 1 else Path(root).resolve().name
+    others |= {"settings": asked.settings(), "datasets": [s.name for s in sources], "root": str(Path(root).resolve())}
+    others |= {"model": model.model_dump(mode="json")} if run == Path() else {}
+    name = [asked.name, *(["ema"] if model.ema else []), of, asked.norm, "+".join(map(show_pixels, asked.eps)), digest(others)[:8]]
+    return run / "evaluations" / slug("-".join([checkpoint, *name] if checkpoint else name))

@@ -1,0 +1,126 @@
+"""Zero-shot classification of one dataset: clean on all samples, then the attacks on a stratified sample, at every radius."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+from .. import data
+from ..config import show_pixels
+from ..errors import UserError
+from . import attacks, health, results, suite
+from .chunks import Work
+from .progress import Progress
+from .protocols import Protocol
+from .statistics import stratified
+from .trial import Model, Settings
+
+NOTHING_ATTACKED = {"check": "attacks", "status": "WARN", "detail": "no sample is classified correctly: nothing to attack"}
+
+
+def measure(work: Work, logits: Model, source: Model | None, names: list[str], protocol: Protocol, name: str, progress: Progress, sanity: bool) -> dict:
+    """The numbers of a dataset, sample by sample, as results.json holds them. Collective.
+
+    source: the model that `transfer` attacks in place of this one. sanity: the health checks that need attacks of their own, too.
+    """
+
+    def clean_chunk(images, batch):
+        with torch.no_grad():
+            found = [z.argmax(1).tolist() for z in work.halving(logits, [images])]
+        return {"prediction": sum(found, []), "labels": batch.labels.tolist()}
+
+    everyone = np.flatnonzero(work.dataset.labels >= 0)
+    rows = work.each(f"{name} clean", everyone, progress, clean_chunk)
+    prediction, label = (dict(zip(_all(rows, "ids"), _all(rows, key))) for key in ("prediction", "labels"))
+    ids = stratified(work.dataset.labels, protocol.n_samples, protocol.seed).tolist()
+    labels, clean = [label[i] for i in ids], [prediction[i] == label[i] for i in ids]
+    attackable = np.array([i for i, right in zip(ids, clean) if right], dtype=np.int64)
+    ran, skipped = defined_attacks(protocol, len(names), name)
+    by_eps, samples_by_eps, facts = {}, {}, []
+    for eps in protocol.radii(name):
+        settings = attack_settings(protocol, float(eps))
+
+        def attack_chunk(images, batch):
+            def attack(x, y, s):
+                return suite.run(logits, x, y, s, ran, settings, source)
+
+            outcomes = work.halving(attack, [images, batch.labels.to(images.device), batch.seeds.to(images.device)])
+            merged = suite.merge([o.facts for o in outcomes])
+            # A sample that this pass no longer classifies correctly, in another batch than the clean one, is not robust either.
+            broken = [by or (None if right else ran[0]) for o in outcomes for by, right in zip(o.broken_by, o.clean.tolist())]
+            return {"broken_by": broken, "prediction": sum((o.prediction.tolist() for o in outcomes), []), "facts": asdict(merged)}
+
+        found = work.each(f"{name} {show_pixels(eps)}", attackable, progress, attack_chunk)
+        at_eps = suite.merge([suite.Facts(**row["facts"]) for row in found]) if found else None
+        facts += [(settings, at_eps)] if at_eps else []
+        broken_by, attacked = (dict(zip(_all(found, "ids"), _all(found, key))) for key in ("broken_by", "prediction"))
+        broken = [broken_by.get(i) for i in ids]
+        summary = results.under_attack(ran, broken, clean, labels, names, at_eps.seconds if at_eps else {})
+        by_eps[show_pixels(eps)] = {**summary, "skipped": skipped}
+        samples_by_eps[show_pixels(eps)] = {
+            "broken_by": broken,
+            "prediction": [attacked.get(i, prediction[i]) for i in ids],
+            "robust": [right and by is None for right, by in zip(clean, broken)],
+        }
+    lines = health.check(facts) if facts else [NOTHING_ATTACKED]
+    if sanity and len(attackable):
+        lines += _sanity(work, logits, source, attackable, attack_settings(protocol, float(protocol.radii(name)[0])), progress)
+    return {
+        "n_total": len(everyone),
+        "replaced": sum(row["replaced"] for row in rows),
+        "clean_all": results.accuracy([prediction[i] == label[i] for i in everyone.tolist()]),
+        "clean": results.accuracy(clean),
+        "eps": by_eps,
+        "samples": {
+            "ids": ids,
+            "keys": [work.dataset.keys[i] for i in ids],
+            "labels": labels,
+            "clean": clean,
+            "clean_prediction": [prediction[i] for i in ids],
+            "eps": samples_by_eps,
+        },
+        "health": lines,
+    }
+
+
+def _sanity(work: Work, logits: Model, source: Model | None, ids: np.ndarray, settings: Settings, progress: Progress) -> list[dict]:
+    """The costly health checks, by the first rank, on samples of all classes."""
+
+    def lines() -> list[dict]:
+        if ("sanity", 0) not in progress.done:
+            chosen = ids[stratified(work.dataset.labels[ids], health.SANITY_SAMPLES, work.seed)]
+            (batch,) = work.batches(chosen, len(chosen))
+            images, *rest = (t.to(work.ranks.device) for t in (batch.images, batch.labels, batch.seeds))
+            progress.add("sanity", 0, {"lines": health.sanity(logits, images.float() / 255, *rest, settings, source)})
+        return progress.done["sanity", 0]["lines"]
+
+    return work.ranks.from_first(lines)
+
+
+def attack_settings(protocol: Protocol, eps: float) -> Settings:
+    """The attacks' settings at one radius."""
+    step_size = None if protocol.step_size is None else float(protocol.step_size)
+    return Settings(eps=eps, norm=protocol.norm, iters=protocol.iters, restarts=protocol.restarts, queries=protocol.queries, step_size=step_size)
+
+
+def defined_attacks(protocol: Protocol, n_classes: int, name: str) -> tuple[list[str], dict[str, str]]:
+    """The protocol's attacks that exist for so many classes, and why the others do not. Raises UserError when none does."""
+    reasons = {a: attacks.not_defined(a, n_classes) for a in protocol.attacks}
+    ran = [a for a, reason in reasons.items() if reason is None]
+    if not ran:
+        raise UserError(f"{name}: no attack is left ({'; '.join(f'{a}: {r}' for a, r in reasons.items())}); add --attacks apgd-ce")
+    return ran, {a: r for a, r in reasons.items() if r}
+
+
+def _all(rows: list[dict], key: str) -> list:
+    return [value for row in rows for value in row[key]]
+
+
+def check_labels(dataset: data.Dataset, names: list[str], where: str) -> None:
+    """Raises UserError when there is nothing to measure, or labels have no names."""
+    if not (dataset.labels >= 0).any():
+        raise UserError(f"'{where}' has no labelled sample; evaluation needs a .cls member beside each image")
+    if dataset.labels.max() >= len(names):
+        raise UserError(f"classnames: {len(names)} names, but '{where}' has label {dataset.labels.max()}; give the names of these labels")

@@ -1,0 +1,164 @@
+"""`mmtard evaluate`: equal to open_clip's own zero-shot classifier, the same at every batch size, never stale, taken up after a kill."""
+
+import json
+from fractions import Fraction
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import webdataset as wds
+from tiny_datasets import COLOURS, write
+
+from mmtard import cli, towers
+from mmtard.config import Model, parse_fraction
+from mmtard.errors import RunError, UserError
+from mmtard.evaluate import progress, results, suite, zeroshot
+from mmtard.preempt import REQUEUE, Interruption
+from mmtard.quickstart.pretrain import ARCHITECTURE
+
+TEMPLATES = ("a photo of a {}", "an image of a {}")
+
+
+def flags(found, eps="4/255"):
+    (entry,) = found["datasets"]
+    return entry["samples"]["clean"], entry["samples"]["eps"][eps]["robust"]
+
+
+def test_clean_accuracy_is_that_of_open_clips_own_zero_shot_classifier(exported, colours, measure):
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{exported}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{exported}")
+    model.eval()
+    classifier = open_clip.build_zero_shot_classifier(model, tokenizer, list(COLOURS), [lambda c, t=t: t.format(c) for t in TEMPLATES])
+    shards = [str(p) for p in (colours / "test").glob("*.tar")]
+    images, labels = zip(*wds.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple("png", "cls"))
+    with torch.no_grad():
+        logits = model.encode_image(torch.stack([preprocess(i) for i in images]), normalize=True) @ classifier
+    theirs = (logits.argmax(1) == torch.tensor(labels)).tolist()
+    found = measure(colours, templates=TEMPLATES, attacks=("pgd",), iters=1)
+    (entry,) = found["datasets"]
+    assert flags(found)[0] == theirs and entry["clean_all"] == entry["clean"]
+    assert entry["clean_all"]["accuracy"] == np.mean(theirs) and 0 < sum(theirs) < len(theirs)
+    assert entry["chance"] == 0.25 and entry["name"] == "colours" and entry["templates"] == list(TEMPLATES)
+
+
+def test_what_stands_after_each_attack_adds_up_and_is_written_as_it_is_returned(colours, measure, tmp_path):
+    found = measure(colours, eps=(parse_fraction("1/255"), parse_fraction("64/255")), n_samples=24)
+    (entry,) = found["datasets"]
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(found))
+    samples = entry["samples"]
+    assert len(samples["ids"]) == len(set(samples["ids"])) == entry["clean"]["n"] == 24 and entry["n_total"] == entry["clean_all"]["n"] == 48
+    assert np.bincount(samples["labels"]).tolist() == [6, 6, 6, 6]
+    for eps in ("1/255", "64/255"):
+        at, per_sample = entry["eps"][eps], samples["eps"][eps]
+        clean, by = np.array(samples["clean"]), np.array(per_sample["broken_by"], dtype=object)
+        assert not clean[by != None].tolist().count(False), "only what is right without attack can be broken"  # noqa: E711
+        assert at["attacks"]["pgd"]["accuracy"] == np.mean(clean & (by != "pgd"))
+        assert at["attacks"]["apgd-ce"]["accuracy"] == at["robust"]["accuracy"] == np.mean(clean & (by == None)) == np.mean(per_sample["robust"])  # noqa: E711
+        by_class = [np.mean(np.array(per_sample["robust"])[np.array(samples["labels"]) == k]) for k in range(4)]
+        assert at["worst_class"] == {"name": list(COLOURS)[int(np.argmin(by_class))], "accuracy": min(by_class), "n": 6}
+    assert entry["eps"]["64/255"]["robust"]["accuracy"] < entry["eps"]["1/255"]["robust"]["accuracy"]
+    assert found["averages"]["all"]["eps"]["1/255"]["robust"] == entry["eps"]["1/255"]["robust"]["accuracy"]
+    assert {"largest perturbation", "range", "NaN", "monotone in eps"} <= {line["check"] for line in entry["health"]}
+
+
+def test_batch_size_changes_no_sample(colours, measure, tmp_path):
+    """A mean-reduced loss, or a lost logit scale, makes robust accuracy rise with the batch."""
+    by_size = [measure(colours, tmp_path / str(b), batch_size=b, n_samples=20)["datasets"][0]["samples"] for b in (1, 7, 64)]
+    assert by_size[0] == by_size[1] == by_size[2] and any(by_size[0]["clean"])
+
+
+def test_class_ordered_shards_give_a_sample_of_every_class(exported, measure, tmp_path):
+    """The first n, or a shuffle over a short buffer, would take the first classes alone."""
+    ordered = write(tmp_path / "ordered", 40, label=lambda i, n: i * n // 40)
+    entry = measure(ordered, n_samples=8, iters=1)["datasets"][0]
+    assert np.bincount(entry["samples"]["labels"], minlength=4).tolist() == [2, 2, 2, 2] and len(entry["samples"]["ids"]) == 8
+
+
+def test_results_of_other_weights_data_or_settings_are_never_taken_for_these(colours, measure, exported, tmp_path, monkeypatch):
+    first, said = measure(colours), []
+    monkeypatch.setattr(suite, "run", None)  # measuring again would fail
+    monkeypatch.setattr(towers.Clip, "class_embeddings", None)
+    assert measure(colours, say=said.append) == first and said == [f"'{tmp_path / 'out'}' holds these results already; remove it to measure them again"]
+    monkeypatch.undo()
+    other = tmp_path / "other"
+    towers.load(Model(arch=str(ARCHITECTURE), weights="random"), seed=4).save(other)
+    changed = write(tmp_path / "changed" / "colours", 47)
+    # 1/255 and 1.5/255 are the same whole number of pixels: results keyed by it would be taken for the other's.
+    for again in ({"model": other}, {"root": changed}, {"eps": (Fraction(3, 510),)}, {"eps": (parse_fraction("1/255"),)}, {"seed": 1}, {"norm": "l2"}):
+        said = []
+        found = measure(**{"root": colours, "say": said.append, **again})
+        assert any("colours" in line and "will be replaced" in line for line in said), again
+        assert found["datasets"][0]["key"] != first["datasets"][0]["key"]
+
+
+def test_an_added_dataset_leaves_the_others_as_they_are(colours, measure, tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "colours").symlink_to(colours)
+    first = measure(root)
+    write(root / "more", 8)
+    measured = []
+    run = zeroshot.measure
+    monkeypatch.setattr(zeroshot, "measure", lambda *args: measured.append(args[5]) or run(*args))
+    found = measure(root)
+    assert measured == ["more"] and [d["name"] for d in found["datasets"]] == ["colours", "more"] and found["datasets"][0] == first["datasets"][0]
+
+
+def test_an_interrupted_evaluation_keeps_what_it_measured_and_ends_with_the_same_numbers(colours, measure, tmp_path, monkeypatch):
+    undisturbed = measure(colours, tmp_path / "undisturbed", batch_size=8)
+    interruption, calls, said, run = Interruption(), [], [], suite.run
+
+    def stopped_after_two(*args):
+        calls.append(1)
+        interruption.signal = "SIGTERM" if len(calls) == 2 else interruption.signal
+        return run(*args)
+
+    monkeypatch.setattr(suite, "run", stopped_after_two)
+    with pytest.raises(RunError, match="stopped by SIGTERM; what is measured is kept in '.*out', start it again") as end:
+        measure(colours, batch_size=8, interruption=interruption)
+    assert end.value.status == REQUEUE and not (tmp_path / "out" / "results.json").exists()
+    (partial,) = (tmp_path / "out" / progress.FOLDER).iterdir()
+    partial.write_text(partial.read_text() + '{"part": "colours 4/255", "chu')  # as a kill leaves it
+    found = measure(colours, batch_size=8, say=said.append)
+    attacked = -(-sum(flags(undisturbed)[0]) // 8)
+    assert len(calls) == attacked and f"colours: goes on, {6 + 2} chunks are done" in said
+    timeless = [strip_seconds(r["datasets"][0]) for r in (found, undisturbed)]
+    assert timeless[0] == timeless[1] and not (tmp_path / "out" / progress.FOLDER).exists()
+
+
+def strip_seconds(entry):
+    return json.loads(json.dumps(entry), object_hook=lambda d: {k: v for k, v in d.items() if k != "seconds"})
+
+
+def test_partial_results_of_other_settings_are_dropped_with_a_line(colours, measure, tmp_path):
+    folder, said = tmp_path / "out" / progress.FOLDER, []
+    folder.mkdir(parents=True)
+    row = {"part": "colours clean", "chunk": 0, "ids": list(range(48)), "prediction": [0] * 48, "labels": [0] * 48, "replaced": 0}
+    (folder / f"colours-{'0' * 16}.0-host-1.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / f"colours-2-{'0' * 16}.0-host-1.jsonl").write_text("")  # of another dataset
+    found = measure(colours, say=said.append, iters=1)
+    assert any("are of another model, data or settings; they are removed, it starts anew" in line for line in said)
+    assert set(found["datasets"][0]["samples"]["labels"]) == {0, 1, 2, 3}
+
+
+def test_labels_beyond_the_class_names_are_refused(measure, tmp_path):
+    folder = write(tmp_path / "few", 8)
+    (folder / "classnames.txt").write_text("red\ngreen\n")
+    with pytest.raises(UserError, match="2 names, but 'few' has label 3"):
+        measure(folder)
+
+
+def test_an_attack_that_leaves_its_ball_fails_the_command_after_it_wrote(colours, exported, tmp_path, monkeypatch, capsys):
+    run = suite.run
+
+    def outside(*args):
+        outcome = run(*args)
+        outcome.facts.largest_perturbation = 0.1
+        return outcome
+
+    monkeypatch.setattr(suite, "run", outside)
+    words = ["evaluate", str(exported), "--data", str(colours), "--attacks", "pgd", "--iters", "2", "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 1
+    printed = capsys.readouterr().out
+    assert "FAIL colours: largest perturbation" in printed and results.read(tmp_path / "out")["datasets"][0]["health"][0]["status"] == "FAIL"
