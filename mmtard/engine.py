@@ -24,6 +24,7 @@ from deepspeed.utils import (
 )  # noqa: E402
 from torch import Tensor
 
+from . import batch_norm
 from .config import Config, check_world
 from .parallel import Ranks
 from .towers import ImageTower
@@ -114,10 +115,13 @@ class Engine:
     def end_micro_batch(self, lr: float) -> Step | None:
         """Tell DeepSpeed a micro-batch is over; at the last of a step, update the weights with `lr`.
 
-        A gradient that is not finite on any rank leaves weights, moments and averages as they were.
+        A gradient that is not finite on any rank leaves weights, statistics, moments and averages as they were.
         """
         step = self._end_micro_batch(lr)
-        if step and step.applied and self.ema:
+        if not step or not step.applied:
+            return step
+        batch_norm.update_running(self.ds.module)
+        if self.ema:
             for weights, state in self._states.items():
                 state[EMA].lerp_(weights.detach(), 1 - self.ema)
         return step

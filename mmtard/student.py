@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import lora, towers
+from . import batch_norm, lora, towers
 from .checkpoint import read_weights
 from .config import Config, Model
 from .parallel import Ranks
@@ -30,6 +30,9 @@ def tower(config: Config, clip: Clip, checkpoint: Path | None) -> ImageTower:
     made = clip.tower()
     if config.student.lora:
         lora.attach(made.visual, config.student.lora, made.views, config.seed)
+    if config.student.batch_norm == "synced":
+        batch_norm.synchronise(made.visual, made.views)
+        made.frozen_batch_norm = False
     if checkpoint:
         towers.load_trained(made, read_weights(checkpoint), f"checkpoint '{checkpoint}'")
     return made

@@ -48,6 +48,7 @@ class ImageTower(nn.Module):
         self.autocast: torch.dtype | None = None
         self.dtype = torch.float32  # of the weights, and so of the tower's input
         self.views = Views()
+        self.frozen_batch_norm = True
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         if self.has_tokens and _project_tokens not in visual._forward_hooks.values():
@@ -77,11 +78,11 @@ class ImageTower(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> "ImageTower":
-        """Training mode for everything but batch norm, whose statistics stay those of the pretrained model: clean and
+        """Training mode for everything but frozen batch norm, whose statistics stay those of the pretrained model: clean and
         adversarial images, ranks and micro-batches then all see one and the same network."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if self.frozen_batch_norm and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
 

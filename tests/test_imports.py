@@ -37,7 +37,8 @@ ROOMS = {
     # models
     "lora": {"attacks", "checkpoint", "config", "errors", "views"},
     "towers": {"checkpoint", "config", "errors", "lora", "views"},
-    "student": {"checkpoint", "config", "lora", "parallel", "towers"},
+    "batch_norm": {"errors", "parallel", "views"},
+    "student": {"batch_norm", "checkpoint", "config", "lora", "parallel", "towers"},
     "heads": {"checkpoint", "errors", "methods", "parallel", "towers"},
     "targets": {"config", "data", "heads", "methods", "parallel", "towers"},
     "teachers": {"config", "methods", "parallel", "towers"},
@@ -46,7 +47,7 @@ ROOMS = {
     # data
     "data": {"config", "errors"},
     # engine, and the verbs
-    "engine": {"config", "parallel", "towers"},
+    "engine": {"batch_norm", "config", "parallel", "towers"},
     "alarm": {"config", "data", "distill", "evaluate", "losses", "parallel"},
     "train": {"alarm", "checkpoint", "config", "data", "distill", "engine", "errors", "flops", "history", "metrics", "parallel", "preempt", "run_folder", "student", "targets", "teachers", "terms", "towers", "trackers", "watchdog"},
     "evaluate": {"attacks", "config", "data", "errors", "losses", "methods", "parallel", "preempt", "run_folder", "towers"},

@@ -39,6 +39,7 @@ class Lora(Section):
 
 class Student(Model):
     lora: Lora | None = Field(None, description="train adapters alone; null: the whole tower")
+    batch_norm: Literal["frozen", "synced"] = Field("frozen", description="a ResNet's statistics: the pretrained ones, or each step's over all ranks")
 
 
 class Teacher(Model):

@@ -1,21 +1,23 @@
 """A rank that trains each kind of student for a few steps. Saves what came out.
 
-Usage: students.py OUT CASE...; CASE is KIND-STAGE. Kinds: `ema`, `lora`.
+Usage: students.py OUT CASE...; CASE is KIND-STAGE. Kinds: `ema` and `lora`, a ViT; `bn`, a ResNet with synced batch norm.
 """
 
 import sys
 
 import torch
 import torch.nn.functional as F
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 
-from mmtard import config, lora, parallel
+from mmtard import batch_norm, config, lora, parallel
 from mmtard.engine import Engine, parameter_groups
 from mmtard.towers import ImageTower, load_trained
 
-STEPS, BATCH, LR, DECAY = 4, 8, 1e-2, 0.75
+STEPS, BATCH, SIZE, LR, DECAY = 4, 8, 32, 1e-2, 0.75
 SETTINGS = {
     "ema": {"train": {"ema": DECAY}},
+    "bn": {"train": {"ema": DECAY}, "student": {"batch_norm": "synced"}},
     "lora": {"train": {"ema": DECAY}, "student": {"lora": {"r": 4, "alpha": 8, "dropout": 0.2}}},
 }
 
@@ -29,10 +31,19 @@ def settings(kind: str, stage: int) -> config.Config:
     })  # fmt: skip
 
 
-def start(kind: str) -> ImageTower:
+def start(kind: str, synced: bool = True) -> ImageTower:
     torch.manual_seed(0)
-    visual = VisionTransformer(image_size=16, patch_size=8, width=32, layers=2, heads=2, mlp_ratio=2, output_dim=16)
+    if kind == "bn":
+        visual = ModifiedResNet([1, 1, 1, 1], output_dim=16, heads=4, image_size=SIZE, width=8)
+        for name, p in visual.named_parameters():
+            if name.endswith("bn3.weight"):
+                torch.nn.init.ones_(p)  # open_clip begins with no residual branch
+    else:
+        visual = VisionTransformer(image_size=SIZE, patch_size=16, width=32, layers=2, heads=2, mlp_ratio=2, output_dim=16)
     tower = ImageTower(visual, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    if kind == "bn" and synced:
+        batch_norm.synchronise(visual, tower.views)
+    tower.frozen_batch_norm = kind != "bn"
     if kind == "lora":
         lora.attach(visual, settings(kind, 0).student.lora, tower.views)
     return tower
@@ -40,7 +51,7 @@ def start(kind: str) -> ImageTower:
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(step)
-    return torch.rand(BATCH, 3, 16, 16, generator=g), F.normalize(torch.randn(BATCH, 16, generator=g), dim=-1), torch.randint(2**60, (BATCH,), generator=g)
+    return torch.rand(BATCH, 3, SIZE, SIZE, generator=g), F.normalize(torch.randn(BATCH, 16, generator=g), dim=-1), torch.randint(2**60, (BATCH,), generator=g)
 
 
 def loss(student, images: torch.Tensor, wanted: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
@@ -51,17 +62,29 @@ def loss(student, images: torch.Tensor, wanted: torch.Tensor, seeds: torch.Tenso
 
 def plain(kind: str) -> dict[str, torch.Tensor]:
     """The tower's weights and buffers after the same training in PyTorch alone, in one process."""
-    tower = start(kind).train()
+    tower = start(kind, synced=False).train()
     adam = torch.optim.AdamW(parameter_groups(tower, 1e-4), lr=LR)
 
     def student(images, seeds):
         tower.views.show(len(images), seeds)
-        return tower(images)
+        if kind != "bn":
+            return tower(images)
+        return torch.cat([tower(view) for view in images.chunk(2)])  # each with its own statistics
 
+    norms = [m for m in tower.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    inputs = {norm: [] for norm in norms}
+    for norm in norms:
+        norm.register_forward_hook(lambda norm, given, _: inputs[norm].append(given[0].detach().clone()))
     for step in range(STEPS):
         adam.zero_grad()
+        before = {norm: (norm.running_mean.clone(), norm.running_var.clone()) for norm in norms}
         loss(student, *batch(step)).backward()
         adam.step()
+        for norm, (mean, var) in before.items():  # both views as one batch, once
+            both = torch.cat(inputs[norm]).transpose(0, 1).flatten(1)
+            norm.running_mean, norm.running_var = 0.9 * mean + 0.1 * both.mean(1), 0.9 * var + 0.1 * both.var(1)
+            norm.num_batches_tracked -= 1
+            inputs[norm].clear()
     return {k: v.detach() for k, v in tower.state_dict().items()}
 
 
@@ -90,7 +113,8 @@ def case(kind: str, stage: int, ranks: parallel.Ranks) -> dict:
     resumed = Engine(settings(kind, (stage + 1) % 4), tower, ranks)
     resumed.restore(half_states, half_updates)
     train(resumed, ranks, range(2, STEPS))
-    return {"weights": after, "states": states, "updates": updates, "resumed": resumed.full_state()}
+    buffers = [ranks.gather(dict(engine.ds.module.visual.named_buffers())) for engine in (whole, resumed)]
+    return {"weights": after, "states": states, "updates": updates, "resumed": resumed.full_state(), "buffers": buffers}
 
 
 if __name__ == "__main__":
