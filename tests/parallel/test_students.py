@@ -28,18 +28,23 @@ def alone():
     return {kind: plain(kind) for kind, _ in CASES}
 
 
-def assert_close(ours: dict, theirs: dict, atol: float = 2e-5) -> None:
+def assert_close(ours: dict, theirs: dict) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        torch.testing.assert_close(settled(name, value), settled(name, theirs[name]), rtol=1e-4, atol=atol, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(settled(name, value), settled(name, theirs[name]), rtol=1e-4, atol=2e-5, msg=lambda text: f"{name}: {text}")
 
 
 @each
 def test_two_ranks_train_as_plain_pytorch_does(trained, alone, kind, stage):
     """With adapters: what dropout drops is no matter of the ranks."""
     final = trained[f"{kind}-{stage}"]["weights"][-1]
-    # A convolution before batch norm has small gradients, of which AdamW makes steps as large as any: a twentieth of a step.
-    assert_close(final, {k: alone[kind][k] for k in final}, atol=5e-4 if kind == "bn" else 2e-5)
+    if kind != "bn":
+        return assert_close(final, {k: alone[kind][k] for k in final})
+    # Before batch norm some gradients are rounding noise, and AdamW makes steps of them: whole tensors are compared with how far they went.
+    before = start(kind).state_dict()
+    for name, value in final.items():
+        gone, apart = ((x.double() - alone[kind][name]).norm().item() for x in (before[name], value))
+        assert apart < 0.01 * gone or name.endswith("k_proj.bias"), name  # softmax cancels that one
 
 
 @each
