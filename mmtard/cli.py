@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,6 +118,12 @@ def parser() -> argparse.ArgumentParser:
                 "mmtard compare runs/a/evaluations/quick-val-linf-2_255-0c1d2e3f runs/b/evaluations/quick-val-linf-2_255-0c1d2e3f")
     p.add_argument("a", type=Path, metavar="A", help="results.json, or the folder of one")
     p.add_argument("b", type=Path, metavar="B")
+
+    p = command("report", _report, "One HTML page of runs and models: training, accuracy under attack, images, health, commands; figures as PNGs.",
+                "mmtard report runs/b32 runs/baseline --out reports/b32")
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or a results.json or folder of them of a model that is no run")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--images", type=_natural, default=6, metavar="N", help="samples of each model that are attacked for the page, on the CPU (default 6; 0: none)")
 
     p = command("export", _export, "Write a run as a folder that open_clip loads, with the image tower alone and a model card.", "mmtard export runs/b32 exported/b32")
     p.add_argument("run_folder", type=Path, metavar="RUN", help="run or checkpoint folder")
@@ -267,6 +274,15 @@ def _compare(args) -> None:
     from .evaluate import compare
 
     compare.show(compare.compare(args.a, args.b), args.a, args.b)
+
+
+def _report(args) -> None:
+    for run in args.runs:
+        if not run.exists():
+            raise UserError(f"'{run}' does not exist; give a run's folder, or a results.json or its folder")
+    from .report import report
+
+    print(report(args.runs, args.out, args.images, command=shlex.join(sys.argv)))
 
 
 def _export(args) -> None:

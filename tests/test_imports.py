@@ -43,7 +43,7 @@ ROOMS = {
     "targets": {"config", "data", "heads", "methods", "parallel", "towers"},
     "teachers": {"config", "methods", "parallel", "towers"},
     "flops": {"config", "methods", "objectives", "towers"},
-    "export": {"checkpoint", "config", "errors", "lora", "towers"},
+    "export": {"checkpoint", "config", "errors", "evaluate", "lora", "report", "towers"},
     # data
     "data": {"config", "errors"},
     # engine, and the verbs
@@ -51,10 +51,11 @@ ROOMS = {
     "alarm": {"config", "data", "distill", "evaluate", "losses", "parallel"},
     "train": {"alarm", "checkpoint", "config", "data", "distill", "engine", "errors", "flops", "history", "metrics", "parallel", "preempt", "run_folder", "student", "targets", "teachers", "terms", "towers", "trackers", "watchdog"},
     "evaluate": {"attacks", "config", "data", "errors", "losses", "methods", "parallel", "preempt", "run_folder", "towers"},
+    "report": {"config", "data", "errors", "evaluate", "history", "methods", "metrics", "towers"},
     "runs": {"config", "errors", "history", "slurm"},
     "preflight": {"config", "data", "engine", "errors", "parallel", "run_folder", "towers"},
     "quickstart": {"config", "data", "errors", "evaluate", "parallel", "towers"},
-    "cli": {"config", "data", "errors", "evaluate", "export", "history", "parallel", "preempt", "preflight", "runs", "trackers", "train"},
+    "cli": {"config", "data", "errors", "evaluate", "export", "history", "parallel", "preempt", "preflight", "report", "runs", "trackers", "train"},
     "__main__": {"cli"},
 }
 MATHEMATICS = ("losses", "attacks", "weighting", "methods", "objectives", "distill")

@@ -130,8 +130,8 @@ def test_a_run_is_loaded_and_exported_merged(run, tmp_path):
 def test_peft_loads_the_exported_adapter_on_the_open_clip_model(run, tmp_path, ema, scale):
     folder, tower = run
     written = export(Model(weights=str(folder), ema=ema), tmp_path / "out")
-    assert [p.name for p in written] == ["adapter_config.json", "adapter_model.safetensors"]
-    assert json.loads(written[0].read_text())["base_model_name_or_path"].endswith("tests-vit.json/random")
+    assert [p.name for p in written] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert json.loads(written[1].read_text())["base_model_name_or_path"].endswith("tests-vit.json/random")
     clip = towers.load(Model(weights=str(folder / "start")))
     loaded = peft.PeftModel.from_pretrained(clip.model, tmp_path / "out").eval()
     for name, p in tower.named_parameters():

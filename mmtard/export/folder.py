@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 
-from .. import checkpoint, towers
+from .. import towers
 from ..config import Model
 from ..errors import UserError
 from ..lora import ADAPTER_CONFIG
 from .adapter import Adapter
+from .card import model_card
 from .hf import FOLDER as HF_FOLDER, save_transformers
 
-TOWER_FILE = "image_tower.pt"
+TOWER_FILE, CARD = "image_tower.pt", "README.md"
 
 
 def export(source: Model, out: Path, hf: bool = False, merge_lora: bool = False) -> list[Path]:
@@ -34,7 +35,7 @@ def export(source: Model, out: Path, hf: bool = False, merge_lora: bool = False)
     if hf and adapter.found and not merge_lora:
         raise UserError("--hf: transformers loads whole models alone; add --merge-lora to fold the adapter into the weights")
     as_adapter = adapter.found and not merge_lora
-    clip = None if as_adapter else towers.load(source, where="export")
+    clip = towers.load(source, where="export")  # with an adapter folded in, which the card describes
     scratch = out.with_name(f".{out.name}.exporting")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
@@ -45,6 +46,7 @@ def export(source: Model, out: Path, hf: bool = False, merge_lora: bool = False)
             torch.save(clip.model.visual.state_dict(), scratch / TOWER_FILE)
         if hf:
             save_transformers(clip, scratch / HF_FOLDER)
+        (scratch / CARD).write_text(model_card(clip, source, hf, as_adapter), encoding="utf-8")
         shutil.rmtree(out, ignore_errors=True)
         scratch.rename(out)
     except OSError as error:
@@ -52,11 +54,3 @@ def export(source: Model, out: Path, hf: bool = False, merge_lora: bool = False)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return sorted(path for path in out.rglob("*") if path.is_file())
-
-
-def _run_of(source: Model) -> Path | None:
-    """The run folder that the weights come from; None when they come from elsewhere."""
-    folder = Path(source.weights)
-    if not folder.is_dir() or (folder / towers.CONFIG_FILE).is_file():
-        return None
-    return checkpoint.resolve(folder)[0]

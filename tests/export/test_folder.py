@@ -36,7 +36,7 @@ def trained(vit, run, seed):
 @pytest.mark.parametrize("source, seed", [("", 3), ("checkpoints/step-1", 2)])
 def test_open_clip_loads_the_folder_with_the_trained_embeddings(vit, run, tmp_path, source, seed):
     written = export(Model(weights=str(run / source)), tmp_path / "out")
-    assert {p.name for p in written} == {"open_clip_config.json", "open_clip_model.safetensors", "image_tower.pt"}
+    assert {p.name for p in written} == {"open_clip_config.json", "open_clip_model.safetensors", "image_tower.pt", "README.md"}
     clip = trained(vit, run, seed)
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -62,7 +62,7 @@ def test_an_earlier_export_is_replaced_whole(vit, run, tmp_path):
     export(Model(weights=str(run / "checkpoints/step-1")), tmp_path / "out")
     (tmp_path / "out" / "of_an_older_version.bin").touch()
     written = export(Model(weights=str(run)), tmp_path / "out")
-    assert len(written) == 3
+    assert len(written) == 4
     state = torch.load(tmp_path / "out" / "image_tower.pt", weights_only=True)
     assert torch.equal(state["proj"], trained(vit, run, 3).model.visual.proj)
 

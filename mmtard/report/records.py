@@ -1,0 +1,124 @@
+"""What the report reads of a results.json (format 2, written by `mmtard evaluate`), with names instead of keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..errors import UserError
+from ..evaluate import results
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class Accuracy(Record):
+    """A share of samples, its 95 % interval, and of how many."""
+
+    accuracy: float
+    interval95: tuple[float, float]
+    n: int
+
+
+class WorstClass(Record):
+    name: str
+    accuracy: float
+    n: int
+
+
+class UnderAttack(Record):
+    """`attacks`: what stands after each attack, in the order in which they ran."""
+
+    attacks: dict[str, Accuracy]
+    robust: Accuracy
+    worst_class: WorstClass | None = None
+
+
+class Outcomes(Record):
+    """One entry a sample: the attack that broke it or None, the prediction under attack, whether it stood."""
+
+    broken_by: list[str | None]
+    prediction: list[int]
+    robust: list[bool]
+
+
+class Samples(Record):
+    ids: list[int]
+    labels: list[int]
+    clean: list[bool]
+    clean_prediction: list[int]
+    eps: dict[str, Outcomes] = {}
+
+
+class Check(Record):
+    check: str
+    status: Literal["PASS", "WARN", "FAIL"]
+    detail: str
+
+
+class Measured(Record):
+    """One dataset of an evaluation. Radii as they are written, `2/255`, in ascending order as the protocol lists them."""
+
+    name: str
+    kind: str
+    data: str | list[str]
+    fingerprint: str
+    health: list[Check] = []
+
+
+class Zeroshot(Measured):
+    classes: list[str]
+    chance: float
+    n_total: int
+    templates: list[str]
+    perturb_at: str
+    perturbed_size: tuple[int, int]
+    clean_all: Accuracy
+    clean: Accuracy
+    eps: dict[str, UnderAttack]
+    samples: Samples
+
+
+class Settings(Record):
+    norm: str
+    attacks: list[str]
+    iters: int
+    seed: int
+
+
+class About(Record):
+    """The model that was measured; sha256 is of its image tower."""
+
+    weights: str
+    sha256: str
+
+
+class Evaluation(Record):
+    """A results.json and where it lies."""
+
+    path: Path
+    protocol: str
+    command: str
+    model: About
+    settings: Settings
+    environment: dict = {}
+    datasets: list[Measured]
+
+    @property
+    def zeroshot(self) -> list[Zeroshot]:
+        return [d for d in self.datasets if isinstance(d, Zeroshot)]
+
+
+def read(path: Path) -> Evaluation:
+    """Raises UserError naming the file and what of it is not as `mmtard evaluate` writes it."""
+    found = results.read(path)
+    try:
+        datasets = [(Zeroshot if d.get("kind") == "zeroshot" else Measured).model_validate(d) for d in found.get("datasets", [])]
+        return Evaluation.model_validate({**found, "path": path, "datasets": datasets})
+    except (ValidationError, AttributeError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("datasets",), "msg": str(error)}
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"'{path}': {where}: {first['msg']}; evaluate the model again") from None

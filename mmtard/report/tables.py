@@ -1,0 +1,123 @@
+"""The report's tables as rows of cells, ready for the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .groups import LEFT_OUT_OF_MEANS, Group, difference, mean
+from .records import Accuracy, Zeroshot
+from .sources import Source
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`text` in large, `below` in small letters: an interval, or why there is nothing; `change` against the first model."""
+
+    text: str
+    below: str = ""
+    change: str = ""
+
+
+@dataclass
+class Table:
+    """`head`: (text, columns it spans) of each of its rows; `rows`: a name and its cells; `notes` under the table."""
+
+    head: list[list[tuple[str, int]]]
+    rows: list[tuple[str, list[Cell]]]
+    caption: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+NONE = Cell("–")
+
+
+def pivot(group: Group, sources: list[Source]) -> Table:
+    """Datasets down, models across: clean and robust accuracy, with differences to the first model that has a number there."""
+    shown = [i for i, model in enumerate(group.models) if model]
+    measures = [None, *group.eps]
+    head = [
+        [("", 1), *((sources[i].name, len(measures)) for i in shown), ("", 1)],
+        [("dataset", 1), *((_measure(e), 1) for _ in shown for e in measures), ("chance", 1)],
+    ]
+    rows = [(name, _dataset_row(group, shown, measures, name)) for name in group.datasets]
+    if len(group.shared) > 1:
+        rows.append((f"mean of {len(group.shared)}", _mean_row(group, shown, measures, group.shared)))
+    without = [name for name in group.shared if name != LEFT_OUT_OF_MEANS]
+    if without and without != group.shared:
+        rows.append((f"mean without {LEFT_OUT_OF_MEANS}", _mean_row(group, shown, measures, without)))
+    first = sources[shown[0]].name if shown else ""
+    notes = ["In %; small: 95 % interval. Clean accuracy is of all samples, robust accuracy of those attacked."]
+    if len(shown) > 1:
+        notes.append(f"Δ: points above {first}; p: McNemar's test on the same samples.")
+    if len(shown) > 1 and set(group.shared) != set(group.datasets):
+        notes.append("Means are over the datasets that every model was measured on.")
+    if any(cell.change.endswith("*") for _, cells in rows for cell in cells):
+        notes.append("*: not the same samples, so no paired test.")
+    notes += [f"Not shown, an older evaluation of {text}." for text in group.older]
+    return Table(head, rows, group.title, notes)
+
+
+def _measure(eps: str | None) -> str:
+    return "clean" if eps is None else f"eps {eps}"
+
+
+def _dataset_row(group: Group, shown: list[int], measures: list, name: str) -> list[Cell]:
+    cells, chance = [], "–"
+    for i in shown:
+        dataset = group.models[i].get(name)
+        if dataset is None:
+            cells += [NONE] * len(measures)
+            continue
+        chance = percent(dataset.chance)
+        first = group.models[shown[0]].get(name)
+        for eps in measures:
+            value = dataset.clean_all if eps is None else dataset.eps[eps].robust if eps in dataset.eps else None
+            compared = difference(first, dataset, eps) if value and first and i != shown[0] else None
+            cells.append(NONE if value is None else Cell(percent(value.accuracy), interval(value), _change(compared)))
+    return [*cells, Cell(chance)]
+
+
+def _mean_row(group: Group, shown: list[int], measures: list, names: list[str]) -> list[Cell]:
+    cells = []
+    for i in shown:
+        for eps in measures:
+            value, first = (mean([group.models[j][name] for name in names], eps) for j in (i, shown[0]))
+            change = f"Δ {100 * (value - first):+.1f}" if value is not None and first is not None and i != shown[0] else ""
+            cells.append(NONE if value is None else Cell(percent(value), change=change))
+    return [*cells, Cell("")]
+
+
+def _change(compared: dict | None) -> str:
+    if compared is None:
+        return ""
+    points = f"Δ {100 * compared['difference']:+.1f}"
+    if not compared["paired"]:
+        return f"{points}*"
+    return points if compared["p"] is None else f"{points}, p {compared['p']:.2g}"
+
+
+def details(datasets: list[Zeroshot], caption: str) -> Table:
+    """All of one evaluation: a row for each dataset and radius, what stands after each attack, and the worst class."""
+    attacks = list(dict.fromkeys(name for d in datasets for e in d.eps.values() for name in e.attacks))
+    columns = ["dataset", "eps", "clean, all", "clean, same samples", *(f"after {name}" for name in attacks), "robust", "worst class", "chance", "pixels"]
+    rows = []
+    for d in datasets:
+        for eps, at in d.eps.items():
+            after = [percent(at.attacks[name].accuracy) if name in at.attacks else "–" for name in attacks]
+            worst = Cell(percent(at.worst_class.accuracy), f"{at.worst_class.name}, n {at.worst_class.n}") if at.worst_class else NONE
+            cells = [Cell(eps), accuracy(d.clean_all), accuracy(d.clean), *map(Cell, after), accuracy(at.robust), worst, Cell(percent(d.chance))]
+            rows.append((d.name, [*cells, Cell("x".join(map(str, d.perturbed_size)), d.perturb_at)]))
+    return Table([[(name, 1) for name in columns]], rows, caption)
+
+
+def accuracy(value: Accuracy) -> Cell:
+    return Cell(percent(value.accuracy), f"{interval(value)}, n {value.n}")
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
+
+
+def interval(value: Accuracy) -> str:
+    low, high = value.interval95
+    return f"{100 * low:.1f}–{100 * high:.1f}"

@@ -1,0 +1,58 @@
+import pytest
+from written import dataset, results, save, write_run
+
+from mmtard.errors import UserError
+from mmtard.report import sources
+
+
+def test_a_run_brings_its_files_and_says_what_it_lacks(tmp_path):
+    folder = write_run(tmp_path / "a", probes=None)
+    (source,) = sources.read([folder])
+    assert (source.name, len(source.metrics), source.starts[0]["world_size"]) == ("a", 10, 2)  # the line cut short is left out
+    assert source.missing == ["clean and robust accuracy during training: no probes.jsonl", "accuracy under attack: no evaluations/**/results.json"]
+    (folder / "environment.json").unlink()
+    (folder / "metrics.jsonl").unlink()
+    (source,) = sources.read([folder])
+    assert [text.partition(":")[0] for text in source.missing[:2]] == ["versions, hosts and the command", "training curves"]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    names = [s.name for s in sources.read([write_run(tmp_path / "x/a"), write_run(tmp_path / "y/a"), write_run(tmp_path / "b")])]
+    assert names == ["a", "y/a", "b"]
+    assert [s.name for s in sources.read([tmp_path / "b"] * 2)][0] == "b" != sources.read([tmp_path / "b"] * 2)[1].name
+
+
+def test_results_alone_are_a_source_for_each_model(tmp_path):
+    flags = [True, False]
+    save(results([dataset("A", flags, {"2/255": flags})], weights="exported/one", sha256="1"), tmp_path / "all" / "x")
+    save(results([dataset("B", flags, {"2/255": flags})], weights="exported/one", sha256="1"), tmp_path / "all" / "y")
+    save(results([dataset("A", flags, {"2/255": flags})], weights="two.pt", sha256="2"), tmp_path / "all" / "z")
+    found = {s.name: len(s.evaluations) for s in sources.read([tmp_path / "all"])}
+    assert found == {"one": 2, "two.pt": 1}
+    (source,) = sources.read([tmp_path / "all" / "z" / "results.json"])
+    assert source.name == "z" and not source.is_run and "training" in source.missing[0]
+
+
+def test_a_damaged_evaluation_is_named_and_the_others_stay(tmp_path):
+    folder = write_run(tmp_path / "a")
+    flags = [True, False]
+    save(results([dataset("A", flags, {"2/255": flags})]), folder / "evaluations" / "good")
+    broken = results([dataset("A", flags, {"2/255": flags})])
+    del broken["datasets"][0]["clean_all"]
+    bad = save(broken, folder / "evaluations" / "bad")
+    save({"format": 1}, folder / "evaluations" / "old")
+    (source,) = sources.read([folder])
+    assert len(source.evaluations) == 1
+    told = " ".join(source.missing)
+    assert f"'{bad}': clean_all: Field required" in told and "format 1, this version reads 2" in told
+
+
+@pytest.mark.parametrize("content, words", [(None, "does not exist"), ("", "neither a run's folder nor holds a results.json"), ("{", "is not JSON")])
+def test_what_is_neither_is_refused(tmp_path, content, words):
+    path = tmp_path / "thing"
+    if content is not None:
+        path.mkdir()
+    if content:
+        (path / "results.json").write_text(content)
+    with pytest.raises(UserError, match=words):
+        sources.read([path])
