@@ -144,7 +144,7 @@ def _teachers(path: Path, overrides: list[str], students: list[Config]) -> dict[
     """`teacher NAME` -> the configuration that trains it, for teachers whose weights are the run folder of one in teachers/."""
     known = {}
     shared = [o for o in overrides if any(o.startswith((f"{key}=", f"{key}.")) for key in SHARED)]
-    for file in sorted((path.parent / "teachers").glob("*.yaml")):
+    for file in sorted(file for folder in (path.parent, path.parent.parent) for file in (folder / "teachers").glob("*.yaml")):
         try:
             config = settings.load(file, shared)
         except UserError as error:

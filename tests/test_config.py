@@ -1,4 +1,5 @@
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import yaml
@@ -34,6 +35,19 @@ WRONG = [  # override(s), words of the one line that answers them
     ("teachers={}", "teachers.clean: method 'mmtard'|needs this teacher; add it"),
     ("method={name: clean} & teachers={clean: {weights: a}}", "teachers.clean: no part of method 'clean'"),
     ("method={name: tecoa} & teachers={} & attack.objective=kl_robust", "teachers.robust: method 'tecoa' with attack objective 'kl_robust' needs"),
+    ("teachers.clean.weights=null", "teachers.clean.weights: None|string"),
+    ("teachers={clean: {}, robust: {weights: a}}", "teachers.clean.weights: this setting is required; only the teacher `start` is the untouched student"),
+    ("teachers.start={weights: a}", "teachers.start: no part of method 'mmtard' uses this teacher; remove it (used: clean, robust)"),
+    ("method.views={clean: clean}", "teachers.robust: no part of method 'mmtard' uses this teacher; remove it (used: clean)"),
+    ("method.views={clean: clean, robust: adv, third: adv}", "teachers.third: method 'mmtard'|needs this teacher; add it"),
+    ("method.views={clean: noisy}", "method.views.clean: 'noisy'|'clean' or 'adv'"),
+    ("method.views={}", "method.views: {}|at least 1"),
+    ("method.weighting=entrpy", "method.weighting: 'entrpy'|'uniform', 'official', 'confidence_sigmoid', 'hardness', 'entropy' or 'mtard'"),
+    ("attack={objective: kl_fused, fusion: {clean: 1, third: 2}}", "teachers.third: method 'mmtard' with attack objective 'kl_fused' needs this teacher"),
+    ("attack={objective: kl_fused, fusion: {clean: 0}}", "attack.fusion.clean: 0|greater than 0"),
+    ("attack.fusion={clean: 1}", "attack.fusion: attack objective 'kl_clean' fuses no teachers; set attack.objective=kl_fused or remove it"),
+    ("method={name: tecoa} & teachers={} & attack.objective=kl_fused", "attack.objective: 'kl_fused' needs teachers to fuse; list them in attack.fusion"),
+    ("attack={restarts: 2, random_start: false}", "attack.restarts: 2 restarts without a random start are all the same; set attack.random_start=true"),
     ("train.batch_size=6", "data.lanes: 4 lanes do not divide train.batch_size 6; make it a divisor"),
     ("resume.watchdog_minutes=30", "resume.watchdog_minutes: 30|less than 30"),
     ("resume.max_timeout=3", "did you mean 'resume.max_timeouts'?"),
@@ -193,3 +207,72 @@ def test_world_size_of_a_launcher(monkeypatch, env, world):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert config.world_size_from_env() == world
+
+
+# ---------------------------------------------------------------- the untouched student, fused targets, labels
+
+
+def test_a_method_that_needs_the_untouched_student_finds_it_in_the_run_folder(tree, write):
+    path = write(tree)
+    fare = config.load(path, ["method={name: fare}", "teachers={}", "run_dir=runs/a"])
+    assert fare.teachers == {} and {n: (t.weights, t.placement) for n, t in fare.ensemble.items()} == {"start": ("runs/a/start", "replicated")}
+    placed = config.load(path, ["method={name: fare}", "teachers={start: {placement: sharded}}", "run_dir=runs/a"])
+    assert {n: (t.weights, t.placement) for n, t in placed.ensemble.items()} == {"start": ("runs/a/start", "sharded")}
+    other = config.load(path, ["method={name: fare}", "teachers={start: {weights: openai, arch: ViT-L-14}}"])
+    assert (other.ensemble["start"].weights, other.ensemble["start"].arch) == ("openai", "ViT-L-14")
+    assert config.differences(placed, config.load(path, ["method={name: fare}", "teachers={start: {placement: sharded}}", "run_dir=elsewhere"])) == {}
+    assert config.load(path).ensemble == config.load(path).teachers
+
+
+def test_a_teacher_of_the_base_is_taken_away_with_null(tree, write):
+    write(tree, "base.yaml")
+    c = config.load(write({"base": "base.yaml", "teachers": {"clean": None}, "method": {"name": "rslad"}}))
+    assert list(c.teachers) == ["robust"]
+
+
+@pytest.mark.parametrize(
+    "overrides, fusion",
+    [([], {}), (["attack.objective=kl_fused"], {"clean": 0.5, "robust": 0.5}), (["attack={objective: kl_fused, fusion: {clean: 1, robust: 3}}"], {"clean": 0.25, "robust": 0.75})],
+)
+def test_the_weights_of_a_fused_target_add_up_to_one(tree, write, overrides, fusion):
+    assert config.load(write(tree), overrides).fusion == fusion
+
+
+@pytest.mark.parametrize(
+    "overrides, needed",
+    [
+        ([], True),
+        (["method.weighting=uniform"], False),
+        (["method.weighting=uniform", "attack.objective=ce"], True),
+        (["method.weighting=hardness"], True),
+        (["method={name: fare}", "teachers={}"], False),
+        (["method={name: fare}", "teachers={}", "attack.objective=ce_targeted"], True),
+        (["method={name: tecoa}", "teachers={}"], True),
+        (["method={name: tecoa}", "teachers={}", "data.targets=captions"], False),
+    ],
+)
+def test_labels_are_needed_where_the_loss_or_the_attack_reads_them(tree, write, overrides, needed):
+    assert config.load(write(tree), overrides).needs_labels is needed
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_every_configuration_is_valid_and_opens_with_its_command(path, tmp_path):
+    if path.name == "base.yaml":  # what others share
+        pytest.skip("no run of its own")
+    name, text = path.relative_to(CONFIGS.parent), path.read_text()
+    c = config.load(path, [f"data.shards={tmp_path}"])
+    head = [line for line in text.splitlines() if line.startswith("#")]
+    assert text.startswith("#") and any(str(name) in line for line in head)
+    if path.parent.name in ("baselines", "ablations"):
+        main = config.load(CONFIGS / "vitb32_mmtard.yaml", [f"data.shards={tmp_path}"])
+        changed = {key.split(".")[0] for key in config.differences(main, c)}
+        assert changed <= {"teachers", "method", "attack"} and {k for k in config.differences(main, c) if k.startswith("attack")} <= {"attack.objective", "attack.fusion", "attack.fusion.clean", "attack.fusion.robust"}
+        assert c.run_dir == f"runs/{path.parent.name}/{path.stem}" and "not yet measured" in text and "Hardware" in text
+        assert path.parent.name != "baselines" or c.method.name == path.stem
+
+
+def test_every_method_but_the_main_one_has_its_baseline():
+    assert {p.stem for p in (CONFIGS / "baselines").glob("*.yaml")} == set(config.METHODS) - {"mmtard", "clean"}

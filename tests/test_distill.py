@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mmtard import attacks, objectives
 from mmtard.attacks import pgd
 from mmtard.config import validate
 from mmtard.distill import Distillation, perturb
@@ -51,20 +52,25 @@ class Teacher:
     def __init__(self, seed, head):
         self.tower, self.head = Tower(seed).eval().requires_grad_(False), head
 
+    @torch.no_grad()
     def __call__(self, images, tokens=False):
+        return self.head(self.tower(images))
+
+    def differentiable(self, images):
         return self.head(self.tower(images))
 
 
 def setting(method, attack=None):
     """A Distillation, its student and its teachers; a teacher that the configuration does not name does not exist."""
-    needs = {"clean": [], "tecoa": [], "ard": ["robust"], "mmtard": ["clean", "robust"]}[method["name"]]
+    needs = {"ard": ["robust"], "rslad": ["robust"], "adaad": ["robust"], "mmtard": ["clean", "robust"]}.get(method["name"], [])
+    untouched = ["start"] if method["name"] in ("fare", "sim_clip", "pmg_aft") else []  # which the configuration need not list
     attack = {"eps": "4/255", "step_size": "2/255", "steps": STEPS, **(attack or {})}
     config = validate({
         "run_dir": "r", "student": {"weights": "random"}, "teachers": {n: {"weights": "random"} for n in needs},
         "method": method, "attack": attack, "data": {"shards": "s", "lanes": 2}, "train": {"steps": 1, "batch_size": B},
     })  # fmt: skip
     head = Head(F.normalize(torch.randn(C, D, generator=torch.Generator().manual_seed(9)), dim=-1), 10.0)
-    student, teachers = Student(), {n: Teacher(seed, head) for seed, n in enumerate(needs, 1)}
+    student, teachers = Student(), {n: Teacher(seed, head) for seed, n in enumerate([*needs, *untouched], 1)}
     return Distillation(config, student, head, teachers), student, {n: t.tower for n, t in teachers.items()}
 
 
@@ -80,6 +86,13 @@ CASES = [
     ({"name": "ard", "teacher_view": "adv"}, {"objective": "kl_robust"}, {"robust": ["clean", "adv"]}, STEPS, ["adv"]),
     ({"name": "mmtard"}, {}, {"clean": ["clean"], "robust": ["adv"]}, STEPS, ["adv", "clean"]),
     ({"name": "mmtard"}, {"objective": "kl_robust"}, {"clean": ["clean"], "robust": ["clean", "adv"]}, STEPS, ["adv", "clean"]),
+    ({"name": "mmtard"}, {"objective": "kl_fused"}, {"clean": ["clean"], "robust": ["clean", "adv"]}, STEPS, ["adv", "clean"]),
+    ({"name": "fare"}, {}, {"start": ["clean"]}, STEPS, ["adv"]),
+    ({"name": "pmg_aft"}, {}, {"start": ["adv"]}, STEPS, ["adv", "clean"]),
+    ({"name": "trades"}, {}, {}, STEPS + 1, ["adv", "clean"]),
+    ({"name": "tecoa"}, {"objective": "ce_targeted"}, {}, STEPS, ["adv"]),
+    ({"name": "tecoa"}, {"steps": 1}, {}, 1, ["adv"]),
+    ({"name": "rslad"}, {"restarts": 3}, {"robust": ["clean"]}, 3 * STEPS + 3, ["adv", "clean"]),
 ]
 
 
@@ -161,3 +174,75 @@ def test_the_attack_section_reaches_the_attack():
         adv = perturb(distillation.attack, lambda x: starts.append(x.detach().clone()) or x.flatten(1) @ torch.linspace(-1, 1, 48), IMAGES, SEEDS)
         assert starts[0].equal(IMAGES) and len(starts) == STEPS
         assert (adv - IMAGES).flatten(1).norm(dim=1).max() == pytest.approx(eps, rel=0.05)  # the range cuts a little off
+
+
+# ---------------------------------------------------------------- restarts, moving teachers, stored embeddings, state
+
+
+def test_each_sample_keeps_the_worst_of_its_restarts_whatever_its_batch():
+    w = torch.linspace(-1, 1, 48)
+
+    def bumpy(x):  # many local maxima, so that the start matters
+        return torch.sin(200 * (x.flatten(1) * w).sum(1)) + torch.cos(70 * x.flatten(1).sum(1))
+
+    one, four = (setting({"name": "tecoa"}, {"eps": "16/255", "restarts": n})[0].attack for n in (1, 4))
+    single, several = (perturb(attack, bumpy, IMAGES, SEEDS) for attack in (one, four))
+    each = [perturb(one, bumpy, IMAGES, attacks.derive_seeds(SEEDS, r) if r else SEEDS) for r in range(4)]
+    assert each[0].equal(single) and not any(a.equal(single) for a in each[1:])
+    best = torch.stack([bumpy(a) for a in each]).max(0)
+    assert bumpy(several).equal(best.values) and len(set(best.indices.tolist())) > 1
+    assert all(several[i].equal(each[r][i]) for i, r in enumerate(best.indices.tolist()))
+    assert perturb(four, bumpy, IMAGES[2:4], SEEDS[2:4]).equal(several[2:4])
+
+
+def test_the_adaptive_attack_follows_the_gradient_through_the_teacher():
+    """Against pgd with the plain formula, both networks moving; its input gradient against float64."""
+    distillation, student, teachers = setting({"name": "adaad"}, {"steps": 5, "eps": "32/255", "step_size": "16/255"})
+    loss, _ = distillation(IMAGES, LABELS, SEEDS)
+    adv = student.tower.calls[-1][0]
+    assert [len(student.tower.calls), len(teachers["robust"].calls)] == [5 + 1, 5 + 1]
+    assert [grad for *_, grad in teachers["robust"].calls] == [True] * 5 + [False]
+    assert all(p.grad is None for t in (student.tower, teachers["robust"]) for p in t.parameters())
+    student.tower.eval()
+
+    def plain(x, text=distillation.head.class_embeddings):
+        p, q = (F.softmax(10 * F.normalize(t(x), dim=-1) @ text.T, -1) for t in (teachers["robust"], student.tower))
+        return (p * (p / q).log()).sum(-1)
+
+    assert torch.allclose(adv, pgd(plain, IMAGES, norm="linf", eps=32 / 255, step_size=16 / 255, steps=5, seeds=SEEDS), atol=1e-6)
+    x = IMAGES.clone().requires_grad_()
+    maximise = objectives.attack_loss(distillation.objective, {}, LABELS, SEEDS)
+    ours = torch.autograd.grad(maximise(distillation.head(student.tower(x)), distillation.teachers["robust"].differentiable(x)).sum(), x)[0]
+    x = IMAGES.double().requires_grad_()
+    student.tower.double(), teachers["robust"].double()
+    exact = torch.autograd.grad(plain(x, distillation.head.class_embeddings.double()).sum(), x)[0]
+    assert (ours - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("method", [{"name": "mmtard"}, {"name": "fare"}])
+def test_stored_embeddings_stand_for_a_teacher_on_the_clean_images_alone(method):
+    name = "start" if method["name"] == "fare" else "clean"
+    live = setting(method)[0](IMAGES, LABELS, SEEDS)
+    distillation, _, teachers = setting(method)
+    stored = teachers[name](IMAGES).detach()
+    teachers[name].calls.clear()
+    loss, terms = distillation(IMAGES, LABELS, SEEDS, {name: stored})
+    assert loss.equal(live[0]) and all(terms[k].equal(live[1][k]) for k in terms) and not teachers[name].calls
+    changed, _ = setting(method)[0](IMAGES, LABELS, SEEDS, {name: stored + 1})
+    assert not changed.equal(loss)
+    robust, _, asked = setting({"name": "ard", "teacher_view": "adv"})
+    assert robust(IMAGES, LABELS, SEEDS, {"robust": stored})[0].isfinite().all() and len(asked["robust"].calls) == 1
+
+
+def test_the_state_of_a_method_moves_with_the_means_it_is_told():
+    distillation, _, _ = setting({"name": "mmtard", "weighting": "mtard", "rate": 0.5})
+    first, terms = distillation(IMAGES, LABELS, SEEDS)
+    assert terms["w_robust"].eq(0.5).all()
+    distillation.end_step({"kl_robust": 2.0, "kl_clean": 1.0})
+    distillation.end_step({"kl_robust": 2.0, "kl_clean": 0.0})
+    again, terms = distillation(IMAGES, LABELS, SEEDS)
+    assert terms["w_robust"].eq(0.75).all() and terms["w_clean"].eq(0.25).all()
+    assert torch.allclose(again, 0.75 * terms["kl_robust"] + 0.25 * terms["kl_clean"])
+    stateless = setting({"name": "tecoa"})[0]
+    stateless.end_step({"loss": 1.0})
+    assert stateless.state == {}

@@ -90,7 +90,7 @@ def of_single_teacher(name, s):
         case "pmg_aft":
             return ce_adv + s.general_weight * kl(p("start", "adv"), adv) + s.clean_weight * kl(clean, adv)
         case "tga_zsr":
-            near = [np.sqrt(((attention("student", v) - attention("start", "clean")) ** 2).sum(1)) for v in ("adv", "clean")]
+            near = [np.sqrt(((attention("student", v) - attention("start", "clean")) ** 2).sum(1) + 1e-6) for v in ("adv", "clean")]
             return ce_adv + s.alpha * near[0] + s.beta * near[1]
         case "trades":
             return ce_clean + s.beta * kl(clean, adv)

@@ -283,3 +283,23 @@ def test_class_embeddings_equal_open_clips_zero_shot_classifier(base, batch_size
 def test_logit_scale_is_its_exponential(base):
     assert base.logit_scale == pytest.approx(1 / 0.07, rel=1e-6)  # CLIP's initial temperature
     assert json.loads(json.dumps(base.config)) == base.config
+
+
+# ---------------------------------------------------------------- patch tokens
+
+
+def test_tokens_are_the_patches_in_the_space_of_the_embeddings(base):
+    tower, x = base.tower().eval(), images(16)
+    v = tower.visual
+    with torch.no_grad():
+        plain, (z, tokens) = tower(x), tower(x, tokens=True)
+        hidden = v.ln_post(v.transformer(v._embeds((x - tower.mean) / tower.std)))
+        assert z.equal(plain) and tokens.shape == (2, 4, 16)
+        assert torch.allclose(tokens, hidden[:, 1:] @ v.proj, atol=1e-6) and torch.allclose(z, hidden[:, 0] @ v.proj, atol=1e-6)
+        assert tower(x).equal(plain) and base.tower().eval()(x, tokens=True)[1].equal(tokens)  # a second tower of the same weights projects once
+
+
+def test_a_resnet_has_no_patch_tokens_and_says_so(resnet, base):
+    towers.require_tokens(base.tower(), "student")
+    with pytest.raises(UserError, match="student: the method reads a ViT's patch tokens, which a ModifiedResNet does not give; choose a ViT"):
+        towers.require_tokens(towers.load(Model(arch=resnet, weights="random")).tower(), "student")

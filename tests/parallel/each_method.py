@@ -1,0 +1,180 @@
+"""Three steps of every objective on fixed tiny towers and images: under ZeRO as ranks of a launch, or in plain PyTorch.
+
+Usage: each_method.py OUT; one ZeRO stage and teachers' placement a case. Teachers differ in width, resolution and embedding.
+"""
+
+import json
+import sys
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
+
+from mmtard import config, parallel
+from mmtard.distill import Distillation
+from mmtard.losses import kl
+from mmtard.methods import Head
+from mmtard.terms import Terms
+from mmtard.towers import ImageTower
+
+STEPS, BATCH, CLASSES, LR = 3, 8, 5, 1e-3
+TOWERS = {  # seed, width, embedding, pixels
+    "student": (0, 32, 16, 16), "start": (0, 32, 16, 16), "clean": (1, 32, 16, 16), "robust": (2, 48, 24, 24), "third": (3, 16, 8, 8),
+}  # fmt: skip
+CASES = {  # method, attack, ZeRO stage, placement of the teachers
+    "clean": ({"name": "clean"}, {}, 1, None),
+    "tecoa": ({"name": "tecoa"}, {"objective": "ce_targeted", "restarts": 2}, 2, None),
+    "fare": ({"name": "fare"}, {}, 2, "sharded"),
+    "sim_clip": ({"name": "sim_clip"}, {}, 3, "replicated"),
+    "pmg_aft": ({"name": "pmg_aft"}, {}, 2, "replicated"),
+    "tga_zsr": ({"name": "tga_zsr", "alpha": 2.0, "beta": 1.0}, {}, 2, "replicated"),
+    "tga_zsr, stage 3": ({"name": "tga_zsr", "alpha": 2.0, "beta": 1.0}, {}, 3, "sharded"),
+    "trades": ({"name": "trades"}, {}, 3, None),
+    "ard": ({"name": "ard"}, {}, 0, "replicated"),
+    "rslad": ({"name": "rslad"}, {}, 2, "sharded"),
+    "iad": ({"name": "iad"}, {}, 1, "replicated"),
+    "adaad": ({"name": "adaad", "alpha": 0.5}, {}, 3, "sharded"),
+    "mtard": ({"name": "mtard", "rate": 0.5}, {"steps": 1}, 2, "replicated"),
+    "mmtard": ({"name": "mmtard"}, {"objective": "kl_fused"}, 2, "sharded"),
+    "mmtard, three teachers": (
+        {"name": "mmtard", "weighting": "mtard", "rate": 0.5, "cross_modal_weight": 1.0, "views": {"clean": "clean", "third": "adv", "robust": "adv"}}, {}, 2, "sharded",
+    ),
+}  # fmt: skip
+
+
+def tower(name: str) -> ImageTower:
+    seed, width, embedding, pixels = TOWERS[name]
+    torch.manual_seed(seed)
+    visual = VisionTransformer(image_size=pixels, patch_size=8, width=width, layers=2, heads=2, mlp_ratio=2, output_dim=embedding)
+    return ImageTower(visual, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def head(name: str) -> Head:
+    embedding = TOWERS[name][2]
+    return Head(F.normalize(torch.randn(CLASSES, embedding, generator=torch.Generator().manual_seed(100 + embedding)), dim=-1), 20.0)
+
+
+def settings(case: str) -> config.Config:
+    method, attack, stage, placement = CASES[case]
+    names = method.get("views") or {"ard": ["robust"], "rslad": ["robust"], "iad": ["robust"], "adaad": ["robust"]}.get(method["name"], [])
+    names = ["clean", "robust"] if method["name"] in ("mtard", "mmtard") and not names else names
+    teachers = {name: {"weights": "random", "placement": placement} for name in names}
+    teachers |= {"start": {"placement": placement}} if method["name"] in ("fare", "sim_clip", "pmg_aft", "tga_zsr") else {}
+    return config.validate(
+        {
+            "run_dir": "unused",
+            "student": {"arch": "unused", "weights": "random"},
+            "teachers": teachers,
+            "method": method,
+            "attack": {"eps": "8/255", "step_size": "2/255", "steps": 2, "alarm_every": None, **attack},
+            "data": {"shards": "unused", "lanes": BATCH},
+            "train": {"steps": STEPS, "batch_size": BATCH, "lr": LR, "weight_decay": 0.1},
+            "engine": {"zero_stage": stage, "precision": "float32", "device": "cpu"},
+        }
+    )
+
+
+def batches():
+    g = torch.Generator().manual_seed(200)
+    for _ in range(STEPS):
+        yield torch.rand(BATCH, 3, 16, 16, generator=g), torch.randint(CLASSES, (BATCH,), generator=g), torch.randint(2**60, (BATCH,), generator=g)
+
+
+class Plain:
+    """A student in plain PyTorch, and its optimiser."""
+
+    def __init__(self):
+        from mmtard.engine import parameter_groups
+
+        self.tower = tower("student")
+        self.adam = torch.optim.AdamW(parameter_groups(self.tower, 0.1), lr=LR)
+
+    def __call__(self, images, seeds, tokens=False):
+        return self.tower(images, tokens=tokens)
+
+    @contextmanager
+    def attack_view(self):
+        yield self.tower
+
+    def backward(self, loss):
+        self.adam.zero_grad()
+        loss.backward()
+
+    def end_micro_batch(self, lr):
+        self.adam.step()
+
+    def full_state(self):
+        return self.tower.state_dict(), {}, STEPS
+
+
+class PlainTeacher:
+    def __init__(self, name):
+        self.tower, self.head = tower(name).requires_grad_(False), head(name)
+
+    @torch.no_grad()
+    def __call__(self, images, tokens=False):
+        z = self.tower(images, tokens=tokens)
+        return self.head(*z) if tokens else self.head(z)
+
+    def differentiable(self, images):
+        return self.head(self.tower(images))
+
+
+def train(case: str, student, teachers: dict, ranks=None) -> dict:
+    """Losses, the method's state and the weights after three steps; `ranks` share each batch."""
+    step = Distillation(settings(case), student, head("student"), teachers)
+    share = slice(None) if ranks is None else slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
+    losses, spread = [], {}
+    for batch in batches():
+        loss, terms = step(*(part[share] for part in batch))
+        student.backward(loss.mean())
+        student.end_micro_batch(LR)
+        told = Terms()
+        told.add({"loss": loss.detach(), **terms})
+        totals = list(told.sums.values()) if ranks is None else ranks.total([*told.sums.values()])
+        means = {name: total / BATCH for name, total in zip(told.sums, totals)}
+        spread = told.quantiles(ranks) if ranks is not None else {}
+        step.end_step(means)
+        losses.append(means["loss"])
+    return {"losses": losses, "state": step.state, "spread": spread, "weights": student.full_state()[0]}
+
+
+def plain(case: str) -> dict:
+    return train(case, Plain(), {name: PlainTeacher(name) for name in settings(case).ensemble})
+
+
+def zero(case: str, ranks: parallel.Ranks) -> dict:
+    from mmtard.engine import Engine
+    from mmtard.teachers import FrozenTeacher
+
+    cfg = settings(case)
+    teachers = {name: FrozenTeacher(name, t, tower(name), head(name), ranks, torch.float32) for name, t in cfg.ensemble.items()}
+    return train(case, Engine(cfg, tower("student"), ranks), teachers, ranks)
+
+
+def through_a_teacher(placement: str, ranks: parallel.Ranks) -> dict[str, torch.Tensor]:
+    """A teacher's logits, and the gradient of KL(p_T(x) || p_S(x)) to the images through the teacher, twice: as in two attack steps."""
+    from mmtard.teachers import FrozenTeacher
+
+    spec = config.Teacher(weights="random", placement=placement)
+    teacher = FrozenTeacher("robust", spec, tower("robust"), head("robust"), ranks, torch.float32)
+    student, found = PlainTeacher("student"), {}
+    for i, (images, *_) in zip(range(2), batches()):
+        images = images[ranks.rank :: ranks.world_size].requires_grad_()
+        logits = teacher.differentiable(images).logits
+        (gradient,) = torch.autograd.grad(kl(logits, student.differentiable(images).logits).sum(), images)
+        found |= {f"logits{i}": logits.detach(), f"gradient{i}": gradient}
+    assert all(p.grad is None for p in teacher.tower.parameters())
+    return found
+
+
+if __name__ == "__main__":
+    ranks = parallel.start("cpu")
+    results = {case: zero(case, ranks) for case in CASES}
+    placements = {p: through_a_teacher(p, ranks) for p in ("replicated", "sharded")}
+    if ranks.first:
+        torch.save({case: r["weights"] for case, r in results.items()} | placements, sys.argv[1])
+        with open(f"{sys.argv[1]}.json", "w") as out:
+            json.dump({case: {k: v for k, v in r.items() if k != "weights"} for case, r in results.items()}, out)
+    parallel.stop()
