@@ -38,15 +38,16 @@ class Alarm:
         images = batch.images[: self.size].to(self.ranks.device).float() / 255
         labels, seeds = (x[: self.size].to(self.ranks.device) for x in (batch.labels, batch.seeds))
         known = labels >= 0  # data for a method that reads none may lack them
-        hits = self._hits(images, labels.clamp_min(0), seeds)
+        stored = {name: z[: self.size].to(self.ranks.device) for name, z in batch.stored.items()}
+        hits = self._hits(images, labels.clamp_min(0), seeds, stored)
         single, multi, n = (int(total) for total in self.ranks.total([int((h & known).sum()) for h in hits] + [int(known.sum())]))
         if not overfitted(single, multi, n, self.ratio):
             return None
         return {"one_step_accuracy": single / n, f"pgd{STEPS}_accuracy": multi / n, "samples": n, "remedy": REMEDY}
 
-    def _hits(self, images: Tensor, labels: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+    def _hits(self, images: Tensor, labels: Tensor, seeds: Tensor, stored: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Whether the student gets each sample right under the training's attack, and under PGD on cross-entropy."""
-        single = self.distillation.adversarial(images, labels, seeds)
+        single = self.distillation.adversarial(images, labels, seeds, stored)
         with self.distillation.student.attack_view() as forward:
 
             def predict(x: Tensor) -> Tensor:

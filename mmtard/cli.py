@@ -72,6 +72,11 @@ def parser() -> argparse.ArgumentParser:
                 "         torchrun --nproc_per_node 8 -m mmtard train configs/vitb32_mmtard.yaml")
     _config_arguments(p)
 
+    p = command("cache", _cache, "Store the embeddings of the teachers that see clean images alone, so that training need not run them (teachers.NAME.stored).",
+                "mmtard cache configs/vitb32_mmtard.yaml data.shards=shards/train\n"
+                "         torchrun --nproc_per_node 8 -m mmtard cache configs/vitb32_mmtard.yaml")
+    _config_arguments(p)
+
     p = command("config", _config, "Print the resolved configuration, or what is wrong with it.", "mmtard config configs/vitb32_mmtard.yaml train.lr=1e-5")
     p.add_argument("--may-start", choices=("now", "again"), help="also fail when the `resume` settings do not let the run be started; "
                    "again: nor when this job's own start ended before it was noted in the run's folder")
@@ -223,6 +228,14 @@ def _train(args) -> int:
         with _imports():
             from .train import train
         return train(config, interruption)
+
+
+def _cache(args) -> None:
+    config = _ready(args)
+    with Interruption() as interruption:
+        from .cache import cache
+
+        cache(config, interruption)
 
 
 def _preflight(args) -> int:

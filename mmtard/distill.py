@@ -76,9 +76,9 @@ class Distillation:
         """Move the method's state on after an update: `means` of the terms over the step's global batch, the same on every rank."""
         self.state = methods.next_state(self.method, self.settings, self.state, means)
 
-    def adversarial(self, images: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+    def adversarial(self, images: Tensor, labels: Tensor, seeds: Tensor, stored: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
         """The training's adversarial images alone, arguments as in a call."""
-        return self._adversarial(images, labels, seeds, self._ask_teachers({"clean": images}))
+        return self._adversarial(images, labels, seeds, self._ask_teachers({"clean": images}, stored))
 
     def _adversarial(self, images, labels, seeds, predictions) -> Tensor:
         with self.student.attack_view() as forward:

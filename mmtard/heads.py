@@ -29,7 +29,7 @@ def build(run: Path, clips: dict[str, Clip], classnames: list[str], templates: l
 
 def _stored(path: Path, clips, classnames, templates, ranks) -> dict[str, torch.Tensor]:
     asked = hashlib.sha256(json.dumps([classnames, templates]).encode()).hexdigest()
-    text_towers = json.dumps({name: _text_digest(clip) for name, clip in sorted(clips.items())})
+    text_towers = json.dumps({name: clip.sha256(image=False) for name, clip in sorted(clips.items())})
     if path.is_file():
         with safe_open(path, "pt") as file:
             if file.metadata().get("prompts") != asked:
@@ -39,11 +39,3 @@ def _stored(path: Path, clips, classnames, templates, ranks) -> dict[str, torch.
     embeddings = {name: clip.class_embeddings(classnames, templates, ranks.device) for name, clip in clips.items()}
     save_tensors(embeddings, path, {"prompts": asked, "text_towers": text_towers})
     return embeddings
-
-
-def _text_digest(clip: Clip) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(clip.model.state_dict().items()):
-        if not name.startswith("visual."):
-            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from .config import Teacher
+from .data import Embeddings
 from .methods import Head, Prediction
 from .parallel import Ranks
-from .towers import ImageTower
+from .towers import Clip, ImageTower
 
 
 class FrozenTeacher:
@@ -23,10 +24,14 @@ class FrozenTeacher:
     """
 
     def __init__(self, name: str, settings: Teacher, tower: ImageTower, head: Head, ranks: Ranks, dtype: torch.dtype):
-        self.name, self.head = name, head
-        self.tower = tower.cast(dtype).eval().requires_grad_(False).to(ranks.device)
+        self.name, self.settings, self.head = name, settings, head
+        self.tower = freeze(tower, dtype, ranks.device)
         if settings.placement == "sharded":
             shard(self.tower)
+
+    @property
+    def placement(self) -> str:
+        return self.settings.placement
 
     @torch.no_grad()
     def __call__(self, images: Tensor, tokens: bool = False) -> Prediction:
@@ -47,6 +52,37 @@ class FrozenTeacher:
     @property
     def bytes_whole(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.tower.parameters())
+
+
+class StoredTeacher:
+    """A teacher whose image tower stays on disk: its stored embeddings come with the batches, only its head is here."""
+
+    bytes_here = 0
+
+    def __init__(self, name: str, stored: Embeddings, tower: ImageTower, head: Head, dtype: torch.dtype):
+        self.name, self.head = name, head
+        self.placement = f"stored in {stored.folder} (made {stored.manifest['images_at_once']} images at a time)"
+        self.bytes_whole = sum(p.numel() for p in tower.parameters()) * dtype.itemsize
+
+    def __call__(self, images: Tensor) -> Prediction:
+        raise ValueError(f"teacher '{self.name}' is stored and cannot be asked about other images")
+
+
+def build(
+    settings: dict[str, Teacher], clips: dict[str, Clip], heads: dict[str, Head], stored: dict[str, Embeddings], ranks: Ranks, dtype: torch.dtype
+) -> dict[str, FrozenTeacher | StoredTeacher]:
+    """The ensemble of a configuration, each teacher run in `dtype`; those in `stored` are not run at all."""
+    return {
+        name: StoredTeacher(name, stored[name], clips[name].tower(), heads[name], dtype)
+        if name in stored
+        else FrozenTeacher(name, teacher, clips[name].tower(), heads[name], ranks, dtype)
+        for name, teacher in settings.items()
+    }
+
+
+def freeze(tower: ImageTower, dtype: torch.dtype, device: torch.device) -> ImageTower:
+    """The tower as a teacher runs it."""
+    return tower.cast(dtype).eval().requires_grad_(False).to(device)
 
 
 def shard(tower: ImageTower) -> None:

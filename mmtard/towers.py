@@ -7,6 +7,7 @@ side is asked once for class embeddings.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import logging
 import shutil
@@ -113,6 +114,14 @@ class Clip:
     def logit_scale(self) -> float:
         """exp of the model's logit scale: the factor on cosines, 100 for OpenAI's models."""
         return float(self.model.logit_scale.detach().double().exp())
+
+    def sha256(self, image: bool) -> str:
+        """The digest of the image tower's weights and buffers (`image`), or of all the others; by name, in float32."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            if name.startswith("visual.") == image:
+                digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def tower(self) -> ImageTower:
         cfg = self.config["preprocess_cfg"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import alarm, checkpoint, data, flops, history, parallel, run_folder, student, targets, towers, trackers
+from . import alarm, checkpoint, data, flops, history, parallel, run_folder, stored, student, targets, teachers, towers, trackers
 from .checkpoint import Checkpoints
 from .config import Config
 from .distill import Distillation
@@ -16,7 +16,6 @@ from .errors import RunError
 from .metrics import Metrics, memory_gib
 from .parallel import Ranks
 from .preempt import REQUEUE, Interruption
-from .teachers import FrozenTeacher
 from .terms import Terms
 from .watchdog import Watchdog
 
@@ -70,26 +69,23 @@ class Run:
         for name, clip in clips.items() if config.needs_tokens else ():
             towers.require_tokens(clip.tower(), name)
         head, self.targets = targets.build(config, run.path, clips, ranks)
-        forward = {name: flops.forward_flops(clip.tower()) for name, clip in clips.items()}
         tower = student.tower(config, start, run.checkpoint)
         self.image_size = tower.image_size
+        self.stored = stored.open_stores(config, clips, self.image_size, self.dataset.fingerprint, ranks)
+        forward = {name: 0 if name in self.stored else flops.forward_flops(clip.tower()) for name, clip in clips.items()}
         self.engine = Engine(config, tower, ranks)
         if run.checkpoint:
             self.engine.restore(checkpoint.read_optimizer(run.checkpoint), run.state["updates"])
-        dtype = DTYPES[config.engine.precision]
-        teachers = {
-            name: FrozenTeacher(name, settings, clips[name].tower(), head[name], ranks, dtype)
-            for name, settings in config.ensemble.items()
-        }
-        self.distillation = Distillation(config, self.engine, head["student"], teachers)
+        ensemble = teachers.build(config.ensemble, clips, head, self.stored, ranks, DTYPES[config.engine.precision])
+        self.distillation = Distillation(config, self.engine, head["student"], ensemble)
         self.distillation.state |= run.state.get("method", {})
         self.alarm = alarm.Alarm(config, self.distillation, ranks, self.engine.micro_batch_size)
         self.sample_flops = flops.sample_flops(forward, self.distillation.passes, self.distillation.objective, config.attack)
         self.peak_flops = flops.peak_flops(ranks.device)
-        self._introduce(head, teachers)
+        self._introduce(head, ensemble)
 
-    def _introduce(self, head, teachers) -> None:
-        placed = self.ranks.gather({name: teacher.bytes_here for name, teacher in teachers.items()})
+    def _introduce(self, head, ensemble) -> None:
+        placed = self.ranks.gather({name: teacher.bytes_here for name, teacher in ensemble.items()})
         if not self.ranks.first:
             return
         config, say = self.config, self.metrics.say
@@ -97,9 +93,9 @@ class Run:
         say(f"{self.folder.path}: {config.method.name} {origin}, {self.ranks.world_size} x {self.ranks.device.type}, ZeRO {config.engine.zero_stage}, {config.engine.precision}")
         classes = f"{len(head['student'].class_embeddings)} classes" if config.data.targets == "labels" else "classes by caption"
         say(f"{len(self.dataset)} samples of {classes}, images {self.image_size} px, logit scale {head['student'].logit_scale:.4g}")
-        for name, teacher in teachers.items():
+        for name, teacher in ensemble.items():
             mib = ", ".join(f"{held[name] / 2**20:.2f}" for held in placed)
-            say(f"teacher {name}: {config.ensemble[name].placement}, {teacher.bytes_whole / 2**20:.2f} MiB, a rank holds {mib} MiB")
+            say(f"teacher {name}: {teacher.placement}, {teacher.bytes_whole / 2**20:.2f} MiB, a rank holds {mib} MiB")
 
     def _stream(self) -> data.Stream:
         config, settings = self.config, self.config.data
@@ -120,6 +116,8 @@ class Run:
             need_captions=settings.targets == "captions",
             max_replaced=settings.max_replaced,
             staging=data.Staging(self.dataset, settings.cache) if self.dataset.remote else None,
+            views=settings.views,
+            stored=self.stored,
         )
 
     # ---------------------------------------------------------------- the loop
@@ -169,7 +167,8 @@ class Run:
         for i in range(0, len(batch.labels), micro):
             images = batch.images[i : i + micro].to(self.ranks.device, non_blocking=True).float() / 255
             labels, seeds = (x[i : i + micro].to(self.ranks.device, non_blocking=True) for x in (batch.labels, batch.seeds))
-            loss, terms = self.distillation(images, labels, seeds)
+            given = {name: z[i : i + micro].to(self.ranks.device, non_blocking=True) for name, z in batch.stored.items()}
+            loss, terms = self.distillation(images, labels, seeds, given)
             bad = ~torch.isfinite(loss.detach())
             # A sample without a finite loss makes the whole gradient so, on every rank, and the engine skips the update.
             self.engine.backward(loss.mean() * (torch.nan if bad.any() else 1.0))

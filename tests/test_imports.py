@@ -41,7 +41,8 @@ ROOMS = {
     "student": {"batch_norm", "checkpoint", "config", "lora", "parallel", "towers"},
     "heads": {"checkpoint", "errors", "methods", "parallel", "towers"},
     "targets": {"config", "data", "heads", "methods", "parallel", "towers"},
-    "teachers": {"config", "methods", "parallel", "towers"},
+    "teachers": {"config", "data", "methods", "parallel", "towers"},
+    "stored": {"config", "data", "errors", "methods", "objectives", "parallel", "towers"},
     "flops": {"config", "methods", "objectives", "towers"},
     "export": {"checkpoint", "config", "errors", "evaluate", "lora", "report", "towers"},
     # data
@@ -49,13 +50,14 @@ ROOMS = {
     # engine, and the verbs
     "engine": {"batch_norm", "config", "parallel", "towers"},
     "alarm": {"config", "data", "distill", "evaluate", "losses", "parallel"},
-    "train": {"alarm", "checkpoint", "config", "data", "distill", "engine", "errors", "flops", "history", "metrics", "parallel", "preempt", "run_folder", "student", "targets", "teachers", "terms", "towers", "trackers", "watchdog"},
+    "cache": {"config", "data", "engine", "errors", "parallel", "preempt", "stored", "teachers", "towers"},
+    "train": {"alarm", "checkpoint", "config", "data", "distill", "engine", "errors", "flops", "history", "metrics", "parallel", "preempt", "run_folder", "stored", "student", "targets", "teachers", "terms", "towers", "trackers", "watchdog"},
     "evaluate": {"attacks", "config", "data", "errors", "losses", "methods", "parallel", "preempt", "run_folder", "towers"},
     "report": {"config", "data", "errors", "evaluate", "history", "methods", "metrics", "towers"},
     "runs": {"config", "errors", "history", "slurm"},
     "preflight": {"config", "data", "engine", "errors", "parallel", "run_folder", "towers"},
     "quickstart": {"config", "data", "errors", "evaluate", "parallel", "towers"},
-    "cli": {"config", "data", "errors", "evaluate", "export", "history", "parallel", "preempt", "preflight", "report", "runs", "trackers", "train"},
+    "cli": {"cache", "config", "data", "errors", "evaluate", "export", "history", "parallel", "preempt", "preflight", "report", "runs", "trackers", "train"},
     "__main__": {"cli"},
 }
 MATHEMATICS = ("losses", "attacks", "weighting", "methods", "objectives", "distill")

@@ -1,14 +1,15 @@
-"""Whether a configuration fits the launch it is given to: its ranks and its shards."""
+"""Whether a configuration fits the launch it is given to: its ranks and its shards; where what belongs to the shards lies."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from ..errors import UserError
-from .schema import Config
+from .schema import Config, Data
 
 
 def check_world(config: Config, world_size: int) -> int:
@@ -56,6 +57,30 @@ def expand_shards(shards: str | list[str]) -> list[str]:
 def is_remote(shard: str) -> bool:
     """Whether a shard is read through an opener (`pipe:`, `file:`, `https://`, `s3://`) and staged first."""
     return shard.startswith(("pipe:", "file:")) or "://" in shard
+
+
+def default_index(shards: list[str]) -> Path:
+    """Where the index of these shards belongs unless data.index says otherwise.
+
+    Beside the shards where all lie in one folder that may be written to, else in the user's cache folder.
+    """
+    digest = hashlib.sha256("\n".join(os.path.abspath(s) if not is_remote(s) else s for s in shards).encode()).hexdigest()[:16]
+    folders = {Path(s).resolve().parent for s in shards} if not any(map(is_remote, shards)) else set()
+    if len(folders) == 1:
+        folder = folders.pop()
+        # Root passes every access check; a folder that nobody may write to was meant to stay as it is.
+        if os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222:
+            whole = {p.name for p in folder.glob("*.tar")} == {Path(s).name for s in shards}
+            return folder / ("mmtard-index.npz" if whole else f"mmtard-index-{digest}.npz")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmtard" / f"index-{digest}.npz"
+
+
+def embeddings_folder(settings: Data) -> Path:
+    """Where the stored teacher embeddings of this data belong: `settings.embeddings`, else embeddings/ beside the index."""
+    if settings.embeddings:
+        return Path(settings.embeddings)
+    index = Path(settings.index) if settings.index else default_index(expand_shards(settings.shards))
+    return index.parent / "embeddings"
 
 
 def _natural(path: Path):

@@ -45,6 +45,7 @@ class Student(Model):
 class Teacher(Model):
     weights: str = Field(START, description="as a student's; only the teacher `start` may leave it out: it is then the untouched student")
     placement: Literal["replicated", "sharded"] = "replicated"
+    stored: bool = Field(False, description="read its embeddings, which `mmtard cache` stored, instead of running it; for a teacher that sees clean images alone")
 
 
 # ---------------------------------------------------------------- data
@@ -67,11 +68,18 @@ class Data(Section):
     resize: Int | None = Field(None, ge=1, description="shorter side before the crop; null: the crop's size")
     crop_scale: tuple[Number, Number] | None = Field(None, description="random resized crop area; null: centre crop")
     flip: bool = False
+    views: Int | None = Field(None, ge=1, description="fixed augmentations a sample, of which epoch e takes number e mod views; null: a new one each epoch")
+    embeddings: str | None = Field(None, description="folder of stored teacher embeddings; null: embeddings/ beside the index")
     lanes: Int = Field(64, ge=1, description="parallel reading positions; a multiple of every world size to be used")
     window: Int = Field(1024, ge=1, description="samples shuffled together in a lane")
     workers: Int = Field(2, ge=0, description="loader processes a rank")
     max_replaced: Ratio = Field(Fraction(1, 100), ge=0, le=1, description="share of unreadable samples above which the run stops")
     cache: Cache = Cache()
+
+    @property
+    def augmented(self) -> bool:
+        """Whether a sample's image depends on a seed."""
+        return self.crop_scale is not None or self.flip
 
 
 # ---------------------------------------------------------------- training
@@ -127,6 +135,9 @@ class Log(Section):
     every: Int = Field(10, ge=1, description="steps between console lines; metrics.jsonl has every step")
     tensorboard: bool = True
     wandb: WandB | None = None
+
+
+UNSTORABLE = "data.crop_scale and data.flip make new images each epoch, whose embeddings cannot be stored; set the number of fixed views, e.g. data.views=8"
 
 
 class Config(Section):
@@ -206,6 +217,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _batches_fit(self):
+        if self.data.views is not None and not self.data.augmented:
+            raise ValueError("data.views: without data.crop_scale or data.flip all views of a sample are the same; leave it out or set one of them")
+        for name, teacher in self.teachers.items():
+            if teacher.stored and self.data.augmented and self.data.views is None:
+                raise ValueError(f"teachers.{name}.stored: {UNSTORABLE}")
         if self.train.batch_size % self.data.lanes:
             raise ValueError(f"data.lanes: {self.data.lanes} lanes do not divide train.batch_size {self.train.batch_size}; make it a divisor of the batch size")
         if self.train.warmup_steps > self.train.steps:

@@ -1,6 +1,7 @@
 """Data: WebDataset shards and their index, the global order of samples, decoding, and the loader. Knows nothing of ranks' communication."""
 
 from .dataset import Dataset, Reader, classnames, default_index, open_dataset, templates
+from .embeddings import Embeddings
 from .images import DecodeError, Native, Transform, decode
 from .index import Index, build_index, load_index
 from .order import Order, sample_seeds
@@ -9,6 +10,6 @@ from .staging import Stager, Staging
 from .stream import Batch, Stream, eval_batches
 
 __all__ = [
-    "Batch", "Dataset", "DecodeError", "Index", "Native", "Order", "Reader", "Stager", "Staging", "Stream", "Transform", "build_index", "classnames",
+    "Batch", "Dataset", "DecodeError", "Embeddings", "Index", "Native", "Order", "Reader", "Stager", "Staging", "Stream", "Transform", "build_index", "classnames",
     "decode", "default_index", "eval_batches", "load_index", "open_dataset", "sample_seeds", "templates", "write_shards",
 ]  # fmt: skip

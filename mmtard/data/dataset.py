@@ -1,7 +1,6 @@
 """A data set as the settings name it: its shards, their index, its class names and prompts, and its samples' bytes."""
 
 import errno
-import hashlib
 import os
 import zlib
 from collections import OrderedDict
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import Data, expand_shards, is_remote
+from ..config import Data, default_index, expand_shards, is_remote
 from ..errors import UserError
 from .files import exclusive
 from .index import EXTENSIONS, LABEL_MISSING, LABEL_OK, Index, build_index, load_index, shard_name
@@ -79,22 +78,6 @@ def open_dataset(settings: Data) -> Dataset:
     index = load_index(path)
     _check_unchanged(index, shards, path)
     return Dataset(index, shards)
-
-
-def default_index(shards: list[str]) -> Path:
-    """Where the index of these shards belongs unless data.index says otherwise.
-
-    Beside the shards where all lie in one folder that may be written to, else in the user's cache folder.
-    """
-    digest = hashlib.sha256("\n".join(os.path.abspath(s) if not is_remote(s) else s for s in shards).encode()).hexdigest()[:16]
-    folders = {Path(s).resolve().parent for s in shards} if not any(map(is_remote, shards)) else set()
-    if len(folders) == 1:
-        folder = folders.pop()
-        # Root passes every access check; a folder that nobody may write to was meant to stay as it is.
-        if os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222:
-            whole = {p.name for p in folder.glob("*.tar")} == {Path(s).name for s in shards}
-            return folder / ("mmtard-index.npz" if whole else f"mmtard-index-{digest}.npz")
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmtard" / f"index-{digest}.npz"
 
 
 def _build_once(shards: list[str], path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import UserError
 from .dataset import Dataset, Reader
+from .embeddings import Embeddings
 from .images import DecodeError, Native, Transform, decode
 from .order import Order, sample_seeds
 from .staging import SHIELDED, Stager, Staging
@@ -25,7 +27,7 @@ class Batch:
     """b samples: `images` uint8 [b,3,H,W]; `labels`, `sample_ids`, `seeds` int64 [b]; `captions` str [b], empty where there is none.
 
     `sample_ids` name the samples whose images these are; `seeds` are uint64 bit patterns. `replaced` has (asked name, given name,
-    reason) for each sample that could not be used.
+    reason) for each sample that could not be used. `stored`: teacher -> its embeddings [b,D] float32 of these very images.
     """
 
     images: Tensor
@@ -34,40 +36,58 @@ class Batch:
     seeds: Tensor
     captions: list[str]
     replaced: list[tuple[str, str, str]] = field(default_factory=list)
+    stored: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def pin_memory(self) -> "Batch":
         tensors = (t.pin_memory() for t in (self.images, self.labels, self.sample_ids, self.seeds))
-        return Batch(*tensors, self.captions, self.replaced)
+        return Batch(*tensors, self.captions, self.replaced, {name: z.pin_memory() for name, z in self.stored.items()})
+
+
+class Request(NamedTuple):
+    """What is asked of a loader: samples int64 [b], their seeds uint64 [b], and which fixed view of each (int64 [b]); None: the
+    seeds decide the augmentation, too."""
+
+    ids: np.ndarray
+    seeds: np.ndarray
+    views: np.ndarray | None
 
 
 class Samples:
-    """(sample ids [b], seeds [b]) -> Batch, or the UserError that reading them met: raised in a worker it would become a traceback."""
+    """Request -> Batch, or the UserError that reading it met: raised in a worker it would become a traceback.
 
-    def __init__(self, dataset: Dataset, transform: Transform | Native, need_labels: bool, staging: Staging | None, need_captions: bool = False):
+    `seed` decides what the fixed views look like.
+    """
+
+    def __init__(
+        self, dataset: Dataset, transform: Transform | Native, need_labels: bool, staging: Staging | None, need_captions: bool = False, *, seed: int = 0,
+        stored: dict[str, Embeddings] | None = None,
+    ):  # fmt: skip
         self.dataset, self.transform, self.need_labels, self.need_captions = dataset, transform, need_labels, need_captions
+        self.seed, self.stored = seed, stored or {}
         self.reader = Reader(dataset, staging)
 
-    def __getitem__(self, request: tuple[np.ndarray, np.ndarray]) -> Batch | UserError:
+    def __getitem__(self, request: Request) -> Batch | UserError:
         try:
             return self._batch(*request)
         except UserError as error:
             return error
 
-    def _batch(self, ids: np.ndarray, seeds: np.ndarray) -> Batch:
+    def _batch(self, ids: np.ndarray, seeds: np.ndarray, views: np.ndarray | None) -> Batch:
         images = torch.empty((len(ids), 3, *self.transform.shape), dtype=torch.uint8)
         pixels, given, replaced = images.numpy(), np.empty(len(ids), dtype=np.int64), []
         for row, (asked, seed) in enumerate(zip(ids.tolist(), seeds.tolist())):
-            given[row], pixels[row], reason = self._usable(asked, seed)
+            given[row], pixels[row], reason = self._usable(asked, seed, None if views is None else views[row])
             if reason:
                 replaced.append((self.dataset.name(asked), self.dataset.name(int(given[row])), reason))
         captions = [self.reader.caption(i) for i in given.tolist()]
+        stored = {name: embeddings.rows(given, np.zeros_like(given) if views is None else views) for name, embeddings in self.stored.items()}
         labels, given, seeds = (torch.from_numpy(a) for a in (self.dataset.labels[given], given, seeds.view(np.int64).copy()))
-        return Batch(images, labels, given, seeds, captions, replaced)
+        return Batch(images, labels, given, seeds, captions, replaced, stored)
 
-    def _usable(self, asked: int, seed: int) -> tuple[int, np.ndarray, str | None]:
+    def _usable(self, asked: int, seed: int, view: int | None) -> tuple[int, np.ndarray, str | None]:
         """The sample asked for, or the next usable one of its shard (the first follows the last), and why another was needed."""
         shard = self.dataset.shard_range(self.dataset.shard_of(asked))
         reason = None
@@ -75,8 +95,10 @@ class Samples:
             sample = shard[(asked - shard.start + step) % len(shard)]
             problem = self._problem(sample)
             if problem is None:
+                # A view belongs to the sample that is given: it has to look as it did when it was stored.
+                look = seed if view is None else int(sample_seeds(self.seed, view, sample)[0])
                 try:
-                    return sample, self._pixels(sample, decode(self.reader.image(sample)), seed), reason
+                    return sample, self._pixels(sample, decode(self.reader.image(sample)), look), reason
                 except DecodeError as error:
                     problem = f"cannot be decoded: {error}"
             reason = reason or problem
@@ -120,18 +142,20 @@ class ReplacedTally:
 class Stream:
     """This rank's batches for steps start..stop-1 of a run.
 
-    `batch_size` is global, the batches have batch_size/world samples. `seed` decides each sample's own randomness. Iterating raises
-    UserError when a shard cannot be read or changed, or when more than `max_replaced` of this rank's samples had to be replaced.
+    `batch_size` is global, the batches have batch_size/world samples. `seed` decides each sample's own randomness. With `views`, a
+    sample is seen in that many fixed augmentations, in epoch e in number e mod views, while its seed is another each epoch.
+    `stored`: teacher -> embeddings that the batches bring along. Iterating raises UserError when a shard cannot be read or changed,
+    or when more than `max_replaced` of this rank's samples had to be replaced.
     """
 
     def __init__(
         self, dataset: Dataset, order: Order, transform: Transform, *, seed: int, batch_size: int, rank: int = 0, world: int = 1,
         start: int = 0, stop: int, workers: int = 0, need_labels: bool = True, max_replaced: float | Fraction = 0.01, staging: Staging | None = None,
-        need_captions: bool = False,
+        need_captions: bool = False, views: int | None = None, stored: dict[str, Embeddings] | None = None,
     ):  # fmt: skip
         self.order, self.seed, self.batch_size, self.rank, self.world = order, seed, batch_size, rank, world
         self.start, self.stop, self.workers = start, stop, workers
-        self.samples = Samples(dataset, transform, need_labels, staging, need_captions)
+        self.samples, self.views = Samples(dataset, transform, need_labels, staging, need_captions, seed=seed, stored=stored), views
         self.max_replaced, self.staging = max_replaced, staging if dataset.remote else None
 
     def __len__(self) -> int:
@@ -152,22 +176,25 @@ class Stream:
             if stager:
                 stager.close()
 
-    def _requests(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _requests(self) -> Iterator[Request]:
         for step in range(self.start, self.stop):
             ids, epochs = self.order.rank_batch(step * self.batch_size, self.batch_size, self.rank, self.world)
-            yield ids, sample_seeds(self.seed, epochs, ids)
+            yield Request(ids, sample_seeds(self.seed, epochs, ids), epochs % self.views if self.views else None)
 
 
 def eval_batches(
     dataset: Dataset, transform: Transform | Native, sample_ids, batch_size: int, seed: int = 0, workers: int = 0,
-    need_labels: bool = True, max_replaced: float | Fraction = 0.01, staging: Staging | None = None,
+    need_labels: bool = True, max_replaced: float | Fraction = 0.01, staging: Staging | None = None, views: np.ndarray | None = None,
 ) -> Iterator[Batch]:  # fmt: skip
-    """The given samples in the given order, `batch_size` at a time, the last batch with what is left. Raises as Stream does."""
+    """The given samples in the given order, `batch_size` at a time, the last batch with what is left. Raises as Stream does.
+
+    `views` int64 as `sample_ids`: which of its fixed views each is given in; None: in that of `seed`.
+    """
     ids = np.asarray(sample_ids, dtype=np.int64)
-    chunks = (ids[i : i + batch_size] for i in range(0, len(ids), batch_size))
-    requests = ((chunk, sample_seeds(seed, np.zeros_like(chunk), chunk)) for chunk in chunks)
+    chunks = (slice(i, i + batch_size) for i in range(0, len(ids), batch_size))
+    requests = (Request(ids[c], sample_seeds(seed, np.zeros_like(ids[c]), ids[c]), None if views is None else views[c]) for c in chunks)
     tally = ReplacedTally(max_replaced)
-    for batch in _load(Samples(dataset, transform, need_labels, staging), requests, workers):
+    for batch in _load(Samples(dataset, transform, need_labels, staging, seed=seed), requests, workers):
         tally.add(batch)
         yield batch
 

@@ -1,0 +1,139 @@
+"""Teachers whose embeddings are stored: `mmtard cache`, and training that reads what it stored."""
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).parent / "data"))
+from tiny_shards import encode, picture, write_tar  # noqa: E402
+
+from mmtard import config as settings, data, parallel, towers
+from mmtard.cache import cache
+from mmtard.errors import RunError, UserError
+from mmtard.preempt import REQUEUE, Interruption
+from mmtard.train import train
+
+import deepspeed  # isort: skip  after mmtard, which chooses its accelerator
+
+SAMPLES, BATCH = 40, 8
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Two shards of 20 samples, one of them unreadable."""
+    folder = tmp_path_factory.mktemp("shards")
+    for n in range(2):
+        members = []
+        for i in range(20 * n, 20 * n + 20):
+            members += [(f"s{i:04d}.jpg", b"nothing" if i == 7 else encode(picture(i))), (f"s{i:04d}.cls", str(i % 3).encode())]
+        write_tar(folder / f"{n}.tar", members)
+    (folder / "classnames.txt").write_text("red\ngreen\nblue\n")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_group():
+    """A group of this process alone for all runs here: DeepSpeed keeps the first that it sees."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            patch.setenv(name, "0")
+            patch.delenv(name)  # what joining sets is put back
+        parallel.start("cpu")
+        patch.setattr(parallel, "stop", lambda: None)
+        yield
+        deepspeed.comm.destroy_process_group()
+
+
+@pytest.fixture
+def run(tmp_path, shards, vit, resnet):
+    """Call with dotted overrides: the configuration of a short MMT-ARD run whose clean teacher is a small ResNet on other pixels."""
+    tree = {
+        "run_dir": str(tmp_path / "run"),
+        "seed": 3,
+        "student": {"arch": vit, "weights": "random"},
+        "teachers": {"clean": {"arch": resnet, "weights": "random"}, "robust": {"arch": vit, "weights": "random"}},
+        "method": {"name": "mmtard", "weighting": "confidence_sigmoid"},
+        "attack": {"eps": "8/255", "steps": 1},
+        "data": {"shards": str(shards), "lanes": 4, "window": 4, "workers": 0, "embeddings": str(tmp_path / "embeddings"), "max_replaced": "1/2"},
+        "train": {"steps": 12, "batch_size": BATCH, "micro_batch_size": 4, "lr": 1e-3},
+        "engine": {"precision": "float32", "device": "cpu", "zero_stage": 0},
+        "log": {"tensorboard": False},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(tree))
+    return lambda *overrides: settings.load(tmp_path / "run.yaml", overrides)
+
+
+def store(config, interruption=None):
+    """(what `mmtard cache` says, the one folder it stored)."""
+    said = []
+    cache(config, interruption or Interruption(), said.append)
+    (folder,) = Path(config.data.embeddings).iterdir()
+    return said, folder
+
+
+def trained(config):
+    """(lines of metrics.jsonl without times, sha256 of the last weights)."""
+    assert train(config, Interruption()) == 0
+    folder = Path(config.run_dir)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds", "images_per_s", "tflops_a_rank", "memory_gib")
+    weights = (folder / "checkpoints" / "latest" / "weights.safetensors").read_bytes()
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines], hashlib.sha256(weights).hexdigest()
+
+
+AUGMENTED = ("data.crop_scale=[0.3,1.0]", "data.flip=true", "data.views=2")
+
+
+@pytest.mark.parametrize("augmentation", [(), AUGMENTED], ids=["as they are", "two views"])
+def test_training_on_stored_embeddings_is_training_with_the_teacher_to_the_last_bit(run, tmp_path, capfd, augmentation):
+    """Two and a half epochs in micro-batches, of a set with an unreadable image."""
+    config = run("teachers.clean.stored=true", f"run_dir={tmp_path}/stored", *augmentation)
+    _, folder = store(config)
+    on_disk = trained(config)
+    printed = capfd.readouterr().out
+    assert f"teacher clean: stored in {folder} (made 4 images at a time), 1.26 MiB, a rank holds 0.00 MiB\n" in printed
+    live = trained(run(f"run_dir={tmp_path}/live", *augmentation))
+    assert len(on_disk[0]) == 12 and on_disk[0][-1]["replaced"] == 2
+    assert on_disk == live
+
+
+def test_the_views_of_a_sample_come_round_and_its_random_start_does_not(shards):
+    dataset = data.open_dataset(settings.Data(shards=str(shards)))
+    order, crop = data.Order(dataset.shard_counts, 1, 4, 4), data.Transform(16, crop_scale=(0.3, 1.0))
+    looks, starts = {}, {}
+    for batch in data.Stream(dataset, order, crop, seed=1, batch_size=SAMPLES, stop=4, views=3, max_replaced=1):
+        for image, sample, seed in zip(batch.images, batch.sample_ids.tolist(), batch.seeds.tolist()):
+            looks.setdefault(sample, []).append(image)
+            starts.setdefault(sample, set()).add(seed)
+    first, second, third, again = looks[3]
+    assert again.equal(first) and not first.equal(second) and not first.equal(third) and len(starts[3]) == 4
+    # It stands in for the unreadable sample 7, looking as it does itself: views 0, 1, 2, 0 twice each, so 6 + 1 + 1 equal pairs.
+    assert len(looks[8]) == 8 and sum(a.equal(b) for i, a in enumerate(looks[8]) for b in looks[8][:i]) == 8
+
+
+# ---------------------------------------------------------------- what is stored
+
+
+def test_what_is_stored_is_what_the_teacher_says_of_each_image(run, shards):
+    """In bfloat16, as beside a bf16 student; the unreadable image has none."""
+    config = run("engine.precision=bf16", "data.resize=20")
+    said, folder = store(config)
+    assert said[-1].endswith("train with teachers.clean.stored=true")
+    part = load_file(folder / "part-000000.safetensors")
+    assert part["embeddings"].dtype == torch.bfloat16 and part["embeddings"].shape[:2] == (SAMPLES, 1)
+    tower = towers.load(config.teachers["clean"], config.seed, "teachers.clean").tower().cast(torch.bfloat16).eval()
+    image = torch.from_numpy(data.Transform(16, 20)(picture(12).convert("RGB"), 0))
+    with torch.no_grad():
+        alone = tower(image[None].float() / 255)[0]
+    embeddings = data.Embeddings(folder)
+    (read,) = embeddings.rows(np.array([12]), np.array([0]))
+    assert read.dtype == torch.float32 and torch.allclose(read, alone, rtol=2e-2, atol=2e-2 * alone.abs().max())  # a JPEG lies between
+    with pytest.raises(UserError, match="sample number 7 is absent, its image could not be read"):
+        embeddings.rows(np.array([6, 7]), np.array([0, 0]))
