@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import pytest
 import yaml
@@ -50,6 +51,18 @@ def ranks():
     parallel.stop()
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def command(ranks):
+    """Call with the words of a command line: its exit status, from this process, whose signals and environment are put back."""
+    from mmtard import cli
+    from mmtard.preempt import Interruption
+
+    before = {number: signal.getsignal(number) for number in Interruption.SIGNALS}
+    yield lambda *words: cli.main([str(word) for word in words])
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _arch(folder, name, vision):

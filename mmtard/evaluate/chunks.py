@@ -64,7 +64,7 @@ class Work:
     def each(self, part: str, ids: np.ndarray, progress: Progress, measure: Callable, need_labels: bool = True) -> list[dict]:
         """Measure what is left of a part and return every chunk's row, in order, on every rank. Collective.
 
-        measure(images [b,3,H,W] float32, batch) -> the chunk's row. Raises RunError with status REQUEUE on an interruption: all
+        measure(images [b,3,H,W] float32, batch, ids asked for) -> the chunk's row. Raises RunError with status REQUEUE on an interruption: all
         that was measured is kept.
         """
         chunks = [ids[i : i + self.chunk] for i in range(0, len(ids), self.chunk)]
@@ -75,7 +75,8 @@ class Work:
             self.interruption.stop(self.ranks, kept=f"what is measured is kept in '{progress.folder.parent}'")
             if batch is not None:
                 images = batch.images.to(self.ranks.device).float() / 255
-                progress.add(part, chunk, {"ids": chunks[chunk].tolist(), "replaced": len(batch.replaced), **measure(images, batch)})
+                asked = chunks[chunk].tolist()
+                progress.add(part, chunk, {"ids": asked, "replaced": len(batch.replaced), **measure(images, batch, asked)})
                 meter.add(len(batch))
         return progress.rows(part)
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ..errors import UserError
 from ..parallel import Ranks
 from ..preempt import Interruption
 from ..run_folder import device_name, environment
-from . import attacks, results, zeroshot
+from . import attacks, results, retrieval, zeroshot
 from .chunks import CPU_BATCH, CUDA_BATCH, Halving, Work
 from .datasets import Source, class_names
 from .naming import digest
@@ -73,11 +74,11 @@ def evaluate(what: Evaluation, ranks: Ranks, say=print, interruption: Interrupti
 
 @dataclass(frozen=True)
 class Session:
-    """What the datasets of one evaluation share."""
+    """What the datasets of one evaluation share. `settings`: as results.json holds them."""
 
     what: Evaluation
     ranks: Ranks
-    say: object
+    say: Callable
     interruption: Interruption
     subject: Subject
     surrogate: Subject | None
@@ -86,41 +87,55 @@ class Session:
 
     def dataset(self, source: Source, stored: dict) -> tuple[dict, bool]:
         """A dataset's part of the results, and whether it had to be measured. Collective."""
-        protocol, ranks = self.what.protocol, self.ranks
-        source = ranks.from_first(lambda: _with_shards(source, self.say))
-        ranks.from_first(lambda: data.open_dataset(source.data).fingerprint)  # one builds the index
+        source = self.ranks.from_first(lambda: _with_shards(source, self.say))
+        self.ranks.from_first(lambda: data.open_dataset(source.data).fingerprint)  # one builds the index
         dataset = data.open_dataset(source.data)
-        names, prompts = _names(source), _prompts(source, protocol)
-        zeroshot.check_labels(dataset, names, source.name)
-        perturb_at = protocol.perturb_at or ("native" if source.kind.native else "input")
-        transform = data.Transform(self.subject.tower.image_size)
-        if perturb_at == "native":
-            transform = data.Native(ranks.from_first(lambda: _native_size(dataset, source.data.cache)))
-        about = {
-            "fingerprint": dataset.fingerprint,
-            "kind": "zeroshot",
-            "classes": names,
-            "templates": prompts,
-            "perturb_at": perturb_at,
-            "perturbed_size": list(transform.shape),
-        }
-        weights = {k: v for k, v in self.subject.about.items() if k != "weights"}
-        radii = [show_pixels(e) for e in protocol.radii(source.name)]
-        key = digest({"model": weights, "data": about, "settings": {**self.settings, "eps": radii, "eps_of": None}})
+        retrieves = source.captions or ((dataset.labels < 0).all() and (dataset.index.text_size >= 0).any())
+        about, transform = self._about(source, dataset, "retrieval" if retrieves else "zeroshot")
+        key = self._key(source, about)
         for entry in stored["datasets"]:
             if entry["key"] == key:
                 return entry, False
             if entry["name"] == source.name:
                 self.say(f"{source.name}: '{self.what.out / results.FILE}' holds results of another model, data or settings; they will be replaced")
-        progress = Progress(self.what.out, source.name, key, ranks, self.say)
-        work = Work(dataset, transform, self.settings["batch_size"], protocol.seed, self.what.workers, source.data.cache, ranks, self.halving, self.interruption, self.say)
+        seed, chunk = self.what.protocol.seed, self.settings["batch_size"]
+        work = Work(dataset, transform, chunk, seed, self.what.workers, source.data.cache, self.ranks, self.halving, self.interruption, self.say)
+        progress = Progress(self.what.out, source.name, key, self.ranks, self.say)
         try:
-            head = self.subject.head(names, prompts, ranks)
-            other = self.surrogate and self.surrogate.logits(self.surrogate.head(names, prompts, ranks))
-            measured = zeroshot.measure(work, self.subject.logits(head), other, names, protocol, source.name, progress, self.what.sanity)
+            measured = (self._retrieval if retrieves else self._zeroshot)(work, source.name, about, progress)
         finally:
             progress.close()
-        return {"name": source.name, "data": str(source.folder or source.data.shards), "key": key, **about, "chance": 1 / len(names), **measured}, True
+        return {"name": source.name, "data": str(source.folder or source.data.shards), "key": key, **about, **measured}, True
+
+    def _about(self, source: Source, dataset: data.Dataset, kind: str) -> tuple[dict, data.Transform | data.Native]:
+        """What of a dataset decides its numbers, and the images' way to the model."""
+        perturb_at = self.what.protocol.perturb_at or ("native" if source.kind.native else "input")
+        transform = data.Transform(self.subject.tower.image_size)
+        if perturb_at == "native":
+            transform = data.Native(self.ranks.from_first(lambda: _native_size(dataset, source.data.cache)))
+        about = {"fingerprint": dataset.fingerprint, "kind": kind, "perturb_at": perturb_at, "perturbed_size": list(transform.shape)}
+        if kind == "zeroshot":
+            names, prompts = _names(source), _prompts(source, self.what.protocol)
+            zeroshot.check_labels(dataset, names, source.name)
+            about |= {"classes": names, "chance": 1 / len(names), "templates": prompts}
+        return about, transform
+
+    def _key(self, source: Source, about: dict) -> str:
+        weights = {k: v for k, v in self.subject.about.items() if k != "weights"}
+        radii = [show_pixels(e) for e in self.what.protocol.radii(source.name)]
+        return digest({"model": weights, "data": about, "settings": {**self.settings, "eps": radii, "eps_of": None}})
+
+    def _zeroshot(self, work: Work, name: str, about: dict, progress: Progress) -> dict:
+        names, prompts = about["classes"], about["templates"]
+        logits = self.subject.logits(self.subject.head(names, prompts, self.ranks))
+        source = self.surrogate and self.surrogate.logits(self.surrogate.head(names, prompts, self.ranks))
+        return zeroshot.measure(work, logits, source, names, self.what.protocol, name, progress, self.what.sanity)
+
+    def _retrieval(self, work: Work, name: str, about: dict, progress: Progress) -> dict:
+        def texts(captions: list[str]):
+            return self.subject.head(captions, ["{}"], self.ranks).class_embeddings.cpu()
+
+        return retrieval.measure(work, self.subject.embed, texts, self.subject.clip.logit_scale, self.what.protocol, name, progress)
 
 
 def _silent(*_) -> None:

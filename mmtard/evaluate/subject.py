@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import towers
@@ -31,6 +32,10 @@ class Subject:
     def logits(self, head: Head) -> Callable[[Tensor], Tensor]:
         """images [B,3,H,W] float32 in [0,1] -> logits [B,C], the cosines times the model's own logit scale."""
         return lambda images: head(self.tower(images)).logits
+
+    def embed(self, images: Tensor) -> Tensor:
+        """images [B,3,H,W] float32 in [0,1] -> embeddings [B,D], normalised."""
+        return F.normalize(self.tower(images), dim=-1)
 
 
 def load(spec: Model, ranks: Ranks, where: str = "model") -> Subject:

@@ -26,7 +26,7 @@ def measure(work: Work, logits: Model, source: Model | None, names: list[str], p
     source: the model that `transfer` attacks in place of this one. sanity: the health checks that need attacks of their own, too.
     """
 
-    def clean_chunk(images, batch):
+    def clean_chunk(images, batch, asked):
         with torch.no_grad():
             found = [z.argmax(1).tolist() for z in work.halving(logits, [images])]
         return {"prediction": sum(found, []), "labels": batch.labels.tolist()}
@@ -42,7 +42,7 @@ def measure(work: Work, logits: Model, source: Model | None, names: list[str], p
     for eps in protocol.radii(name):
         settings = attack_settings(protocol, float(eps))
 
-        def attack_chunk(images, batch):
+        def attack_chunk(images, batch, asked):
             def attack(x, y, s):
                 return suite.run(logits, x, y, s, ran, settings, source)
 

@@ -10,7 +10,7 @@ import torch
 import webdataset as wds
 from tiny_datasets import COLOURS, write
 
-from mmtard import cli, towers
+from mmtard import towers
 from mmtard.config import Model, parse_fraction
 from mmtard.errors import RunError, UserError
 from mmtard.evaluate import progress, results, suite, zeroshot
@@ -149,7 +149,7 @@ def test_labels_beyond_the_class_names_are_refused(measure, tmp_path):
         measure(folder)
 
 
-def test_an_attack_that_leaves_its_ball_fails_the_command_after_it_wrote(colours, exported, tmp_path, monkeypatch, capsys):
+def test_an_attack_that_leaves_its_ball_fails_the_command_after_it_wrote(colours, exported, tmp_path, monkeypatch, capsys, command):
     run = suite.run
 
     def outside(*args):
@@ -158,7 +158,7 @@ def test_an_attack_that_leaves_its_ball_fails_the_command_after_it_wrote(colours
         return outcome
 
     monkeypatch.setattr(suite, "run", outside)
-    words = ["evaluate", str(exported), "--data", str(colours), "--attacks", "pgd", "--iters", "2", "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "out")]
-    assert cli.main(words) == 1
+    words = ["--attacks", "pgd", "--iters", 2, "--workers", 0, "--device", "cpu", "--out", tmp_path / "out"]
+    assert command("evaluate", exported, "--data", colours, *words) == 1
     printed = capsys.readouterr().out
     assert "FAIL colours: largest perturbation" in printed and results.read(tmp_path / "out")["datasets"][0]["health"][0]["status"] == "FAIL"

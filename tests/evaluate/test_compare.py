@@ -1,0 +1,87 @@
+"""`mmtard compare`: paired differences on the same samples, and a refusal of everything that is not a pair."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from mmtard.errors import UserError
+from mmtard.evaluate.compare import compare
+from mmtard.evaluate.statistics import mcnemar, paired_difference
+
+
+@pytest.mark.parametrize("only_a, only_b", [(0, 0), (0, 1), (3, 3), (1, 9), (40, 12), (0, 5000), (510, 600)])
+def test_mcnemars_exact_p_is_that_of_a_binomial_test(only_a, only_b):
+    expected = binomtest(only_a, only_a + only_b, 0.5).pvalue if only_a + only_b else 1.0
+    assert mcnemar(only_a, only_b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_mcnemar_by_hand():
+    # 1 against 5: 2 * (C(6,0) + C(6,1)) / 2^6 = 14/64
+    assert mcnemar(1, 5) == mcnemar(5, 1) == 14 / 64
+
+
+def test_a_difference_that_unpaired_intervals_hide():
+    """Two models that differ on 30 of 1000 samples, all one way: their own intervals overlap, the pairs do not."""
+    a = [True] * 500 + [False] * 500
+    b = [True] * 530 + [False] * 470
+    found = paired_difference(a, b)
+    d = np.array(b, float) - np.array(a, float)
+    half = 1.959964 * d.std() / math.sqrt(1000)
+    assert found["interval95"] == pytest.approx([d.mean() - half, d.mean() + half]) and found["interval95"][0] > 0
+    assert (found["only_a"], found["only_b"], found["p"]) == (0, 30, 2 * 0.5**30)
+    assert 1.959964 * math.sqrt(0.25 / 1000) * 2 > 0.03
+
+
+RESULTS = {
+    "format": 2,
+    "settings": {"norm": "linf", "eps": ["2/255"], "attacks": ["apgd-ce"], "batch_size": 64},
+    "datasets": [{
+        "name": "pets", "kind": "zeroshot", "fingerprint": "f", "templates": ["a {}"], "perturb_at": "input", "perturbed_size": [32, 32], "replaced": 0,
+        "eps": {"2/255": {}},
+        "samples": {"ids": [1, 4, 5], "labels": [0, 1, 0], "clean": [True, True, False], "eps": {"2/255": {"robust": [True, False, False]}}},
+    }],
+}  # fmt: skip
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Call with a change of the second results: the paths of both."""
+
+    def write(change=lambda r: None):
+        other = copy.deepcopy(RESULTS)
+        change(other)
+        for name, content in (("a", RESULTS), ("b", other)):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "results.json").write_text(json.dumps(content))
+        return tmp_path / "a", tmp_path / "b" / "results.json"
+
+    return write
+
+
+def test_each_dataset_and_eps_has_its_row(pair, command, capsys):
+    def change(other):
+        other["settings"]["batch_size"] = 8  # says how fast, not what
+        other["datasets"][0]["samples"]["eps"]["2/255"]["robust"] = [False, True, True]
+
+    a, b = pair(change)
+    clean, robust = compare(a, b)
+    assert (clean["eps"], clean["difference"], clean["p"]) == (None, 0, 1.0)
+    assert (robust["eps"], robust["a"], robust["b"], robust["only_a"], robust["only_b"], robust["p"]) == ("2/255", 1 / 3, 2 / 3, 1, 2, 1.0)
+    assert command("compare", a, b) == 0 and "+33.33" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda r: r["settings"].update(norm="l2"), "measured otherwise: norm is linf and l2; evaluate both with the same settings"),
+    (lambda r: r["datasets"][0].update(fingerprint="g"), "pets: fingerprint differs, f and g"),
+    (lambda r: r["datasets"][0].update(templates=["the {}"]), "pets: templates differs"),
+    (lambda r: r["datasets"][0]["samples"].update(ids=[1, 4, 6]), "pets: samples.ids differ; evaluate both with the same --n-samples and --seed"),
+    (lambda r: r["datasets"][0].update(name="cars"), "have other datasets: cars, pets stands in one alone"),
+    (lambda r: r.update(format=1), "has format 1, this version reads 2"),
+])  # fmt: skip
+def test_what_is_no_pair_is_refused_by_name(pair, change, message):
+    with pytest.raises(UserError, match=message):
+        compare(*pair(change))

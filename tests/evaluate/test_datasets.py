@@ -1,0 +1,168 @@
+"""Datasets by name: where they are found, and what is particular to each."""
+
+import re
+from fractions import Fraction
+
+import numpy as np
+import open_clip
+import pytest
+from PIL import Image
+from tiny_datasets import COLOURS, write
+
+from mmtard import data
+from mmtard.config import Data, Model
+from mmtard.errors import UserError
+from mmtard.evaluate import datasets, evaluation, suite
+from mmtard.evaluate.protocols import FARE_SETS, PROTOCOLS
+from mmtard.evaluate.request import default_out, protocol
+
+FOLDERS = ["wds/vtab/cifar10", "wds/vtab-cifar100", "wds/stl10", "wds_imagenet-r", "wds/fgvc_aircraft", "imagenet1k", "wds/imagenetv2", "my-own_set"]
+
+
+@pytest.fixture
+def root(tmp_path):
+    for folder in FOLDERS:
+        (tmp_path / folder / "test").mkdir(parents=True)
+        (tmp_path / folder / "test" / "0.tar").touch()
+    return tmp_path
+
+
+def test_names_as_clip_benchmark_lays_them_out(root):
+    found = {s.name: s for s in datasets.find(str(root))}
+    assert found.keys() == {"CIFAR10", "CIFAR100", "STL-10", "ImageNet-R", "FGVC", "ImageNet", "ImageNet-V2", "my-own_set"}
+    assert found["CIFAR10"].data.shards == str(root / "wds" / "vtab" / "cifar10" / "test")
+    assert [s.name for s in datasets.find(str(root), ["cifar-10", "wds/fgvc_aircraft", "ImageNet-R", "my-own_set"])] == ["CIFAR10", "FGVC", "ImageNet-R", "my-own_set"]
+    assert [s.name for s in datasets.find(str(root / "imagenet1k" / "test"))] == ["ImageNet"]
+    with pytest.raises(UserError, match=f"unknown dataset in '{re.escape(str(root))}' 'pets'; known: CIFAR10"):
+        datasets.find(str(root), ["pets"])
+
+
+def test_every_dataset_of_fare_and_imagenets_variants_has_an_entry():
+    names = {k.name for k in datasets.KNOWN}
+    assert len(FARE_SETS) == 13 and set(FARE_SETS) | {"ImageNet", "ImageNet-V2", "ImageNet-A", "ImageNet-R", "ImageNet-Sketch"} == names
+    assert {k.name for k in datasets.KNOWN if k.native} == {"CIFAR10", "CIFAR100", "STL-10"}
+    assert all(datasets.known(k.name) is k for k in datasets.KNOWN)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda root: str(root / "gone"), "missing shard"),
+    (lambda root: str(root / "empty"), "is no dataset and holds none"),
+    (lambda root: str(root / "twice"), "holds the dataset CIFAR10 twice"),
+])  # fmt: skip
+def test_a_root_that_holds_no_dataset(tmp_path, make, message):
+    (tmp_path / "empty").mkdir()
+    for name in ("cifar10", "vtab/cifar10"):
+        write(tmp_path / "twice" / name, 1)
+    with pytest.raises(UserError, match=message):
+        datasets.find(make(tmp_path))
+
+
+def test_eurosats_names_are_put_into_words_and_the_chance_is_printed(measure, tmp_path, capsys):
+    """Its folders' names, `AnnualCrop`, are no words that CLIP has read."""
+    write(tmp_path / "wds" / "vtab-eurosat", 20, classes=dict.fromkeys(datasets.EUROSAT))
+    (entry,) = measure(tmp_path, attacks=("pgd",), iters=1)["datasets"]
+    assert entry["name"] == "EuroSAT" and entry["classes"] == list(datasets.EUROSAT.values())
+    assert entry["classes"][0] == "annual crop land" and entry["classes"][9] == "lake or sea"
+    assert entry["chance"] == 0.1
+
+
+def test_two_classes_have_no_targeted_attack_and_a_chance_of_half(measure, tmp_path):
+    write(tmp_path / "pcam", 12, classes={"lymph node": 0, "lymph node containing metastatic tumor tissue": 2})
+    (entry,) = measure(tmp_path, attacks=("apgd-ce", "apgd-t"))["datasets"]
+    assert entry["chance"] == 0.5 and list(entry["eps"]["4/255"]["attacks"]) == ["apgd-ce"]
+    assert entry["eps"]["4/255"]["skipped"] == {"apgd-t": "the targeted DLR loss needs 4 classes, there are 2"}
+    with pytest.raises(UserError, match="PCAM: no attack is left .*; add --attacks apgd-ce"):
+        measure(tmp_path, tmp_path / "other", attacks=("apgd-t",))
+
+
+def test_cifar_is_perturbed_at_its_own_size_and_resized_inside_the_model(measure, tmp_path, monkeypatch):
+    """A perturbation of the resized image has more pixels, and breaks more, than one of the stored image."""
+    write(tmp_path / "root" / "cifar10", 8, size=(16, 12))
+    write(tmp_path / "root" / "dtd", 8, size=(16, 12))
+    sizes, run = {}, suite.run
+    monkeypatch.setattr(suite, "run", lambda model, images, *args: sizes.setdefault(tuple(images.shape[2:])) or run(model, images, *args))
+    found = {d["name"]: d for d in measure(tmp_path / "root", iters=1)["datasets"]}
+    assert found["CIFAR10"]["perturb_at"] == "native" and found["CIFAR10"]["perturbed_size"] == [16, 12]
+    assert found["DTD"]["perturb_at"] == "input" and found["DTD"]["perturbed_size"] == [32, 32]
+    assert set(sizes) == {(16, 12), (32, 32)}
+    found = {d["name"]: d for d in measure(tmp_path / "root", tmp_path / "input", iters=1, perturb_at="input")["datasets"]}
+    assert found["CIFAR10"]["perturbed_size"] == [32, 32]
+
+
+def test_images_of_several_sizes_have_no_native_size(measure, tmp_path):
+    folder = tmp_path / "photos" / "val" / "cat"
+    folder.mkdir(parents=True)
+    for i, size in enumerate([(20, 20), (24, 20)]):
+        Image.fromarray(np.full((*size, 3), 90, np.uint8)).save(folder / f"{i}.png")
+    with pytest.raises(UserError, match="'.*' is 2.x2. pixels, others are 2.x2.: images of several sizes have no common native size; use --perturb-at input"):
+        measure(tmp_path / "photos", perturb_at="native")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_class_folders_are_read_as_they_are(measure, tmp_path):
+    said = []
+    for name in ("blue", "red"):
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(np.full((40, 50, 3), 40 * i, np.uint8)).save(folder / f"{i}.png")
+    (entry,) = measure(tmp_path / "photos", attacks=("pgd",), iters=1, say=said.append)["datasets"]
+    assert entry["name"] == "photos" and entry["classes"] == ["blue", "red"] and entry["data"] == str(tmp_path / "photos")
+    assert sorted(entry["samples"]["labels"]) == [0, 0, 0, 1, 1, 1] and "is read from shards, which are written to" in said[0]
+
+
+def test_prompts_are_the_datasets_own_then_imagenets_then_the_simple_one(tmp_path):
+    def prompts(name, file=None, protocol="quick"):
+        folder = write(tmp_path / name, 1)
+        if file:
+            (folder / "zeroshot_classification_templates.txt").write_text(file)
+        (source,) = datasets.find(str(folder))
+        return evaluation._prompts(source, PROTOCOLS[protocol])
+
+    assert prompts("pets", "a photo of a {c}, a type of pet.\n") == ["a photo of a {}, a type of pet."]
+    assert prompts("imagenet-a") == [t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES] and len(open_clip.OPENAI_IMAGENET_TEMPLATES) == 80
+    assert prompts("imagenet-r", "the {c}\n") == ["the {}"]
+    assert prompts("own") == ["This is a photo of a {}"] == prompts("cars", "a {c}\n", protocol="tecoa")
+
+
+def test_imagenets_subsets_have_their_own_class_names(tmp_path):
+    (source,) = datasets.find(str(write(tmp_path / "imagenet-a", 2, classes=COLOURS)))
+    assert evaluation._names(source) == list(COLOURS)
+    folder = write(tmp_path / "imagenetv2", 2)
+    (folder / "classnames.txt").unlink()
+    assert evaluation._names(datasets.find(str(folder))[0]) == list(open_clip.IMAGENET_CLASSNAMES)
+
+
+def test_a_protocol_is_what_papers_agreed_on_and_gives_way_to_what_is_asked():
+    fare = protocol("fare")
+    assert (fare.eps, fare.attacks, fare.iters, fare.n_samples) == ((Fraction(2, 255), Fraction(4, 255)), ("apgd-ce", "apgd-t"), 100, 1000)
+    robustbench = protocol("robustbench")
+    assert robustbench.radii("CIFAR10") == (Fraction(8, 255),) and robustbench.radii("ImageNet") == (Fraction(4, 255),)
+    assert protocol("robustbench", [Fraction(1, 255)]).radii("CIFAR10") == (Fraction(1, 255),)
+    tecoa = protocol("tecoa", all_samples=True, iters=None)
+    assert (tecoa.step_size, tecoa.templates, tecoa.n_samples, tecoa.iters) == (Fraction(1, 255), ("This is a photo of a {}",), None, 10)
+    assert protocol("quick", transfer=True).attacks[-1] == "transfer"
+
+
+def test_evaluations_of_other_settings_have_other_folders(root):
+    """Names keyed by a rounded eps collide, and the second evaluation is then the first one's."""
+    sources, model = datasets.find(str(root / "my-own_set")), Model(weights=str(root / "run"))
+    (root / "run" / "checkpoints").mkdir(parents=True)
+    asked = [protocol("quick", [Fraction(e)], **more) for e in ("1/255", "3/510") for more in ({}, {"norm": "l2"}, {"iters": 7}, {"seed": 1})]
+    outs = [default_out(model, p, sources, str(root / "my-own_set")) for p in asked]
+    assert len(set(outs)) == 8 and outs[0].parent == root / "run" / "evaluations" and outs[0].name.startswith("quick-my-own_set-linf-1_255-")
+    checkpoint = default_out(Model(weights=str(root / "run" / "checkpoints" / "step-5")), asked[0], sources, str(root))
+    assert checkpoint.parent == outs[0].parent and checkpoint.name.startswith("step-5-quick-")
+
+
+def test_native_pixels_are_the_stored_ones(tmp_path):
+    folder = write(tmp_path / "d", 3, size=(10, 14))
+    dataset = data.open_dataset(Data(shards=str(folder / "test")))
+    (batch,) = data.eval_batches(dataset, data.Native((10, 14)), [2, 0], 4)
+    reader = data.Reader(dataset)
+    stored = [np.asarray(data.decode(reader.image(i))).transpose(2, 0, 1) for i in (2, 0)]
+    assert batch.images.shape == (2, 3, 10, 14) and (batch.images.numpy() == stored).all()
