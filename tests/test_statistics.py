@@ -11,6 +11,12 @@ def test_wilson_interval_of_fifty_in_a_hundred_by_hand():
     assert wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=5e-5)
 
 
+@pytest.mark.parametrize("n, points", [(200, 6.9), (1000, 3.1), (5000, 1.4)])
+def test_the_noise_of_the_usual_sample_sizes_at_fifty_percent(n, points):
+    low, high = wilson_interval(n // 2, n)
+    assert 50 * (high - low) == pytest.approx(points, abs=0.05)
+
+
 @pytest.mark.parametrize("hits,n", [(1, 10), (7, 9), (312, 1000), (49_999, 50_000)])
 def test_the_bounds_are_where_the_score_test_just_accepts(hits, n):
     """Wilson's definition: |hits/n - p| = z * sqrt(p (1 - p) / n) at both ends, the true p on either side."""

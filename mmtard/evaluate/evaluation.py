@@ -32,7 +32,8 @@ from .subject import Subject, load
 def evaluate(what: Evaluation, ranks: Ranks, say=print, interruption: Interruption | None = None) -> dict:
     """Measure and write; returns the results, the same on every rank and at every world size. Collective.
 
-    Datasets that OUT/results.json already holds for the same weights, data and settings are taken over. Raises UserError for a model
+    Datasets that OUT/results.json already holds for the same weights, data and settings are taken over, also those that are not
+    asked for now. Raises UserError for a model
     or data that do not fit, RunError with status REQUEUE when a rank was interrupted: the same call then goes on.
     """
     began, say = time.monotonic(), say if ranks.first else _silent
@@ -53,6 +54,9 @@ def evaluate(what: Evaluation, ranks: Ranks, say=print, interruption: Interrupti
     for source in what.sources:
         entry, measured = session.dataset(source, stored)
         entries, new = [*entries, entry], new or measured
+    asked = {entry["name"] for entry in entries}
+    same = stored.get("settings") == settings and stored["model"] | {"weights": None} == subject.about | {"weights": None}
+    entries += [d for d in stored["datasets"] if same and d["name"] not in asked]
     if not new and len(entries) == len(stored["datasets"]):
         say(f"'{what.out}' holds these results already; remove it to measure them again")
         return stored
@@ -145,7 +149,10 @@ def _silent(*_) -> None:
 def _stored(out: Path) -> dict:
     if not (out / results.FILE).is_file():
         return {"datasets": []}
-    return results.read(out)
+    try:
+        return results.read(out)
+    except UserError as error:
+        raise UserError(f"--out: {str(error).rpartition(';')[0]}; remove it, or choose another folder") from None
 
 
 def _publish(done: dict, out: Path, say) -> None:

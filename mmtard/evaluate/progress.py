@@ -58,6 +58,7 @@ class Progress:
     def add(self, part: str, chunk: int, row: dict) -> None:
         row = {"part": part, "chunk": chunk, **row}
         if self._file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)  # the first rank's is another disk's where OUT is not shared
             self._file = (self.folder / f"{self.stem}.{self.ranks.rank}-{socket.gethostname()}-{os.getpid()}.jsonl").open("a")
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()

@@ -12,7 +12,7 @@ from tiny_datasets import COLOURS, write
 from mmtard import data
 from mmtard.config import Data, Model
 from mmtard.errors import UserError
-from mmtard.evaluate import datasets, evaluation, suite
+from mmtard.evaluate import datasets, evaluation, suite, table
 from mmtard.evaluate.protocols import FARE_SETS, PROTOCOLS
 from mmtard.evaluate.request import default_out, protocol
 
@@ -57,18 +57,21 @@ def test_a_root_that_holds_no_dataset(tmp_path, make, message):
         datasets.find(make(tmp_path))
 
 
-def test_eurosats_names_are_put_into_words_and_the_chance_is_printed(measure, tmp_path, capsys):
+def test_eurosats_names_are_put_into_words(measure, tmp_path):
     """Its folders' names, `AnnualCrop`, are no words that CLIP has read."""
     write(tmp_path / "wds" / "vtab-eurosat", 20, classes=dict.fromkeys(datasets.EUROSAT))
     (entry,) = measure(tmp_path, attacks=("pgd",), iters=1)["datasets"]
     assert entry["name"] == "EuroSAT" and entry["classes"] == list(datasets.EUROSAT.values())
-    assert entry["classes"][0] == "annual crop land" and entry["classes"][9] == "lake or sea"
-    assert entry["chance"] == 0.1
+    assert entry["classes"][0] == "annual crop land" and entry["classes"][9] == "lake or sea" and entry["chance"] == 0.1
 
 
-def test_two_classes_have_no_targeted_attack_and_a_chance_of_half(measure, tmp_path):
+def test_two_classes_have_no_targeted_attack_and_a_chance_of_half(measure, tmp_path, capsys):
+    """PCAM near 50 % is chance, which only who sees the chance level knows."""
     write(tmp_path / "pcam", 12, classes={"lymph node": 0, "lymph node containing metastatic tumor tissue": 2})
-    (entry,) = measure(tmp_path, attacks=("apgd-ce", "apgd-t"))["datasets"]
+    found = measure(tmp_path, attacks=("apgd-ce", "apgd-t"))
+    (entry,) = found["datasets"]
+    table.show(found)
+    assert re.search(r"│ +50\.00 │\n", capsys.readouterr().out)
     assert entry["chance"] == 0.5 and list(entry["eps"]["4/255"]["attacks"]) == ["apgd-ce"]
     assert entry["eps"]["4/255"]["skipped"] == {"apgd-t": "the targeted DLR loss needs 4 classes, there are 2"}
     with pytest.raises(UserError, match="PCAM: no attack is left .*; add --attacks apgd-ce"):

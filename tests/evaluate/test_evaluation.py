@@ -1,6 +1,7 @@
 """`mmtard evaluate`: equal to open_clip's own zero-shot classifier, the same at every batch size, never stale, taken up after a kill."""
 
 import json
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -13,7 +14,7 @@ from tiny_datasets import COLOURS, write
 from mmtard import towers
 from mmtard.config import Model, parse_fraction
 from mmtard.errors import RunError, UserError
-from mmtard.evaluate import progress, results, suite, zeroshot
+from mmtard.evaluate import chunks, health, progress, results, suite, zeroshot
 from mmtard.preempt import REQUEUE, Interruption
 from mmtard.quickstart.pretrain import ARCHITECTURE
 
@@ -105,6 +106,17 @@ def test_an_added_dataset_leaves_the_others_as_they_are(colours, measure, tmp_pa
     assert measured == ["more"] and [d["name"] for d in found["datasets"]] == ["colours", "more"] and found["datasets"][0] == first["datasets"][0]
 
 
+def test_fewer_datasets_are_asked_for_and_none_is_lost(colours, measure, tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "colours").symlink_to(colours)
+    write(root / "more", 8)
+    both = measure(root, iters=1)
+    monkeypatch.setattr(zeroshot, "measure", None)
+    assert measure(root, wanted=["more"], iters=1)["datasets"] == both["datasets"]
+    assert results.read(tmp_path / "out") == json.loads(json.dumps(both))
+
+
 def test_an_interrupted_evaluation_keeps_what_it_measured_and_ends_with_the_same_numbers(colours, measure, tmp_path, monkeypatch):
     undisturbed = measure(colours, tmp_path / "undisturbed", batch_size=8)
     interruption, calls, said, run = Interruption(), [], [], suite.run
@@ -162,3 +174,51 @@ def test_an_attack_that_leaves_its_ball_fails_the_command_after_it_wrote(colours
     assert command("evaluate", exported, "--data", colours, *words) == 1
     printed = capsys.readouterr().out
     assert "FAIL colours: largest perturbation" in printed and results.read(tmp_path / "out")["datasets"][0]["health"][0]["status"] == "FAIL"
+
+
+def test_the_costly_checks_see_every_class_and_are_not_made_twice(measure, tmp_path, monkeypatch):
+    seen = []
+
+    def sanity(model, images, labels, seeds, settings, source):
+        seen.append((labels.tolist(), settings.eps))
+        return [{"check": "batch size", "status": "WARN", "detail": "differs"}]
+
+    monkeypatch.setattr(health, "sanity", sanity)
+    monkeypatch.setattr(health, "SANITY_SAMPLES", 2)
+    ordered = write(tmp_path / "ordered", 40, label=lambda i, n: i * n // 40)
+    (entry,) = measure(ordered, iters=1, sanity=True)["datasets"]
+    right = {y for y, clean in zip(entry["samples"]["labels"], entry["samples"]["clean"]) if clean}
+    assert len(seen) == 1 and seen[0][1] == 4 / 255 and len(seen[0][0]) == 2 and len(set(seen[0][0])) == min(2, len(right))
+    assert entry["health"][-1]["check"] == "batch size"
+
+
+def test_a_transfer_attack_follows_the_other_models_gradients(colours, measure, exported, tmp_path):
+    other = tmp_path / "other"
+    towers.load(Model(arch=str(ARCHITECTURE), weights="random"), seed=4).save(other)
+    asked = {"attacks": ("transfer",), "iters": 10, "eps": (parse_fraction("8/255"),)}
+    own, transferred = (measure(colours, tmp_path / str(i), transfer_from=Model(weights=str(m)), **asked) for i, m in enumerate((exported, other)))
+    broken = [sum(b is not None for b in found["datasets"][0]["samples"]["eps"]["8/255"]["broken_by"]) for found in (own, transferred)]
+    assert broken[1] < broken[0], "another model's gradients are worse than one's own"
+    assert [found["settings"]["transfer_from"]["weights"] for found in (own, transferred)] == [str(exported), str(other)]
+    assert own["datasets"][0]["key"] != transferred["datasets"][0]["key"]
+
+
+def test_the_activation_stands_in_the_results_and_another_is_refused(colours, measure, tmp_path):
+    """The same weights under the other GELU are another, worse model, which looks more robust or less."""
+    folder = tmp_path / "quick"
+    towers.load(Model(arch=str(ARCHITECTURE), weights="random", quick_gelu=True), seed=3).save(folder)
+    assert measure(colours, model=folder, attacks=("pgd",), iters=1)["model"]["quick_gelu"] is True
+    with pytest.raises(UserError, match="quick_gelu: False, but .* was trained with quick_gelu True"):
+        measure(colours, tmp_path / "other", model=Model(weights=str(folder), quick_gelu=False))
+
+
+def test_the_speed_and_the_time_left_are_told(colours, measure, monkeypatch):
+    monkeypatch.setattr(chunks, "SAY_EVERY_S", 0.0)
+    said = []
+    measure(colours, attacks=("pgd",), iters=1, batch_size=16, say=said.append)
+    assert re.fullmatch(r"colours clean: 16/48 samples  [\d.e+]+ images/s  left \d+ s", said[0]) and said[2].startswith("colours clean: 48/48")
+
+
+def test_an_unknown_attack_is_refused_before_anything_is_measured(colours, measure):
+    with pytest.raises(UserError, match="unknown attack 'pdg'; known: apgd-ce"):
+        measure(colours, attacks=("pdg",))
