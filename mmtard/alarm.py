@@ -53,13 +53,14 @@ class Alarm:
             def predict(x: Tensor) -> Tensor:
                 return self.distillation.head(forward(x)).logits
 
-            multi = perturb(self.multi_step, lambda x: cross_entropy(predict(x), labels), images, seeds)
+            known = labels.clamp(min=0)  # a label-free method's samples may have none: never right
+            multi = perturb(self.multi_step, lambda x: cross_entropy(predict(x), known), images, seeds)
             return tuple(top1(predict(x).detach(), labels) for x in (single, multi))
 
 
 def multi_step(attack: Attack) -> Attack:
     """PGD in the ball of the training's attack, with steps of 2.5 eps / STEPS from a random start."""
-    return attack.model_copy(update={"algorithm": "pgd", "steps": STEPS, "step_size": attack.eps * 5 / (2 * STEPS), "momentum": 0.0, "random_start": True})
+    return attack.model_copy(update={"algorithm": "pgd", "steps": STEPS, "step_size": attack.eps * 5 / (2 * STEPS), "momentum": 0.0, "random_start": True, "restarts": 1})
 
 
 def overfitted(single: int, multi: int, n: int, ratio: float) -> bool:

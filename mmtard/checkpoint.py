@@ -24,13 +24,15 @@ from .errors import UserError
 FORMAT = 1
 MANIFEST, WEIGHTS, OPTIMIZER, STATE = "manifest.json", "weights.safetensors", "optimizer.safetensors", "state.json"
 EMA = "ema."  # how the optimiser's keys of the moving average begin
+MOST_ROBUST = "most_robust"  # the link to the checkpoint that probes found so
 _PUBLISHED = re.compile(r"step-(\d+)$")
 
 
 class Checkpoints:
     """The checkpoints of one run, as its first rank writes them.
 
-    keep_last: how many of the newest stay; keep_every: those at multiples of this step stay for good.
+    keep_last: how many of the newest stay; keep_every: those at multiples of this step stay for good. The target of the link
+    `checkpoints/most_robust` stays, and so does what is held.
     """
 
     def __init__(self, run: Path, keep_last: int, keep_every: int | None = None):
@@ -38,11 +40,14 @@ class Checkpoints:
         self.keep_last, self.keep_every = keep_last, keep_every
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._held: set[int] = set()
+        self._deciding = threading.Lock()  # what goes; never taken while files are written or removed
 
     def clean(self) -> None:
-        """Remove what an interrupted write left behind."""
-        for scratch in self.folder.glob(".writing-*"):
-            shutil.rmtree(scratch, ignore_errors=True)
+        """Remove what an interrupted write or removal left behind."""
+        for pattern in (".writing-*", ".retired-*"):
+            for scratch in self.folder.glob(pattern):
+                shutil.rmtree(scratch, ignore_errors=True)
 
     def save(self, step: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict) -> None:
         """Write and publish `step-N` in the background. The tensors must be CPU copies that nobody changes afterwards.
@@ -83,11 +88,43 @@ class Checkpoints:
         except BaseException as error:  # handed to the loop by wait(): a thread has nobody else to tell
             self._error = error
 
+    def hold(self, step: int) -> Path | None:
+        """The published checkpoint of a step, which then stays until it is released; None when there is none."""
+        with self._deciding:
+            checkpoint = self.folder / f"step-{step}"
+            if not checkpoint.is_dir():
+                return None
+            self._held.add(step)
+            return checkpoint
+
+    def release(self, step: int) -> None:
+        self._held.discard(step)
+
+    def keep_most_robust(self, step: int | None, newest: int) -> None:
+        """Point `most_robust` at a step's checkpoint; None: remove the link if its target is gone or beyond the step `newest`."""
+        link = self.folder / MOST_ROBUST
+        if step is not None:
+            _point(link, f"step-{step}")
+        elif (target := self._most_robust) is not None and (target > newest or not link.exists()):
+            link.unlink()
+
+    @property
+    def _most_robust(self) -> int | None:
+        link = self.folder / MOST_ROBUST
+        return int(os.readlink(link).removeprefix("step-")) if link.is_symlink() else None
+
+    def retire(self) -> None:
+        """Remove the checkpoints that need not stay."""
+        self._retire(max(published(self.folder), default=0))
+
     def _retire(self, newest: int) -> None:
-        steps = sorted(n for n in published(self.folder) if n <= newest)
-        for n in steps[: -self.keep_last]:
-            if not (self.keep_every and n % self.keep_every == 0):
-                shutil.rmtree(self.folder / f"step-{n}", ignore_errors=True)
+        with self._deciding:
+            stay = {self._most_robust, *self._held}
+            for n in sorted(n for n in published(self.folder) if n <= newest)[: -self.keep_last]:
+                if n not in stay and not (self.keep_every and n % self.keep_every == 0):
+                    (self.folder / f"step-{n}").rename(self.folder / f".retired-{n}")
+        for retired in self.folder.glob(".retired-*"):
+            shutil.rmtree(retired, ignore_errors=True)
 
 
 def published(folder: Path) -> dict[int, Path]:
@@ -129,7 +166,7 @@ def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def resolve(folder: Path) -> tuple[Path, Path]:
-    """(run folder, checkpoint folder) of a run (its newest valid checkpoint), a checkpoint, or `checkpoints/latest`.
+    """(run folder, checkpoint folder) of a run (its newest valid checkpoint), a checkpoint, or a link to one (`checkpoints/latest`, `most_robust`).
 
     Raises UserError when the folder is neither or holds no usable checkpoint.
     """
@@ -194,7 +231,7 @@ def _fsync(path: Path) -> None:
 
 
 def _point(link: Path, target: str) -> None:
-    scratch = link.with_name(f".latest-{os.getpid()}")
+    scratch = link.with_name(f".{link.name}-{os.getpid()}")
     scratch.unlink(missing_ok=True)
     scratch.symlink_to(target)
     scratch.replace(link)

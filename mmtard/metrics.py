@@ -1,4 +1,4 @@
-"""What a run reports: `metrics.jsonl` (every step), `events.jsonl`, lines on the console, and the trackers."""
+"""What a run reports: `metrics.jsonl` (every step), `events.jsonl`, `probes.jsonl`, lines on the console, and the trackers."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .trackers import Tracker, finite
 
-METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+METRICS, EVENTS, PROBES = "metrics.jsonl", "events.jsonl", "probes.jsonl"
 TIMINGS = ("seconds", "images_per_s", "tflops_a_rank", "mfu", "memory_gib")  # the columns that differ between equal runs
 
 
 class Metrics:
     """The reports of one run, written by its first rank.
 
-    Opening cuts `metrics.jsonl` and `events.jsonl` back to the step the run goes on from, so that a step that was lost in an
+    Opening cuts its files back to the step the run goes on from, so that a step that was lost in an
     interruption and done again stands there once. `trackers` open one each; one that fails is named and left out from then on.
     """
 
     def __init__(self, run: Path, start: int, steps: int, log_every: int, trackers: dict[str, Callable[[], Tracker]] = {}):
-        for name in (METRICS, EVENTS):
+        for name in (METRICS, EVENTS, PROBES):
             cut(run / name, start)
         self._metrics = (run / METRICS).open("a", buffering=1)
         self._events = (run / EVENTS).open("a", buffering=1)
-        self.steps, self.log_every = steps, log_every
+        self.run, self.steps, self.log_every = run, steps, log_every
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar = None
         if self._console.is_terminal:
@@ -60,6 +60,15 @@ class Metrics:
         self._events.write(_line({"step": step, "event": kind, **details}))
         shown = "  ".join(f"{k} {_short(v)}" for k, v in details.items())
         self.say(f"step {step}: {kind}  {shown}")
+
+    def probe(self, row: dict) -> None:
+        """Record a probe of the checkpoint of `row["step"]`: clean and robust accuracy, the latter's interval95, n samples, its protocol."""
+        with (self.run / PROBES).open("a") as file:
+            file.write(_line(row))
+        self._track(lambda tracker: tracker.log_probe(row["step"], {f"probe/{k}": row[k] for k in ("clean", "robust")}))
+        clean, robust, low, high = (100 * x for x in (row["clean"], row["robust"], *row["interval95"]))
+        against = f"{row['protocol']['norm']} {row['protocol']['eps']}"
+        self.say(f"probe of step {row['step']}: clean {clean:.1f} %, robust {robust:.1f} % ({low:.1f}-{high:.1f}) against {against}, {row['n']} samples")
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)
@@ -92,6 +101,14 @@ class Metrics:
         hidden = ("step", "batch", "skipped", "replaced", "seconds", "images_per_s", "tflops_a_rank", "memory_gib")
         shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in hidden and not re.search(r"_p\d\d$", k))
         return f"step {done:{width}d}/{self.steps}  {shown}  {row['images_per_s']:.4g} images/s  left {timedelta(seconds=round(left))}"
+
+
+def cost(seconds: float, images: int, flops: float, peak: float | None, world_size: int, device: torch.device) -> dict[str, float]:
+    """What a step of `images` took, `flops` each: all ranks' images a second, a rank's FLOP/s and its share of the device's bf16 peak
+    where that is known, and the memory of this process."""
+    done = images * flops / seconds / world_size
+    known = {"mfu": done / peak} if peak else {}
+    return {"seconds": seconds, "images_per_s": images / seconds, "tflops_a_rank": done / 1e12, **known, "memory_gib": memory_gib(device)}
 
 
 def memory_gib(device: torch.device) -> float:

@@ -13,9 +13,10 @@ from .config import Config
 from .distill import Distillation
 from .engine import DTYPES, Engine, Step, learning_rate
 from .errors import RunError
-from .metrics import Metrics, memory_gib
+from .metrics import Metrics, cost
 from .parallel import Ranks
 from .preempt import REQUEUE, Interruption
+from .probe import schedule
 from .terms import Terms
 from .watchdog import Watchdog
 
@@ -41,6 +42,7 @@ class Run:
         torch.manual_seed(config.seed)
         ranks.from_first(lambda: data.open_dataset(config.data).fingerprint)  # builds the index once, before all read it
         self.dataset = data.open_dataset(config.data)
+        ranks.from_first(lambda: schedule.check(config))
         self.folder = run_folder.prepare(config, self.dataset.fingerprint, ranks)
         self.step = self.folder.step
         watchdog.at(self.step, "set-up")
@@ -51,15 +53,16 @@ class Run:
         if ranks.first:
             self.checkpoints.clean()
             self.metrics = Metrics(self.folder.path, self.step, config.train.steps, config.log.every, trackers.chosen(config, self.step))
+            self.probe = schedule.Probe(config, self.checkpoints, self.metrics, self.step)
 
     def train(self, interruption: Interruption) -> int:
         """Run to the last step or to an interruption; the exit status."""
         if self.step < self.config.train.steps:
             self._build()
             if not self._loop(interruption):
-                self._end(lambda: history.kind_of_stop(interruption.signal), f"stopped by {interruption.name} after step {self.step}")
+                self._end(lambda: history.kind_of_stop(interruption.signal), f"stopped by {interruption.name} after step {self.step}", interruption)
                 return REQUEUE
-        self._end(lambda: history.COMPLETE, f"complete, {self.step} steps done")
+        self._end(lambda: history.COMPLETE, f"complete, {self.step} steps done", interruption)
         return 0
 
     def _build(self) -> None:
@@ -144,8 +147,9 @@ class Run:
                 self.metrics.step(
                     {"step": self.step, **means, **spread, "lr": lr, "grad_norm": outcome.grad_norm, "batch": int(digest)}
                     | {"skipped": self.skipped, "replaced": self.replaced}
-                    | self._speed(seconds)
+                    | cost(seconds, t.batch_size, self.sample_flops, self.peak_flops, self.ranks.world_size, self.ranks.device)
                 )
+                self.probe.look(self.step)
             overfitting = self.alarm(self.step, batch)
             if overfitting and self.ranks.first:
                 self.metrics.event(self.step, alarm.EVENT, **overfitting)
@@ -194,13 +198,6 @@ class Run:
             kind = "non-finite loss, step skipped" if bad else "non-finite gradient, step skipped"
             self.metrics.event(self.step, kind, ranks=[r for r, s in enumerate(found) if s], samples=[s for rank in found for s in rank])
 
-    def _speed(self, seconds: float) -> dict[str, float]:
-        """Throughput of a step: all ranks' images, a rank's FLOP/s, and its share of the device's bf16 peak where that is known; the first rank's memory."""
-        images = self.config.train.batch_size / seconds
-        done = images * self.sample_flops / self.ranks.world_size
-        known = {"mfu": done / self.peak_flops} if self.peak_flops else {}
-        return {"seconds": seconds, "images_per_s": images, "tflops_a_rank": done / 1e12, **known, "memory_gib": memory_gib(self.ranks.device)}
-
     def _save(self) -> None:
         weights, moments, updates = self.engine.full_state()
         state = {
@@ -217,10 +214,13 @@ class Run:
         }
         self.ranks.from_first(lambda: self.checkpoints.save(self.step, weights, moments, state))
 
-    def _end(self, kind: Callable[[], str], reason: str) -> None:
+    def _end(self, kind: Callable[[], str], reason: str, interruption: Interruption) -> None:
         """Note on the first rank how this start ended; RunError when the run must not be started again though it is not complete."""
         self.watchdog.at(self.step, "checkpoint")
         refused = self.ranks.from_first(lambda: self._note_end(kind(), reason))
+        if self.ranks.first:  # whose probe and trackers the other ranks need not wait for
+            self.probe.finish(self.step == self.config.train.steps, interruption, lambda: self.watchdog.at(self.step, "checkpoint"))
+            self.metrics.close()
         if refused:
             raise RunError(f"'{self.folder.path}': {refused}")
 
@@ -230,7 +230,6 @@ class Run:
         history.ended(run, kind, reason, self.step)
         refused = history.refusal(run, self.config.resume)
         self.metrics.say(f"{run}: {reason}" + ("" if refused or kind == history.COMPLETE else "; start it again to go on"))
-        self.metrics.close()
         return refused
 
 

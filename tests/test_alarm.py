@@ -87,3 +87,9 @@ def test_both_a_small_share_and_intervals_apart_are_needed(single, multi, n, rat
 def test_a_ratio_above_one_is_refused():
     with pytest.raises(UserError, match="attack.alarm_ratio"):
         check(wave, alarm_ratio=1.5)
+
+
+def test_samples_without_a_label_do_not_count(monkeypatch):
+    monkeypatch.setattr(BATCH, "labels", torch.tensor([0, -1] * (N // 2)))
+    found, _ = check(wave, objective="kl_self")
+    assert (found["one_step_accuracy"], found["pgd10_accuracy"], found["samples"]) == (1.0, 0.0, 8)

@@ -49,9 +49,10 @@ ROOMS = {
     "data": {"config", "errors"},
     # engine, and the verbs
     "engine": {"batch_norm", "config", "parallel", "towers"},
+    "probe": {"checkpoint", "config", "data", "errors", "evaluate", "metrics", "parallel", "preempt"},
     "alarm": {"config", "data", "distill", "evaluate", "losses", "parallel"},
     "cache": {"config", "data", "engine", "errors", "parallel", "preempt", "stored", "teachers", "towers"},
-    "train": {"alarm", "checkpoint", "config", "data", "distill", "engine", "errors", "flops", "history", "metrics", "parallel", "preempt", "run_folder", "stored", "student", "targets", "teachers", "terms", "towers", "trackers", "watchdog"},
+    "train": {"alarm", "checkpoint", "config", "data", "distill", "engine", "errors", "flops", "history", "metrics", "parallel", "preempt", "probe", "run_folder", "stored", "student", "targets", "teachers", "terms", "towers", "trackers", "watchdog"},
     "evaluate": {"attacks", "config", "data", "errors", "losses", "methods", "parallel", "preempt", "run_folder", "towers"},
     "report": {"config", "data", "errors", "evaluate", "history", "methods", "metrics", "towers"},
     "runs": {"config", "errors", "history", "slurm"},

@@ -45,9 +45,9 @@ def dump(config: Config) -> str:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple]:
-    """Dotted key -> (old, new) where two configurations differ; `resume`, `log` and `run_dir` do not count."""
+    """Dotted key -> (old, new) where two configurations differ; `resume`, `log`, `probe` and `run_dir` do not count."""
     a, b = (_flatten(c.model_dump(mode="json")) for c in (old, new))
-    keys = (k for k in sorted(a.keys() | b.keys()) if k.split(".")[0] not in ("resume", "log", "run_dir"))
+    keys = (k for k in sorted(a.keys() | b.keys()) if k.split(".")[0] not in ("resume", "log", "probe", "run_dir"))
     return {k: (a.get(k), b.get(k)) for k in keys if a.get(k) != b.get(k)}
 
 

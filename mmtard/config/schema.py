@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from .methods import ATTACK_OBJECTIVES, START, Attack, Method
-from .values import Int, Number, Ratio, Section
+from .values import Int, Number, Pixels, Ratio, Section
 
 # ---------------------------------------------------------------- models
 
@@ -110,6 +110,22 @@ class Checkpoint(Section):
     keep_every: Int | None = Field(None, ge=1, description="checkpoints at multiples of this step are kept for good")
 
 
+class Probe(Section):
+    """A small evaluation of checkpoints by a background process of the first rank, while the run goes on."""
+
+    data: str = Field(..., description="labelled shards, as data.shards names them")
+    index: str | None = Field(None, description="index file; null: beside the shards")
+    classnames: str | None = Field(None, description="file, one name a line; null: classnames.txt beside the shards")
+    every: Int = Field(..., ge=1, description="steps; a multiple of checkpoint.every. The last checkpoint is measured, too")
+    n_samples: Int = Field(500, ge=1, description="a fixed sample, as many of each class as can be")
+    eps: Pixels | None = Field(None, gt=0, description="null: the training attack's; the norm is that one's")
+    steps: Int = Field(10, ge=1, description="of PGD on cross-entropy")
+    batch_size: Int = Field(50, ge=1)
+    device: Literal["cpu", "cuda", "auto"] = Field("cpu", description="cuda: the first rank's GPU, whose memory and time it then shares")
+    threads: Int = Field(4, ge=1, description="of the background process; at the lowest priority")
+    wait_minutes: Number = Field(10.0, ge=0, description="longest wait for the last probe when the run is complete")
+
+
 class Resume(Section):
     """What a run survives. How each of its starts ended stands in resume.jsonl."""
 
@@ -151,6 +167,7 @@ class Config(Section):
     train: Train
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
+    probe: Probe | None = None
     resume: Resume = Resume()
     log: Log = Log()
 
@@ -224,6 +241,8 @@ class Config(Section):
                 raise ValueError(f"teachers.{name}.stored: {UNSTORABLE}")
         if self.train.batch_size % self.data.lanes:
             raise ValueError(f"data.lanes: {self.data.lanes} lanes do not divide train.batch_size {self.train.batch_size}; make it a divisor of the batch size")
+        if self.probe is not None and self.probe.every % self.checkpoint.every:
+            raise ValueError(f"probe.every: {self.probe.every} is no multiple of checkpoint.every {self.checkpoint.every}; only checkpoints can be measured")
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(f"train.warmup_steps: {self.train.warmup_steps} is more than train.steps {self.train.steps}; lower it")
         return self

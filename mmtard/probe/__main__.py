@@ -1,0 +1,70 @@
+"""The process of one probe: `python -m mmtard.probe PARENT ASKED OUT`. Of the lowest priority, and it ends when process PARENT does.
+
+ASKED is a JSON file as `schedule.Probe` writes it; OUT will hold {"clean": ACC, "robust": ACC} of the same samples.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+from ..errors import RunError, UserError
+from ..preempt import Interruption
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main(parent: str, asked: str, out: str) -> None:
+    # A job's signals reach every process of it; what they mean for this one is the parent's to decide, who ends it with SIGKILL.
+    signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
+    tie_to(int(parent))
+    os.nice(19)
+    try:
+        found = measure(json.loads(Path(asked).read_text()))
+    except (UserError, RunError) as error:
+        sys.exit(str(error))
+    Path(out).write_text(json.dumps(found))
+
+
+def tie_to(parent: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends, in whatever way."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it ended before the kernel knew
+        sys.exit("the parent process is gone")
+
+
+def measure(asked: dict) -> dict:
+    """Accuracy of a checkpoint on a stratified sample, clean and under PGD on cross-entropy, in float32 at the tower's size."""
+    from .. import data, parallel
+    from ..config import Data, Model
+    from ..evaluate import results, subject, suite, zeroshot
+    from ..evaluate.statistics import stratified
+    from ..evaluate.trial import Settings
+
+    source = Data(**asked["data"])
+    dataset, names = data.open_dataset(source), data.classnames(source)
+    zeroshot.check_labels(dataset, names, "probe.data")
+    settings = Settings(eps=float(Fraction(asked["eps"])), norm=asked["norm"], iters=asked["steps"])
+    clean, robust = [], []
+    with parallel.group(asked["device"]) as ranks:
+        model = subject.load(Model(weights=asked["checkpoint"]), ranks)
+        logits = model.logits(model.head(names, data.templates(source), ranks))
+        staging = data.Staging(dataset, source.cache) if dataset.remote else None
+        ids = stratified(dataset.labels, asked["n_samples"], seed=0)
+        for batch in data.eval_batches(dataset, data.Transform(model.tower.image_size), ids, asked["batch_size"], staging=staging):
+            images, *rest = (t.to(ranks.device) for t in (batch.images, batch.labels, batch.seeds))
+            outcome = suite.run(logits, images.float() / 255, *rest, ["pgd"], settings)
+            clean += outcome.clean.tolist()
+            robust += outcome.robust.tolist()
+    return {"clean": results.accuracy(clean), "robust": results.accuracy(robust)}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

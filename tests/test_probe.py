@@ -1,0 +1,235 @@
+"""The probe's decisions, with a small script in place of the evaluation; the real one: parallel/test_probing.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mmtard.checkpoint import Checkpoints, resolve
+from mmtard.config import validate
+from mmtard.errors import UserError
+from mmtard.metrics import Metrics
+from mmtard.probe import schedule
+from mmtard.probe.schedule import Probe
+
+from test_checkpoint import save, steps
+
+ROBUST = {5: 0.25, 10: 0.5, 15: 0.25, 20: 0.5}  # at 10 and 20 alike, but 20 is better on clean images
+
+SCRIPT = """
+import json, os, sys, time
+asked = json.load(open(sys.argv[2]))
+step = int(asked["checkpoint"].rsplit("-", 1)[1])
+while not os.path.exists(os.environ["GO"]): time.sleep(0.01)
+if os.environ.get("FAIL") == str(step): sys.exit("no luck")
+of = lambda accuracy: {"accuracy": accuracy, "interval95": [0, 1], "n": asked["n_samples"]}
+json.dump({"clean": of(step / 100), "robust": of(json.loads(os.environ["ROBUST"])[str(step)])}, open(sys.argv[3], "w"))
+"""
+
+
+@pytest.fixture
+def start(tree, tmp_path, monkeypatch):
+    """Call with settings of the probe: a start of a run of 20 steps that goes on from its newest checkpoint."""
+    monkeypatch.setattr(schedule, "PROCESS", [sys.executable, "-c", SCRIPT])
+    monkeypatch.setenv("GO", str(tmp_path / "go"))
+    monkeypatch.setenv("ROBUST", json.dumps(ROBUST))
+    (tmp_path / "go").touch()
+    made = []
+
+    def make(at=0, keep_last=1, **settings):
+        tree["train"]["steps"], tree["checkpoint"] = 20, {"every": 5}
+        tree["probe"] = {"data": "val", "every": 5, "n_samples": 40, **settings}
+        config, run = validate(tree), tmp_path / "run"
+        run.mkdir(exist_ok=True)
+        checkpoints = Checkpoints(run, keep_last)
+        metrics = Metrics(run, at, 20, 99)
+        made.append(Probe(config, checkpoints, metrics, at))
+        return SimpleNamespace(probe=made[-1], checkpoints=checkpoints, run=run, metrics=metrics)
+
+    yield make
+    for each in made:
+        if each.process is not None:
+            each.process.kill()
+            each.process.wait()
+
+
+def settle(s, step):
+    end = time.monotonic() + 20
+    s.probe.look(step)
+    while s.probe.process is not None and time.monotonic() < end:
+        time.sleep(0.01)
+        s.probe.look(0)
+    assert s.probe.process is None
+
+
+def rows(s, name="probes.jsonl"):
+    path = s.run / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def most_robust(s):
+    return os.readlink(s.run / "checkpoints" / "most_robust")
+
+
+def done(s, *interruption):
+    s.probe.finish(not interruption, interruption and interruption[0], lambda: None)
+
+
+def test_each_due_checkpoint_is_measured_and_the_most_robust_stays(start, capsys):
+    s = start()
+    for step in (5, 10, 15):
+        save(s.checkpoints, step)
+        settle(s, step)
+    assert [(r["step"], r["clean"], r["robust"], r["interval95"], r["n"]) for r in rows(s)] == [(n, n / 100, ROBUST[n], [0, 1], 40) for n in (5, 10, 15)]
+    assert rows(s)[0]["protocol"] == {"data": "val", "norm": "linf", "eps": "2/255", "steps": 10, "n_samples": 40, "templates": ["This is a photo of a {}"]}
+    assert steps(s.run) == [10, 15] and most_robust(s) == "step-10"
+    assert resolve(s.run / "checkpoints" / "most_robust")[1].name == "step-10"
+    save(s.checkpoints, 20)
+    s.probe.look(20)
+    done(s)
+    assert most_robust(s) == "step-20" and steps(s.run) == [20], "of equally robust ones the better on clean images"
+    assert "probe of step 10: clean 10.0 %, robust 50.0 % (0.0-100.0) against linf 2/255, 40 samples" in capsys.readouterr().out
+    assert not (s.run / schedule.FOLDER).exists()
+
+
+def test_one_at_a_time_the_newest_next_and_what_is_measured_stays(start, tmp_path):
+    (tmp_path / "go").unlink()
+    s = start(every=5)
+    for step in (5, 10, 15):
+        save(s.checkpoints, step)
+        began = time.monotonic()
+        s.probe.look(step)
+        assert time.monotonic() - began < 1 and s.probe.step == 5, "the loop does not wait"
+    assert steps(s.run) == [5, 15], "5 is being measured, 10 was overtaken"
+    (tmp_path / "go").touch()
+    settle(s, 16)
+    assert [r["step"] for r in rows(s)] == [5, 15]
+
+
+def test_only_multiples_of_every_and_the_last_step_are_due(start):
+    s = start(every=10)
+    for step in (5, 10, 15, 20):
+        save(s.checkpoints, step)
+        for n in range(step - 4, step + 1):
+            s.probe.look(n)
+        settle(s, 0)
+    assert [r["step"] for r in rows(s)] == [10, 20]
+
+
+def test_what_an_interruption_cost_is_made_up_for(start, tmp_path):
+    s = start(keep_last=2)
+    save(s.checkpoints, 5)
+    settle(s, 5)
+    (tmp_path / "go").unlink()
+    save(s.checkpoints, 10)
+    s.probe.look(10)
+    process = s.probe.process
+    done(s, SimpleNamespace(signal="SIGTERM"))
+    assert process.returncode == -signal.SIGKILL and [r["step"] for r in rows(s)] == [5]
+    (tmp_path / "go").touch()
+    s = start(at=10)
+    assert rows(s)[0]["step"] == 5
+    settle(s, 11)
+    assert [r["step"] for r in rows(s)] == [5, 10] and most_robust(s) == "step-10"
+    # A start from an earlier step does again what came later, its probes too.
+    s = start(at=5)
+    assert [r["step"] for r in rows(s)] == [5] and most_robust(s) == "step-5"
+
+
+def test_the_end_waits_for_the_last_probe_as_long_as_it_may(start, tmp_path, capsys):
+    (tmp_path / "go").unlink()
+    s, beats = start(at=20, wait_minutes=0.005), []
+    save(s.checkpoints, 20)
+    s.probe.look(20)
+    s.probe.finish(True, None, lambda: beats.append(1))
+    assert beats and rows(s) == [] and "more than 0.005 minutes" in capsys.readouterr().out
+    (tmp_path / "go").touch()
+    s = start(at=20)
+    done(s)
+    assert [r["step"] for r in rows(s)] == [20], "a start of the complete run makes up for it"
+
+
+def test_a_probe_that_fails_is_an_event_and_is_tried_again_by_the_next_start(start, monkeypatch):
+    monkeypatch.setenv("FAIL", "5")
+    s = start(keep_last=9)
+    save(s.checkpoints, 5)
+    settle(s, 5)
+    assert rows(s) == [] and rows(s, "events.jsonl") == [{"step": 5, "event": "probe failed", "reason": "exit status 1", "said": ["no luck"]}]
+    s.probe.look(6)
+    assert s.probe.process is None
+    monkeypatch.delenv("FAIL")
+    s = start(at=5)
+    settle(s, 6)
+    assert [r["step"] for r in rows(s)] == [5]
+
+
+def test_probes_of_another_protocol_are_not_compared(start):
+    s = start(keep_last=9)
+    save(s.checkpoints, 10)
+    settle(s, 10)
+    s = start(at=10, eps="1/255", keep_last=9)
+    settle(s, 11)
+    save(s.checkpoints, 15)
+    settle(s, 15)
+    assert [(r["step"], r["protocol"]["eps"]) for r in rows(s)] == [(10, "2/255"), (10, "1/255"), (15, "1/255")]
+
+
+def test_settings_that_do_not_fit_are_refused(start, tree):
+    with pytest.raises(UserError, match="probe.every: 7 is no multiple of checkpoint.every 5"):
+        start(every=7)
+    with pytest.raises(UserError, match="val"):
+        tree["probe"]["every"] = 5
+        schedule.check(validate(tree))
+
+
+BACKGROUND = """
+import os, signal, sys, time
+from mmtard.probe import __main__ as process
+def measure(asked):
+    print(os.getpid(), os.nice(0), "+".join(sorted(s.name for s in signal.pthread_sigmask(signal.SIG_BLOCK, ()))), asked, flush=True)
+    time.sleep(60)
+process.measure = measure
+process.main(sys.argv[1], "/dev/stdin", "/dev/null")
+"""
+PARENT = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid() + int(sys.argv[2]))], stdin=subprocess.PIPE)
+child.stdin.write(b"7")
+child.stdin.close()
+if sys.argv[2] != "0": sys.exit(child.wait())
+time.sleep(60)
+"""
+
+
+def alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_process_is_deaf_to_the_jobs_signals_and_dies_with_its_parent():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, BACKGROUND, "0"], stdout=subprocess.PIPE, text=True)
+    child, *words = parent.stdout.readline().split()
+    assert words == ["19", "SIGINT+SIGTERM+SIGUSR2", "7"]
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        os.kill(int(child), number)
+    time.sleep(0.2)
+    assert alive(child)
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 10
+    while alive(child) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not alive(child)
+
+
+def test_the_process_does_not_start_when_its_parent_is_gone_already():
+    done = subprocess.run([sys.executable, "-c", PARENT, BACKGROUND, "1"], capture_output=True, text=True)
+    assert done.returncode == 1 and "the parent process is gone" in done.stderr and not done.stdout
