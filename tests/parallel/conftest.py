@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -57,6 +58,20 @@ def job(tmp_path_factory):
         return path, folder / "runs" / name
 
     return write
+
+
+@pytest.fixture
+def train_here():
+    """Call with a configuration file: its run trained in this process, as the only rank; the exit status. Raises what ends the run."""
+    from mmtard import config, parallel, preempt
+    from mmtard.train import train
+
+    before = dict(os.environ)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    yield lambda path: train(config.load(path), preempt.Interruption())
+    parallel.stop()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

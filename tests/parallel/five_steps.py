@@ -50,7 +50,7 @@ def settings(stage: int, placement: str, precision: str, micro: int) -> config.C
     )
 
 
-def plain() -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain() -> dict:
     """The same training written out in plain PyTorch: no engine, no distillation step, no DeepSpeed."""
     student, clean, robust, t = tower(0), tower(1).eval(), tower(2).eval(), text()
     decayed = [p for p in student.parameters() if p.dim() >= 2]
@@ -81,7 +81,7 @@ def plain() -> tuple[list[float], dict[str, torch.Tensor]]:
         loss.backward()
         adam.step()
         reported.append(loss.item())
-    return reported, student.state_dict()
+    return {"losses": reported, "weights": student.state_dict()}
 
 
 def engine(ranks: parallel.Ranks, case: str) -> dict:
@@ -116,12 +116,8 @@ def engine(ranks: parallel.Ranks, case: str) -> dict:
 
 if __name__ == "__main__":
     out, *cases = sys.argv[1:]
-    if cases == ["plain"]:
-        reported, weights = plain()
-        torch.save({"plain": {"losses": reported, "weights": weights}}, out)
-    else:
-        ranks = parallel.start("cpu")
-        results = {case: engine(ranks, case) for case in cases}
-        if ranks.first:
-            torch.save(results, out)
-        parallel.stop()
+    ranks = parallel.start("cpu")
+    results = {case: plain() if case == "plain" else engine(ranks, case) for case in cases}
+    if ranks.first:
+        torch.save(results, out)
+    parallel.stop()

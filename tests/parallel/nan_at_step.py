@@ -1,14 +1,14 @@
-"""A rank whose objective gives NaN for one sample at one step: nan_at_step.py CONFIG STEP. Otherwise `mmtard train CONFIG`."""
+"""A rank whose objective gives NaN for one sample at step STEP of each run: nan_at_step.py STEP CONFIG... Otherwise `mmtard train CONFIG`."""
 
 import os
 import sys
 
 import torch
 
-from mmtard import cli
+from mmtard import cli, parallel
 from mmtard.methods import tecoa
 
-config, step = sys.argv[1], int(sys.argv[2])
+step, configs = int(sys.argv[1]), sys.argv[2:]
 whole, calls = tecoa.loss, 0
 
 
@@ -22,4 +22,10 @@ def loss(settings, predictions, labels):
 
 
 tecoa.loss = loss
-raise SystemExit(cli.main(["train", config]))
+parallel.stop = lambda: None  # the next run meets in the same group
+for config in configs:
+    calls = 0
+    status = cli.main(["train", config])
+    if status:
+        break
+raise SystemExit(status)

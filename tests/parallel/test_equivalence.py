@@ -21,13 +21,13 @@ def train(folder: Path, world: int, cases: list[str]) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("plain"), 1, ["plain"])["plain"]
+def plain(one_rank):
+    return one_rank["plain"]
 
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("one"), 1, [f"{stage}-replicated-float32-8" for stage in range(4)])
+    return train(tmp_path_factory.mktemp("one"), 1, ["plain", *(f"{stage}-replicated-float32-8" for stage in range(4))])
 
 
 @pytest.fixture(scope="module")

