@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from mmtard.errors import UserError
 
+from .again import outside
 from .plan import Stage
 from .snapshot import Snapshot
 from .task import Task
@@ -28,7 +29,7 @@ SETUP = (
     "MASTER_ADDR=$(scontrol show node --oneliner \"$first\" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')",
     "MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))",
     "export MASTER_ADDR MASTER_PORT SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
-    'echo "$(date "+%F %T") job $SLURM_JOB_ID: start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, ranks meet at $MASTER_ADDR:$MASTER_PORT"',
+    'echo "$(date "+%F %T") job $SLURM_JOB_ID: start $((${SLURM_RESTART_COUNT:-0} + ${MMTARD_SUBMITTED_AGAIN:-0} + 1)) on $SLURM_JOB_NODELIST, ranks meet at $MASTER_ADDR:$MASTER_PORT"',
     "export OMP_NUM_THREADS=1 NCCL_DEBUG=WARN PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1",
 )
 # A signal to the job reaches a rank's Python while it starts, and would end it: ignored until `Task` listens.
@@ -89,10 +90,8 @@ def submit(stage: Stage, request: Request, snapshot: Snapshot, after: list[str])
     if shutil.which("sbatch") is None:
         raise UserError("no Slurm here (sbatch is not on the PATH); --local runs it on this machine, --dry-run shows what would be submitted")
     tasks = [Task(snapshot.words(work), snapshot.jobs) for work in stage.works]
-    # From inside another job: its shape and its ranks are not this one's.
-    for name in list(os.environ):
-        if name.startswith(("SLURM_", "SRUN_", "SUBMITIT_")) and name != "SLURM_CONF" or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MMTARD_INIT_FILE"):
-            del os.environ[name]
+    for name in os.environ.keys() - outside().keys():  # of a job that this is called in
+        del os.environ[name]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what the exception says too
             return _executor(stage, request, snapshot, after).submit_array(tasks)
@@ -112,6 +111,8 @@ def _executor(stage: Stage, request: Request, snapshot: Snapshot, after: list[st
     if not stage.works[0].config:
         request = replace(request, nodes=1)
     more = {"requeue": True, "signal": f"USR2@{request.lead}", **request.more}
+    if "no_requeue" in more:  # for clusters that forbid it: `Task` submits the job again instead
+        del more["requeue"]
     first = more.pop("dependency", None)  # what the user waits for, the whole plan waits for
     waits = [*([first] if first else []), *([f"afterok:{':'.join(after)}"] if after else [])]
     if after:

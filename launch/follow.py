@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from .again import successor
+
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED")
 
 
@@ -40,6 +42,10 @@ def follow(jobs: list[Followed], pause: float = 2.0) -> int:
 
 def _look(job: Followed, several: bool) -> None:
     state = _state(job.job)  # before the log: what an ended job wrote is all there
+    if state in ENDED and (goes_on := successor(job.log.parent, job.job)).is_file():
+        job.job = goes_on.read_text()
+        state = _state(job.job)
+        print(f"-- {job.name} goes on as job {job.job}")
     if job.log.is_file():
         with job.log.open("rb") as log:
             log.seek(job.read)

@@ -9,6 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+from mmtard import slurm
+
+from .again import submit_again
+
 REQUEUE = 75  # mmtard's exit status for "start me again": told to stop and saved, or another rank was lost
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 FIRST_RANKS_TURN_S = 15
@@ -21,8 +25,8 @@ class Task:
     """`python -m mmtard WORDS` as a callable that submitit stores and calls in every task of the job.
 
     Returns 0. Raises RuntimeError for any other end of mmtard, which submitit keeps as the job's result and which ends the
-    other ranks; SystemExit(0) where the job goes back to the queue and there is no result yet. mmtard alone decides whether it
-    does. There is no `checkpoint` method: submitit would call it on one rank, inside a signal handler.
+    other ranks; SystemExit where there is no result yet: 0 when the job goes back to the queue, 75 when that is forbidden and another
+    job goes on for it. mmtard alone decides whether it goes on. There is no `checkpoint` method: submitit would call it on one rank, inside a signal handler.
     """
 
     def __init__(self, words: tuple[str, ...], folder: Path):
@@ -33,8 +37,7 @@ class Task:
         status, rank = self._run(), int(os.environ["SLURM_PROCID"])
         if status == REQUEUE:
             time.sleep(FIRST_RANKS_TURN_S if rank else 0)
-            self._back_to_the_queue()
-            raise SystemExit(0)
+            raise SystemExit(self._go_on())
         if status < 0:
             print(f"rank {rank} was ended by {signal.Signals(-status).name}", file=sys.stderr, flush=True)
             if int(os.environ["SLURM_NTASKS"]) > 1:
@@ -60,32 +63,35 @@ class Task:
     def _note(self, number, frame) -> None:
         self.told = self.told or number
 
-    def _back_to_the_queue(self) -> None:
-        """Requeue this job, once, unless somebody decided otherwise: `scontrol requeue` would bring a cancelled job back to life."""
-        job, restarts = _job(), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    def _go_on(self) -> int:
+        """Start this job again, once, unless somebody decided otherwise: `scontrol requeue` would bring a cancelled job back to life.
+
+        The exit status: not 0 when another job goes on, or those that wait for this one to end well would begin.
+        """
+        job, restarts = slurm.job(), slurm.starts() - 1
         try:
             (self.folder / f"{job}_requeue_{restarts + 1}").touch(exist_ok=False)
         except FileExistsError:
-            return
+            return 0
         if self.words[0] != "train" and restarts >= MOST:
             raise RuntimeError(f"mmtard {self.words[0]} was stopped {restarts + 1} times; submit it again, with more --time, to go on")
         state = subprocess.run(["squeue", "--noheader", "--format=%T", "--jobs", job], capture_output=True, text=True).stdout.strip()
         if state not in ("RUNNING", "SIGNALING", ""):
             print(f"job {job} is {state}: it is not requeued from here, its last checkpoint stays", flush=True)
-            return
+            return 0
         print(f"job {job} goes back to the queue", flush=True)
         # Requeueing ends the job with a SIGTERM to all its processes, scontrol too.
         done = subprocess.run(["scontrol", "requeue", job], preexec_fn=_ignore, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"job {job} could not go back to the queue ({done.stderr.strip()}); submit it again to go on from the last checkpoint")
+        if done.returncode == 0:
+            return 0
+        refused = " ".join(done.stderr.split())
+        try:
+            print(f"job {job} may not be requeued ({refused}); submitted again as job {submit_again(self.folder)}", flush=True)
+        except (RuntimeError, OSError) as error:
+            raise RuntimeError(f"job {job} could neither be requeued ({refused}) nor submitted again ({error}); submit it to go on from the last checkpoint") from None
+        return REQUEUE
 
 
 def _ignore() -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def _job() -> str:
-    # A task of an array by its own name: the last one shares its SLURM_JOB_ID with the array.
-    env = os.environ
-    return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_JOB_ID" in env else env["SLURM_JOB_ID"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 
 
 def job() -> str | None:
     """The id of the job this process belongs to (`12`, or `12_3` for a task of an array); None outside Slurm."""
+    # A task of an array by its own name: the last one shares its SLURM_JOB_ID with the array.
     env = os.environ
     if "SLURM_ARRAY_JOB_ID" in env:
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
@@ -18,6 +20,33 @@ def job() -> str | None:
 def restarts() -> int:
     """How often Slurm has put this job back into the queue."""
     return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def starts() -> int:
+    """Which start this is of a job's work, from 1: Slurm's restarts, and the jobs that went on for one that may not be requeued."""
+    return restarts() + int(os.environ.get("MMTARD_SUBMITTED_AGAIN") or 0) + 1
+
+
+def hand_over(old: str, new: str) -> None:
+    """Let this user's jobs that wait for job `old` wait for `new`, which goes on for it: `old` ends without being done.
+
+    For a task of an array that jobs wait for as a whole, its other tasks are put in their place one by one, and `new` in its own.
+    """
+    array, _, task = old.partition("_")
+    names = {old: new}
+    if task:
+        names[f"{array}_*"] = ":".join([*sorted(_unfinished_tasks(array) - {old}), new])
+    for line in _ask("squeue", "--noheader", "--me", "--states=PENDING", "--format=%i %E").splitlines():
+        waiting, _, reasons = line.strip().partition(" ")
+        moved = re.sub(r":([\d_*]+)", lambda m: f":{names.get(m[1], m[1])}", re.sub(r"\([^)]*\)", "", reasons))
+        if waiting.partition("_")[0] != new.partition("_")[0] and moved != re.sub(r"\([^)]*\)", "", reasons):
+            _ask("scontrol", "update", f"JobId={waiting}", f"Dependency={moved}")
+
+
+def _unfinished_tasks(array: str) -> set[str]:
+    """`12_0`, `12_1`, ... of the tasks of array job 12 that have not completed."""
+    shown = _ask("squeue", "--noheader", "--array", "--states=all", "--format=%i %T", "--jobs", array)
+    return {words[0] for words in map(str.split, shown.splitlines()) if len(words) == 2 and words[1] != "COMPLETED"}
 
 
 def seconds_left() -> float | None:

@@ -26,8 +26,15 @@ export NCCL_DEBUG=WARN
 # A line in the log as soon as it is printed, and a traceback from a rank that crashes in native code.
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 
-# `mmtard WORDS...` on every rank. A rank that is killed leaves the others waiting for it in a collective: end them, too.
-ranks() { srun --kill-on-bad-exit=1 --label python -m mmtard "$@"; }
+# `mmtard WORDS...` on every rank. What they print goes to the job's log, which keeps every start, and to a file of this start.
+# A rank that is killed leaves the others waiting for it in a collective: end them, too.
+ranks() {
+    local log
+    log=$(field StdOut)
+    # Slurm's signals, which the ranks heed, would end tee before the ranks' last lines.
+    srun --kill-on-bad-exit=1 --label python -m mmtard "$@" 2>&1 |
+        (trap '' TERM USR2 INT && exec tee -a "${log%.log}-start$starts.log") || return "${PIPESTATUS[0]}"
+}
 
 # Whether a status asks for another start: 75, the state is saved; over 128, a rank was killed by a signal.
 wants_more() { [ "$1" -eq 75 ] || [ "$1" -gt 128 ]; }
@@ -48,7 +55,7 @@ go_on() {
 }
 
 submit_again() {
-    local options=(--parsable "--dependency=afterany:$SLURM_JOB_ID" --no-requeue "--job-name=$SLURM_JOB_NAME" "--output=$(field StdOut)")
+    local new pair value options=(--parsable "--dependency=afterany:$SLURM_JOB_ID" --no-requeue "--job-name=$SLURM_JOB_NAME" "--output=$(field StdOut)")
     # Options of the command line, which the script's own lines do not have.
     options+=("--time=$(field TimeLimit)" "--nodes=$SLURM_JOB_NUM_NODES")
     [ -z "${SLURM_JOB_ACCOUNT:-}" ] || options+=("--account=$SLURM_JOB_ACCOUNT")
@@ -58,7 +65,15 @@ submit_again() {
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || options+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
     [ -z "${SLURM_GPUS_PER_NODE:-}" ] || options+=("--gpus-per-node=$SLURM_GPUS_PER_NODE")
     [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || options+=("--array=$SLURM_ARRAY_TASK_ID")
-    say "may not be requeued; submitted again as job $(MMTARD_SUBMITTED_AGAIN=$starts sbatch "${options[@]}" "$0" "${arguments[@]}")"
+    [ "$(field OverSubscribe)" != YES ] || options+=(--oversubscribe)
+    for pair in ReqNodeList:nodelist ExcNodeList:exclude Features:constraint; do
+        value=$(field "${pair%:*}")
+        [[ $value == "" || $value == "(null)" ]] || options+=("--${pair#*:}=$value")
+    done
+    new=$(MMTARD_SUBMITTED_AGAIN=$starts sbatch "${options[@]}" "$0" "${arguments[@]}") || return
+    new=${new%%;*}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+    say "may not be requeued; submitted again as job $new"
+    python -c 'import sys; from mmtard import slurm; slurm.hand_over(*sys.argv[1:])' "$job" "$new"
 }
 
 # Trains the run of a configuration on every rank, and has the job start again as often as the run's settings allow.

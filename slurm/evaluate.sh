@@ -4,7 +4,8 @@
 #
 #   sbatch --array=0-1 slurm/evaluate.sh runs/b32 /data/imagenet/val /data/clip_benchmark -- --protocol fare
 #
-# What follows `--` goes to `mmtard evaluate`. An evaluation that is preempted goes on where it was, twenty times at most.
+# What follows `--` goes to `mmtard evaluate`. An evaluation that is preempted goes on where it was, twenty times at most. The log keeps
+# all starts; what the ranks of one print is also in mmtard-evaluate-<job>_<task>-start<N>.log.
 
 #SBATCH --account=YOUR_ACCOUNT
 #SBATCH --partition=YOUR_PARTITION

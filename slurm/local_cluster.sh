@@ -9,6 +9,7 @@ usage() {
     cat <<'TEXT'
 usage: slurm/local_cluster.sh up DIR [--nodes N]    start a cluster of N nodes (default 2) that keeps its files under DIR
        slurm/local_cluster.sh status DIR            its daemons, nodes and jobs; status 1 when a daemon is gone
+       slurm/local_cluster.sh restore DIR           start the nodes again that were lost (kill -9 of a slurmd)
        slurm/local_cluster.sh down DIR              cancel its jobs and stop the daemons that `up` started, no others
 
 After `up`, `. DIR/env.sh` points sbatch, srun and squeue at the cluster. A node pretends to have 128 CPUs and 8 GPUs.
@@ -135,7 +136,7 @@ KillWait=5
 MinJobAge=600
 MessageTimeout=30
 SlurmctldTimeout=30
-SlurmdTimeout=60
+SlurmdTimeout=20
 InactiveLimit=0
 
 JobRequeue=1
@@ -208,6 +209,18 @@ status() {
     SLURM_CONF=$dir/slurm.conf timeout 10 squeue
 }
 
+restore() {
+    local pid began name
+    [ -e "$dir/daemons" ] || fail "no cluster was started in $dir; start one: $0 up $dir"
+    export SLURM_CONF=$dir/slurm.conf
+    while read -r pid began name; do
+        [[ $name != slurmd.* ]] || alive "$pid" "$began" && continue
+        sed -i "/ $name\$/d" "$dir/daemons"
+        start "$name" slurmd -D -N "${name#slurmd.}" -f "$SLURM_CONF"
+        echo "$name runs again"
+    done < <(cat "$dir/daemons") # a copy: the file changes meanwhile
+}
+
 down() {
     local tries
     [ -e "$dir/daemons" ] || { echo "no cluster runs in $dir"; return; }
@@ -226,9 +239,9 @@ down() {
 
 case ${1:-} in
     -h | --help) usage; exit ;;
-    up | status | down) verb=$1 ;;
+    up | status | restore | down) verb=$1 ;;
     '') usage >&2; exit 2 ;;
-    *) usage >&2; fail "'$1' is none of up, status, down" ;;
+    *) usage >&2; fail "'$1' is none of up, status, restore, down" ;;
 esac
 shift
 dir='' nodes=2

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Trains the two teachers of configs/vitb32_mmtard.yaml, each as a task of a job array that goes on by itself like
-# slurm/train_vitb32.sh. Write your account and partition into the two lines below. Then, from the project's folder:
+# slurm/train_vitb32.sh, with the same logs. Write your account and partition into the two lines below. Then, from the project's folder:
 #
 #   sbatch slurm/train_teachers.sh data.shards=/data/imagenet/train
 #

@@ -7,7 +7,8 @@
 #   sbatch slurm/train_vitb32.sh run_dir=runs/b32 data.shards=/data/imagenet/train
 #   sbatch --nodes=4 slurm/train_vitb32.sh configs/other.yaml train.lr=1e-5
 #
-# An argument before the key=value settings, or MMTARD_CONFIG, names another configuration. The log is mmtard-vitb32-<job>.log.
+# An argument before the key=value settings, or MMTARD_CONFIG, names another configuration. The log, mmtard-vitb32-<job>.log, keeps
+# all starts; what the ranks of one start print is also in mmtard-vitb32-<job>-start<N>.log.
 
 #SBATCH --account=YOUR_ACCOUNT
 #SBATCH --partition=YOUR_PARTITION

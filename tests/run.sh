@@ -5,13 +5,19 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
 environment "[test]"
 export PATH="$PATH:/usr/sbin" # where Debian puts the daemons of Slurm
-if ! command -v slurmctld >/dev/null; then
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        echo "Installing Slurm for the tests that submit jobs..."
-        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm; } >/dev/null ||
-            echo "Slurm could not be installed: the tests on a real Slurm will be skipped" >&2
-    else
-        echo "No Slurm here and no right to install it: the tests on a real Slurm will be skipped" >&2
-    fi
+
+missing=() # packages, each with the tests that need it
+command -v slurmctld >/dev/null || missing+=("slurm-wlm:tests on a real Slurm")
+command -v chromium >/dev/null || missing+=("chromium:tests in a browser")
+if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "Installing ${missing[*]%%:*} for the tests..."
+    export DEBIAN_FRONTEND=noninteractive
+    install=(apt-get install -y -qq --no-install-recommends)
+    # At once, or, where the distribution lacks one of them, the others alone.
+    { apt-get update -qq && { "${install[@]}" "${missing[@]%%:*}" || for one in "${missing[@]%%:*}"; do "${install[@]}" "$one" || true; done; }; } >/dev/null || true
+    hash -r
 fi
+for one in "${missing[@]}"; do
+    dpkg -s "${one%%:*}" >/dev/null 2>&1 || echo "${one%%:*} is missing and could not be installed: the ${one#*:} will be skipped" >&2
+done
 exec .venv/bin/python -m pytest "$@"

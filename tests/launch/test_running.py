@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def losses(run):
     return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows(run / "metrics.jsonl")]
 
 
-def jobs(run):
+def jobs_of(run):
     """The folder of the logs and results of the run's one submission."""
     (folder,) = (run / "submissions").iterdir()
     return folder / "jobs"
@@ -43,63 +44,86 @@ def test_local_trains_here_on_two_ranks_with_the_copied_code(tiny):
     assert "2 processes here" in done.stdout and "step 6/6" in done.stdout
     assert [row["step"] for row in rows(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert rows(run / "resume.jsonl")[0]["world_size"] == 2
-    assert json.loads((run / "environment.json").read_text())["command"].startswith(f"{jobs(run).parent}/code/mmtard/")
+    assert json.loads((run / "environment.json").read_text())["command"].startswith(f"{jobs_of(run).parent}/code/mmtard/")
     again = subprocess.run(command, env=env, cwd=config.parent, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0 and again.stdout.endswith("# nothing is left to do\n")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster, tiny):
-    """A followed job over two nodes that came to its end: (what was printed, its run folder)."""
-    config, run = tiny("followed")
+def jobs(cluster, tiny):
+    """These submissions at once, since each mostly waits: name -> what became of it."""
+    with ThreadPoolExecutor() as lanes:
+        yield {story.__name__: lanes.submit(story, cluster, *tiny(story.__name__)) for story in (followed, told, bereft)}
+
+
+def followed(cluster, config, run):
+    """A followed job over two nodes that nobody disturbs: (what was printed, its run folder)."""
     return cluster.run(sys.executable, SUBMIT, "--config", config, *TWO_NODES, "--follow"), run
 
 
-def test_a_submitted_job_trains_over_two_nodes_to_the_end(undisturbed):
-    printed, run = undisturbed
+def told(cluster, config, run):
+    """A followed job that may not be requeued and is told to stop, and the evaluation that waits for it: (what was printed, its run folder)."""
+    test = run.parents[1] / "data" / "test"
+    words = (SUBMIT, "--config", config, *TWO_NODES, "--slurm", "no-requeue", "--evaluate", test, "--follow")
+    with ThreadPoolExecutor() as lane:
+        printed = lane.submit(cluster.run, sys.executable, *words)
+        until(lambda: (run / "start").exists(), printed)
+        (log,) = jobs_of(run).glob("*_0_log.out")
+        cluster.run("scancel", "--signal=USR2", log.name.partition("_")[0])
+        return printed.result(), run
+
+
+def bereft(cluster, config, run):
+    """A job one rank of which is killed: (its fields at the end, its run folder)."""
+    job = re.search(r"job (\d+): training", cluster.run(sys.executable, SUBMIT, "--config", config, *TWO_NODES))[1]
+    until(lambda: (run / "start").exists())
+    (rank_1,) = (p for p in trainings(run) if b"SLURM_PROCID=1" in (p / "environ").read_bytes().split(b"\0"))
+    os.kill(int(rank_1.name), signal.SIGKILL)
+    return cluster.ended(job), run
+
+
+def until(condition, printed=None, limit=200.0):
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end and not (printed and printed.done()), printed and printed.result()
+        time.sleep(0.05)
+
+
+def test_a_submitted_job_trains_over_two_nodes_to_the_end(jobs):
+    printed, run = jobs["followed"].result()
     job = re.search(r"job (\d+): training", printed)[1]
     assert "step 6/6" in printed and printed.endswith(f"-- job {job} (followed) is COMPLETED\n")
     assert [row["step"] for row in rows(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert (run / "checkpoints" / "latest").resolve().name == "step-6"
     assert [(start["step"], start["world_size"]) for start in rows(run / "resume.jsonl")] == [(0, 2)]
     for rank in (0, 1):
-        assert pickle.loads((jobs(run) / f"{job}_{rank}_result.pkl").read_bytes()) == ("success", 0)
-    assert json.loads((run / "environment.json").read_text())["command"].startswith(f"{jobs(run).parent}/code/mmtard/")
+        assert pickle.loads((jobs_of(run) / f"{job}_{rank}_result.pkl").read_bytes()) == ("success", 0)
+    assert json.loads((run / "environment.json").read_text())["command"].startswith(f"{jobs_of(run).parent}/code/mmtard/")
 
 
-def disturb(cluster, config, run, how):
-    """Submit, disturb the job by `how(job)` once it trains; its fields at the end."""
-    job = re.search(r"job (\d+): training", cluster.run(sys.executable, SUBMIT, "--config", config, *TWO_NODES))[1]
-    log = jobs(run) / f"{job}_0_log.out"
-    while not (run / "start").exists():
-        assert cluster.job(job)["JobState"] in ("PENDING", "RUNNING"), log.read_text()
-        time.sleep(0.1)
-    how(job)
-    return cluster.ended(job), job
-
-
-def test_a_job_told_to_stop_is_requeued_once_and_ends_as_one_undisturbed(cluster, tiny, undisturbed):
-    config, run = tiny("told")
-    fields, job = disturb(cluster, config, run, lambda job: cluster.run("scancel", "--signal=USR2", job))
-    log = (jobs(run) / f"{job}_0_log.out").read_text()
-    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
+def test_where_requeue_is_forbidden_another_job_goes_on_and_what_waits_waits_for_that(cluster, jobs):
+    printed, run = jobs["told"].result()
+    job, evaluation = re.findall(r"^job (\d+): ", printed, re.MULTILINE)
+    ((then,),) = [re.findall(rf"job {job} may not be requeued \(.*\); submitted again as job (\d+)", printed)]
     first, second = rows(run / "resume.jsonl")
-    assert first["step"] == 0 and 0 < second["step"] < 6
-    assert losses(run) == losses(undisturbed[1])
-    assert log.count(f"job {job} goes back to the queue") == 1
-    assert pickle.loads((jobs(run) / f"{job}_0_result.pkl").read_bytes()) == ("success", 0)
+    assert (first["job"], second["job"]) == (job, then) and 0 < second["step"] < 6 and first["end"]["kind"] == "preempted"
+    assert losses(run) == losses(jobs["followed"].result()[1])
+    assert (cluster.job(job)["JobState"], cluster.job(then)["JobState"]) == ("FAILED", "COMPLETED")
+    # The log goes on in the first job's file, and who follows is told.
+    assert f"-- told goes on as job {then}\n" in printed and f"-- job {then} (told) is COMPLETED\n" in printed and "step 6/6" in printed
+    assert "start 2 on node" in (jobs_of(run) / f"{job}_0_log.out").read_text() and not (jobs_of(run) / f"{then}_0_log.out").exists()
+    waited = cluster.job(evaluation)
+    assert waited["JobState"] == "COMPLETED" and waited["StartTime"] >= cluster.job(then)["EndTime"], printed
+    assert list((run / "evaluations").iterdir())
+    assert pickle.loads((jobs_of(run) / f"{then}_0_result.pkl").read_bytes()) == ("success", 0)
 
 
-def test_a_killed_rank_costs_no_more_than_a_restart(cluster, tiny, undisturbed):
-    config, run = tiny("bereft")
-
-    def kill(_):
-        (rank_1,) = (p for p in trainings(run) if b"SLURM_PROCID=1" in (p / "environ").read_bytes().split(b"\0"))
-        os.kill(int(rank_1.name), signal.SIGKILL)
-
-    fields, job = disturb(cluster, config, run, kill)
-    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), (jobs(run) / f"{job}_0_log.out").read_text()
-    assert losses(run) == losses(undisturbed[1])
+def test_a_killed_rank_costs_no_more_than_one_restart_in_the_queue(jobs):
+    fields, run = jobs["bereft"].result()
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), next(jobs_of(run).glob("*_0_log.out")).read_text()
+    assert losses(run) == losses(jobs["followed"].result()[1])
+    (log,) = jobs_of(run).glob("*_0_log.out")
+    assert log.read_text().count("goes back to the queue") == 1 and "start 2 on node" in log.read_text()
 
 
 def trainings(run):

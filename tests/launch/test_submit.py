@@ -222,13 +222,16 @@ def test_a_stage_that_cannot_run_is_named(submit, teachers):
     assert done.stderr == "submit.py: teacher robust: data.lanes: 8 lanes cannot be shared by 3 ranks; make it a multiple of 3\n"
 
 
+def test_requeueing_can_be_left_out_where_it_is_forbidden(submit):
+    printed = submit("--gpus-per-node", "4", "--dry-run", "--slurm", "no-requeue").stdout
+    assert "#SBATCH --no-requeue\n" in printed and "#SBATCH --requeue" not in printed
+
+
 def test_the_status_that_asks_for_another_start_is_mmtards():
     from launch import task
 
     assert task.REQUEUE == preempt.REQUEUE
     assert set(task.SIGNALS) <= set(preempt.Interruption.SIGNALS)
-
-
 
 
 def test_the_dry_run_can_be_cut_short(submit, tmp_path):

@@ -22,7 +22,7 @@ open("started", "a").write("x")
 def task(tmp_path):
     """Call with what mmtard does and the state that squeue tells: the process of a task, which notes each `scontrol` in `requeued`."""
     (tmp_path / "mmtard").mkdir()
-    (tmp_path / "mmtard" / "__init__.py").touch()
+    (tmp_path / "mmtard" / "__init__.py").write_text(f"__path__.append({str(ROOT / 'mmtard')!r})")  # all but __main__ is the real one
     for name in ("squeue", "scontrol"):
         (tmp_path / name).write_text(f'#!/bin/sh\n{"cat state" if name == "squeue" else "echo $@ >>requeued"}\n')
         (tmp_path / name).chmod(0o755)
@@ -90,12 +90,55 @@ def test_a_cancelled_job_is_left_alone(task, tmp_path, state):
     assert requeued(tmp_path) == ""
 
 
-def test_a_refused_requeue_fails_the_job_with_the_reason(task, tmp_path):
-    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 'Requested operation is presently disabled' >&2\nexit 1\n")
+WAITING = "8 afterok:7(unfulfilled),afterok:5(unfulfilled)\n9 afterany:7(unfulfilled)\n10 afterok:70(unfulfilled)\n11 (null)\n41 afterany:7(unfulfilled)\n"
+
+
+@pytest.fixture
+def forbidden(tmp_path, task):
+    """Call with sbatch's answer (a number, or an error): Slurm refuses to requeue, and some jobs wait for job 7."""
+    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ $1 = update ] && echo $@ >>updated || { echo disabled >&2; exit 1; }\n')
+    (tmp_path / "waiting").write_text(WAITING)
+    (tmp_path / "squeue").write_text('#!/bin/sh\ncase "$*" in *%E*) cat waiting;; *--array*) cat tasks;; *) cat state;; esac\n')
+    (tmp_path / "7_submission.sh").write_text("#!/bin/bash\n#SBATCH --output=%j_0_log.out\n#SBATCH --dependency=afterok:3\n")
+    (tmp_path / "7_submitted.pkl").write_text("the work")
+
+    def answer(text, status=0):
+        (tmp_path / "sbatch").write_text(f'#!/bin/sh\necho "$@ $MMTARD_SUBMITTED_AGAIN $SLURM_JOB_ID" >>submitted; cat >text; echo {text} >&{1 + bool(status)}; exit {status}\n')
+        (tmp_path / "sbatch").chmod(0o755)
+
+    return answer
+
+
+def test_where_requeue_is_forbidden_one_other_job_goes_on_and_takes_over_those_that_wait(task, forbidden, tmp_path):
+    forbidden("41")
+    process = task("raise SystemExit(75)")
+    assert "job 7 may not be requeued (disabled); submitted again as job 41" in process.communicate(timeout=30)[0]
+    assert process.returncode == 75  # not 0: to whoever waits for job 7 to end well, its work is not done
+    assert task("raise SystemExit(75)").wait(30) == 0  # another rank
+    assert (tmp_path / "submitted").read_text() == "--parsable --dependency=afterany:7 --no-requeue 1 \n"
+    assert "--output=7_0_log.out\n" in (tmp_path / "text").read_text() == (tmp_path / "41_submission.sh").read_text()
+    assert (tmp_path / "41_submitted.pkl").read_text() == "the work"
+    assert (tmp_path / "updated").read_text() == "update JobId=8 Dependency=afterok:41,afterok:5\nupdate JobId=9 Dependency=afterany:41\n"
+
+
+def test_a_task_of_an_array_goes_on_alone(task, forbidden, tmp_path):
+    (tmp_path / "7_submitted.pkl").rename(tmp_path / "7_2_submitted.pkl")
+    (tmp_path / "7_submission.sh").write_text("#SBATCH --output=%A_%a_0_log.out\n")
+    (tmp_path / "waiting").write_text("8 afterok:7_*(unfulfilled)\n9 afterok:7_2(unfulfilled)\n")
+    (tmp_path / "tasks").write_text("7_0 COMPLETED\n7_1 RUNNING\n7_2 RUNNING\n7_3 PENDING\n")
+    forbidden("41")
+    task("raise SystemExit(75)", "RUNNING", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2", MMTARD_SUBMITTED_AGAIN="4").wait(30)
+    assert (tmp_path / "submitted").read_text() == "--parsable --dependency=afterany:7_2 --no-requeue --array=2 5 \n"
+    assert (tmp_path / "text").read_text() == "#SBATCH --output=7_2_0_log.out\n" and (tmp_path / "41_2_submitted.pkl").is_file()
+    assert (tmp_path / "updated").read_text() == "update JobId=8 Dependency=afterok:7_1:7_3:41_2\nupdate JobId=9 Dependency=afterok:41_2\n"
+
+
+def test_a_job_that_can_go_on_in_no_way_fails_with_both_reasons(task, forbidden):
+    forbidden("'sbatch: error: closed'", 1)
     process = task("raise SystemExit(75)")
     printed = process.communicate(timeout=30)[0]
     assert process.returncode == 1
-    assert "job 7 could not go back to the queue (Requested operation is presently disabled); submit it again to go on" in printed
+    assert "job 7 could neither be requeued (disabled) nor submitted again (sbatch: error: closed); submit it to go on" in printed
 
 
 def test_an_evaluation_is_requeued_twenty_times_at_most(task, tmp_path):

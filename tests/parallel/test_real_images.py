@@ -67,11 +67,8 @@ def test_cifar10_adversarial_training_learns_and_makes_robust(job, tmp_path):
     loss = [row["loss"] for row in rows(run)]
     assert np.mean(loss[-20:]) < np.mean(loss[:20]) - 0.2
     evaluate = ["-m", "mmtard", "evaluate", run, "--data", test, "--eps", "4/255", "--attacks", "pgd", "--iters", "5", "--n-samples", "all", "--device", "cpu"]
-    by_world = []
-    for world in (1, 2):
-        run_ranks([*evaluate, "--out", tmp_path / str(world)], world, tmp_path, f"evaluate{world}")
-        by_world += json.loads((tmp_path / str(world) / "results.json").read_text())["datasets"]
-    assert by_world[0]["samples"] == by_world[1]["samples"]
+    run_ranks([*evaluate, "--out", tmp_path / "evaluation"], 2, tmp_path, "evaluate")
+    (found,) = json.loads((tmp_path / "evaluation" / "results.json").read_text())["datasets"]
     # Chance is 10 %, and 3 points are two standard errors of 400 samples.
-    assert by_world[0]["clean"]["accuracy"] > 0.16
-    assert by_world[0]["eps"]["4/255"]["robust"]["accuracy"] > 0.13
+    assert found["clean"]["accuracy"] > 0.16
+    assert found["eps"]["4/255"]["robust"]["accuracy"] > 0.13

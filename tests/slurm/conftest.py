@@ -1,4 +1,4 @@
-"""A throwaway two-node Slurm cluster, tiny shards and a tiny configuration for real jobs."""
+"""A throwaway Slurm cluster of six nodes, tiny shards and a tiny configuration for real jobs."""
 
 import os
 import re
@@ -63,7 +63,7 @@ def cluster(tmp_path_factory):
     if absent:
         pytest.skip(f"needs Slurm, {' and '.join(absent)} missing: apt-get install --no-install-recommends slurm-wlm")
     cluster = Cluster(tmp_path_factory.mktemp("cluster"))
-    cluster.run(LOCAL_CLUSTER, "up", cluster.folder, "--nodes", 2)
+    cluster.run(LOCAL_CLUSTER, "up", cluster.folder, "--nodes", 6)
     yield cluster
     cluster.run(LOCAL_CLUSTER, "down", cluster.folder)
 

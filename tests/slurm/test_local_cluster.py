@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def runs(pid):
     "words, told",
     [
         ([], "usage: slurm/local_cluster.sh up DIR"),
-        (["start"], "'start' is none of up, status, down"),
+        (["start"], "'start' is none of up, status, restore, down"),
         (["up"], "up: DIR is missing"),
         (["up", "there", "--nodes", "0"], "--nodes: '0' is not a number from 1 to 99"),
         (["up", "there", "--nodes"], "--nodes: '' is not a number from 1 to 99"),
@@ -69,6 +70,10 @@ def test_it_stops_only_the_daemons_that_it_started(cluster, tmp_path):
         assert status == 2 and "end it first" in printed
         status, printed = call("status", tmp_path)
         assert status == 0 and "slurmd.node1 runs" in printed
+        os.kill(daemons[-1], signal.SIGKILL)
+        assert call("status", tmp_path)[0] == 1
+        assert call("restore", tmp_path) == (0, "slurmd.node1 runs again\n") and call("restore", tmp_path) == (0, "")
+        daemons += [int(line.split()[0]) for line in (tmp_path / "daemons").read_text().splitlines()]
     finally:
         assert call("down", tmp_path)[0] == 0
     assert not any(runs(pid) for pid in daemons)
@@ -81,5 +86,5 @@ def test_it_listens_on_the_loopback_address_only(cluster):
     sockets = {os.readlink(fd.path) for pid in daemons for fd in os.scandir(f"/proc/{pid}/fd") if os.path.islink(fd.path)}
     listening = [row.split() for name in ("tcp", "tcp6") for row in open(f"/proc/net/{name}").readlines()[1:]]
     addresses = [row[1].split(":")[0] for row in listening if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
-    assert len(addresses) == 3  # slurmctld and two slurmd
+    assert len(addresses) == 7  # slurmctld and six slurmd
     assert all(address.endswith("7F") and len(address) == 8 for address in addresses)  # 127.x.x.x, its bytes reversed

@@ -6,13 +6,14 @@ import random
 import re
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from mmtard import history, runs
 
-from .conftest import LONG, ROOT
+from .conftest import LOCAL_CLUSTER, LONG, ROOT
 from .test_cluster import losses, rows
 
 pytestmark = pytest.mark.slow
@@ -46,24 +47,105 @@ def state(run):
     return row.state
 
 
-@pytest.fixture(scope="module")
-def limited(cluster, tiny):
-    """A job whose time is up before its work is done, since its only shard takes half a minute to come; it runs beside the others."""
+@pytest.fixture(scope="module", autouse=True)
+def jobs(cluster, tiny, undisturbed):
+    """All of these jobs at once, since each mostly waits, on nodes of their own: name -> what became of it."""
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor() as lanes:
+        patch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+        yield {story.__name__: lanes.submit(story, cluster, tiny, undisturbed[0]) for story in (limited, disturbed, deserted, moved, evaluated)}
+
+
+def limited(cluster, tiny, _):
+    """A job whose time is up before its work is done, since its only shard takes half a minute to come: (job, run)."""
     config, run = tiny("limited", **LONG)
     (shard,) = (run.parents[1] / "data" / "train").glob("*.tar")
     data = [f"data.shards=pipe:sleep 35; cat {shard}", f"data.index={shard.with_name('mmtard-index.npz')}"]
     data += [f"data.classnames={shard.with_name('classnames.txt')}", f"data.cache.dir={run.parents[1] / 'cache'}"]
-    return cluster.submit(config, *data, *WORDS, options=("--time=1", "--signal=USR2@20")), run
+    job = cluster.submit(config, *data, *WORDS, options=("--time=2", "--signal=USR2@80", "--nodelist=node[3-4]"))
+    cluster.ended(job)
+    return job, run
 
 
-@pytest.fixture(scope="module")
-def evaluated(cluster, undisturbed):
-    """A job that measures a run and was told to stop while it did."""
-    run = undisturbed[0]
-    words = (run, run.parents[1] / "data" / "test", "--", "--iters", "500", "--batch-size", "2", "--device", "cpu")
-    job = cluster.submit(*words, options=("--array=0",), script=ROOT / "slurm" / "evaluate.sh")
+def disturbed(cluster, tiny, _):
+    """A job that is preempted, requeued, told to stop, bereft of a rank, and told to stop as it writes a checkpoint: (job, run, steps)."""
+    config, run = tiny("disturbed", **LONG)
+    job = cluster.submit(config, *WORDS, options=("--nodelist=node[1-2]",))
+    urgent = ("--partition=urgent", "--nodelist=node[1-2]", "--exclusive", "--account=any", f"--output={cluster.folder}/urgent.log", "--wrap=date")
+    writing = run / "checkpoints"
+    disturbances = [
+        (lambda: begun(run, 1, 2), lambda: cluster.run("sbatch", *urgent)),
+        (lambda: begun(run, 2, 2), lambda: cluster.run("scontrol", "requeue", job)),
+        (lambda: begun(run, 3, 2), lambda: cluster.run("scancel", "--signal=TERM", job)),
+        (lambda: begun(run, 4, 3), lambda: os.kill(process(run, 1), signal.SIGKILL)),
+        # Straight to a rank: scancel takes longer than the checkpoint.
+        (lambda: begun(run, 5, 1) and any(writing.glob(".writing-*")), lambda: os.kill(process(run, 0), signal.SIGUSR2)),
+    ]
+    published = []
+    for start, (moment, disturb) in enumerate(disturbances, 1):
+        until(lambda: begun(run, start, 1), cluster, job)
+        until(moment, cluster, job, pause=0.0005)
+        assert state(run) == "running"
+        if start != 5:
+            time.sleep(random.uniform(0, 0.5))
+        published.append(history.newest_step(run))
+        disturb()
+    cluster.ended(job)
+    return job, run, published
+
+
+def deserted(cluster, tiny, _):
+    """A job one of whose nodes is lost, with its Slurm daemon and all of the job's processes there, until the job has ended: (job, run)."""
+    config, run = tiny("deserted", **LONG)
+    job = cluster.submit(config, *WORDS, options=("--nodelist=node[5-6]",))
+    until(lambda: begun(run, 1, 2) and history.newest_step(run), cluster, job)
+    daemon = next(int(line.split()[0]) for line in (cluster.folder / "daemons").read_text().splitlines() if line.endswith(" slurmd.node6"))
+    for pid in (daemon, *of_node("node6")):
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: cluster.job(job)["JobState"] == "PENDING", cluster, job, limit=60, pause=0.5)
+    cluster.run(LOCAL_CLUSTER, "restore", cluster.folder)
+    cluster.ended(job)
+    return job, run
+
+
+def of_node(node):
+    """The processes of jobs on a node, and of what Slurm runs there to watch over them."""
+    found, parents = set(), {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(path.name)] = int(re.search(r"PPid:\s+(\d+)", (path / "status").read_text())[1])
+            if f"SLURMD_NODENAME={node}".encode() in (path / "environ").read_bytes().split(b"\0"):
+                found.add(int(path.name))
+        except (OSError, TypeError):
+            pass  # it ended meanwhile
+    watchers = {parents[pid] for pid in found} - found
+    return found | {pid for pid in watchers if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"slurmstepd")}
+
+
+def moved(cluster, tiny, _):
+    """A run whose job may not be requeued, whose next one is stopped once too often, and that a third one takes to one node: (jobs, run, waiting)."""
+    config, run = tiny("moved", **LONG, resume={"max_preemptions": 1})
+    first = cluster.submit(config, *WORDS, options=("--no-requeue", "--nodelist=node[3-4]"))
+    waiting = cluster.run("sbatch", "--parsable", f"--dependency=afterok:{first}", "--account=any", "--output=/dev/null", "--wrap=date").strip()
+    until(lambda: begun(run, 1, 2), cluster, first)
+    cluster.run("scancel", "--signal=TERM", first)
+    assert cluster.ended(first)["ExitCode"] == "75:0", cluster.log(first)
+    (second,) = re.findall(r"may not be requeued; submitted again as job (\d+)", cluster.log(first))
+    handed = cluster.run("squeue", "--noheader", "--format=%E", "--jobs", waiting).strip()
+    until(lambda: begun(run, 2, 2), cluster, second)
+    cluster.run("scancel", "--signal=USR2", second)
+    cluster.ended(second)
+    third = cluster.submit(config, *WORDS, "resume.max_preemptions=2", options=("--nodes=1", "--nodelist=node3"))
+    cluster.ended(third)
+    return (first, second, third), run, (waiting, handed)
+
+
+def evaluated(cluster, _, run):
+    """A job that measures a run and was told to stop while it did: its id."""
+    words = (run, run.parents[1] / "data" / "test", "--", "--attacks", "apgd-ce", "--iters", "100", "--batch-size", "2", "--device", "cpu")
+    job = cluster.submit(*words, options=("--array=0", "--nodelist=node[3-4]"), script=ROOT / "slurm" / "evaluate.sh")
     until(lambda: len(measuring(run)) == 2, cluster, job)
     os.kill(measuring(run)[0], signal.SIGUSR2)  # straight to a rank: scancel may take longer than the rest of the evaluation
+    cluster.ended(job)
     return job
 
 
@@ -81,41 +163,79 @@ def measuring(run):
     return found
 
 
-def test_whatever_is_done_to_a_job_its_run_loses_no_checkpoint_and_ends_undisturbed(cluster, tiny, limited, undisturbed, monkeypatch):
-    monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
-    config, run = tiny("disturbed", **LONG)
-    job = cluster.submit(config, *WORDS)
-    writing = run / "checkpoints"
-    disturbances = [
-        (lambda: begun(run, 1, 2), lambda: cluster.run("scontrol", "requeue", job)),
-        (lambda: begun(run, 2, 2), lambda: cluster.run("scancel", "--signal=TERM", job)),
-        (lambda: begun(run, 3, 3), lambda: os.kill(process(run, 1), signal.SIGKILL)),
-        # Straight to a rank: scancel takes longer than the checkpoint.
-        (lambda: begun(run, 4, 1) and any(writing.glob(".writing-*")), lambda: os.kill(process(run, 0), signal.SIGUSR2)),
-    ]
-    published = []
-    for start, (moment, disturb) in enumerate(disturbances, 1):
-        until(lambda: begun(run, start, 1), cluster, job)
-        until(moment, cluster, job, pause=0.0005)
-        assert state(run) == "running"
-        if start != 4:
-            time.sleep(random.uniform(0, 0.8))
-        published.append(history.newest_step(run))
-        disturb()
-    fields = cluster.ended(job)
-    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "4"), cluster.log(job)
+def test_whatever_is_done_to_a_job_its_run_loses_no_checkpoint_and_ends_undisturbed(cluster, jobs, undisturbed):
+    job, run, published = jobs["disturbed"].result()
+    fields, log = cluster.job(job), cluster.log(job)
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "5"), log
     starts = history.read(run)
-    assert [(s["job"], s["restart"]) for s in starts] == [(job, n) for n in range(5)]
+    assert [(s["job"], s["restart"]) for s in starts] == [(job, n) for n in range(6)]
     assert all(s["step"] >= step for s, step in zip(starts[1:], published)), (starts, published)
-    assert [history.kind(s) for s in starts[1:]] == [history.PREEMPTED, history.LOST, history.PREEMPTED, history.COMPLETE]
-    assert history.kind(starts[0]) in (history.PREEMPTED, history.LOST)  # Slurm may not have left it the time to save
+    kinds = [history.kind(s) for s in starts]
+    assert kinds[0] == history.PREEMPTED and starts[0]["end"]["step"] == starts[1]["step"], log  # warned, it lost no step
+    assert kinds[1] in (history.PREEMPTED, history.LOST)  # by scontrol: Slurm may not have left it the time to save
+    assert kinds[2:] == [history.PREEMPTED, history.LOST, history.PREEMPTED, history.COMPLETE]
+    assert (cluster.folder / "urgent.log").read_text()
     assert all(s["end"]["time"] <= later["time"] for s, later in zip(starts, starts[1:]) if s.get("end"))
-    assert "lost rank 1 (" in starts[2]["end"]["reason"] and starts[2]["end"]["reason"] in cluster.log(job)
+    assert "lost rank 1 (" in starts[3]["end"]["reason"] and starts[3]["end"]["reason"] in log
+    for start, noted in enumerate(starts, 1):  # the log keeps every start, and each has a file of its own
+        own = (cluster.folder / f"mmtard-vitb32-{job}-start{start}.log").read_text()
+        assert re.search(rf"step +{noted['step'] + 1}/", own) and f"start {start} on node[1-2]" in log and own.splitlines()[-1] in log
     assert losses(run) == losses(undisturbed[0])
     assert state(run) == "complete"
 
 
-def test_a_hang_ends_the_job_within_the_limit_and_past_its_bound_for_good(cluster, tiny, evaluated):
+def test_a_lost_node_costs_no_more_than_a_restart(cluster, jobs, undisturbed):
+    job, run = jobs["deserted"].result()
+    fields, log = cluster.job(job), cluster.log(job)
+    first, second, *more = history.read(run)
+    # What srun told the lost node about the step's end, Slurm may deliver when it is back: to the next start, whose step has that number.
+    assert fields["JobState"] == "COMPLETED" and int(fields["Restarts"]) == 1 + len(more) <= 2, log
+    assert history.kind(first) == history.LOST and "lost rank 1 (" in history.reason(first), log
+    assert second["step"] >= 2 and [history.kind(s) for s in (second, *more)] == [history.PREEMPTED] * len(more) + [history.COMPLETE]
+    assert losses(run) == losses(undisturbed[0])
+
+
+def test_forbidden_requeue_a_bound_and_another_number_of_nodes(cluster, jobs, undisturbed):
+    (first, second, third), run, (waiting, handed) = jobs["moved"].result()
+    log = cluster.log(first)  # the second job goes on in the first one's log
+    assert log.count("submitted again") == 1 and log.count("start 2 on") == 1
+    assert handed == f"afterok:{second}(unfulfilled)"
+    assert cluster.job(waiting)["JobState"] == "PENDING"  # since the second job did not end well
+    cluster.run("scancel", waiting)
+    fields = cluster.job(second)
+    assert (fields["ExitCode"], fields["Requeue"], fields["NumNodes"]) == ("1:0", "0", "2"), log
+    assert "2 starts ended as preempted" in log and "resume.max_preemptions allows 1, raise it to go on" in log
+    assert cluster.job(third)["JobState"] == "COMPLETED", cluster.log(third)
+    starts = history.read(run)
+    assert [(s["job"], s["world_size"]) for s in starts] == [(first, 2), (second, 2), (third, 1)]
+    assert [s["step"] for s in starts[1:]] == [s["end"]["step"] for s in starts[:-1]]
+    ours, theirs = losses(run), losses(undisturbed[0])
+    assert [row["batch"] for row in ours] == [row["batch"] for row in theirs]
+    # One rank sums a batch in another order than two, and forty attack steps make more of the last bits.
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-3)
+
+
+def test_a_time_limit_shorter_than_the_work_only_interrupts_it(cluster, jobs, undisturbed):
+    job, run = jobs["limited"].result()
+    fields = cluster.job(job)
+    assert fields["JobState"] == "COMPLETED" and int(fields["Restarts"]) >= 1, cluster.log(job)
+    *stopped, last = history.read(run)
+    assert [history.kind(s) for s in stopped] == [history.TIMEOUT] * int(fields["Restarts"]) and history.kind(last) == history.COMPLETE
+    assert stopped[0]["end"]["reason"].startswith("stopped by SIGUSR2 after step ")
+    assert losses(run) == losses(undisturbed[0])
+
+
+def test_an_interrupted_evaluation_goes_on_and_leaves_one_result(cluster, jobs, undisturbed):
+    job = jobs["evaluated"].result()
+    fields, log = cluster.job(job), cluster.log(job)
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
+    assert log.count("what is measured is kept in") == 2 and "stopped by SIGUSR2" in log
+    (result,) = (undisturbed[0] / "evaluations").iterdir()
+    (dataset,) = json.loads((result / "results.json").read_text())["datasets"]
+    assert dataset["clean"]["n"] == 40 and not (result / "partial").exists()
+
+
+def test_a_hang_ends_the_job_within_the_limit_and_past_its_bound_for_good(cluster, tiny):
     config, run = tiny("hung", **LONG, resume={"watchdog_minutes": 0.1, "max_losses": 0})
     job = cluster.submit(config, *WORDS)
     until(lambda: begun(run, 1, 2), cluster, job)
@@ -129,31 +249,6 @@ def test_a_hang_ends_the_job_within_the_limit_and_past_its_bound_for_good(cluste
     assert state(run).startswith("failed: 1 starts ended as lost")
 
 
-def test_forbidden_requeue_a_bound_and_another_number_of_nodes(cluster, tiny, undisturbed):
-    config, run = tiny("moved", **LONG, resume={"max_preemptions": 1})
-    first = cluster.submit(config, *WORDS, options=("--no-requeue",))
-    until(lambda: begun(run, 1, 2), cluster, first)
-    cluster.run("scancel", "--signal=TERM", first)
-    assert cluster.ended(first)["ExitCode"] == "75:0", cluster.log(first)
-    (second,) = re.findall(r"may not be requeued; submitted again as job (\d+)", cluster.log(first))
-    until(lambda: begun(run, 2, 2), cluster, second)
-    cluster.run("scancel", "--signal=USR2", second)
-    fields, log = cluster.ended(second), cluster.log(first)  # the second job goes on in the first one's log
-    assert (fields["ExitCode"], fields["Requeue"], fields["NumNodes"]) == ("1:0", "0", "2"), log
-    assert "2 starts ended as preempted" in log and "resume.max_preemptions allows 1, raise it to go on" in log
-    assert log.count("submitted again") == 1
-
-    third = cluster.submit(config, *WORDS, "resume.max_preemptions=2", options=("--nodes=1",))
-    assert cluster.ended(third)["JobState"] == "COMPLETED", cluster.log(third)
-    starts = history.read(run)
-    assert [(s["job"], s["world_size"]) for s in starts] == [(first, 2), (second, 2), (third, 1)]
-    assert [s["step"] for s in starts[1:]] == [s["end"]["step"] for s in starts[:-1]]
-    ours, theirs = losses(run), losses(undisturbed[0])
-    assert [row["batch"] for row in ours] == [row["batch"] for row in theirs]
-    # One rank sums a batch in another order than two, and forty attack steps make more of the last bits.
-    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-3)
-
-
 def test_preflight_passes_over_two_nodes(cluster, tiny):
     config, _ = tiny("preflight")
     job = cluster.submit(config, script=ROOT / "slurm" / "preflight.sh")
@@ -162,22 +257,3 @@ def test_preflight_passes_over_two_nodes(cluster, tiny):
     verdicts = [line.split()[1:3] for line in log.splitlines() if " PASS " in line or " FAIL " in line]
     assert fields["JobState"] == "COMPLETED", log
     assert verdicts == [["PASS", f"{name}:"] for name in ("versions", "devices", "network", "models", "folder", "shards")]
-
-
-def test_a_time_limit_shorter_than_the_work_only_interrupts_it(cluster, limited, undisturbed):
-    job, run = limited
-    fields = cluster.ended(job)
-    assert fields["JobState"] == "COMPLETED" and int(fields["Restarts"]) >= 1, cluster.log(job)
-    *stopped, last = history.read(run)
-    assert [history.kind(s) for s in stopped] == [history.TIMEOUT] * int(fields["Restarts"]) and history.kind(last) == history.COMPLETE
-    assert stopped[0]["end"]["reason"].startswith("stopped by SIGUSR2 after step ")
-    assert losses(run) == losses(undisturbed[0])
-
-
-def test_an_interrupted_evaluation_goes_on_and_leaves_one_result(cluster, undisturbed, evaluated):
-    fields, log = cluster.ended(evaluated), cluster.log(evaluated)
-    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
-    assert log.count("what is measured is kept in") == 2 and "stopped by SIGUSR2" in log
-    (result,) = (undisturbed[0] / "evaluations").iterdir()
-    (dataset,) = json.loads((result / "results.json").read_text())["datasets"]
-    assert dataset["clean"]["n"] == 40 and not (result / "partial").exists()
