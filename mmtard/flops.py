@@ -21,7 +21,7 @@ def forward_flops(tower: ImageTower) -> int:
     # A copy without the weights' bytes: those of a large teacher take seconds.
     empty = {id(t): t.to("meta") for t in tower.visual.buffers()}
     empty |= {id(t): torch.nn.Parameter(t.detach().to("meta"), t.requires_grad) for t in tower.visual.parameters()}
-    visual = copy.deepcopy(tower.visual, empty).to("meta")
+    visual = copy.deepcopy(tower.visual, empty).to("meta").eval()  # batch norm in training refuses one image
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         visual(torch.empty(1, 3, tower.image_size, tower.image_size, device="meta", dtype=tower.dtype))
     return counter.get_total_flops()

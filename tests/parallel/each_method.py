@@ -84,11 +84,11 @@ def batches():
 class Plain:
     """A student in plain PyTorch, and its optimiser."""
 
-    def __init__(self):
+    def __init__(self, tower: ImageTower, lr: float):
         from mmtard.engine import parameter_groups
 
-        self.tower = tower("student")
-        self.adam = torch.optim.AdamW(parameter_groups(self.tower, 0.1), lr=LR)
+        self.tower = tower
+        self.adam = torch.optim.AdamW(parameter_groups(tower, 0.1), lr=lr)
 
     def __call__(self, images, seeds, tokens=False):
         return self.tower(images, tokens=tokens)
@@ -109,8 +109,8 @@ class Plain:
 
 
 class PlainTeacher:
-    def __init__(self, name):
-        self.tower, self.head = tower(name).requires_grad_(False), head(name)
+    def __init__(self, tower: ImageTower, head: Head):
+        self.tower, self.head = tower.requires_grad_(False), head
 
     @torch.no_grad()
     def __call__(self, images, tokens=False):
@@ -119,6 +119,10 @@ class PlainTeacher:
 
     def differentiable(self, images):
         return self.head(self.tower(images))
+
+
+def plain_teacher(name: str) -> PlainTeacher:
+    return PlainTeacher(tower(name), head(name))
 
 
 def train(case: str, student, teachers: dict, ranks=None) -> dict:
@@ -141,7 +145,7 @@ def train(case: str, student, teachers: dict, ranks=None) -> dict:
 
 
 def plain(case: str) -> dict:
-    return train(case, Plain(), {name: PlainTeacher(name) for name in settings(case).ensemble})
+    return train(case, Plain(tower("student"), LR), {name: plain_teacher(name) for name in settings(case).ensemble})
 
 
 def zero(case: str, ranks: parallel.Ranks) -> dict:
@@ -159,7 +163,7 @@ def through_a_teacher(placement: str, ranks: parallel.Ranks) -> dict[str, torch.
 
     spec = config.Teacher(weights="random", placement=placement)
     teacher = FrozenTeacher("robust", spec, tower("robust"), head("robust"), ranks, torch.float32)
-    student, found = PlainTeacher("student"), {}
+    student, found = plain_teacher("student"), {}
     for i, (images, *_) in zip(range(2), batches()):
         images = images[ranks.rank :: ranks.world_size].requires_grad_()
         logits = teacher.differentiable(images).logits

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from mmtard.config import METHODS
 
-from .each_method import CASES, PlainTeacher, batches, plain
+from .each_method import CASES, batches, plain, plain_teacher
 from .launch import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -40,7 +40,7 @@ def test_two_zero_ranks_equal_plain_pytorch(two_ranks, case):
 
 def test_the_gradient_through_a_sharded_teacher_is_that_through_a_replica(two_ranks):
     """And that of the plain formula in float64."""
-    teacher, student = (PlainTeacher(name) for name in ("robust", "student"))
+    teacher, student = (plain_teacher(name) for name in ("robust", "student"))
     for i, (images, *_) in zip(range(2), batches()):
         x = images[::2].double().requires_grad_()  # what the first rank saw
         logits = [scale * F.normalize(t.tower.double().cast(torch.float64)(x), dim=-1) @ t.head.class_embeddings.double().T for t, scale in ((teacher, 20), (student, 20))]

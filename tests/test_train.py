@@ -1,0 +1,116 @@
+"""Whole runs in this process: ensembles of unlike teachers, state that survives an interruption, data without labels."""
+
+import io
+import json
+import os
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmtard import config, parallel
+from mmtard.preempt import REQUEUE
+from mmtard.train import Run
+from mmtard.watchdog import Watchdog
+
+pytestmark = pytest.mark.slow
+
+
+class Never:
+    signal = name = None
+
+    def __bool__(self):
+        return False
+
+
+class AfterTwoSteps(Never):
+    """Answers as an interruption that comes during the second step; asked once a step."""
+
+    name, asked = "SIGUSR2", 0
+
+    def __bool__(self):
+        self.asked += 1
+        return self.asked >= 2
+
+
+@pytest.fixture(scope="module")
+def train():
+    """`mmtard.train.train` in one group for all runs of this module: DeepSpeed keeps the first one it sees."""
+    before = dict(os.environ)
+    ranks = parallel.start("cpu")
+
+    def run(given, interruption):
+        with Watchdog(given, ranks) as watchdog:
+            return Run(given, ranks, watchdog).train(interruption)
+
+    yield run
+    parallel.stop()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def settings(tmp_path, vit):
+    """Call with the run's name and changes of its configuration; 24 images, labels only where `labels` says so."""
+
+    def make(name, labels=True, **changes):
+        shards = tmp_path / f"shards{labels}"
+        if not shards.exists():
+            shards.mkdir()
+            rng = np.random.default_rng(0)
+            with tarfile.open(shards / "0.tar", "w") as tar:
+                for i in range(24):
+                    image = io.BytesIO()
+                    Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(image, "PNG")
+                    for suffix, content in [("png", image.getvalue())] + [("cls", str(i % 3).encode())] * labels:
+                        member = tarfile.TarInfo(f"{i:03d}.{suffix}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+            (shards / "classnames.txt").write_text("cat\ndog\ncow\n")
+        base = {
+            "run_dir": str(tmp_path / name), "student": {"arch": vit, "weights": "random"},
+            "attack": {"eps": "8/255", "step_size": "4/255", "steps": 2}, "data": {"shards": str(shards), "lanes": 2, "window": 8, "workers": 0},
+            "train": {"steps": 4, "batch_size": 8, "lr": 1e-3}, "engine": {"precision": "float32", "device": "cpu"},
+            "checkpoint": {"every": 4}, "log": {"tensorboard": False}, "resume": {"max_preemptions": None},
+        }  # fmt: skip
+        return config.validate({**base, **changes}), tmp_path / name
+
+    return make
+
+
+def rows(run):
+    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "images", "tflops", "memory", "mfu"))} for row in lines]
+
+
+def state(run):
+    return json.loads((run / "checkpoints/step-4/state.json").read_text())["method"]
+
+
+def test_three_unlike_teachers_and_their_balanced_weights_survive_an_interruption(train, settings, vit, resnet, tmp_path):
+    """A ViT, a ResNet of another resolution, and a ViT of another width, embedding and context length."""
+    wide = tmp_path / "tests-wide.json"
+    vision = {"image_size": 24, "patch_size": 8, "width": 48, "layers": 1, "head_width": 16}
+    wide.write_text(json.dumps({"embed_dim": 24, "vision_cfg": vision, "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 24, "heads": 2, "layers": 1}}))
+    ensemble = {
+        "teachers": {name: {"arch": str(arch), "weights": "random"} for name, arch in (("clean", vit), ("robust", resnet), ("third", wide))},
+        "method": {"name": "mmtard", "weighting": "mtard", "rate": 0.5, "cross_modal_weight": 0.1, "views": {"clean": "clean", "robust": "adv", "third": "adv"}},
+    }
+    undisturbed, whole = settings("whole", **ensemble)
+    assert train(undisturbed, Never()) == 0
+    interrupted, halves = settings("halves", **ensemble)
+    assert train(interrupted, AfterTwoSteps()) == REQUEUE and len(rows(halves)) == 2
+    assert train(interrupted, Never()) == 0
+    assert rows(halves) == rows(whole) and state(halves) == state(whole)
+    weights = [state(whole)[f"w_{name}"] for name in ("clean", "robust", "third")]
+    assert sum(weights) == pytest.approx(1) and len({round(w, 6) for w in weights}) == 3
+    assert {f"w_{name}{p}" for name in ("clean", "robust", "third") for p in ("", "_p10", "_p50", "_p90")} <= rows(whole)[0].keys()
+
+
+def test_a_method_without_labels_trains_on_data_without_labels_against_the_start_of_its_run(train, settings):
+    given, run = settings("fare", labels=False, method={"name": "fare"}, teachers={"start": {"placement": "sharded"}})
+    assert train(given, Never()) == 0
+    found = rows(run)
+    assert [row["replaced"] for row in found] == [0] * 4 and all(row["distance"] > 0 for row in found)
+    assert (run / "start").is_dir() and state(run) == {}
