@@ -53,8 +53,7 @@ class Alarm:
             def predict(x: Tensor) -> Tensor:
                 return self.distillation.head(forward(x)).logits
 
-            known = labels.clamp(min=0)  # a label-free method's samples may have none: never right
-            multi = perturb(self.multi_step, lambda x: cross_entropy(predict(x), known), images, seeds)
+            multi = perturb(self.multi_step, lambda x: cross_entropy(predict(x), labels), images, seeds)
             return tuple(top1(predict(x).detach(), labels) for x in (single, multi))
 
 

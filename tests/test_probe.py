@@ -87,7 +87,7 @@ def test_each_due_checkpoint_is_measured_and_the_most_robust_stays(start, capsys
         save(s.checkpoints, step)
         settle(s, step)
     assert [(r["step"], r["clean"], r["robust"], r["interval95"], r["n"]) for r in rows(s)] == [(n, n / 100, ROBUST[n], [0, 1], 40) for n in (5, 10, 15)]
-    assert rows(s)[0]["protocol"] == {"data": "val", "norm": "linf", "eps": "2/255", "steps": 10, "n_samples": 40, "templates": ["This is a photo of a {}"]}
+    assert rows(s)[0]["protocol"] == {"data": "val", "norm": "linf", "eps": "2/255", "steps": 10, "n_samples": 40, "ema": False, "templates": ["This is a photo of a {}"]}
     assert steps(s.run) == [10, 15] and most_robust(s) == "step-10"
     assert resolve(s.run / "checkpoints" / "most_robust")[1].name == "step-10"
     save(s.checkpoints, 20)
@@ -169,6 +169,17 @@ def test_a_probe_that_fails_is_an_event_and_is_tried_again_by_the_next_start(sta
     assert [r["step"] for r in rows(s)] == [5]
 
 
+def test_a_process_that_cannot_be_started_ends_nothing(start, monkeypatch):
+    monkeypatch.setattr(schedule, "PROCESS", ["/nowhere/python"])
+    s = start()
+    save(s.checkpoints, 5)
+    s.probe.look(5)
+    s.probe.look(6)
+    assert [(e["step"], e["event"]) for e in rows(s, "events.jsonl")] == [(5, "probe failed")] and "No such file" in rows(s, "events.jsonl")[0]["reason"]
+    save(s.checkpoints, 10)
+    assert steps(s.run) == [10], "what failed is not held"
+
+
 def test_probes_of_another_protocol_are_not_compared(start):
     s = start(keep_last=9)
     save(s.checkpoints, 10)
@@ -183,6 +194,9 @@ def test_probes_of_another_protocol_are_not_compared(start):
 def test_settings_that_do_not_fit_are_refused(start, tree):
     with pytest.raises(UserError, match="probe.every: 7 is no multiple of checkpoint.every 5"):
         start(every=7)
+    with pytest.raises(UserError, match="probe.ema: true, but the run keeps no moving average"):
+        start(ema=True)
+    tree["probe"].pop("ema")
     with pytest.raises(UserError, match="val"):
         tree["probe"]["every"] = 5
         schedule.check(validate(tree))

@@ -120,6 +120,7 @@ class Probe(Section):
     n_samples: Int = Field(500, ge=1, description="a fixed sample, as many of each class as can be")
     eps: Pixels | None = Field(None, gt=0, description="null: the training attack's; the norm is that one's")
     steps: Int = Field(10, ge=1, description="of PGD on cross-entropy")
+    ema: bool = Field(False, description="measures the moving average that train.ema keeps")
     batch_size: Int = Field(50, ge=1)
     device: Literal["cpu", "cuda", "auto"] = Field("cpu", description="cuda: the first rank's GPU, whose memory and time it then shares")
     threads: Int = Field(4, ge=1, description="of the background process; at the lowest priority")
@@ -243,6 +244,8 @@ class Config(Section):
             raise ValueError(f"data.lanes: {self.data.lanes} lanes do not divide train.batch_size {self.train.batch_size}; make it a divisor of the batch size")
         if self.probe is not None and self.probe.every % self.checkpoint.every:
             raise ValueError(f"probe.every: {self.probe.every} is no multiple of checkpoint.every {self.checkpoint.every}; only checkpoints can be measured")
+        if self.probe is not None and self.probe.ema and self.train.ema is None:
+            raise ValueError("probe.ema: true, but the run keeps no moving average; set train.ema, or leave probe.ema out")
         if self.train.warmup_steps > self.train.steps:
             raise ValueError(f"train.warmup_steps: {self.train.warmup_steps} is more than train.steps {self.train.steps}; lower it")
         return self

@@ -54,7 +54,7 @@ def measure(asked: dict) -> dict:
     settings = Settings(eps=float(Fraction(asked["eps"])), norm=asked["norm"], iters=asked["steps"])
     clean, robust = [], []
     with parallel.group(asked["device"]) as ranks:
-        model = subject.load(Model(weights=asked["checkpoint"]), ranks)
+        model = subject.load(Model(weights=asked["checkpoint"], ema=asked["ema"]), ranks)
         logits = model.logits(model.head(names, data.templates(source), ranks))
         staging = data.Staging(dataset, source.cache) if dataset.remote else None
         ids = stratified(dataset.labels, asked["n_samples"], seed=0)

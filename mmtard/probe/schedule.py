@@ -51,7 +51,7 @@ class Probe:
         # What makes two probes comparable.
         self.protocol = {
             "data": self.source.shards, "norm": config.attack.norm, "eps": show_pixels(eps), "steps": self.settings.steps,
-            "n_samples": self.settings.n_samples, "templates": data.templates(self.source),
+            "n_samples": self.settings.n_samples, "ema": self.settings.ema, "templates": data.templates(self.source),
         }  # fmt: skip
         shutil.rmtree(self.run / FOLDER, ignore_errors=True)
         self.rows = _read(self.run / PROBES, self.protocol)
@@ -77,7 +77,7 @@ class Probe:
             return
         if self.process is not None and self.process.poll() is not None:
             self._conclude()
-        self.pending = {step for step in self.pending if complete and step == max(published(self.checkpoints.folder))}
+        self.pending = {step for step in self.pending if complete and step == max(published(self.checkpoints.folder), default=0)}
         until = time.monotonic() + 60 * self.settings.wait_minutes
         while complete and (self.process or self.pending) and not interruption:
             if time.monotonic() > until:
@@ -103,7 +103,10 @@ class Probe:
             checkpoint = self.checkpoints.hold(step)
             if checkpoint is not None:
                 self.step = step
-                self._start(checkpoint)
+                try:
+                    self._start(checkpoint)
+                except OSError as error:  # no space, no memory: nothing that training should end of
+                    self._failed(str(error), [])
                 # Those gone by now were overtaken; a newer one may be about to be published.
                 self.pending = {s for s in self.pending if s > step or (self.checkpoints.folder / f"step-{s}").exists()}
                 return
@@ -127,21 +130,27 @@ class Probe:
 
     def _conclude(self) -> None:
         status, self.process = self.process.returncode, None
-        self.pending.discard(self.step)
         try:
             if status:
                 raise ValueError(f"exit status {status}")
             found = json.loads((self.run / FOLDER / "results.json").read_text())
         except (OSError, ValueError) as error:
-            last = (self.run / FOLDER / "log").read_text(errors="replace").splitlines()[-1:]
-            self.metrics.event(self.step, "probe failed", reason=str(error), said=last)
+            self._failed(str(error), (self.run / FOLDER / "log").read_text(errors="replace").splitlines()[-1:])
         else:
             clean, robust = found["clean"]["accuracy"], found["robust"]["accuracy"]
             of = {"interval95": found["robust"]["interval95"], "n": found["robust"]["n"]}
             self.rows.append({"step": self.step, "clean": clean, "robust": robust, **of, "protocol": self.protocol})
             self.metrics.probe(self.rows[-1])
             self._keep_best(self.step)
+            self._over()
         (self.run / FOLDER / "results.json").unlink(missing_ok=True)
+
+    def _failed(self, reason: str, said: list[str]) -> None:
+        self.metrics.event(self.step, "probe failed", reason=reason, said=said)
+        self._over()
+
+    def _over(self) -> None:
+        self.pending.discard(self.step)
         self.checkpoints.release(self.step)
 
     def _keep_best(self, newest: int) -> None:
