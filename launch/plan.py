@@ -18,7 +18,7 @@ SHARED = ("data.shards", "data.index", "data.classnames", "data.cache", "engine.
 
 @dataclass(frozen=True)
 class Work:
-    """One run of mmtard: a training, which has a `config`, or the evaluation of a run."""
+    """One run of mmtard: a training or a storing of embeddings, which have a `config`, or the evaluation of a run."""
 
     run_dir: Path
     config: Config | None
@@ -26,12 +26,12 @@ class Work:
 
     @property
     def name(self) -> str:
-        return self.run_dir.name if self.config else f"{self.words[0]}-{self.run_dir.name}"
+        return self.run_dir.name if self.words[0] == "train" else f"{self.words[0]}-{self.run_dir.name}"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Works that are submitted together, once the trainings of the run folders `after` have ended well."""
+    """Works that are submitted together, once those that have the configurations of the run folders `after` have ended well."""
 
     title: str
     works: tuple[Work, ...]
@@ -46,7 +46,8 @@ class Plan:
 
 
 def plan(path: Path, overrides: list[str], sweeps: list[str], pipeline: bool, evaluate: list[str], world: int) -> Plan:
-    """The stages of a configuration, its sweep, its teachers (pipeline) and evaluations, without those whose result exists.
+    """The stages of a configuration, its sweep, its teachers and their stored embeddings (pipeline) and evaluations, without those
+    whose result exists.
 
     world: ranks of a training. Raises UserError for whatever `mmtard train` would refuse before it imports torch.
     """
@@ -64,6 +65,13 @@ def plan(path: Path, overrides: list[str], sweeps: list[str], pipeline: bool, ev
 
     to_train = [c for c in students if steps_done(Path(c.run_dir)) < c.train.steps]
     notes += [f"complete: {c.run_dir}" for c in students if c not in to_train]
+    storing, found = _storing(to_train, needed)
+    notes += found
+    if storing and pipeline:
+        stages.append(Stage("stored embeddings", tuple(storing), needed))
+        needed += tuple(work.run_dir for work in storing)
+    elif storing:
+        notes += [f"{work.run_dir}: its teachers' embeddings are not stored yet; --pipeline, or `mmtard cache`, stores them first" for work in storing]
     if to_train:
         stages.append(Stage("training", tuple(_training(c, world) for c in to_train), needed))
     for config, shards in itertools.product(students, evaluate):
@@ -157,6 +165,23 @@ def _teachers(path: Path, overrides: list[str], students: list[Config]) -> dict[
             if config is not None and config not in found.values():
                 found[f"teacher {name}" if f"teacher {name}" not in found else f"teacher {name} {slug(config.run_dir)}"] = config
     return found
+
+
+def _storing(students: list[Config], teachers: tuple[Path, ...]) -> tuple[list[Work], list[str]]:
+    """(one work for each set of embeddings that is not stored, notes about those that are); `teachers`: run folders still to be trained."""
+    works: dict[str, Work] = {}
+    notes: list[str] = []
+    soon = {run.absolute() for run in teachers}
+    for config in students:
+        missing = []
+        for name, folder in settings.stored_teachers(config).items():
+            if folder is None or Path(config.teachers[name].weights).absolute() in soon:
+                missing.append(settings.made_from(config, name))
+            else:
+                notes.append(f"embeddings of teacher {name} are stored: {folder}")
+        if missing:  # the points of a sweep that agree in these share one store
+            works.setdefault(json.dumps(missing), Work(Path(config.run_dir), config, ("cache",)))
+    return list(works.values()), list(dict.fromkeys(notes))
 
 
 def _training(config: Config, world: int, where: str = "") -> Work:

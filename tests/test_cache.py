@@ -137,3 +137,100 @@ def test_what_is_stored_is_what_the_teacher_says_of_each_image(run, shards):
     assert read.dtype == torch.float32 and torch.allclose(read, alone, rtol=2e-2, atol=2e-2 * alone.abs().max())  # a JPEG lies between
     with pytest.raises(UserError, match="sample number 7 is absent, its image could not be read"):
         embeddings.rows(np.array([6, 7]), np.array([0, 0]))
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Ten parts of four samples."""
+    monkeypatch.setattr("mmtard.data.embeddings.LEAST_SAMPLES", 4)
+
+
+def test_a_store_goes_on_where_it_was_stopped_and_mends_what_is_damaged(run, tmp_path, small_parts):
+    config = run()
+    said = []
+
+    class Third(Interruption):
+        """Comes in the third batch, which is the third part."""
+
+        def __bool__(self):
+            said.append("asked")
+            self.signal = "SIGTERM" if said.count("asked") == 3 else None
+            return self.signal is not None
+
+    with pytest.raises(RunError, match="SIGTERM; 3 of 10 missing parts of teacher clean are stored, start it again to go on") as caught:
+        cache(config, Third(), said.append)
+    assert caught.value.status == REQUEUE
+    (folder,) = (tmp_path / "embeddings").iterdir()
+    with pytest.raises(UserError, match=f"teachers.clean.stored: '{folder}' is not complete; let `mmtard cache` finish it"):
+        train(run("teachers.clean.stored=true"), Interruption())
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / ".part-000003.safetensors.77.part").write_bytes(b"half")  # of a process that was killed as it wrote
+    assert "teacher clean: 7 of 10 parts are to be stored" in store(config)[0][0]
+    assert whole.items() <= {path.name: path.read_bytes() for path in folder.iterdir()}.items() and not list(folder.glob(".*"))
+    assert store(config)[0] == [f"teacher clean: all of its 40 x 1 embeddings are stored in {folder}, nothing to do"]
+
+    part = folder / "part-000002.safetensors"
+    before = part.read_bytes()
+    part.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with pytest.raises(UserError, match="part-000002.safetensors': that of sample number 11 is damaged; `mmtard cache` makes them again"):
+        train(run("teachers.clean.stored=true"), Interruption())
+    part.unlink()
+    with pytest.raises(UserError, match="part-000002.safetensors' are missing or cut short"):
+        train(run("teachers.clean.stored=true", f"run_dir={tmp_path}/other"), Interruption())
+    assert "1 of 10 parts are to be stored" in store(config)[0][0] and part.read_bytes() == before
+
+
+def test_a_start_in_which_no_part_gets_done_is_not_asked_for_again(run):
+    interruption = Interruption()
+    interruption.signal = "SIGUSR2"
+    with pytest.raises(RunError, match="stopped by SIGUSR2; 0 of 1 missing parts .* give it more time") as caught:
+        cache(run(), interruption, lambda line: None)
+    assert caught.value.status == 1
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ("seed=4", r"differ in teacher.sha256: stored [0-9a-f]{16}, now [0-9a-f]{16}; restore that, or run `mmtard cache`"),
+        ("data.resize=20", "differ in images.resize: stored 16, now 20;"),
+        ("engine.precision=bf16", "differ in teacher.precision: stored float32, now bf16;"),
+        ("data.shards=OTHER", r"differ in data.fingerprint: stored [0-9a-f]{16}, now [0-9a-f]{16};"),
+        ("student.arch=RESNET", "differ in images.size: stored 16, now 32; images.resize: stored 16, now 32;"),
+    ],
+)
+def test_embeddings_that_do_not_match_are_refused_naming_what_differs(run, shards, resnet, tmp_path, change, told):
+    store(run())
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(shards / "0.tar", other / "0.tar")
+    shutil.copy(shards / "classnames.txt", other)
+    change = change.replace("OTHER", str(other)).replace("RESNET", resnet)
+    # A random teacher is another with another seed.
+    with pytest.raises(UserError, match=rf"^teachers.clean.stored: no embeddings stored in '{tmp_path}/embeddings' match, those in '[0-9a-f]+' {told}"):
+        train(run("teachers.clean.stored=true", change), Interruption())
+
+
+def test_what_cannot_be_stored_is_refused_with_the_remedy(run):
+    with pytest.raises(UserError, match="holds no stored embeddings; run `mmtard cache` with this configuration first"):
+        train(run("teachers.clean.stored=true"), Interruption())
+    with pytest.raises(UserError, match="teachers.robust.stored: method 'mmtard' .* shows this teacher adversarial images"):
+        cache(run("teachers.robust.stored=true"), Interruption())
+    for changed in (["data.flip=true"], ["data.crop_scale=[0.5,1]"]):
+        with pytest.raises(UserError, match="teachers.clean.stored: data.crop_scale and data.flip make new images each epoch.* data.views=8"):
+            run("teachers.clean.stored=true", *changed)
+        with pytest.raises(UserError, match="^data.views: data.crop_scale and data.flip make new images"):
+            cache(run(*changed), Interruption())
+    with pytest.raises(UserError, match="data.views: without data.crop_scale or data.flip all views of a sample are the same"):
+        run("data.views=2")
+    with pytest.raises(UserError, match="every teacher of 'tecoa' sees adversarial images, or it has none"):
+        cache(run("method={name: tecoa}", "teachers=null"), Interruption())
+
+
+def test_the_untouched_student_of_fare_is_stored_before_its_run_exists(run, tmp_path):
+    fare = ("method={name: fare}", "teachers={start: {stored: true}}", "train.steps=2")
+    store(run(*fare))
+    on_disk = trained(run(*fare, f"run_dir={tmp_path}/stored"))
+    assert on_disk == trained(run("method={name: fare}", "teachers=null", "train.steps=2", f"run_dir={tmp_path}/live"))

@@ -200,6 +200,45 @@ def test_the_pipeline_goes_on_where_it_stands(submit, teachers, tmp_path):
     assert [s[0] for s in stages(submit("--gpus-per-node", "4", "--pipeline", "--dry-run", "train.steps=11").stdout)] == ["training"]
 
 
+def stored(tmp_path, overrides=()):
+    """A finished store of the clean teacher's embeddings, as its manifest tells it."""
+    config = settings.load(tmp_path / "run.yaml", ["teachers.clean.stored=true", *overrides])
+    folder = settings.embeddings_folder(config.data) / "0123456789abcdef"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"identity": {}, "made_from": settings.made_from(config, "clean")}))
+    return folder
+
+
+def test_the_pipeline_stores_embeddings_between_teachers_and_student(submit, teachers, tmp_path):
+    words = ("--gpus-per-node", "4", "--pipeline", "--dry-run", "teachers.clean.stored=true")
+    printed = submit(*words).stdout
+    assert stages(printed) == [
+        ("teacher robust", "mmtard-robust", None),
+        ("stored embeddings", "mmtard-cache-run", "afterok:JOB_OF_robust"),
+        ("training", "mmtard-run", "afterok:JOB_OF_robust:JOB_OF_run"),
+    ]
+    assert re.search(r"python -m mmtard cache \S+/run/submissions/\S+_run.yaml\n", printed)
+    folder = stored(tmp_path)
+    printed = submit(*words).stdout
+    assert [s[0] for s in stages(printed)] == ["teacher robust", "training"] and f"# embeddings of teacher clean are stored: {folder}\n" in printed
+
+
+def test_embeddings_of_other_settings_or_of_a_teacher_still_in_training_are_stored_anew(submit, teachers, tmp_path):
+    stored(tmp_path)
+    words = ("--gpus-per-node", "4", "--pipeline", "--dry-run", "teachers.clean.stored=true")
+    assert "stored embeddings" in [s[0] for s in stages(submit(*words, "data.resize=256").stdout)]
+    (teachers / "clean" / "checkpoints" / "latest" / "state.json").write_text('{"step": 19}')
+    assert [s[0] for s in stages(submit(*words).stdout)] == ["teacher clean", "teacher robust", "stored embeddings", "training"]
+
+
+def test_a_sweep_shares_the_embeddings_that_its_points_agree_in(submit, teachers):
+    words = ("--gpus-per-node", "4", "--pipeline", "--dry-run", "teachers.clean.stored=true", "data.flip=true", "data.views=2")
+    assert submit(*words, "--sweep", "train.lr=1e-5,2e-5").stdout.count("python -m mmtard cache") == 1
+    assert submit(*words, "--sweep", "data.views=2,3").stdout.count("python -m mmtard cache") == 2
+    printed = submit("--gpus-per-node", "4", "--dry-run", "teachers.clean.stored=true").stdout
+    assert "its teachers' embeddings are not stored yet; --pipeline, or `mmtard cache`, stores them first\n" in printed
+
+
 def test_without_pipeline_a_missing_teacher_is_pointed_out(submit, teachers):
     printed = submit("--gpus-per-node", "4", "--dry-run").stdout
     assert f"# teacher robust: {teachers / 'robust'} holds no checkpoint yet; --pipeline trains it first\n" in printed

@@ -1,0 +1,37 @@
+#!/bin/bash
+# Stores the embeddings of the teachers that see clean images alone, so that the training on them, with teachers.NAME.stored=true,
+# need not run those teachers. Write your account and partition into the two lines below. Then, from the project's folder, with the
+# settings that you will train with (the batch of a rank, too, for the same last bits):
+#
+#   sbatch slurm/cache.sh configs/vitb32_mmtard.yaml data.shards=/data/imagenet/train
+#
+# A job that is stopped goes on from the embeddings that are stored; the student's job can wait for it:
+# sbatch --dependency=afterok:JOB slurm/train_vitb32.sh data.shards=/data/imagenet/train teachers.clean.stored=true
+
+#SBATCH --account=YOUR_ACCOUNT
+#SBATCH --partition=YOUR_PARTITION
+
+#SBATCH --job-name=mmtard-cache
+#SBATCH --output=%x-%j.log
+#SBATCH --time=4:00:00
+#SBATCH --nodes=2
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --signal=USR2@60
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+set -euo pipefail
+. slurm/common.sh # found from the project's folder, where sbatch is called
+
+say "start $starts on $SLURM_JOB_NODELIST, ranks meet at $MASTER_ADDR:$MASTER_PORT, $*"
+status=0
+ranks cache "$@" || status=$?
+say "storing ended with status $status"
+if wants_more "$status" && [ "$starts" -le 20 ]; then
+    go_on
+fi
+exit "$status"
