@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from . import data, parallel, stored, towers
-from .config import MANIFEST, UNSTORABLE, Config, check_world, embeddings_folder, made_from, source
+from .config import MANIFEST, UNSTORABLE, Config, check_world, embeddings_folder, made_from
 from .data.embeddings import Layout, finish, key, missing_parts, write_part
 from .engine import DTYPES
 from .errors import RunError, UserError
@@ -41,12 +41,6 @@ def cache(config: Config, interruption: Interruption, say=print) -> None:
             _Storing(config, name, dataset, image_size, ranks, say if ranks.first else _silent).run(interruption)
 
 
-def _load(config: Config, teacher: str) -> towers.Clip:
-    # The untouched student is stored with a run that need not have begun.
-    spec = source(config, teacher)
-    return towers.load(spec, config.seed, "student" if spec is config.student else f"teachers.{teacher}")
-
-
 def _silent(*_) -> None:
     pass
 
@@ -69,7 +63,7 @@ class _Storing:
         self.layout = Layout(len(dataset), config.data.views or 1)
         # Of the training's size: a matrix product of another shape may differ in its last bits.
         self.batch = config.train.batch_size // ranks.world_size // check_world(config, ranks.world_size)
-        self.clip = _load(config, name)
+        self.clip = stored.load(config, name)
         self.identity = ranks.from_first(lambda: stored.identity(config, self.clip, image_size, dataset.fingerprint))
         self.folder = embeddings_folder(config.data) / key(self.identity)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import data, parallel, towers
+from . import data, parallel, stored, towers
 from .config import START, Config, Model, Teacher
 from .engine import DTYPES
 from .errors import UserError
@@ -33,7 +33,8 @@ def preflight(config: Config) -> int:
     """Run every check on the ranks of this launch, one after another; 1 when any failed on any rank, else 0."""
     with parallel.group(config.engine.device) as ranks:
         checks = Checks(config, ranks)
-        passed = [checks.run(name) for name in ("versions", "devices", "network", "models", "folder", "shards")]
+        embeddings = ["embeddings"] if any(teacher.stored for teacher in config.teachers.values()) else []
+        passed = [checks.run(name) for name in ("versions", "devices", "network", "models", *embeddings, "folder", "shards")]
     return 0 if all(passed) else 1
 
 
@@ -136,7 +137,7 @@ class Checks:
         attacked = config.attack_objective is not None
         seconds = self._pass(config.student, "student", micro, attacked) * (config.attack.steps + 1 if attacked else 1)
         untouched = {START: config.student} if config.teachers.get(START, Teacher()).weights == START else {}  # the run has not stored it yet
-        return micro / (seconds + sum(self._pass(untouched.get(name, t), f"teachers.{name}", micro, False) for name, t in config.ensemble.items()))
+        return micro / (seconds + sum(self._pass(untouched.get(name, t), f"teachers.{name}", micro, False) for name, t in config.ensemble.items() if not t.stored))
 
     def _pass(self, spec: Model, where: str, micro: int, attacked: bool) -> float:
         """Seconds of a model's forward, and of the gradient for the images when it is attacked."""
@@ -161,7 +162,20 @@ class Checks:
 
     def models_verdict(self, found: list[float]) -> str:
         self.most_images_per_s = sum(found)
-        return f"{', '.join(['student', *self.config.ensemble])} load; their passes alone allow {sum(found):.4g} images/s at most"
+        names = [name for name, teacher in self.config.ensemble.items() if not teacher.stored]
+        return f"{', '.join(['student', *names])} load; their passes alone allow {sum(found):.4g} images/s at most"
+
+    # ---------------------------------------------------------------- stored embeddings are those of the teachers and the shards
+
+    def embeddings(self) -> dict[str, Path]:
+        config = self.config
+        self.ranks.from_first(lambda: data.open_dataset(config.data).fingerprint)
+        clips = {name: stored.load(config, name) for name, teacher in config.teachers.items() if teacher.stored}
+        found = stored.open_stores(config, clips, self.image_size, data.open_dataset(config.data).fingerprint, self.ranks)
+        return {name: embeddings.folder for name, embeddings in found.items()}
+
+    def embeddings_verdict(self, found: list[dict[str, Path]]) -> str:
+        return "; ".join(f"those of teacher {name} are stored in {folder} and match" for name, folder in found[0].items())
 
     # ---------------------------------------------------------------- the run's folder is shared, writable, and large enough
 

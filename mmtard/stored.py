@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from . import methods, objectives
-from .config import Config, embeddings_folder
+from . import methods, objectives, towers
+from .config import Config, embeddings_folder, source
 from .data import Embeddings
 from .data.embeddings import FORMAT, find
 from .errors import UserError
@@ -28,6 +28,12 @@ def storable(config: Config) -> list[str]:
             what = "reads this teacher's patch tokens, which are not stored" if config.needs_tokens else "shows this teacher adversarial images, new at each step"
             raise UserError(f"teachers.{name}.stored: method '{config.method.name}' with attack objective '{config.attack_objective}' {what}; set it to false")
     return [name for name, teacher in config.teachers.items() if teacher.stored] or sorted(clean)
+
+
+def load(config: Config, teacher: str) -> Clip:
+    """A teacher before any run of the configuration: the untouched student need not be in the run's folder yet."""
+    spec = source(config, teacher)
+    return towers.load(spec, config.seed, "student" if spec is config.student else f"teachers.{teacher}")
 
 
 def identity(config: Config, clip: Clip, image_size: int, fingerprint: str) -> dict:

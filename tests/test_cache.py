@@ -17,6 +17,7 @@ from tiny_shards import encode, picture, write_tar  # noqa: E402
 from mmtard import config as settings, data, parallel, towers
 from mmtard.cache import cache
 from mmtard.errors import RunError, UserError
+from mmtard.preflight import Checks
 from mmtard.preempt import REQUEUE, Interruption
 from mmtard.train import train
 
@@ -234,3 +235,15 @@ def test_the_untouched_student_of_fare_is_stored_before_its_run_exists(run, tmp_
     store(run(*fare))
     on_disk = trained(run(*fare, f"run_dir={tmp_path}/stored"))
     assert on_disk == trained(run("method={name: fare}", "teachers=null", "train.steps=2", f"run_dir={tmp_path}/live"))
+
+
+def test_preflight_tells_whether_the_stored_embeddings_match(run, capsys):
+    config = run("teachers.clean.stored=true")
+    checks = Checks(config, parallel.start("cpu"))
+    assert checks.run("models") and not checks.run("embeddings")
+    _, folder = store(config)
+    assert checks.run("embeddings")
+    models, absent, there = capsys.readouterr().out.splitlines()
+    assert models.startswith("PASS models: student, robust load;")
+    assert absent.startswith("FAIL embeddings: rank 0 (") and "run `mmtard cache` with this configuration first" in absent
+    assert there == f"PASS embeddings: those of teacher clean are stored in {folder} and match"

@@ -56,7 +56,7 @@ ROOMS = {
     "evaluate": {"attacks", "config", "data", "errors", "losses", "methods", "parallel", "preempt", "run_folder", "towers"},
     "report": {"config", "data", "errors", "evaluate", "history", "methods", "metrics", "towers"},
     "runs": {"config", "errors", "history", "slurm"},
-    "preflight": {"config", "data", "engine", "errors", "parallel", "run_folder", "towers"},
+    "preflight": {"config", "data", "engine", "errors", "parallel", "run_folder", "stored", "towers"},
     "quickstart": {"config", "data", "errors", "evaluate", "parallel", "towers"},
     "cli": {"cache", "config", "data", "errors", "evaluate", "export", "history", "parallel", "preempt", "preflight", "report", "runs", "trackers", "train"},
     "__main__": {"cli"},
