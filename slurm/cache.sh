@@ -20,7 +20,7 @@
 #SBATCH --cpus-per-task=12
 #SBATCH --exclusive
 #SBATCH --mem=0
-#SBATCH --signal=USR2@60
+#SBATCH --signal=USR2@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
