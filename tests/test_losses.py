@@ -66,3 +66,39 @@ def test_true_class_and_top1_look_at_each_samples_own_label():
     labels = torch.tensor([1, 0, 0])
     assert losses.true_class(logits, labels).tolist() == [3.0, 5.0, 0.0]
     assert losses.top1(logits, labels).tolist() == [True, False, True]
+
+
+def test_margin_is_to_the_best_other_class():
+    expected = [row[y] - max(v for i, v in enumerate(row) if i != y) for row, y in zip(T_LOGITS, LABELS)]
+    assert min(expected) < 0 < max(expected)
+    close(losses.margin(torch.tensor(T_LOGITS), torch.tensor(LABELS)), expected)
+
+
+def test_dlr_is_equation_6_of_croce_and_hein():
+    expected = []
+    for z, y in zip(T_LOGITS, LABELS):
+        first, second, third = np.sort(z)[::-1][:3]
+        expected.append(-(z[y] - (second if z[y] == first else first)) / (first - third))
+    close(losses.dlr(torch.tensor(T_LOGITS), torch.tensor(LABELS)), expected)
+    close(losses.dlr(torch.tensor(100 * T_LOGITS + 7), torch.tensor(LABELS)), expected)  # neither scale nor shift
+    # by hand: z = (3, 2, 1), and the label is each in turn: -(3 - 2) / 2, -(2 - 3) / 2, -(1 - 3) / 2
+    close(losses.dlr(torch.tensor([[3.0, 2.0, 1.0]] * 3).double(), torch.arange(3)), [-0.5, 0.5, 1.0])
+
+
+def test_targeted_dlr_is_equation_7_of_croce_and_hein():
+    targets = (LABELS + 1) % 5
+    expected = []
+    for z, y, t in zip(T_LOGITS, LABELS, targets):
+        pi = np.sort(z)[::-1]
+        expected.append(-(z[y] - z[t]) / (pi[0] - (pi[2] + pi[3]) / 2))
+    close(losses.targeted_dlr(torch.tensor(T_LOGITS), torch.tensor(LABELS), torch.tensor(targets)), expected)
+    close(losses.targeted_dlr(torch.tensor(50 * T_LOGITS - 3), torch.tensor(LABELS), torch.tensor(targets)), expected)
+    # by hand: z = (4, 3, 2, 0), label 0, target 3: -(4 - 0) / (4 - 1)
+    close(losses.targeted_dlr(torch.tensor([[4.0, 3.0, 2.0, 0.0]]).double(), torch.tensor([0]), torch.tensor([3])), [-4 / 3])
+
+
+def test_a_saturated_softmax_has_no_gradient_but_its_ratio_of_logits_has():
+    logits = torch.tensor([[500.0, 100.0, 0.0, -100.0]], requires_grad=True)
+    label = torch.tensor([0])
+    assert (torch.autograd.grad(losses.cross_entropy(logits, label).sum(), logits)[0] == 0).all()
+    assert (torch.autograd.grad(losses.dlr(logits, label).sum(), logits)[0] != 0).any()

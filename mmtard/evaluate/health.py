@@ -68,44 +68,48 @@ def _of_one_eps(settings: Settings, facts: Facts) -> list[dict]:
 
 
 def sanity(model: Model, images: Tensor, labels: Tensor, seeds: Tensor, settings: Settings, source: Model | None = None) -> list[dict]:
-    """The lines that need attacks of their own, all APGD-CE of at most 20 steps or Square of 300 queries.
+    """The lines that need attacks of their own: APGD of at most 20 steps on cross-entropy, then DLR; and Square of 300 queries.
 
-    On the first 64 correctly classified of the samples given; some 150 forward and backward passes of 64 images, and as many samples
-    once each alone. Raises UserError as `suite.run` does.
+    On the first 64 correctly classified of the samples given: at most 160 forward and backward passes of them, 300 forward passes
+    for Square, and some 7 passes of each sample alone and in eights. Raises UserError as `suite.run` does.
     """
     check_images(images)
     with torch.no_grad():
-        rows = (logits_of(model, images).argmax(1) == labels).nonzero().flatten()[:SANITY_SAMPLES]
+        logits = logits_of(model, images)
+    rows = (logits.argmax(1) == labels).nonzero().flatten()[:SANITY_SAMPLES]
     if not len(rows):
         return [_line("sanity", False, "no sample is classified correctly: nothing to attack")]
     images, labels, seeds, n = images[rows], labels[rows], seeds[rows], len(rows)
     base = replace(settings, iters=min(settings.iters, _SANITY_ITERS), restarts=1, queries=_SANITY_QUERIES)
 
-    def broken(attack="apgd-ce", **changes) -> Tensor:
-        return _broken(model, images, labels, seeds, attack, replace(base, **changes), source)
+    gradient = ["apgd-ce"] + ["apgd-dlr"] * (registry.not_defined("apgd-dlr", logits.shape[1]) is None)
 
-    white = broken()
-    stands = {"0": n} | {str(k): n - int(broken(iters=k).sum()) for k in (1, 5) if k < base.iters} | {str(base.iters): n - int(white.sum())}
-    by_eps = {f"{f * base.eps:.4g}": n - int(broken(eps=f * base.eps).sum()) for f in (0.5, 2)}
-    halved, doubled = by_eps
+    def broken(attacks=("apgd-ce",), **changes) -> Tensor:
+        return _broken(model, images, labels, seeds, attacks, replace(base, **changes), source)
+
+    steps = [k for k in (1, 5) if k < base.iters] + [base.iters]
+    by_steps = {"0 steps": n} | {f"{k} steps": n - int(broken(iters=k).sum()) for k in steps}
+    by_eps = {f"{f * base.eps:.4g}": n - int(broken(eps=f * base.eps).sum()) for f in (0.5, 1, 2)}
+    white = broken(gradient)
     large = LARGE_EPS if base.norm == "linf" else LARGE_EPS * images[0].numel() ** 0.5
-    left = 1 - float(broken(eps=large).float().mean())
+    left = 1 - float(broken(gradient, eps=large).float().mean())
     lines = [
-        _monotone("monotone in steps", stands, n),
-        _monotone("monotone in eps, half to double", {halved: by_eps[halved], f"{base.eps:.4g}": n - int(white.sum()), doubled: by_eps[doubled]}, n),
+        _monotone("monotone in steps", by_steps, n),
+        _monotone("monotone in eps, half to double", by_eps, n),
         _line("near zero at 64/255", left <= _NEAR_ZERO, f"{100 * left:.1f} % of {n} samples stand"),
         _weaker("random noise", _noise(model, images, labels, seeds, base), white),
     ]
     if base.norm == "linf":
-        lines.append(_weaker("square", broken("square"), white))
+        lines.append(_weaker("square", broken(["square"]), white))
     if source is not None:
-        lines.append(_weaker("transfer", broken("transfer"), white))
-    return [*lines, _batch_size(model, images, labels, seeds, replace(base, iters=min(base.iters, 10)))]
+        lines.append(_weaker("transfer", broken(["transfer"]), white))
+    return [*lines, _batch_size(model, images, labels, seeds, replace(base, iters=min(base.iters, 5)))]
 
 
-def _broken(model: Model, images: Tensor, labels: Tensor, seeds: Tensor, attack: str, settings: Settings, source: Model | None = None) -> Tensor:
+def _broken(model: Model, images: Tensor, labels: Tensor, seeds: Tensor, attacks: Sequence[str], settings: Settings, source: Model | None = None) -> Tensor:
     trial = Trial(model, images, labels, seeds, settings, source)
-    registry.find(attack)(trial)
+    for name in attacks:
+        registry.find(name)(trial)
     return trial.broken
 
 
@@ -124,7 +128,7 @@ def _batch_size(model: Model, images: Tensor, labels: Tensor, seeds: Tensor, set
         try:
             with torch.no_grad():
                 logits[size] = torch.cat([logits_of(model, images[p]) for p in parts])
-            flags[size] = torch.cat([_broken(model, images[p], labels[p], seeds[p], "apgd-ce", settings) for p in parts])
+            flags[size] = torch.cat([_broken(model, images[p], labels[p], seeds[p], ["apgd-ce"], settings) for p in parts])
         except ValueError as error:  # batch norm in training mode refuses a batch of one
             return _line("batch size", False, f"the model fails on batches of {size}: {error}")
     gap = max(float((logits[size] - logits[1]).abs().max()) for size in _BATCHES) / max(float(logits[1].abs().max()), 1e-30)
@@ -134,8 +138,8 @@ def _batch_size(model: Model, images: Tensor, labels: Tensor, seeds: Tensor, set
 
 
 def _weaker(name: str, broken: Tensor, white: Tensor) -> dict:
-    extra = int((broken & ~white).sum())
-    return _line(f"{name} weaker than the attack", extra <= _slack(len(white)), f"of {len(white)} samples it broke {int(broken.sum())}, the attack {int(white.sum())}, it alone {extra}")
+    extra, n = int((broken & ~white).sum()), len(white)
+    return _line(f"{name} weaker than the attack", extra <= max(1, n // 20), f"of {n} samples it broke {int(broken.sum())}, the attack {int(white.sum())}, it alone {extra}")
 
 
 def _monotone(name: str, standing: dict[str, int], n: int) -> dict:

@@ -1,0 +1,157 @@
+"""The health section passes honest models and catches those that hide their gradient, their batch or their own failure."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmtard.evaluate import health, suite
+from mmtard.evaluate.trial import Settings
+
+from .conftest import convolutions
+
+
+def examine(model, victim, labels=None, source=None, **changes):
+    """Names of the lines by status, and all lines by name, of an evaluation with --sanity."""
+    labels = victim.labels if labels is None else labels
+    settings = Settings(**{"eps": victim.eps, "iters": 10, "queries": 100, **changes})
+    out = suite.run(model, victim.images, labels, victim.seeds, ["apgd-ce", "apgd-dlr", "square"], settings)
+    lines = health.check([(settings, out.facts)]) + health.sanity(model, victim.images, labels, victim.seeds, settings, source)
+    names = [line["check"] for line in lines]
+    assert len(set(names)) == len(names)
+    return {status: {line["check"] for line in lines if line["status"] == status} for status in ("PASS", "WARN", "FAIL")}, {line["check"]: line["detail"] for line in lines}
+
+
+@pytest.fixture(scope="module")
+def honest(victim):
+    out = suite.run(victim.model, victim.images, victim.labels, victim.seeds, ["apgd-ce", "square"], Settings(eps=victim.eps, iters=10, queries=100))
+    return out.facts
+
+
+def test_an_honest_model_passes_every_check(victim):
+    status, detail = examine(victim.model, victim, source=lambda x: victim.model(x.flip(3)))
+    assert not status["WARN"] and not status["FAIL"], detail
+    assert status["PASS"] == {
+        "largest perturbation", "range", "NaN", "zero gradient of cross-entropy", "zero gradient of DLR", "later forward pass", "square not stronger than white-box",
+        "monotone in steps", "monotone in eps, half to double", "near zero at 64/255", "random noise weaker than the attack", "square weaker than the attack",
+        "transfer weaker than the attack", "batch size",
+    }  # fmt: skip
+
+
+def test_a_quantised_input_is_caught(victim):
+    """Rounding has no gradient: every white-box attack stays at its start, and all that is left is to guess."""
+    quantised = lambda x: victim.model((x * 32).round() / 32)
+    assert suite.run(quantised, victim.images, victim.labels, victim.seeds, ["apgd-ce"], Settings(eps=victim.eps, iters=10)).robust.sum() > 80  # looks robust
+    status, detail = examine(quantised, victim)
+    assert {"zero gradient of cross-entropy", "zero gradient of DLR", "square not stronger than white-box", "square weaker than the attack", "near zero at 64/255"} <= status["WARN"]
+    assert not status["FAIL"]
+
+
+def test_saturated_logits_are_caught(victim):
+    status, detail = examine(lambda x: 1000 * victim.model(x), victim)
+    assert "zero gradient of cross-entropy" in status["WARN"] and "zero gradient of DLR" in status["PASS"], detail
+
+
+def test_hidden_dependence_on_the_batch_is_caught(victim):
+    torch.manual_seed(0)
+    layers = convolutions(16, 12, 2).double()
+    net = nn.Sequential(*layers[:-1], nn.BatchNorm1d(16 * 9, dtype=torch.float64), layers[-1]).requires_grad_(False).train()
+    model = lambda x: net(x.double()).float()
+    labels = model(victim.images).argmax(1)
+    status, detail = examine(model, victim, labels)
+    assert "batch size" in status["WARN"] and "fails on batches of 1" in detail["batch size"]
+
+    spatial = nn.Sequential(layers[0], nn.BatchNorm2d(16, dtype=torch.float64), *layers[1:]).requires_grad_(False).train()
+    model = lambda x: spatial(x.double()).float()
+    labels = model(victim.images).argmax(1)
+    status, detail = examine(model, victim, labels)
+    assert "batch size" in status["WARN"] and "logits differ by" in detail["batch size"]
+    spatial.eval()
+    labels = model(victim.images).argmax(1)
+    assert "batch size" in examine(model, victim, labels)[0]["PASS"]
+
+
+def test_a_scrambled_model_that_no_gradient_leads_anywhere_is_caught(victim):
+    """A gradient of the wrong sign: the steps lead away, noise does better and large balls stay full."""
+
+    class Backwards(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return -g
+
+    status, detail = examine(lambda x: victim.model(Backwards.apply(x)), victim, source=victim.model)
+    assert {"near zero at 64/255", "square weaker than the attack", "transfer weaker than the attack", "square not stronger than white-box"} <= status["WARN"], detail
+
+
+def test_hard_failures(victim, honest):
+    settings = Settings(eps=victim.eps)
+    cases = {
+        "largest perturbation": {"largest_perturbation": victim.eps * 1.001},
+        "range": {"lowest_pixel": -1e-3},
+        "NaN": {"not_finite": 1},
+    }
+    assert not health.failed(health.check([(settings, honest)]))
+    for name, change in {**cases, "range ": {"highest_pixel": 1.001}, "largest perturbation ": {"largest_perturbation": float("nan")}}.items():
+        lines = health.check([(settings, replace(honest, **change))])
+        assert [line["check"] for line in lines if line["status"] == "FAIL"] == [name.strip()] and health.failed(lines)
+
+
+def test_nan_in_the_model_is_a_failure_and_no_success_of_the_attack(victim):
+    """A model that gives NaN away from the clean images: argmax of NaN is no class."""
+    clean = victim.images.clone()
+
+    def broken(x):
+        logits = victim.model(x)
+        return torch.where((x - clean[: len(x)]).abs().amax((1, 2, 3), keepdim=True).flatten(1) > 0, logits * float("nan"), logits)
+
+    out = suite.run(broken, victim.images, victim.labels, victim.seeds, ["apgd-ce"], Settings(eps=victim.eps, iters=3))
+    assert out.facts.broken == {"apgd-ce": 0} and out.facts.not_finite == 100
+    assert health.failed(health.check([(Settings(eps=victim.eps), out.facts)]))
+
+
+def test_an_attack_that_leaves_its_ball_is_a_failure(victim, monkeypatch):
+    """Projection forgotten: the steps add up."""
+    from mmtard import attacks
+
+    monkeypatch.setattr(attacks, "project", lambda adv, images, norm, eps: adv)
+    out = suite.run(victim.model, victim.images, victim.labels, victim.seeds, ["pgd"], Settings(eps=victim.eps, iters=10))
+    failures = {line["check"] for line in health.check([(Settings(eps=victim.eps), out.facts)]) if line["status"] == "FAIL"}
+    assert failures == {"largest perturbation", "range"}
+
+
+def test_warnings_from_what_the_attacks_did(honest):
+    def warned(*runs):
+        lines = health.check(list(runs))
+        assert not health.failed(lines)
+        return {line["check"]: line["detail"] for line in lines if line["status"] == "WARN"}
+
+    small, large = Settings(eps=1 / 255), Settings(eps=2 / 255)
+    honest = replace(honest, n=1000, attacked=800, largest_perturbation=1 / 255, broken={"apgd-ce": 300, "square": 2}, taken_back=0)
+    assert warned((small, honest)) == {}
+    assert list(warned((small, replace(honest, broken={"apgd-ce": 300, "square": 3})))) == ["square not stronger than white-box"]
+    assert warned((small, replace(honest, broken={"square": 300}))) == {}, "alone it has nothing to be measured against"
+    assert list(warned((small, replace(honest, broken={"apgd-t": 300, "transfer": 9})))) == ["transfer not stronger than white-box"]
+    assert list(warned((small, replace(honest, taken_back=3)))) == ["later forward pass"]
+    assert list(warned((small, replace(honest, zero_gradient_ce=1)))) == ["zero gradient of cross-entropy"]
+    left_out = warned((small, replace(honest, zero_gradient_dlr=None, skipped={"apgd-t": "the targeted DLR loss needs 4 classes, there are 2"})))
+    assert list(left_out) == ["every attack ran"] and "apgd-t left out: the targeted DLR loss needs 4 classes" in left_out["every attack ran"]
+    weaker = replace(honest, broken={"apgd-ce": 297, "square": 2})
+    assert list(warned((large, weaker), (small, honest))) == ["monotone in eps"]
+    assert warned((small, weaker), (large, honest)) == {}
+
+
+def test_nothing_to_attack_is_said(victim):
+    labels = (victim.model(victim.images).argmax(1) + 1) % 10
+    lines = health.sanity(victim.model, victim.images, labels, victim.seeds, Settings(eps=victim.eps))
+    assert lines == [{"check": "sanity", "status": "WARN", "detail": "no sample is classified correctly: nothing to attack"}]
+
+
+def test_sanity_in_l2(victim):
+    lines = health.sanity(victim.model, victim.images, victim.labels, victim.seeds, Settings(eps=0.8, norm="l2", iters=10))
+    assert {line["status"] for line in lines} == {"PASS"} and "square weaker than the attack" not in {line["check"] for line in lines}
