@@ -50,18 +50,19 @@ def trained():
 
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-t", "square"])
 def test_flags_agree_within_1_percent_of_samples(name, trained):
+    # At 500 queries Square is still half-way, and two seeds of ours differ by 3 samples; at 1000 by none.
     means = {"eps": EPS, "seed": 0, "device": "cpu"}
     library = {
         "apgd-ce": lambda: APGDAttack(trained.model, n_iter=50, loss="ce", **means),
-        "apgd-t": lambda: APGDAttack_targeted(trained.model, n_iter=20, **means),
-        "square": lambda: SquareAttack(trained.model, n_queries=300, resc_schedule=False, **means),
+        "apgd-t": lambda: APGDAttack_targeted(trained.model, n_iter=15, **means),
+        "square": lambda: SquareAttack(trained.model, n_queries=1000, resc_schedule=False, **means),
     }[name]()
     theirs = trained.model(library.perturb(trained.images.clone(), trained.labels.clone())).argmax(1) != trained.labels
-    settings = Settings(eps=EPS, iters=50 if name == "apgd-ce" else 20, queries=300)
+    settings = Settings(eps=EPS, iters=50 if name == "apgd-ce" else 15, queries=1000)
     ours = ~suite.run(trained.model, trained.images, trained.labels, trained.seeds, [name], settings).robust
     print(f"{name}: ours {int(ours.sum())}, theirs {int(theirs.sum())}, differ {int((ours != theirs).sum())} of {N}")
     assert 0.15 * N < theirs.sum() < 0.85 * N
-    assert (ours != theirs).sum() <= 0.01 * N + (name == "square")  # Square searches at random, and the library's draws are others
+    assert (ours != theirs).sum() <= 0.01 * N
 
 
 def test_a_network_trained_on_photographs_is_in_good_health(trained):
