@@ -58,6 +58,7 @@ ROOMS = {
     "runs": {"config", "errors", "history", "slurm"},
     "preflight": {"config", "data", "engine", "errors", "parallel", "run_folder", "stored", "towers"},
     "quickstart": {"config", "data", "errors", "evaluate", "parallel", "towers"},
+    "comparison": {"config", "data", "errors", "evaluate", "parallel", "quickstart"},
     "cli": {"cache", "config", "data", "errors", "evaluate", "export", "history", "parallel", "preempt", "preflight", "report", "runs", "trackers", "train"},
     "__main__": {"cli"},
 }

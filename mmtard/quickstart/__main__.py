@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -15,13 +13,14 @@ from rich.table import Table
 
 from .. import parallel
 from ..config import Model, show_pixels
-from ..errors import UserError
+from ..errors import RunError, UserError
 from ..evaluate import datasets
 from ..evaluate.evaluation import evaluate
 from ..evaluate.protocols import PROTOCOLS
 from ..evaluate.request import Evaluation
 from .pretrain import PROMPT, pretrain
 from .render import make_data
+from .stages import cell, console, title, train
 
 ROOT = Path("runs/quickstart")
 CONFIGS = Path("configs/quickstart")
@@ -30,7 +29,6 @@ TRAINED = ("clean_teacher", "robust_teacher", "single_teacher", "mmtard")
 COMPARED = {"start": ROOT / "mmtard" / "start", "one teacher (ARD)": ROOT / "single_teacher", "MMT-ARD": ROOT / "mmtard"}
 PROTOCOL = replace(PROTOCOLS["quick"], attacks=("pgd",), eps=(EPS,), n_samples=None, templates=(PROMPT,))
 SPLITS = {"": "test", "zero-shot ": "zeroshot"}
-console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> int:
@@ -38,33 +36,23 @@ def main() -> int:
     began = time.monotonic()
     stages = 3 + len(TRAINED)
     try:
-        _title(1, stages, "rendering captioned images")
+        title(1, stages, "rendering captioned images")
         make_data(ROOT / "data")
-        _title(2, stages, "pretraining a tiny CLIP on the captions")
+        title(2, stages, "pretraining a tiny CLIP on the captions")
         pretrain(ROOT / "data", ROOT / "clip")
         for i, name in enumerate(TRAINED, 3):
-            _title(i, stages, f"training {name} on 2 ranks")
-            status = _train(CONFIGS / f"{name}.yaml")
-            if status:
-                return status
-        _title(stages, stages, f"measuring, PGD-20 at eps {show_pixels(EPS)}")
+            title(i, stages, f"training {name} on 2 ranks")
+            train(CONFIGS / f"{name}.yaml")
+        title(stages, stages, f"measuring, PGD-20 at eps {show_pixels(EPS)}")
         _table(_measure())
     except UserError as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return error.status
     console.print(f"{time.monotonic() - began:.0f} s. The runs are in {ROOT}; look at them with: tensorboard --logdir {ROOT}")
     return 0
-
-
-def _title(i: int, n: int, text: str) -> None:
-    console.print(f"[bold]\\[{i}/{n}] {text}[/bold]")
-
-
-def _train(config: Path) -> int:
-    command = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "mmtard", "train", str(config)]
-    console.print(f"$ {' '.join(command)}", style="dim")
-    as_module = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
-    return subprocess.run(as_module, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
 
 
 def _measure() -> dict[str, dict[str, dict]]:
@@ -90,8 +78,7 @@ def _table(measured: dict[str, dict[str, dict]]) -> None:
         cells = []
         for split in SPLITS.values():
             for found in (by_split[split]["clean"], by_split[split]["eps"][show_pixels(EPS)]["robust"]):
-                low, high = found["interval95"]
-                cells.append(f"{100 * found['accuracy']:.1f} ({100 * low:.0f}-{100 * high:.0f})")
+                cells.append(cell(found))
         table.add_row(name, *cells)
     Console(width=max(100, console.width)).print(table)
     chance = ", ".join(f"{split} {100 * measured['start'][split]['chance']:.1f}" for split in SPLITS.values())

@@ -1,4 +1,4 @@
-"""Contrastive pretraining of the tiny CLIP on the rendered captions, with open_clip's model and loss."""
+"""Contrastive pretraining of a tiny CLIP on captions, with open_clip's model and loss."""
 
 from __future__ import annotations
 
@@ -23,12 +23,18 @@ PROMPT = "a photo of a {}"
 
 
 def read_split(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str], list[str]]:
-    """All of a rendered split, decoded: images [N,3,H,W] uint8, labels [N] int64, captions [N], class names [C]."""
-    shards = sorted(str(path) for path in folder.glob("*.tar"))
-    samples = list(wds.WebDataset(shards, shardshuffle=False, nodesplitter=None).decode("rgb8").to_tuple("jpg", "cls", "txt"))
-    images = torch.stack([torch.from_numpy(image.copy()).permute(2, 0, 1) for image, _, _ in samples])
-    labels = torch.tensor([label for _, label, _ in samples])
-    return images, labels, [caption for _, _, caption in samples], (folder / "classnames.txt").read_text().splitlines()
+    """All of a split, decoded: images [N,3,H,W] uint8, labels [N] int64, captions [N], class names [C].
+
+    Images of one size. A sample without a caption has the prompt of its class for one.
+    """
+    shards, names = sorted(str(path) for path in folder.glob("*.tar")), (folder / "classnames.txt").read_text().splitlines()
+    images, labels, captions = [], [], []
+    for sample in wds.WebDataset(shards, shardshuffle=False, nodesplitter=None).decode("rgb8"):
+        image = next(sample[kind] for kind in ("jpg", "jpeg", "png", "webp") if kind in sample)
+        images.append(torch.from_numpy(image.copy()).permute(2, 0, 1))
+        labels.append(sample["cls"])
+        captions.append(sample.get("txt") or PROMPT.format(names[sample["cls"]]))
+    return torch.stack(images), torch.tensor(labels), captions, names
 
 
 def _embed_images(model: open_clip.CLIP, images: torch.Tensor) -> torch.Tensor:
@@ -51,7 +57,7 @@ def _train(model: open_clip.CLIP, images: torch.Tensor, texts: torch.Tensor, ste
     optimizer = torch.optim.AdamW([dict(params=decayed), dict(params=others, weight_decay=0.0)], lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
     loss_fn = open_clip.ClipLoss()
-    task = bar.add_task("pretraining tiny CLIP", total=steps, loss=float("nan"))
+    task = bar.add_task("pretraining", total=steps, loss=float("nan"))
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
         if len(order) < batch_size:
@@ -68,35 +74,36 @@ def _train(model: open_clip.CLIP, images: torch.Tensor, texts: torch.Tensor, ste
 
 
 def pretrain(
-    data: Path, out: Path, *, steps: int = 300, batch_size: int = 256, lr: float = 1e-3, seed: int = 0, progress: bool = True
-) -> dict[str, float]:
-    """Trains the tiny CLIP on `data/train` and writes `out/tiny_clip.safetensors` (whole state_dict) and `out/tiny_clip.json`.
+    data: Path, out: Path, *, architecture: Path = ARCHITECTURE, splits: tuple[str, ...] = ("test", "zeroshot"), steps: int = 300, batch_size: int = 256,
+    lr: float = 1e-3, seed: int = 0, progress: bool = True,
+) -> dict[str, float]:  # fmt: skip
+    """Trains the CLIP of a model config on `data/train` and writes its whole state_dict to `out/<architecture>.safetensors`, and the config beside it.
 
-    Returns and prints the clean accuracy on `data/test` and on the unseen classes of `data/zeroshot`, in [0,1]. The same
-    arguments and number of threads give the same weights; work already done with them is not repeated.
+    Returns and prints the clean accuracy on the other `splits` of `data`, in [0,1]. The same arguments and number of threads give
+    the same weights; work already done with them is not repeated.
     """
     data, out = Path(data), Path(out)
     settings = dict(steps=steps, batch_size=batch_size, lr=lr, seed=seed, data=read_settings(data))
-    settings["code"] = hashlib.sha256(Path(__file__).read_bytes() + ARCHITECTURE.read_bytes()).hexdigest()[:16]
+    settings["code"] = hashlib.sha256(Path(__file__).read_bytes() + architecture.read_bytes()).hexdigest()[:16]
     done = read_settings(out)
     if done is not None and done["made_with"] == settings:
         return done["accuracy"]
 
-    open_clip.add_model_config(ARCHITECTURE)
-    tokenizer = open_clip.get_tokenizer(ARCHITECTURE.stem)
+    open_clip.add_model_config(architecture)
+    tokenizer = open_clip.get_tokenizer(architecture.stem)
     images, _, captions, _ = read_split(data / "train")
     loss_column = TextColumn("loss {task.fields[loss]:.3f}")
     columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}", loss_column, TimeRemainingColumn())
     with torch.random.fork_rng(devices=[]), Progress(*columns, disable=not progress) as bar:
         torch.manual_seed(seed)
-        model = open_clip.CLIP(**json.loads(ARCHITECTURE.read_text()))
+        model = open_clip.CLIP(**json.loads(architecture.read_text()))
         _train(model, images, tokenizer(captions), steps, batch_size, lr, bar)
     model.eval()
-    accuracy = {split: _accuracy(model, tokenizer, data / split) for split in ("test", "zeroshot")}
+    accuracy = {split: _accuracy(model, tokenizer, data / split) for split in splits}
     with publish(out, dict(made_with=settings, accuracy=accuracy)) as partial:
         weights = {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
-        save_file(weights, partial / "tiny_clip.safetensors")
-        shutil.copy(ARCHITECTURE, partial / "tiny_clip.json")
+        save_file(weights, partial / f"{architecture.stem}.safetensors")
+        shutil.copy(architecture, partial / architecture.name)
     if progress:
-        Console().print("tiny CLIP, clean accuracy: " + ", ".join(f"{split} {100 * value:.1f} %" for split, value in accuracy.items()))
+        Console().print(f"{architecture.stem}, clean accuracy: " + ", ".join(f"{split} {100 * value:.1f} %" for split, value in accuracy.items()))
     return accuracy

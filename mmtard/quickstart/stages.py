@@ -1,0 +1,35 @@
+"""The stages of a job that trains several runs on this machine and compares them: their titles, their trainings, their numbers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from ..errors import RunError
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def title(i: int, n: int, text: str) -> None:
+    """Announce stage `i` of `n`."""
+    console.print(f"[bold]\\[{i}/{n}] {text}[/bold]")
+
+
+def train(config: Path, *settings: str) -> None:
+    """Train, or go on training, the run of a configuration on 2 ranks. RunError with the training's status unless it completes."""
+    command = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "mmtard", "train", str(config), *settings]
+    console.print(f"$ {' '.join(command)}", style="dim")
+    as_module = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
+    status = subprocess.run(as_module, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    if status:
+        raise RunError(f"training {config} ended with status {status}; its lines above say why. The same command goes on from here", status)
+
+
+def cell(accuracy: dict) -> str:
+    """`44.9 (42-48)`: an accuracy of the results and its 95 % interval, in %."""
+    low, high = accuracy["interval95"]
+    return f"{100 * accuracy['accuracy']:.1f} ({100 * low:.0f}-{100 * high:.0f})"
