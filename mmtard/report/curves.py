@@ -55,7 +55,7 @@ def _column(sources: list[Source], name: str, label: str, from_zero: bool = Fals
             return None
         axes.set(xlabel="step", ylabel=label, title=name)
         if from_zero:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * axes.dataLim.ymax or 1)
         if len(said) > 1:
             axes.legend()
         return Figure(f"training-{_file(name)}", f"{label} over the training steps: {'; '.join(said)}.", style.png(canvas))

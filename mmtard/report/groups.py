@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..config import parse_fraction
 from ..evaluate.statistics import paired_difference
-from .records import Measured, Zeroshot
+from .records import Retrieval, Zeroshot
 from .sources import Source
 
 FREE = ("batch_size", "eps", "eps_of")  # settings that do not change what a number at one radius means
@@ -21,7 +21,7 @@ class Group:
     title: str
     norm: str
     models: list[dict[str, Zeroshot]]
-    retrieval: list[dict[str, Measured]]
+    retrieval: list[dict[str, Retrieval]]
     older: list[str] = field(default_factory=list)  # evaluations that a newer one of the same kind stands for
 
     @property
@@ -58,7 +58,8 @@ def group(sources: list[Source]) -> list[Group]:
                     found.older.append(f"{source.name}, {dataset.name}: {evaluation.path} ({newer} is newer)")
                     continue
                 taken[key, i, dataset.name] = str(evaluation.path)
-                (found.models if isinstance(dataset, Zeroshot) else found.retrieval)[i][dataset.name] = dataset
+                if isinstance(dataset, Zeroshot | Retrieval):
+                    (found.models if isinstance(dataset, Zeroshot) else found.retrieval)[i][dataset.name] = dataset
     return list(groups.values())
 
 

@@ -54,7 +54,7 @@ def report(paths: list[Path], out: Path, images: int = 6, command: str = "") -> 
 
 
 def _sections(found: list[Source], groups: list[Group]) -> dict[str, list[Section]]:
-    robustness = [section for n, g in enumerate(groups) for section in _of_group(g, n, found)]
+    robustness = [section for n, g in enumerate(groups) for section in _of_group(g, n, found) if any(g.models)]
     trajectory = accuracy.trajectory(found)
     training = [
         ("Loss terms", curves.losses(found), "no run has a metrics.jsonl with a loss"),
@@ -79,7 +79,10 @@ def _render(found: list[Source], groups: list[Group], sections: dict, strips: li
     environment.filters |= {"data_uri": _data_uri, "json": _json, "line": json.dumps, "how_it_ended": _how_it_ended}
     return environment.get_template(TEMPLATE).render(
         sources=[(source, COLOURS[i % len(COLOURS)]) for i, source in enumerate(found)],
-        pivots=[tables.pivot(g, found) for g in groups if any(g.models)],
+        pivots=[
+            *(tables.pivot(g, found) for g in groups if any(g.models)),
+            *(tables.retrieval(g, found) for g in groups if any(g.retrieval)),
+        ],
         details=[
             tables.details(evaluation.zeroshot, f"{source.name}: {evaluation.path}")
             for source in found

@@ -82,6 +82,25 @@ class Zeroshot(Measured):
     samples: Samples
 
 
+Recalls = dict[str, dict[str, Accuracy]]  # direction -> k -> recall at k
+
+
+class RecallUnderAttack(Record):
+    recall: Recalls
+
+
+class Retrieval(Measured):
+    """Images and captions, whose recall at k is measured in both directions."""
+
+    n_total: int
+    clean_all: Recalls
+    clean: Recalls
+    eps: dict[str, RecallUnderAttack]
+
+
+KINDS: dict[str, type[Measured]] = {"zeroshot": Zeroshot, "retrieval": Retrieval}
+
+
 class Settings(Record):
     norm: str
     attacks: list[str]
@@ -116,7 +135,7 @@ def read(path: Path) -> Evaluation:
     """Raises UserError naming the file and what of it is not as `mmtard evaluate` writes it."""
     found = results.read(path)
     try:
-        datasets = [(Zeroshot if d.get("kind") == "zeroshot" else Measured).model_validate(d) for d in found.get("datasets", [])]
+        datasets = [KINDS.get(d.get("kind"), Measured).model_validate(d) for d in found.get("datasets", [])]
         return Evaluation.model_validate({**found, "path": path, "datasets": datasets})
     except (ValidationError, AttributeError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("datasets",), "msg": str(error)}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..config import parse_fraction
 from .groups import LEFT_OUT_OF_MEANS, Group, difference, mean
-from .records import Accuracy, Zeroshot
+from .records import Accuracy, Retrieval, Zeroshot
 from .sources import Source
 
 
@@ -94,6 +95,40 @@ def _change(compared: dict | None) -> str:
     if not compared["paired"]:
         return f"{points}*"
     return points if compared["p"] is None else f"{points}, p {compared['p']:.2g}"
+
+
+def retrieval(group: Group, sources: list[Source]) -> Table:
+    """Recall at k of both directions, a row each; models across, with differences to the first."""
+    shown = [i for i, model in enumerate(group.retrieval) if model]
+    eps = sorted({e for model in group.retrieval for d in model.values() for e in d.eps}, key=parse_fraction)
+    measures = [None, *eps]
+    head = [
+        [("", 1), *((sources[i].name, len(measures)) for i in shown)],
+        [("dataset", 1), *((_measure(e), 1) for _ in shown for e in measures)],
+    ]
+    names = dict.fromkeys(name for model in group.retrieval for name in model)
+    rows = []
+    for name in names:
+        asked = next(group.retrieval[i][name] for i in shown if name in group.retrieval[i])
+        for direction, by_k in asked.clean_all.items():
+            for k in by_k:
+                found = [[_recall(group.retrieval[i].get(name), e, direction, k) for e in measures] for i in shown]
+                cells = [_recall_cell(value, found[0][j] if row else None) for row, values in enumerate(found) for j, value in enumerate(values)]
+                rows.append((f"{name}, {direction.replace('_', ' ')}, recall@{k}", cells))
+    notes = ["In %; small: 95 % interval. Clean recall is among all samples, robust recall among those attacked: fewer candidates, so not one scale."]
+    return Table(head, rows, f"Retrieval, {group.title}", notes)
+
+
+def _recall(dataset: Retrieval | None, eps: str | None, direction: str, k: str) -> Accuracy | None:
+    if dataset is None or (eps is not None and eps not in dataset.eps):
+        return None
+    return (dataset.clean_all if eps is None else dataset.eps[eps].recall).get(direction, {}).get(k)
+
+
+def _recall_cell(value: Accuracy | None, first: Accuracy | None) -> Cell:
+    if value is None:
+        return NONE
+    return Cell(percent(value.accuracy), interval(value), f"Δ {100 * (value.accuracy - first.accuracy):+.1f}" if first else "")
 
 
 def details(datasets: list[Zeroshot], caption: str) -> Table:

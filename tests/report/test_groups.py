@@ -75,3 +75,15 @@ def test_details_show_what_each_attack_left(tmp_path):
     assert by_eps["2/255"] == ["2/255", "80.0", "80.0", "70.0", "50.0", "50.0", "25.0", "50.0", "16x16"]
     assert by_eps["4/255"][3:6] == ["70.0", "60.0", "60.0"]
     assert group.eps == ["2/255", "4/255"] and json.dumps(table.head)
+
+
+def test_retrieval_has_a_row_for_each_direction_and_k(tmp_path):
+    def captions(r):
+        recall = {d: {k: {"accuracy": r, "interval95": [0, 1], "n": 10} for k in ("1", "5")} for d in ("image_to_text", "text_to_image")}
+        return {"name": "COCO", "kind": "retrieval", "data": "d", "fingerprint": "f", "n_total": 10, "clean_all": recall, "clean": recall, "eps": {"2/255": {"recall": recall}}}
+
+    found, (group,) = grouped(tmp_path, ("a", results([captions(0.5)])), ("b", results([captions(0.4)], sha256="b")))
+    rows = dict(tables.retrieval(group, found).rows)
+    assert list(rows) == [f"COCO, {d}, recall@{k}" for d in ("image to text", "text to image") for k in (1, 5)]
+    assert [(c.text, c.change) for c in rows["COCO, image to text, recall@5"]] == [("50.0", ""), ("50.0", ""), ("40.0", "Δ -10.0"), ("40.0", "Δ -10.0")]
+    assert group.datasets == []
