@@ -12,10 +12,10 @@ step, configs = int(sys.argv[1]), sys.argv[2:]
 whole, calls = tecoa.loss, 0
 
 
-def loss(settings, predictions, labels):
+def loss(settings, predictions, labels, state):
     global calls
     calls += 1
-    total, terms = whole(settings, predictions, labels)
+    total, terms = whole(settings, predictions, labels, state)
     if calls == step and os.environ["RANK"] == "1":
         total = torch.where(torch.arange(len(total)) == 2, torch.nan, total)
     return total, terms
