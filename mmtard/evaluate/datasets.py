@@ -14,7 +14,6 @@ from ..errors import UserError, unknown
 
 SPLITS = ("test", "val", "validation")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
-SIMPLE = "This is a photo of a {}"
 
 # CLIP's prompts name EuroSAT's classes in words (Radford et al., 2021); the dataset's own names are its folders'.
 EUROSAT = {
@@ -115,24 +114,24 @@ def _below(root: Path) -> list[Path]:
 
 
 def _source(where: str, index: str | None = None, classnames: str | None = None) -> Source | None:
-    if is_remote(where) or not Path(where).is_dir():
-        expand_shards(where)  # names what is missing
-        shards, folder, top = where, None, Path(where) if is_remote(where) else Path(where).parent
-    else:
-        top = Path(where)
-        split = next((p for p in (*(top / s for s in SPLITS), top) if p.is_dir() and (any(p.glob("*.tar")) or _has_classes(p))), None)
-        if split is None:
+    if is_remote(where):
+        return Source("remote", Data(shards=where, index=index, classnames=classnames))
+    shards, folder, top = where, None, Path(where)
+    if top.is_dir():
+        at = next((p for p in (*(top / s for s in SPLITS), top) if p.is_dir() and (any(p.glob("*.tar")) or _has_classes(p))), None)
+        if at is None:
             return None
-        shards, folder = str(split), None if any(split.glob("*.tar")) else split
-    path = top.resolve() if not is_remote(where) else top
-    kind = known(path.name) or (known(path.parent.name) if path.name in SPLITS else None)
-    name = kind.name if kind else path.name if not is_remote(where) else "remote"
-    beside = [p for at in (path / "test", path, path.parent if path.name in SPLITS else path) for p in [at] if p.is_dir()]
-    files = {"index": index, "classnames": classnames or _first(beside, "classnames.txt")}
-    prompts = _first(beside, "zeroshot_classification_templates.txt")
-    data = Data(shards=shards, **files, **({"templates": prompts} if prompts else {}))
-    kind_file = _first(beside, "dataset_type.txt")
-    return Source(name, data, kind or PLAIN, folder, bool(kind_file) and Path(kind_file).read_text().strip().lower() == "retrieval")
+        shards, folder = str(at), None if any(at.glob("*.tar")) else at
+    else:
+        expand_shards(where)  # names what is missing
+        at = top = top.parent
+    top, at = top.resolve(), at.resolve()
+    kind = known(top.name) or (known(top.parent.name) if top.name in SPLITS else None)
+    beside = [at, at.parent] if at.name in SPLITS else [at]
+    prompts, described = _first(beside, "zeroshot_classification_templates.txt"), _first(beside, "dataset_type.txt")
+    data = Data(shards=shards, index=index, classnames=classnames or _first(beside, "classnames.txt"), **({"templates": prompts} if prompts else {}))
+    retrieves = described is not None and Path(described).read_text().strip().lower() == "retrieval"
+    return Source(kind.name if kind else top.name, data, kind or PLAIN, folder, retrieves)
 
 
 def _has_classes(folder: Path) -> bool:

@@ -136,7 +136,9 @@ def test_imagenets_subsets_have_their_own_class_names(tmp_path):
     (source,) = datasets.find(str(write(tmp_path / "imagenet-a", 2, classes=COLOURS)))
     assert evaluation._names(source) == list(COLOURS)
     folder = write(tmp_path / "imagenetv2", 2)
-    (folder / "classnames.txt").unlink()
+    (folder / "classnames.txt").rename(folder / "test" / "classnames.txt")
+    assert evaluation._names(datasets.find(str(folder))[0]) == list(COLOURS)
+    (folder / "test" / "classnames.txt").unlink()
     assert evaluation._names(datasets.find(str(folder))[0]) == list(open_clip.IMAGENET_CLASSNAMES)
 
 

@@ -143,15 +143,19 @@ def strip_seconds(entry):
     return json.loads(json.dumps(entry), object_hook=lambda d: {k: v for k, v in d.items() if k != "seconds"})
 
 
-def test_partial_results_of_other_settings_are_dropped_with_a_line(colours, measure, tmp_path):
-    folder, said = tmp_path / "out" / progress.FOLDER, []
-    folder.mkdir(parents=True)
-    row = {"part": "colours clean", "chunk": 0, "ids": list(range(48)), "prediction": [0] * 48, "labels": [0] * 48, "replaced": 0}
-    (folder / f"colours-{'0' * 16}.0-host-1.jsonl").write_text(json.dumps(row) + "\n")
-    (folder / f"colours-2-{'0' * 16}.0-host-1.jsonl").write_text("")  # of another dataset
-    found = measure(colours, say=said.append, iters=1)
-    assert any("are of another model, data or settings; they are removed, it starts anew" in line for line in said)
-    assert set(found["datasets"][0]["samples"]["labels"]) == {0, 1, 2, 3}
+def test_partial_results_of_other_settings_are_dropped_with_a_line(ranks, tmp_path):
+    folder, said = tmp_path / progress.FOLDER, []
+    folder.mkdir()
+    row = json.dumps({"part": "colours clean", "chunk": 0})
+    for name in (f"colours-{'0' * 16}", f"colours-{'1' * 16}", f"colours-2-{'0' * 16}"):
+        (folder / f"{name}.0-host-1.jsonl").write_text(f"{row}\n")
+    found = progress.Progress(tmp_path, "colours", "1" * 16, ranks, said.append)
+    assert found.mine("colours clean", 3) == ([1, 2], 2)
+    assert said == [
+        f"colours: the partial results in '{folder}' are of another model, data or settings; they are removed, it starts anew",
+        "colours: goes on, 1 chunks are done",
+    ]
+    assert sorted(p.name[:12] for p in folder.iterdir()) == ["colours-1111", "colours-2-00"]
 
 
 def test_labels_beyond_the_class_names_are_refused(measure, tmp_path):
