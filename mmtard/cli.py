@@ -78,6 +78,8 @@ def parser() -> argparse.ArgumentParser:
     _config_arguments(p)
 
     p = command("config", _config, "Print the resolved configuration, or what is wrong with it.", "mmtard config configs/vitb32_mmtard.yaml train.lr=1e-5")
+    p.add_argument("--memory", action="store_true", help="instead, a table of what the run takes of each GPU's memory")
+    p.add_argument("--world", type=_positive, metavar="N", help="GPUs for --memory; default: this launch's")
     p.add_argument("--may-start", choices=("now", "again"), help="also fail when the `resume` settings do not let the run be started; "
                    "again: nor when this job's own start ended before it was noted in the run's folder")
     _config_arguments(p)
@@ -201,6 +203,10 @@ def _config(args) -> None:
         _may_start(config)
     if args.may_start == "again" and not history.is_this_jobs(Path(config.run_dir)):
         raise RunError(f"'{config.run_dir}': this start ended before the run's folder was prepared, the next would, too; its lines above say why")
+    if args.memory:
+        from . import memory
+
+        return memory.show(config, args.world or settings.world_size_from_env())
     print(settings.dump(config), end="")
 
 

@@ -56,6 +56,7 @@ class Engine:
         deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
         self.ranks = ranks
         self.accumulation = check_world(config, ranks.world_size)
+        self.elements = sum(p.numel() for p in tower.parameters() if p.requires_grad)
         tower.autocast = torch.bfloat16 if config.engine.precision == "bf16" else None
         self.ds, *_ = deepspeed.initialize(
             model=tower.to(ranks.device),
@@ -77,6 +78,7 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": config.engine.zero_stage,
+                "reduce_bucket_size": bucket_size(self.elements),
                 "memory_efficient_linear": False,  # would replace F.linear for the whole process, the teachers included
             },
             "steps_per_print": 2**31,
@@ -222,6 +224,11 @@ def parameter_groups(tower: torch.nn.Module, weight_decay: float) -> list[dict]:
     trained = [p for p in tower.parameters() if p.requires_grad]
     matrices, rest = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     return [{"params": p, "weight_decay": w} for p, w in ((matrices, weight_decay), (rest, 0.0)) if p]
+
+
+def bucket_size(elements: int) -> int:
+    """Gradients that are reduced together: DeepSpeed's default, whose buffer is 2 GB, or as many as there are."""
+    return min(elements, 500_000_000)
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int, steps: int) -> float:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+
+from open_clip.modified_resnet import ModifiedResNet
+from torch.utils.checkpoint import checkpoint as computed_again
 
 from . import batch_norm, lora, towers
 from .checkpoint import read_weights
 from .config import Config, Model
+from .errors import UserError
 from .parallel import Ranks
+from .teachers import blocks
 from .towers import Clip, ImageTower
 
 
@@ -33,6 +39,22 @@ def tower(config: Config, clip: Clip, checkpoint: Path | None) -> ImageTower:
     if config.student.batch_norm == "synced":
         batch_norm.synchronise(made.visual, made.views)
         made.frozen_batch_norm = False
+    if config.engine.checkpoint_activations:
+        checkpoint_activations(made)
     if checkpoint:
         towers.load_trained(made, read_weights(checkpoint), f"checkpoint '{checkpoint}'")
     return made
+
+
+def checkpoint_activations(tower: ImageTower) -> None:
+    """Keep of each block its input alone, and compute the rest again in the backward. Raises UserError for towers that cannot."""
+    visual = tower.visual
+    if isinstance(visual, ModifiedResNet):  # open_clip's own switch does nothing there
+        for block in blocks(tower):
+            block.forward = partial(computed_again, block.forward, use_reentrant=False)
+        return
+    try:
+        # open_clip only warns when a timm model has no such switch.
+        getattr(visual, "trunk", visual).set_grad_checkpointing(True)
+    except (AttributeError, AssertionError, NotImplementedError):
+        raise UserError(f"engine.checkpoint_activations: a {type(getattr(visual, 'trunk', visual)).__name__} tower cannot; set it to false") from None

@@ -193,6 +193,22 @@ def load(spec: Model, seed: int = 0, where: str = "student") -> Clip:
     return _create(name, pretrained=spec.weights, quick_gelu=_wanted_gelu(name, spec.quick_gelu, trained, spec.weights, where))
 
 
+def skeleton(spec: Model, where: str) -> ImageTower:
+    """The image tower a `Model` setting describes on the meta device: its shapes, no weights, and nothing downloaded."""
+    source = Path(spec.weights)
+    folder = next((f for f in (source, source / START_FOLDER) if (f / CONFIG_FILE).is_file()), None)
+    if spec.arch is None and folder is None:
+        raise UserError(f"{where}: '{spec.weights}' is not here and does not say its architecture; for this table, give {where}.arch=ViT-L-14 or another")
+    name, gelu = f"local-dir:{folder}", None
+    if spec.arch is not None:
+        name = _architecture(spec.arch, where)
+        tagged = spec.weights in open_clip.list_pretrained_tags_by_model(name)
+        trained = bool(open_clip.get_pretrained_cfg(name, spec.weights).get("quick_gelu", False)) if tagged else None
+        gelu = _wanted_gelu(name, spec.quick_gelu, trained, spec.weights, where)
+    with torch.device("meta"):
+        return _unloaded(name, gelu)
+
+
 def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
     """Load every weight or raise UserError naming the keys that are missing, unexpected or of another shape."""
     own = module.state_dict()
@@ -264,6 +280,15 @@ def _create(name: str, quick_gelu: bool, pretrained: str | None = None) -> Clip:
         finally:
             logging.disable(logging.NOTSET)
     return Clip(model, name, {"model_cfg": {**open_clip.get_model_config(name), "quick_gelu": quick_gelu}, "preprocess_cfg": _preprocess(model)})
+
+
+def _unloaded(name: str, quick_gelu: bool | None) -> ImageTower:
+    logging.disable(logging.WARNING)  # that its weights are random
+    try:
+        model = open_clip.create_model(name, load_weights=False, device="meta", **({} if quick_gelu is None else {"quick_gelu": quick_gelu}))
+    finally:
+        logging.disable(logging.NOTSET)
+    return Clip(model, name, {"preprocess_cfg": _preprocess(model)}).tower()
 
 
 def _from_open_clip(name: str, where: str) -> Clip:

@@ -38,7 +38,8 @@ ROOMS = {
     "lora": {"attacks", "checkpoint", "config", "errors", "views"},
     "towers": {"checkpoint", "config", "errors", "lora", "views"},
     "batch_norm": {"errors", "parallel", "views"},
-    "student": {"batch_norm", "checkpoint", "config", "lora", "parallel", "towers"},
+    "student": {"batch_norm", "checkpoint", "config", "errors", "lora", "parallel", "teachers", "towers"},
+    "memory": {"config", "engine", "lora", "methods", "student", "teachers", "towers"},
     "heads": {"checkpoint", "errors", "methods", "parallel", "towers"},
     "targets": {"config", "data", "heads", "methods", "parallel", "towers"},
     "teachers": {"config", "data", "methods", "parallel", "towers"},
@@ -59,7 +60,7 @@ ROOMS = {
     "preflight": {"config", "data", "engine", "errors", "parallel", "run_folder", "stored", "towers"},
     "quickstart": {"config", "data", "errors", "evaluate", "parallel", "towers"},
     "comparison": {"config", "data", "errors", "evaluate", "parallel", "quickstart"},
-    "cli": {"cache", "config", "data", "errors", "evaluate", "export", "history", "parallel", "preempt", "preflight", "report", "runs", "trackers", "train"},
+    "cli": {"cache", "config", "data", "errors", "evaluate", "export", "history", "memory", "parallel", "preempt", "preflight", "report", "runs", "trackers", "train"},
     "__main__": {"cli"},
 }
 MATHEMATICS = ("losses", "attacks", "weighting", "methods", "objectives", "distill")

@@ -102,6 +102,7 @@ class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["bf16", "float32"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 2
+    checkpoint_activations: bool = Field(False, description="keep each block's input alone for the backward: less memory, a forward more")
 
 
 class Checkpoint(Section):

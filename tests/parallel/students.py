@@ -1,6 +1,6 @@
 """A rank that trains each kind of student for a few steps. Saves what came out.
 
-Usage: students.py OUT CASE...; CASE is KIND-STAGE. Kinds: `ema` and `lora`, a ViT; `bn`, a ResNet with synced batch norm.
+Usage: students.py OUT CASE...; CASE is KIND-STAGE. Kinds: `ema` (and activation checkpointing) and `lora`, a ViT; `bn`, a ResNet with synced batch norm.
 """
 
 import sys
@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 
-from mmtard import batch_norm, config, lora, parallel
+from mmtard import batch_norm, config, lora, parallel, student
 from mmtard.engine import Engine, parameter_groups
 from mmtard.towers import ImageTower, load_trained
 
 STEPS, BATCH, SIZE, LR, DECAY = 4, 8, 32, 1e-2, 0.75
 SETTINGS = {
-    "ema": {"train": {"ema": DECAY}},
+    "ema": {"train": {"ema": DECAY}, "engine": {"checkpoint_activations": True}},
     "bn": {"train": {"ema": DECAY}, "student": {"batch_norm": "synced"}},
     "lora": {"train": {"ema": DECAY}, "student": {"lora": {"r": 4, "alpha": 8, "dropout": 0.2}}},
 }
@@ -31,7 +31,7 @@ def settings(kind: str, stage: int) -> config.Config:
     })  # fmt: skip
 
 
-def start(kind: str, synced: bool = True) -> ImageTower:
+def start(kind: str, synced: bool = True, checkpointing: bool = True) -> ImageTower:
     torch.manual_seed(0)
     if kind == "bn":
         visual = ModifiedResNet([1, 1, 1, 1], output_dim=16, heads=4, image_size=SIZE, width=8)
@@ -44,6 +44,8 @@ def start(kind: str, synced: bool = True) -> ImageTower:
     if kind == "bn" and synced:
         batch_norm.synchronise(visual, tower.views)
     tower.frozen_batch_norm = kind != "bn"
+    if settings(kind, 0).engine.checkpoint_activations and checkpointing:
+        student.checkpoint_activations(tower)
     if kind == "lora":
         lora.attach(visual, settings(kind, 0).student.lora, tower.views)
     return tower
@@ -54,18 +56,18 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.rand(BATCH, 3, SIZE, SIZE, generator=g), F.normalize(torch.randn(BATCH, 16, generator=g), dim=-1), torch.randint(2**60, (BATCH,), generator=g)
 
 
-def loss(student, images: torch.Tensor, wanted: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+def loss(forward, images: torch.Tensor, wanted: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
     """Two views a sample, drawn towards fixed directions."""
-    z = student(torch.cat([images, images.flip(-1)]), seeds)
+    z = forward(torch.cat([images, images.flip(-1)]), seeds)
     return (F.normalize(z, dim=-1) - torch.cat([wanted, wanted])).square().sum(-1).mean()
 
 
 def plain(kind: str) -> dict[str, torch.Tensor]:
     """The tower's weights and buffers after the same training in PyTorch alone, in one process."""
-    tower = start(kind, synced=False).train()
+    tower = start(kind, synced=False, checkpointing=False).train()
     adam = torch.optim.AdamW(parameter_groups(tower, 1e-4), lr=LR)
 
-    def student(images, seeds):
+    def forward(images, seeds):
         tower.views.show(len(images), seeds)
         if kind != "bn":
             return tower(images)
@@ -78,7 +80,7 @@ def plain(kind: str) -> dict[str, torch.Tensor]:
     for step in range(STEPS):
         adam.zero_grad()
         before = {norm: (norm.running_mean.clone(), norm.running_var.clone()) for norm in norms}
-        loss(student, *batch(step)).backward()
+        loss(forward, *batch(step)).backward()
         adam.step()
         for norm, (mean, var) in before.items():  # both views as one batch, once
             both = torch.cat(inputs[norm]).transpose(0, 1).flatten(1)

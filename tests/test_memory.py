@@ -1,0 +1,78 @@
+"""`mmtard config --memory`: parameters to the last one, activations as autograd keeps them, states by ZeRO's arithmetic."""
+
+import pytest
+import torch
+
+from mmtard import cli, memory, student, towers
+from mmtard.config import Model, validate
+from mmtard.errors import UserError
+
+
+def run(**changes):
+    return validate({
+        "run_dir": "r", "student": {"arch": "ViT-B-32", "weights": "openai"}, "teachers": {"robust": {"arch": "ViT-B-32", "weights": "openai", "placement": "sharded"}},
+        "method": {"name": "ard"}, "data": {"shards": "s", "lanes": 4}, "train": {"steps": 1, "batch_size": 16}, **changes,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("arch, parameters", [("ViT-B-32", 87849216), ("RN50", 38316896), ("RN101", 56259936), ("ViT-L-14", 303966208)])
+def test_parameters_of_the_published_towers(arch, parameters):
+    """As CLIP's models have them."""
+    tower = towers.skeleton(Model(arch=arch, weights="openai"), "student")
+    assert sum(p.numel() for p in tower.parameters()) == parameters and next(tower.parameters()).is_meta
+    assert ("QuickGELU" in str(tower)) == arch.startswith("ViT")
+
+
+@pytest.mark.parametrize("arch, size", [("vit", 16), ("resnet", 32)])
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_those_that_autograd_keeps_on_real_images(request, arch, size, precision, checkpointing):
+    spec = Model(arch=request.getfixturevalue(arch), weights="random")
+    found = []
+    for tower in (towers.skeleton(spec, "student"), towers.load(spec).tower()):
+        tower.autocast = precision
+        if checkpointing:
+            student.checkpoint_activations(tower)
+        found.append(tower.train())
+    image, copies, _ = memory.per_image(found[0])
+    assert memory.Saved(found[1], torch.rand(5, 3, size, size)).total == pytest.approx(copies + 5 * image, rel=0.02)
+    assert image > 0 and (copies > 0) == (precision is not None)
+
+
+def test_what_autograd_keeps_of_a_layer_is_its_input(vit):
+    tower = towers.load(Model(arch=vit, weights="random")).tower()
+    tower.visual = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 7))
+    assert memory.Saved(tower, torch.rand(5, 3, 16, 16)).total == 5 * 3 * 16 * 16 * 4
+
+
+def test_states_are_divided_as_zero_divides_them():
+    p, world = 87849216, 4
+    rows = memory.of_run(run(train={"steps": 1, "batch_size": 16, "ema": 0.999}), world)
+    assert rows["weights"] == [4 * p, 4 * p, 4 * p, p]
+    assert rows["gradients"] == [4 * p, 4 * p, p, p]
+    assert rows["moments of AdamW"] == [8 * p, 2 * p, 2 * p, 2 * p]
+    assert rows["average of the weights"] == [4 * p, p, p, p]
+    assert rows["teacher robust, sharded"] == [2 * p / world] * 4
+    assert rows["weights in bf16"][0] == pytest.approx(2 * p, rel=0.02)
+    assert rows[memory.ATTACK] == rows[memory.TRAINING] and rows[memory.ATTACK][0] > 0  # ard asks the student for one view
+    assert memory.total(rows, 0) == sum(row[0] for row in rows.values()) - rows[memory.ATTACK][0]
+
+
+def test_adapters_and_checkpointing_take_less(capsys):
+    whole, adapters, less = (memory.of_run(run(**changes), 1) for changes in (
+        {}, {"student": {"arch": "ViT-B-32", "weights": "openai", "lora": {}}}, {"engine": {"checkpoint_activations": True}},
+    ))  # fmt: skip
+    trained = 12 * 16 * (768 + 3 * 768 + 768 + 768)  # r x (in + out) of qkv and of the output projection, in 12 blocks
+    assert adapters["gradients"][0] == 4 * trained and adapters["weights"][0] == 4 * (87849216 + trained)
+    assert less[memory.TRAINING][0] < 0.3 * whole[memory.TRAINING][0]
+
+
+def test_a_model_that_is_not_here_needs_its_architecture():
+    with pytest.raises(UserError, match="teachers.robust: 'runs/later' is not here .* give teachers.robust.arch="):
+        memory.of_run(run(teachers={"robust": {"weights": "runs/later"}}), 1)
+
+
+def test_the_command_prints_the_table(tree, write, capsys):
+    assert cli.main(["config", "--memory", "--world", "4", str(write(tree))]) == 0
+    out = capsys.readouterr().out
+    assert "GiB a GPU, 4 of them, 2 images each at once" in out and "ZeRO 2 *" in out and "teacher clean, replicated" in out

@@ -1,0 +1,88 @@
+"""The student's tower: activation checkpointing, and towers that are neither open_clip's ViT nor its ResNet."""
+
+import json
+
+import pytest
+import torch
+
+from mmtard import batch_norm, lora, student, towers
+from mmtard.config import Lora, Model
+from mmtard.errors import UserError
+from mmtard.memory import Saved
+
+
+@pytest.fixture(scope="session")
+def timm_arch(tmp_path_factory):
+    """Call with a timm model's name: the model config of an open_clip model with that image tower."""
+
+    def make(name):
+        vision = {"timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": "linear", "image_size": 160}
+        text = {"context_length": 10, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+        path = tmp_path_factory.mktemp("timm") / f"tests-{name}.json"
+        path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+        return str(path)
+
+    return make
+
+
+def passes(arch, checkpointing, size):
+    """(saved bytes, parameter gradients of a training pass, input gradient of an attack pass) of a small tower."""
+    tower = towers.load(Model(arch=arch, weights="random"), seed=1).tower()
+    for name, p in tower.named_parameters():
+        if name.endswith("bn3.weight"):
+            torch.nn.init.ones_(p)
+    if checkpointing:
+        student.checkpoint_activations(tower)
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    saved = Saved(tower.train(), images).total
+    tower(images).square().sum().backward()
+    gradients = {name: p.grad for name, p in tower.named_parameters()}
+    x = images.clone().requires_grad_(True)
+    return saved, gradients, torch.autograd.grad(tower.eval()(x).square().sum(), x)[0]
+
+
+@pytest.mark.parametrize("arch, size, share", [("vit", 16, 0.3), ("resnet", 32, 0.8)])
+def test_checkpointing_keeps_less_and_changes_no_gradient(request, arch, size, share):
+    """The tiny ResNet's stem, which is not a block, keeps most of what there is."""
+    arch = request.getfixturevalue(arch)
+    whole, less = passes(arch, False, size), passes(arch, True, size)
+    assert less[0] < share * whole[0]
+    assert less[1].keys() == whole[1].keys() and all(torch.equal(less[1][k], v) for k, v in whole[1].items())
+    assert torch.equal(less[2], whole[2]) and whole[2].abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_vit"])
+def test_a_timm_tower_trains_with_and_without_checkpointing(timm_arch, name):
+    whole, less = (passes(timm_arch(name), checkpointing, 160) for checkpointing in (False, True))
+    assert less[0] < whole[0]
+    for k, v in whole[1].items():
+        torch.testing.assert_close(less[1][k], v)
+    assert any(v.abs().max() > 0 for v in whole[1].values()) and whole[2].abs().max() > 0
+
+
+def test_adapters_fit_timms_attention_and_merge(timm_arch):
+    tower = towers.load(Model(arch=timm_arch("test_vit"), weights="random"), seed=1).tower().eval()
+    x = torch.rand(2, 3, 160, 160)
+    before, names = tower(x), tower.state_dict().keys()
+    lora.attach(tower.visual, Lora(r=4, alpha=8, dropout=0), tower.views)
+    assert torch.equal(tower(x), before)
+    for name, p in tower.named_parameters():
+        assert p.requires_grad == (".lora_" in name)
+        if ".lora_B." in name:
+            torch.nn.init.normal_(p)
+    adapted = tower(x)
+    assert (adapted - before).abs().max() > 0.01
+    lora.merge(tower.visual)
+    torch.testing.assert_close(tower(x), adapted, rtol=1e-4, atol=1e-4)
+    assert tower.state_dict().keys() == names
+
+
+def test_what_a_tower_cannot_is_refused(timm_arch):
+    tower = towers.load(Model(arch=timm_arch("test_convnext"), weights="random")).tower()
+    with pytest.raises(UserError, match="student.lora: no attention blocks for adapters in a TimmModel tower"):
+        lora.attach(tower.visual, Lora(), tower.views)
+    with pytest.raises(UserError, match="student.batch_norm: a TimmModel tower has no batch norm to synchronise"):
+        batch_norm.synchronise(tower.visual, tower.views)
+    tower.visual = torch.nn.Flatten()
+    with pytest.raises(UserError, match="engine.checkpoint_activations: a Flatten tower cannot; set it to false"):
+        student.checkpoint_activations(tower)
