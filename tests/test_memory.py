@@ -58,7 +58,8 @@ def test_states_are_divided_as_zero_divides_them():
     assert memory.total(rows, 0) == sum(row[0] for row in rows.values()) - rows[memory.ATTACK][0]
 
 
-def test_adapters_and_checkpointing_take_less(capsys):
+@pytest.mark.slow
+def test_adapters_and_checkpointing_take_less():
     whole, adapters, less = (memory.of_run(run(**changes), 1) for changes in (
         {}, {"student": {"arch": "ViT-B-32", "weights": "openai", "lora": {}}}, {"engine": {"checkpoint_activations": True}},
     ))  # fmt: skip
