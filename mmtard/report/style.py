@@ -18,7 +18,7 @@ PANEL = (4.4, 3.0)  # inches
 DPI = 180
 RC = {
     "font.size": 9, "axes.titlesize": 10, "axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.6, "axes.spines.top": False,
-    "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.5, "figure.facecolor": "white",
+    "axes.spines.right": False, "legend.framealpha": 0.85, "legend.edgecolor": "none", "legend.fontsize": 8, "lines.linewidth": 1.5, "figure.facecolor": "white",
 }  # fmt: skip
 
 
