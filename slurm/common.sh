@@ -70,7 +70,10 @@ submit_again() {
         value=$(field "${pair%:*}")
         [[ $value == "" || $value == "(null)" ]] || options+=("--${pair#*:}=$value")
     done
-    new=$(MMTARD_SUBMITTED_AGAIN=$starts sbatch "${options[@]}" "$0" "${arguments[@]}") || return
+    new=$(MMTARD_SUBMITTED_AGAIN=$starts sbatch "${options[@]}" "$0" "${arguments[@]}") || {
+        say "could neither go back to the queue nor be submitted again; the same sbatch command goes on from the saved state"
+        return 0
+    }
     new=${new%%;*}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
     say "may not be requeued; submitted again as job $new"
     python -c 'import sys; from mmtard import slurm; slurm.hand_over(*sys.argv[1:])' "$job" "$new"
