@@ -27,14 +27,15 @@ def forward_flops(tower: ImageTower) -> int:
     return counter.get_total_flops()
 
 
-def sample_flops(forward: dict[str, int], passes: set[Pass], objective: Objective | None, attack: Attack) -> int:
+def sample_flops(forward: dict[str, int], passes: set[Pass], objective: Objective | None, attack: Attack, adapters: bool = False) -> int:
     """FLOPs of training on one sample, from the forward FLOPs of each model (`student` and the teachers' names).
 
-    A differentiated pass of the student costs three forwards, an attack step two (the input gradient costs as much as the
+    A differentiated pass of the student costs three forwards (two where only low-rank `adapters` learn: the frozen weights ask for no
+    gradient), an attack step two (the input gradient costs as much as the
     forward) of every model the gradient goes through, a teacher's pass one, and so does the loss after each of several
     restarts. objective: what the attack maximises; None: none is made.
     """
-    cost = sum(3 * forward["student"] for p in passes if p.model == "student")
+    cost = sum((2 if adapters else 3) * forward["student"] for p in passes if p.model == "student")
     cost += sum(forward[p.model] for p in passes if p.model != "student")
     if objective is None:
         return cost

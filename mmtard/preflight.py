@@ -22,7 +22,7 @@ from .run_folder import PACKAGES
 FREE_SHARE = 0.9  # of a GPU's memory: less free, and somebody else is on it
 REDUCED_MIB, REDUCED_TIMES = 64, 5
 READ_S, READ_BATCHES = 10.0, 30
-BYTES_A_WEIGHT = 12  # in a checkpoint: float32, and the two moments of AdamW
+BYTES_A_WEIGHT, BYTES_OF_EMA = 12, 4  # in a checkpoint: float32 and the two moments of AdamW; a moving average beside them
 
 
 class Fault(Exception):
@@ -201,7 +201,7 @@ class Checks:
     def folder_verdict(self, found: list[int]) -> str:
         run, keep = self.config.run_dir, self.config.checkpoint
         count = keep.keep_last + 1 + (self.config.train.steps // keep.keep_every if keep.keep_every else 0)
-        need = count * BYTES_A_WEIGHT * self.parameters
+        need = count * (BYTES_A_WEIGHT + (BYTES_OF_EMA if self.config.train.ema else 0)) * self.parameters
         if need > min(found):
             raise Fault(f"{count} checkpoints take {need / 1e9:.3g} GB and '{run}' has {min(found) / 1e9:.3g} GB left; free space or keep fewer")
         return f"{len(found)} ranks write to {run}; {count} checkpoints take {need / 1e9:.3g} of {min(found) / 1e9:.4g} GB left (quotas do not show)"

@@ -83,7 +83,7 @@ class Run:
         self.distillation = Distillation(config, self.engine, head["student"], ensemble)
         self.distillation.state |= run.state.get("method", {})
         self.alarm = alarm.Alarm(config, self.distillation, ranks, self.engine.micro_batch_size)
-        self.sample_flops = flops.sample_flops(forward, self.distillation.passes, self.distillation.objective, config.attack)
+        self.sample_flops = flops.sample_flops(forward, self.distillation.passes, self.distillation.objective, config.attack, bool(config.student.lora))
         self.peak_flops = flops.peak_flops(ranks.device)
         self._introduce(head, ensemble)
 

@@ -26,6 +26,7 @@ def test_a_training_sample_is_the_sum_of_its_passes():
     # two differentiated student passes, ten attack steps, one pass of each teacher (the attack's target is asked anyway)
     assert sample_flops(forward, mmtard, find("kl_clean"), attack) == 6 + 20 + 1100
     assert sample_flops({"student": 1}, {Pass("student", "clean")}, None, attack) == 3
+    assert sample_flops({"student": 1}, {Pass("student", "clean")}, None, attack, adapters=True) == 2
     own = {Pass("student", "adv"), Pass("student", "clean")}
     for passes in ({Pass("student", "adv")}, own):  # the target of kl_self is a pass of its own, in evaluation mode
         assert sample_flops({"student": 1}, passes, find("kl_self"), Attack(steps=4, algorithm="apgd")) == 3 * len(passes) + 1 + 10

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mmtard.config import Model, parse_fraction
-from mmtard.evaluate.datasets import SIMPLE, find
+from mmtard.config import Data, Model, parse_fraction
+from mmtard.evaluate.datasets import find
 from mmtard.evaluate.evaluation import evaluate
 from mmtard.evaluate.protocols import PROTOCOLS
 from mmtard.evaluate.request import Evaluation
@@ -63,6 +63,6 @@ def test_a_killed_run_takes_its_probe_along_and_goes_on_as_an_unprobed_one(job, 
 
 def alone(folder, shards, ranks, out):
     """(accuracy, samples) of `mmtard evaluate` with the probe's settings, clean and robust."""
-    protocol = replace(PROTOCOLS["quick"], eps=(parse_fraction("8/255"),), attacks=("pgd",), iters=3, n_samples=45, templates=(SIMPLE,))
+    protocol = replace(PROTOCOLS["quick"], eps=(parse_fraction("8/255"),), attacks=("pgd",), iters=3, n_samples=45, templates=tuple(Data(shards=str(shards)).templates))
     found = evaluate(Evaluation(Model(weights=str(folder)), find(str(shards)), protocol, out, workers=0), ranks, say=lambda _: None)["datasets"][0]
     return [(a["accuracy"], a["n"]) for a in (found["clean"], found["eps"]["8/255"]["robust"])]
