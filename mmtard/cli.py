@@ -94,6 +94,34 @@ def parser() -> argparse.ArgumentParser:
     p = command("evaluate", _evaluate, "How robust a model is: clean and under attack, with intervals and checks of the attack, by a named protocol.",
                 "mmtard evaluate runs/b32 --data shards/val\n"
                 "         mmtard evaluate openai --arch ViT-B-32 --protocol fare --data clip_benchmark --datasets cifar10 pets --eps 1/255 2/255")
+    _evaluation_arguments(p)
+
+    p = command("compare", _compare, "Paired differences of two evaluations on the same samples, with McNemar's test.",
+                "mmtard compare runs/a/evaluations/quick-val-linf-2_255-0c1d2e3f runs/b/evaluations/quick-val-linf-2_255-0c1d2e3f")
+    p.add_argument("a", type=Path, metavar="A", help="results.json, or the folder of one")
+    p.add_argument("b", type=Path, metavar="B")
+
+    p = command("report", _report, "One HTML page of runs and models: training, accuracy under attack, images, health, commands; figures as PNGs.",
+                "mmtard report runs/b32 runs/baseline --out reports/b32")
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or a results.json or folder of them of a model that is no run")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--images", type=_natural, default=6, metavar="N", help="samples of each model that are attacked for the page, on the CPU (default 6; 0: none)")
+
+    p = command("export", _export, "Write a run as a folder that open_clip loads, with the image tower alone and a model card.", "mmtard export runs/b32 exported/b32")
+    p.add_argument("run_folder", type=Path, metavar="RUN", help="run or checkpoint folder")
+    p.add_argument("out", type=Path, metavar="OUT")
+    p.add_argument("--hf", action="store_true", help="also OUT/transformers, which transformers' CLIPModel loads")
+    p.add_argument("--ema", action="store_true", help="the moving average of the weights that train.ema kept")
+    p.add_argument("--merge-lora", action="store_true", help="fold a run's adapter into the weights; without it, OUT is a peft folder")
+    return top
+
+
+def _config_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file, e.g. train.lr=1e-5")
+
+
+def _evaluation_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help="run or checkpoint folder, exported folder, weights file, hf-hub:..., or an open_clip tag")
     p.add_argument("--arch", help="open_clip architecture or .json, when MODEL is a tag or a file")
     p.add_argument("--text", help="source of the text tower, when MODEL is an image-tower file")
@@ -120,30 +148,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--workers", type=_natural, default=2, metavar="N", help="loader processes a rank (default 2)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     p.add_argument("--out", type=Path, metavar="DIR", help="for results.json; default: a folder named by the settings in the run's evaluations/, or in ./evaluations")
-
-    p = command("compare", _compare, "Paired differences of two evaluations on the same samples, with McNemar's test.",
-                "mmtard compare runs/a/evaluations/quick-val-linf-2_255-0c1d2e3f runs/b/evaluations/quick-val-linf-2_255-0c1d2e3f")
-    p.add_argument("a", type=Path, metavar="A", help="results.json, or the folder of one")
-    p.add_argument("b", type=Path, metavar="B")
-
-    p = command("report", _report, "One HTML page of runs and models: training, accuracy under attack, images, health, commands; figures as PNGs.",
-                "mmtard report runs/b32 runs/baseline --out reports/b32")
-    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or a results.json or folder of them of a model that is no run")
-    p.add_argument("--out", type=Path, required=True, metavar="DIR")
-    p.add_argument("--images", type=_natural, default=6, metavar="N", help="samples of each model that are attacked for the page, on the CPU (default 6; 0: none)")
-
-    p = command("export", _export, "Write a run as a folder that open_clip loads, with the image tower alone and a model card.", "mmtard export runs/b32 exported/b32")
-    p.add_argument("run_folder", type=Path, metavar="RUN", help="run or checkpoint folder")
-    p.add_argument("out", type=Path, metavar="OUT")
-    p.add_argument("--hf", action="store_true", help="also OUT/transformers, which transformers' CLIPModel loads")
-    p.add_argument("--ema", action="store_true", help="the moving average of the weights that train.ema kept")
-    p.add_argument("--merge-lora", action="store_true", help="fold a run's adapter into the weights; without it, OUT is a peft folder")
-    return top
-
-
-def _config_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file, e.g. train.lr=1e-5")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,8 +130,10 @@ def group(device: str = "auto") -> Iterator[Ranks]:
 
 
 def stop() -> None:
+    """Leave the group; DeepSpeed, where it was in use, forgets its own groups with it, so that this process may join another."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        comm = sys.modules.get("deepspeed.comm.comm")
+        (comm if comm is not None and comm.cdb is not None else dist).destroy_process_group()
 
 
 def _meeting_point(world: int) -> str:

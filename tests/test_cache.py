@@ -21,8 +21,6 @@ from mmtard.preflight import Checks
 from mmtard.preempt import REQUEUE, Interruption
 from mmtard.train import train
 
-import deepspeed  # isort: skip  after mmtard, which chooses its accelerator
-
 SAMPLES, BATCH = 40, 8
 
 
@@ -41,15 +39,16 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_group():
-    """A group of this process alone for all runs here: DeepSpeed keeps the first that it sees."""
+    """A group of this process alone for all runs here."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             patch.setenv(name, "0")
             patch.delenv(name)  # what joining sets is put back
         parallel.start("cpu")
-        patch.setattr(parallel, "stop", lambda: None)
-        yield
-        deepspeed.comm.destroy_process_group()
+        with patch.context() as inner:
+            inner.setattr(parallel, "stop", lambda: None)
+            yield
+        parallel.stop()
 
 
 @pytest.fixture

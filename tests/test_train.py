@@ -36,7 +36,7 @@ class AfterTwoSteps(Never):
 
 @pytest.fixture(scope="module")
 def train():
-    """`mmtard.train.train` in one group for all runs of this module: DeepSpeed keeps the first one it sees."""
+    """`mmtard.train.train` in one group for all runs of this module."""
     before = dict(os.environ)
     ranks = parallel.start("cpu")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -14,13 +12,12 @@ from rich.table import Table
 
 from .. import parallel
 from ..config import Model, show_pixels
-from ..errors import RunError, UserError
 from ..evaluate import datasets
 from ..evaluate.evaluation import evaluate
 from ..evaluate.protocols import PROTOCOLS
 from ..evaluate.request import Evaluation
 from ..quickstart.pretrain import PROMPT, pretrain
-from ..quickstart.stages import cell, console, title, train
+from ..quickstart.stages import cell, console, main, title, train
 from .shards import make_shards
 
 ROOT, CONFIGS = Path("runs/cifar10"), Path("configs/cifar10")
@@ -31,23 +28,13 @@ PROTOCOL = replace(PROTOCOLS["quick"], eps=(EPS,), n_samples=1000, templates=(PR
 PRETRAINING = {"student": 500, "teacher": 400}  # steps of 256 images
 
 
-def main(argv: list[str] | None = None) -> int:
+def compare(argv: list[str] | None = None) -> int:
     """Run what is not done yet and print the table; the exit status."""
     p = argparse.ArgumentParser(prog="python -m mmtard.comparison", description=__doc__)
     p.add_argument("source", type=Path, metavar="CIFAR10", help="folder with train/ and test/ images, one sub-folder a class, or with *train*.npz and *test*.npz")
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings of every training, e.g. train.steps=20")
     args = p.parse_args(argv)
-    began = time.monotonic()
-    try:
-        _run(args.source, args.settings)
-    except UserError as error:
-        print(f"comparison: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"comparison: {error}", file=sys.stderr)
-        return error.status
-    console.print(f"{time.monotonic() - began:.0f} s. The runs are in {ROOT}; a second call skips what is done")
-    return 0
+    return main("comparison", lambda: _run(args.source, args.settings), ROOT)
 
 
 def _run(source: Path, settings: list[str]) -> None:
@@ -86,4 +73,4 @@ def _table(measured: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(compare())

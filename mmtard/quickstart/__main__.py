@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -13,14 +11,13 @@ from rich.table import Table
 
 from .. import parallel
 from ..config import Model, show_pixels
-from ..errors import RunError, UserError
 from ..evaluate import datasets
 from ..evaluate.evaluation import evaluate
 from ..evaluate.protocols import PROTOCOLS
 from ..evaluate.request import Evaluation
 from .pretrain import PROMPT, pretrain
 from .render import make_data
-from .stages import cell, console, title, train
+from .stages import cell, console, main, title, train
 
 ROOT = Path("runs/quickstart")
 CONFIGS = Path("configs/quickstart")
@@ -31,28 +28,17 @@ PROTOCOL = replace(PROTOCOLS["quick"], attacks=("pgd",), eps=(EPS,), n_samples=N
 SPLITS = {"": "test", "zero-shot ": "zeroshot"}
 
 
-def main() -> int:
-    """Run every stage that is not done yet and print the table; the exit status."""
-    began = time.monotonic()
+def _run() -> None:
     stages = 3 + len(TRAINED)
-    try:
-        title(1, stages, "rendering captioned images")
-        make_data(ROOT / "data")
-        title(2, stages, "pretraining a tiny CLIP on the captions")
-        pretrain(ROOT / "data", ROOT / "clip")
-        for i, name in enumerate(TRAINED, 3):
-            title(i, stages, f"training {name} on 2 ranks")
-            train(CONFIGS / f"{name}.yaml")
-        title(stages, stages, f"measuring, PGD-20 at eps {show_pixels(EPS)}")
-        _table(_measure())
-    except UserError as error:
-        print(f"quickstart: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"quickstart: {error}", file=sys.stderr)
-        return error.status
-    console.print(f"{time.monotonic() - began:.0f} s. The runs are in {ROOT}; look at them with: tensorboard --logdir {ROOT}")
-    return 0
+    title(1, stages, "rendering captioned images")
+    make_data(ROOT / "data")
+    title(2, stages, "pretraining a tiny CLIP on the captions")
+    pretrain(ROOT / "data", ROOT / "clip")
+    for i, name in enumerate(TRAINED, 3):
+        title(i, stages, f"training {name} on 2 ranks")
+        train(CONFIGS / f"{name}.yaml")
+    title(stages, stages, f"measuring, PGD-20 at eps {show_pixels(EPS)}")
+    _table(_measure())
 
 
 def _measure() -> dict[str, dict[str, dict]]:
@@ -86,4 +72,4 @@ def _table(measured: dict[str, dict[str, dict]]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main("quickstart", _run, ROOT))

@@ -5,13 +5,27 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
-from ..errors import RunError
+from ..errors import RunError, UserError
 
 console = Console(highlight=False, soft_wrap=True)
+
+
+def main(name: str, work: Callable[[], None], root: Path) -> int:
+    """Do the work and say how long it took; the exit status: 0, or that of the error which ended it, told as one line."""
+    began = time.monotonic()
+    try:
+        work()
+    except (UserError, RunError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return getattr(error, "status", 2)
+    console.print(f"{time.monotonic() - began:.0f} s. The runs are in {root}; look at them with: tensorboard --logdir {root}")
+    return 0
 
 
 def title(i: int, n: int, text: str) -> None:

@@ -102,7 +102,7 @@ def test_the_table_has_a_row_for_each_model_with_its_own_numbers(trained, monkey
     under = [{"attacks": {"pgd": accuracy(30 + i), "apgd-ce": accuracy(20 + i)}} for i in range(9)]
     measured = {name: {"clean_all": accuracy(50 + i), "eps": {"4/255": under[i]}} for i, name in enumerate(models)}
     monkeypatch.setattr(comparison, "_measure", lambda: measured)
-    assert comparison.main(["cifar10", "train.steps=3"]) == 0
+    assert comparison.compare(["cifar10", "train.steps=3"]) == 0
     assert trained == [(name, "train.steps=3") for name in models[1:]]
     rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     cells = [[cell.strip() for cell in row] for row in rows]
@@ -114,7 +114,7 @@ def test_the_table_has_a_row_for_each_model_with_its_own_numbers(trained, monkey
 def test_a_training_that_fails_ends_the_comparison_with_its_status(trained, monkeypatch, capsys):
     monkeypatch.setattr(comparison, "train", stages.train)
     monkeypatch.setattr(stages.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(returncode=75))
-    assert comparison.main(["cifar10"]) == 75
+    assert comparison.compare(["cifar10"]) == 75
     assert "clean_teacher.yaml ended with status 75" in capsys.readouterr().err
 
 
