@@ -21,7 +21,7 @@ PROGRAM = "mmtard"
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; the exit status: 0 done, 1 the run failed, 2 the user's to mend, 75 start it again to go on."""
-    args = parser().parse_args(argv)
+    args = _parse(argv)
     try:
         return args.run(args) or 0
     except UserError as error:
@@ -30,6 +30,17 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error), error.status)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    top = parser()
+    args, left = top.parse_known_args(argv)
+    # argparse takes all settings at once, before the first flag; those after a flag are settings, too.
+    if left and not (hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in left)):
+        top.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        args.overrides += left
+    return args
 
 
 def _fail(message: str, status: int) -> int:

@@ -13,8 +13,8 @@ from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import lora, methods, student, towers
-from .config import Config, check_world
+from . import lora, methods, objectives, student, towers
+from .config import START, Config, check_world
 from .engine import DTYPES, bucket_size
 from .teachers import blocks
 from .towers import ImageTower
@@ -52,10 +52,10 @@ class Saved:
             hook.remove()
 
 
-def per_image(tower: ImageTower) -> tuple[int, int, int]:
+def per_image(tower: ImageTower, through: bool = False) -> tuple[int, int, int]:
     """(bytes kept for an image, bytes kept however many there are, bytes of its largest block for an image): a tower without data.
 
-    What does not grow with the images is the weights' copies in another precision.
+    What does not grow with the images is the weights' copies in another precision. through: the images ask for a gradient.
     """
     with FakeTensorMode():
         for module in tower.modules():
@@ -65,7 +65,7 @@ def per_image(tower: ImageTower) -> tuple[int, int, int]:
             for name, b in module._buffers.items():
                 if b is not None:
                     module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
-        one, two = (Saved(tower, torch.empty(n, 3, tower.image_size, tower.image_size)) for n in (1, 2))
+        one, two = (Saved(tower, torch.empty(n, 3, tower.image_size, tower.image_size, requires_grad=through)) for n in (1, 2))
     largest = max((two.of_block[block] - one.of_block[block] for block in one.of_block), default=0)
     return two.total - one.total, 2 * one.total - two.total, largest
 
@@ -100,15 +100,21 @@ def of_run(config: Config, world: int) -> dict[str, list[float]]:
     }
     if config.train.ema:
         rows["average of the weights"] = [whole, share, share, share]
-    for name, spec in config.teachers.items():
-        held = sum(p.numel() for p in towers.skeleton(spec, f"teachers.{name}").parameters()) * DTYPES[config.engine.precision].itemsize
+    dtype, moving = DTYPES[config.engine.precision], 0
+    for name, spec in config.ensemble.items():
+        if spec.stored:
+            continue
+        teacher = towers.skeleton(config.student if name == START else spec, f"teachers.{name}")
+        held = sum(p.numel() for p in teacher.parameters()) * dtype.itemsize
         rows[f"teacher {name}, {spec.placement}"] = [held / (world if spec.placement == "sharded" else 1)] * 4
+        if config.attack_objective and objectives.find(config.attack_objective, config.fusion).moving == name:
+            moving = per_image(teacher.cast(dtype).requires_grad_(False), through=True)[0]
     image, copies, _ = per_image(tower)
     block = per_image(trained_tower(config, False))[2] if checkpointing else 0  # computed again, one at a time
     batch = config.train.batch_size // world // accumulated
     views = sum(p.model == "student" for p in methods.find(config.method.name).passes(config.method))
     rows["weights in bf16"] = [copies] * 4
-    rows[ATTACK] = [batch * (image + block) if config.attack_objective else 0] * 4
+    rows[ATTACK] = [batch * (image + block + moving) if config.attack_objective else 0] * 4
     rows[TRAINING] = [views * batch * (image + block)] * 4
     return rows
 

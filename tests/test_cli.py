@@ -71,6 +71,14 @@ def test_a_good_configuration_does_reach_torch(mmtard):
     assert "was imported" in mmtard("train", "run.yaml").stderr
 
 
+def test_settings_may_follow_a_flag_but_a_wrong_flag_is_still_wrong(mmtard):
+    before, after = (mmtard("config", "run.yaml", *words) for words in (("seed=5", "--world", "2"), ("--world", "2", "seed=5")))
+    assert before.returncode == after.returncode == 0 and "seed: 5" in before.stdout and before.stdout == after.stdout
+    for words in (("config", "run.yaml", "--wrold", "2"), ("config", "run.yaml", "--seed=5"), ("runs", "runs", "seed=5")):
+        done = mmtard(*words)
+        assert done.returncode == 2 and "unrecognized arguments" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_config_prints_yaml_that_loads_as_the_same_configuration(mmtard, tmp_path):
     done = mmtard("config", "run.yaml", "train.lr=1e-3", "attack.eps=3/255")
     assert done.returncode == 0 and done.stderr == ""

@@ -39,7 +39,7 @@ ROOMS = {
     "towers": {"checkpoint", "config", "errors", "lora", "views"},
     "batch_norm": {"errors", "parallel", "views"},
     "student": {"batch_norm", "checkpoint", "config", "errors", "lora", "parallel", "teachers", "towers"},
-    "memory": {"config", "engine", "lora", "methods", "student", "teachers", "towers"},
+    "memory": {"config", "engine", "lora", "methods", "objectives", "student", "teachers", "towers"},
     "heads": {"checkpoint", "errors", "methods", "parallel", "towers"},
     "targets": {"config", "data", "heads", "methods", "parallel", "towers"},
     "teachers": {"config", "data", "methods", "parallel", "towers"},

@@ -68,6 +68,17 @@ def test_adapters_and_checkpointing_take_less():
     assert less[memory.TRAINING][0] < 0.3 * whole[memory.TRAINING][0]
 
 
+def test_the_start_is_held_too_and_an_attack_through_a_teacher_keeps_its_activations():
+    fare = memory.of_run(run(method={"name": "fare"}, teachers={}), 2)
+    assert fare["teacher start, replicated"] == [2 * 87849216] * 4
+    through, beside = (memory.of_run(run(method={"name": name}), 1) for name in ("adaad", "ard"))
+    # The student's trained copy keeps float32 beside bf16; a frozen teacher in bf16 keeps about what a student of its kind does.
+    assert beside[memory.ATTACK][0] < through[memory.ATTACK][0] < 2.1 * beside[memory.ATTACK][0]
+    assert through[memory.TRAINING] == beside[memory.TRAINING]
+    stored = run(method={"name": "ard"}, teachers={"robust": {"arch": "ViT-B-32", "weights": "openai", "stored": True}})
+    assert not any(name.startswith("teacher") for name in memory.of_run(stored, 1))
+
+
 def test_a_model_that_is_not_here_needs_its_architecture():
     with pytest.raises(UserError, match="teachers.robust: 'runs/later' is not here .* give teachers.robust.arch="):
         memory.of_run(run(teachers={"robust": {"weights": "runs/later"}}), 1)
