@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -141,4 +143,6 @@ def _meeting_point(world: int) -> str:
         return f"file://{os.environ['MMTARD_INIT_FILE']}"
     if world > 1:
         return "env://"
-    return f"file://{tempfile.mkdtemp(prefix='mmtard-')}/store"
+    folder = tempfile.mkdtemp(prefix="mmtard-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return f"file://{folder}/store"

@@ -15,9 +15,9 @@ MANIFEST = "manifest.json"
 
 def made_from(config: Config, teacher: str) -> dict:
     """The settings that a teacher's stored embeddings come from, as a manifest keeps them."""
-    data = config.data
+    data, model = config.data, source(config, teacher)
     made = {
-        "teacher": _named(source(config, teacher)),
+        "teacher": _named(model),
         "student": _named(config.student),  # for the size of the images
         "shards": data.shards,
         "index": data.index,
@@ -25,7 +25,7 @@ def made_from(config: Config, teacher: str) -> dict:
         "crop_scale": data.crop_scale,
         "flip": data.flip,
         "views": data.views,
-        "seed": config.seed,
+        "seed": config.seed if data.augmented or model.weights == "random" else None,
         "precision": config.engine.precision,
     }
     return json.loads(json.dumps(made))

@@ -126,6 +126,30 @@ def test_a_killed_rank_costs_no_more_than_one_restart_in_the_queue(jobs):
     assert log.read_text().count("goes back to the queue") == 1 and "start 2 on node" in log.read_text()
 
 
+def test_a_pipeline_skips_the_teacher_that_is_done_stores_its_embeddings_and_trains_a_sweep_as_an_array(cluster, jobs, tiny):
+    teacher = jobs["followed"].result()[1]
+    config, run = tiny("piped", method={"name": "rslad"}, teachers={"robust": {"weights": str(teacher), "stored": True}})
+    (config.parent / "teachers").mkdir()
+    (config.parent / "teachers" / "followed.yaml").write_text((config.parent / "followed.yaml").read_text())
+    command = (sys.executable, SUBMIT, "--config", config, *TWO_NODES, "--pipeline", "--array", "seeds=0,1", "--evaluate", run.parents[1] / "data" / "test")
+    printed = cluster.run(*command, "--follow")
+    assert f"# teacher robust is complete: {teacher}\n" in printed
+    stages = re.findall(r"^job (\S+): (\w+)", printed, re.MULTILINE)
+    assert [title for _, title in stages] == ["stored", "training", "training", "evaluation", "evaluation"]
+    (stored, _), (first, _), (second, _), *_ = stages
+    assert (first, second) == (f"{first.partition('_')[0]}_0", f"{first.partition('_')[0]}_1")
+    found = [cluster.job(job) for job, _ in stages]
+    assert {fields["JobState"] for fields in found} == {"COMPLETED"}, printed
+    assert found[1]["StartTime"] >= found[0]["EndTime"] and found[3]["StartTime"] >= found[1]["EndTime"]
+    manifest = json.loads(next((run.parents[1] / "data" / "train" / "embeddings").glob("*/manifest.json")).read_text())
+    assert manifest
+    runs = [run / f"seed={seed}" for seed in (0, 1)]
+    assert [len(rows(r / "metrics.jsonl")) for r in runs] == [6, 6] and losses(runs[0]) != losses(runs[1])
+    assert all(list((r / "evaluations").rglob("*.json")) for r in runs)
+    again = cluster.run(*command)
+    assert "nothing is left to do" in again and "job " not in again
+
+
 def trainings(run):
     """The processes of mmtard that train this run, without their loader processes."""
     for path in Path("/proc").glob("[0-9]*"):
