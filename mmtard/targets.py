@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import open_clip
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import data, heads
 from .config import Config
@@ -38,7 +35,7 @@ class Captions:
 
     def __init__(self, clips: dict[str, Clip], ranks: Ranks):
         self.ranks = ranks
-        self.towers = {name: TextTower(clip).to(ranks.device) for name, clip in clips.items()}
+        self.towers = {name: clip.text_tower().to(ranks.device) for name, clip in clips.items()}
         self.heads = {name: CaptionHead(clip.logit_scale) for name, clip in clips.items()}
 
     def __call__(self, batch: Batch) -> Batch:
@@ -61,21 +58,3 @@ class CaptionHead:
 
     def __call__(self, *outputs: Tensor) -> Prediction:
         return Head(self.class_embeddings, self.logit_scale)(*outputs)
-
-
-class TextTower(nn.Module):
-    """The text side of a `Clip` with its tokenizer: N texts -> embeddings [N,D] float32, normalised, without gradient."""
-
-    def __init__(self, clip: Clip):
-        super().__init__()
-        # The image tower goes its own way, to the engine or to bfloat16: this is the same model without it.
-        self.model = copy.copy(clip.model)
-        self.model._modules = {name: module for name, module in clip.model._modules.items() if name != "visual"}
-        self.tokenize = open_clip.get_tokenizer(clip.name)
-        self.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def forward(self, texts: list[str], batch_size: int = 256) -> Tensor:
-        device = next(self.parameters()).device
-        chunks = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
-        return torch.cat([F.normalize(self.model.encode_text(self.tokenize(c).to(device)).float(), dim=-1) for c in chunks])

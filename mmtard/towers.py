@@ -6,6 +6,7 @@ side is asked once for class embeddings.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -13,6 +14,7 @@ import logging
 import shutil
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +98,23 @@ def _at_least_float32(z: Tensor) -> Tensor:
     return z.float() if z.dtype != torch.float64 else z
 
 
+class TextTower(nn.Module):
+    """An open_clip model without its image tower, and its own tokenizer: N texts -> embeddings [N,D] float32, normalised, without gradient."""
+
+    def __init__(self, model: nn.Module, tokenize: Callable[[list[str]], Tensor]):
+        super().__init__()
+        self.model = copy.copy(model)
+        self.model._modules = {name: module for name, module in model._modules.items() if name != "visual"}
+        self.tokenize = tokenize
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, texts: list[str], batch_size: int = 256) -> Tensor:
+        device = next(self.parameters()).device
+        chunks = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
+        return torch.cat([F.normalize(self.model.encode_text(self.tokenize(c).to(device)).float(), dim=-1) for c in chunks])
+
+
 def require_tokens(tower: ImageTower, where: str) -> None:
     """UserError when the tower cannot give the patch tokens that the method reads."""
     if not tower.has_tokens:
@@ -127,14 +146,23 @@ class Clip:
         cfg = self.config["preprocess_cfg"]
         return ImageTower(self.model.visual, cfg["mean"], cfg["std"])
 
-    @torch.no_grad()
-    def class_embeddings(self, classnames: list[str], templates: list[str], device="cpu", batch_size: int = 256) -> Tensor:
+    def text_tower(self) -> "TextTower":
+        return TextTower(self.model, self.tokenizer())
+
+    def tokenizer(self) -> Callable[[list[str]], Tensor]:
+        """The model's own: N texts -> token ids int64 [N,L]. Raises UserError for one of Hugging Face that is not at hand."""
+        try:
+            return open_clip.get_tokenizer(self.name)
+        except (OSError, ValueError, ImportError) as error:
+            name = self.config["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
+            raise UserError(f"{self.name}: its tokenizer '{name}' is not at hand ({' '.join(str(error).split())}); download it once") from None
+
+    def class_embeddings(self, classnames: list[str], templates: list[str], device="cpu") -> Tensor:
         """t_k, [C,D] float32 normalised, on the CPU: each prompt's embedding normalised, averaged over the templates, normalised."""
         prompts = [t.replace("{}", name) for name in classnames for t in templates]
-        model, tokenize = self.model.to(device).eval(), open_clip.get_tokenizer(self.name)
-        chunks = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-        z = torch.cat([F.normalize(model.encode_text(tokenize(c).to(device)).float(), dim=-1).cpu() for c in chunks])
-        self.model.cpu()
+        text = self.text_tower().to(device)
+        z = text(prompts).cpu()
+        text.cpu()  # the model's own weights, which went along
         return F.normalize(z.view(len(classnames), len(templates), -1).mean(1), dim=-1)
 
     def save(self, folder: Path) -> None:
@@ -145,16 +173,9 @@ class Clip:
         save_tensors({k: v.detach().clone().contiguous() for k, v in self.model.state_dict().items()}, scratch / WEIGHTS_FILE)
         (scratch / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
         if self.config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):  # open_clip looks for it in the folder itself
-            self._save_tokenizer(scratch)
+            self.tokenizer().save_pretrained(scratch)
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
-
-    def _save_tokenizer(self, folder: Path) -> None:
-        try:
-            open_clip.get_tokenizer(self.name).save_pretrained(folder)
-        except (OSError, ValueError, ImportError) as error:
-            name = self.config["model_cfg"]["text_cfg"]["hf_tokenizer_name"]
-            raise UserError(f"{self.name}: its tokenizer '{name}' is not at hand ({' '.join(str(error).split())}); download it once") from None
 
 
 def load(spec: Model, seed: int = 0, where: str = "student") -> Clip:

@@ -10,6 +10,8 @@ import yaml
 # torch.compile, which DeepSpeed names and no test compiles with, would import a compiler in every process: a second of each launch.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
+WORDS = ["a", "photo", "of", "cat", "dog", "cow", "red", "square"]
+
 
 @pytest.fixture
 def tree(tmp_path):
@@ -82,3 +84,15 @@ def vit(tmp_path_factory):
 def resnet(tmp_path_factory):
     """Model config of CLIP's ModifiedResNet (batch norm, attention pooling) on 32 px images."""
     return _arch(tmp_path_factory.mktemp("arch"), "tests-resnet", {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None})
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer(tmp_path_factory):
+    """Folder of a Hugging Face tokenizer of whole words: 0 pads, 1 is every unknown word, then those of `WORDS`."""
+    tokenizers, transformers = (pytest.importorskip(name) for name in ("tokenizers", "transformers"))
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    folder = tmp_path_factory.mktemp("tokenizer")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    return folder

@@ -6,10 +6,15 @@ import os
 import tarfile
 
 import numpy as np
+import open_clip
 import pytest
+import torch
+from open_clip.zero_shot_classifier import build_zero_shot_classifier
 from PIL import Image
+from safetensors.torch import load_file
 
-from mmtard import config, parallel
+from mmtard import config, parallel, towers
+from mmtard.config import Model
 from mmtard.preempt import REQUEUE
 from mmtard.train import Run
 from mmtard.watchdog import Watchdog
@@ -106,6 +111,42 @@ def test_three_unlike_teachers_and_their_balanced_weights_survive_an_interruptio
     weights = [state(whole)[f"w_{name}"] for name in ("clean", "robust", "third")]
     assert sum(weights) == pytest.approx(1) and len({round(w, 6) for w in weights}) == 3
     assert {f"w_{name}{p}" for name in ("clean", "robust", "third") for p in ("", "_p10", "_p50", "_p90")} <= rows(whole)[0].keys()
+
+
+def test_each_model_of_an_ensemble_reads_the_class_names_with_its_own_tokenizer(train, settings, vit, word_tokenizer, tmp_path):
+    """CLIP's byte pairs for the student and the clean teacher; whole words for a text tower like SigLIP's, and for a BERT."""
+    transformers = pytest.importorskip("transformers")
+    words = len(open_clip.tokenizer.HFTokenizer(str(word_tokenizer)).tokenizer)
+    bert = transformers.BertConfig(vocab_size=words, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=16)
+    bert.save_pretrained(tmp_path / "bert-config")
+    hugging_face = {"hf_tokenizer_name": str(word_tokenizer), "context_length": 9}
+    texts = {
+        "siglip": {**hugging_face, "tokenizer_kwargs": {"clean": "canonicalize"}, "vocab_size": words, "width": 16, "heads": 2, "layers": 1,
+                   "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+        "bert": {**hugging_face, "hf_model_name": str(tmp_path / "bert-config"), "hf_proj_type": "linear", "hf_pooler_type": "mean_pooler"},
+    }  # fmt: skip
+    for name, text in texts.items():
+        vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
+        cfg = {"embed_dim": 12, "custom_text": True, "vision_cfg": vision, "text_cfg": text}
+        (tmp_path / f"tests-{name}.json").write_text(json.dumps(cfg))
+        towers.load(Model(arch=str(tmp_path / f"tests-{name}.json"), weights="random")).save(tmp_path / name)
+    given, run = settings(
+        "tokenizers",
+        teachers={"clean": {"arch": vit, "weights": "random"}, **{name: {"weights": str(tmp_path / name)} for name in texts}},
+        method={"name": "mmtard", "views": {"clean": "clean", "siglip": "adv", "bert": "adv"}, "weighting": "confidence_sigmoid"},
+        attack={"objective": "kl_fused", "eps": "8/255", "step_size": "4/255", "steps": 2},
+    )
+    assert train(given, Never()) == 0
+    assert all(np.isfinite(row["loss"]) and row["kl_siglip"] != row["kl_bert"] and row["skipped"] == 0 for row in rows(run))
+    used = load_file(run / "class_embeddings.safetensors")
+    assert used.keys() == {"student", "clean", "siglip", "bert"}
+    for name, source in {"student": run / "start", "siglip": tmp_path / "siglip", "bert": tmp_path / "bert"}.items():
+        model = open_clip.create_model(f"local-dir:{source}").eval()
+        tokenize = open_clip.get_tokenizer(f"local-dir:{source}")
+        expected = build_zero_shot_classifier(model, tokenize, ["cat", "dog", "cow"], ["This is a photo of a {}"])
+        torch.testing.assert_close(used[name], expected.T, rtol=1e-5, atol=1e-6)
+    read = {name: open_clip.get_tokenizer(f"local-dir:{tmp_path / name}")(["a Cat"])[0, :2].tolist() for name in texts}
+    assert read == {"siglip": [2, 5], "bert": [2, 1]}, "only SigLIP's tokenizer writes all in lower case"
 
 
 def test_a_method_without_labels_trains_on_data_without_labels_against_the_start_of_its_run(train, settings):

@@ -1,6 +1,7 @@
 """The transformers folder of an export: the same embeddings, pixels and tokens as open_clip's, or a clear refusal."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -98,18 +99,16 @@ def test_without_transformers_the_option_says_so(vit, tmp_path, monkeypatch):
         hf.save_transformers(clip(vit), tmp_path / "hf")
 
 
-def test_a_hugging_face_tokenizer_goes_with_the_folder(vit, tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {"[PAD]": 0, "[UNK]": 1, "a": 2, "red": 3, "square": 4}
-    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path / "tokenizer")
+def test_a_hugging_face_tokenizer_goes_with_the_folder(vit, word_tokenizer, tmp_path):
+    shutil.copytree(word_tokenizer, tmp_path / "tokenizer")
     ours = clip(changed(vit, tmp_path, "worded", text={"hf_tokenizer_name": str(tmp_path / "tokenizer")}))
     ours.save(tmp_path / "out")
     (tmp_path / "tokenizer").rename(tmp_path / "gone")
     read = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")
-    assert read(["a red cat square"]).tolist() == [[2, 3, 1, 4, 0, 0, 0, 0, 0, 0]]
+    assert read(["a red heron square"]).tolist() == [[2, 8, 1, 9, 0, 0, 0, 0, 0, 0]]
     with pytest.raises(UserError, match="its tokenizer is .*, not CLIP's"):
         hf.save_transformers(ours, tmp_path / "hf")
     with pytest.raises(UserError, match="its tokenizer '.*' is not at hand"):
         ours.save(tmp_path / "again")
+    with pytest.raises(UserError, match="its tokenizer '.*' is not at hand"):
+        ours.class_embeddings(["cat"], ["a {}"])

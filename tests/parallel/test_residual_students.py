@@ -1,0 +1,84 @@
+"""The configured ResNet students at their full size and resolution: trained, gone on from a checkpoint, exported."""
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from mmtard import towers
+from mmtard.checkpoint import read_weights
+from mmtard.cli import main
+from mmtard.config import Model
+
+from .launch import run_ranks
+
+pytestmark = pytest.mark.slow
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Eight images of noise at 224 px, of two classes."""
+    folder, rng = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for i in range(8):
+            image = io.BytesIO()
+            Image.fromarray(rng.integers(0, 128 + 127 * (i % 2), (224, 224, 3), dtype=np.uint8)).save(image, "JPEG")
+            for suffix, content in (("jpg", image.getvalue()), ("cls", str(i % 2).encode())):
+                member = tarfile.TarInfo(f"{i}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    (folder / "classnames.txt").write_text("dark noise\nbright noise\n")
+    return folder
+
+
+def rows(run):
+    return {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+
+
+def command(name, run, shards, vit, resnet, **student):
+    """Two steps of configs/NAME_mmtard.yaml with two small teachers."""
+    return [
+        "-m", "mmtard", "train", CONFIGS / f"{name}_mmtard.yaml", f"data.shards={shards}", f"run_dir={run}", "student.weights=random",
+        *(f"student.{key}={value}" for key, value in student.items()),
+        *(f"teachers.{teacher}={{arch: {arch}, weights: random}}" for teacher, arch in (("clean", vit), ("robust", resnet))),
+        "train.batch_size=4", "train.steps=2", "train.warmup_steps=0", "train.lr=1e-3", "data.lanes=4", "data.workers=1", "attack.steps=2",
+        "checkpoint.every=1", "engine.device=cpu", "engine.precision=float32",
+    ]  # fmt: skip
+
+
+def changes(run):
+    """The run's last weights; tensor -> how far it went from the start, of those that some gradient reaches (softmax cancels k_proj.bias)."""
+    assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["skipped"] == 0 for row in rows(run).values()) and len(rows(run)) == 2
+    start, end = towers.load(Model(weights=str(run / "start"))).tower().state_dict(), read_weights(run / "checkpoints/step-2")
+    return end, {k: (v - start[k]).norm().item() for k, v in end.items() if v.is_floating_point() and not k.endswith("k_proj.bias")}
+
+
+def test_a_resnet_50_trains_with_synced_statistics_and_goes_on_with_another_number_of_ranks(shards, vit, resnet, tmp_path):
+    words = command("rn50", tmp_path / "run", shards, vit, resnet, batch_norm="synced")
+    run_ranks(words, 2, tmp_path, "two ranks")
+    loss, (whole, gone) = rows(tmp_path / "run")[2]["loss"], changes(tmp_path / "run")
+    assert all(gone.values())
+
+    shutil.rmtree(tmp_path / "run/checkpoints/step-2")  # as a node lost in the second step leaves it
+    assert "goes on from step-1, 1 x cpu" in run_ranks(words, 1, tmp_path, "one rank")
+    again, _ = changes(tmp_path / "run")
+    assert rows(tmp_path / "run")[2]["loss"] == pytest.approx(loss, rel=1e-3)
+    for key, distance in gone.items():  # AdamW's first steps are signs, and some gradients near zero have none that is sure
+        assert (again[key] - whole[key]).norm() < 0.1 * distance, key
+
+
+def test_a_resnet_101_trains_with_the_statistics_it_came_with_and_is_exported(shards, vit, resnet, tmp_path):
+    run_ranks(command("rn101", tmp_path / "run", shards, vit, resnet), 2, tmp_path, "ranks")
+    end, gone = changes(tmp_path / "run")
+    assert {key for key, distance in gone.items() if not distance} == {key for key in gone if "running_" in key}
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    model = open_clip.create_model(f"local-dir:{tmp_path / 'out'}")
+    assert all(torch.equal(v, end[f"visual.{k}"]) for k, v in model.visual.state_dict().items())
