@@ -23,7 +23,7 @@ class Alarm:
     """Compares, every `attack.alarm_every` steps of a training with `attack.steps: 1`, two attacks on one micro-batch of each rank."""
 
     def __init__(self, config: Config, distillation: Distillation, ranks: Ranks, micro_batch_size: int):
-        single_step = config.attack_objective is not None and config.attack.steps == 1
+        single_step = config.attack_objective is not None and config.attack.steps == 1 and config.data.targets != "none"
         self.every = config.attack.alarm_every if single_step else None
         self.ratio, self.multi_step = config.attack.alarm_ratio, multi_step(config.attack)
         self.distillation, self.ranks, self.size = distillation, ranks, micro_batch_size

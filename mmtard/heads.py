@@ -27,6 +27,11 @@ def build(run: Path, clips: dict[str, Clip], classnames: list[str], templates: l
     return {name: Head(stored[name].to(ranks.device), clip.logit_scale) for name, clip in clips.items()}
 
 
+def without_classes(clips: dict[str, Clip], ranks: Ranks) -> dict[str, Head]:
+    """A Head of no class for each model, whose predictions are embeddings alone."""
+    return {name: Head(torch.empty(0, clip.config["model_cfg"]["embed_dim"], device=ranks.device), clip.logit_scale) for name, clip in clips.items()}
+
+
 def _stored(path: Path, clips, classnames, templates, ranks) -> dict[str, torch.Tensor]:
     asked = hashlib.sha256(json.dumps([classnames, templates]).encode()).hexdigest()
     text_towers = json.dumps({name: clip.sha256(image=False) for name, clip in sorted(clips.items())})

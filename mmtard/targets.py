@@ -1,4 +1,4 @@
-"""What a sample's true class is: its label among the class names, or its own caption among those of the step's global batch."""
+"""What a sample's true class is: its label among the class names, its own caption among those of the step's global batch, or nothing."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ def build(config: Config, run: Path, clips: dict[str, Clip], ranks: Ranks) -> tu
     if config.data.targets == "captions":
         captions = Captions(clips, ranks)
         return captions.heads, captions
+    if config.data.targets == "none":
+        return heads.without_classes(clips, ranks), lambda batch: batch
     return heads.build(run, clips, data.classnames(config.data), data.templates(config.data), ranks), lambda batch: batch
 
 

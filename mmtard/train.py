@@ -94,8 +94,8 @@ class Run:
         config, say = self.config, self.metrics.say
         origin = f"goes on from {self.folder.checkpoint.name}" if self.folder.checkpoint else "starts"
         say(f"{self.folder.path}: {config.method.name} {origin}, {self.ranks.world_size} x {self.ranks.device.type}, ZeRO {config.engine.zero_stage}, {config.engine.precision}")
-        classes = f"{len(head['student'].class_embeddings)} classes" if config.data.targets == "labels" else "classes by caption"
-        say(f"{len(self.dataset)} samples of {classes}, images {self.image_size} px, logit scale {head['student'].logit_scale:.4g}")
+        classes = {"labels": f" of {len(head['student'].class_embeddings)} classes", "captions": " of classes by caption", "none": ""}[config.data.targets]
+        say(f"{len(self.dataset)} samples{classes}, images {self.image_size} px, logit scale {head['student'].logit_scale:.4g}")
         for name, teacher in ensemble.items():
             mib = ", ".join(f"{held[name] / 2**20:.2f}" for held in placed)
             say(f"teacher {name}: {teacher.placement}, {teacher.bytes_whole / 2**20:.2f} MiB, a rank holds {mib} MiB")

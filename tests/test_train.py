@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from mmtard import config, parallel, towers
 from mmtard.config import Model
+from mmtard.errors import UserError
 from mmtard.preempt import REQUEUE
 from mmtard.train import Run
 from mmtard.watchdog import Watchdog
@@ -59,7 +60,7 @@ def train():
 def settings(tmp_path, vit):
     """Call with the run's name and changes of its configuration; 24 images, labels only where `labels` says so."""
 
-    def make(name, labels=True, **changes):
+    def make(name, labels=True, data={}, **changes):
         shards = tmp_path / f"shards{labels}"
         if not shards.exists():
             shards.mkdir()
@@ -72,10 +73,11 @@ def settings(tmp_path, vit):
                         member = tarfile.TarInfo(f"{i:03d}.{suffix}")
                         member.size = len(content)
                         tar.addfile(member, io.BytesIO(content))
-            (shards / "classnames.txt").write_text("cat\ndog\ncow\n")
+            if labels:
+                (shards / "classnames.txt").write_text("cat\ndog\ncow\n")
         base = {
             "run_dir": str(tmp_path / name), "student": {"arch": vit, "weights": "random"},
-            "attack": {"eps": "8/255", "step_size": "4/255", "steps": 2}, "data": {"shards": str(shards), "lanes": 2, "window": 8, "workers": 0},
+            "attack": {"eps": "8/255", "step_size": "4/255", "steps": 2}, "data": {"shards": str(shards), "lanes": 2, "window": 8, "workers": 0, **data},
             "train": {"steps": 4, "batch_size": 8, "lr": 1e-3}, "engine": {"precision": "float32", "device": "cpu"},
             "checkpoint": {"every": 4}, "log": {"tensorboard": False}, "resume": {"max_preemptions": None},
         }  # fmt: skip
@@ -149,9 +151,22 @@ def test_each_model_of_an_ensemble_reads_the_class_names_with_its_own_tokenizer(
     assert read == {"siglip": [2, 5], "bert": [2, 1]}, "only SigLIP's tokenizer writes all in lower case"
 
 
-def test_a_method_without_labels_trains_on_data_without_labels_against_the_start_of_its_run(train, settings):
-    given, run = settings("fare", labels=False, method={"name": "fare"}, teachers={"start": {"placement": "sharded"}})
+@pytest.mark.parametrize("method", ["fare", "sim_clip"])
+def test_a_method_of_embeddings_trains_on_images_alone_as_it_does_with_classes(train, settings, method, capfd):
+    """No label, no class names; against the start of its run; with an attack of one step, whose alarm has no accuracy to watch."""
+    changes = {"method": {"name": method}, "teachers": {"start": {"placement": "sharded"}}, "attack": {"eps": "8/255", "step_size": "8/255", "steps": 1, "alarm_every": 1}}
+    given, run = settings("alone", labels=False, data={"targets": "none"}, **changes)
     assert train(given, Never()) == 0
-    found = rows(run)
-    assert [row["replaced"] for row in found] == [0] * 4 and all(row["distance"] > 0 for row in found)
-    assert (run / "start").is_dir() and state(run) == {}
+    assert "24 samples, images 16 px" in capfd.readouterr().out
+    classes, beside = settings("classes", **changes)
+    assert train(classes, Never()) == 0
+    assert rows(run) == rows(beside) and state(run) == {}
+    assert all(row["replaced"] == 0 and np.isfinite(row["loss"]) for row in rows(run))
+
+
+def test_images_alone_are_no_data_for_a_method_of_classes(train, settings):
+    with pytest.raises(UserError, match="data.targets: 'none' leaves no classes, which method 'fare' with attack objective 'kl_clean' needs; set it to labels or captions"):
+        settings("kl", data={"targets": "none"}, method={"name": "fare"}, attack={"objective": "kl_clean"}, teachers={"clean": {"weights": "random"}})
+    given, _ = settings("labels", labels=False, method={"name": "fare"})
+    with pytest.raises(UserError, match="no classnames.txt beside .*; set data.classnames to a file .*, or data.targets=none where the method reads embeddings alone"):
+        train(given, Never())

@@ -21,6 +21,7 @@ class MethodSettings(Section):
     teachers: ClassVar[tuple[str, ...]] = ()
     attack: ClassVar[str | None] = None  # the objective its attack maximises, unless attack.objective says otherwise
     labels: ClassVar[bool] = True  # whether its loss reads the samples' labels
+    classes: ClassVar[bool] = True  # whether it reads predictions of classes, not embeddings alone
     tokens: ClassVar[bool] = False  # whether it reads patch tokens beside the image embedding
 
 
@@ -37,6 +38,7 @@ class FARE(MethodSettings):
     teachers: ClassVar[tuple[str, ...]] = (START,)
     attack: ClassVar[str | None] = "l2_embedding"
     labels: ClassVar[bool] = False
+    classes: ClassVar[bool] = False
     name: Literal["fare"]
 
 
@@ -44,6 +46,7 @@ class SimCLIP(MethodSettings):
     teachers: ClassVar[tuple[str, ...]] = (START,)
     attack: ClassVar[str | None] = "l2_embedding"
     labels: ClassVar[bool] = False
+    classes: ClassVar[bool] = False
     name: Literal["sim_clip"]
 
 
@@ -158,10 +161,11 @@ METHODS: dict[str, type[MethodSettings]] = {
 
 
 class AttackObjective(NamedTuple):
-    """What an attack objective needs: `teacher`, the one it is measured against, and whether it reads labels."""
+    """What an attack objective needs: `teacher`, the one it is measured against, and whether it reads labels, or any classes."""
 
     teacher: str | None = None
     labels: bool = False
+    classes: bool = True
 
 
 # The loss each attack objective maximises is in `mmtard/objectives.py`.
@@ -173,7 +177,7 @@ ATTACK_OBJECTIVES: dict[str, AttackObjective] = {
     "kl_fused": AttackObjective(),  # every teacher with a weight in attack.fusion
     "kl_self": AttackObjective(),
     "kl_adaptive": AttackObjective("robust"),
-    "l2_embedding": AttackObjective(START),
+    "l2_embedding": AttackObjective(START, classes=False),
 }
 
 

@@ -62,7 +62,9 @@ class Cache(Section):
 class Data(Section):
     shards: str | list[str] = Field(..., description="a folder, a brace pattern, a tar, pipe:..., or a list of these")
     index: str | None = Field(None, description="index file; null: beside the shards")
-    targets: Literal["labels", "captions"] = Field("labels", description="a sample's true class: its label, or its caption (.txt) among those of the global batch")
+    targets: Literal["labels", "captions", "none"] = Field(
+        "labels", description="a sample's true class: its label, its caption (.txt) among those of the global batch, or none, for a method of embeddings alone"
+    )
     classnames: str | None = Field(None, description="file, one name a line; null: classnames.txt beside the shards")
     templates: str | list[str] = Field(["This is a photo of a {}"], description="prompts with {} or {c}, or a file of them")
     resize: Int | None = Field(None, ge=1, description="shorter side before the crop; null: the crop's size")
@@ -204,6 +206,11 @@ class Config(Section):
         return self.method.labels or attacked
 
     @property
+    def needs_classes(self) -> bool:
+        """Whether the run asks any model for predictions of classes."""
+        return self.method.classes or (self.attack_objective is not None and ATTACK_OBJECTIVES[self.attack_objective].classes)
+
+    @property
     def needs_tokens(self) -> bool:
         """Whether every model of the run must give patch tokens beside its image embedding."""
         return self.method.tokens
@@ -236,6 +243,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _batches_fit(self):
+        if self.data.targets == "none" and self.needs_classes:
+            named = f"method '{self.method.name}'" + (f" with attack objective '{self.attack_objective}'" if self.attack_objective else "")
+            raise ValueError(f"data.targets: 'none' leaves no classes, which {named} needs; set it to labels or captions")
         if self.data.views is not None and not self.data.augmented:
             raise ValueError("data.views: without data.crop_scale or data.flip all views of a sample are the same; leave it out or set one of them")
         for name, teacher in self.teachers.items():

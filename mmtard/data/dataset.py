@@ -116,7 +116,7 @@ def classnames(settings: Data) -> list[str]:
         for path in (folder / "classnames.txt", folder.parent / "classnames.txt"):
             if path.is_file():
                 return _lines(path, "data.classnames")
-    raise UserError(f"data.classnames: no classnames.txt beside '{first}'; set data.classnames to a file of one name a line, in the order of the labels")
+    raise UserError(f"data.classnames: no classnames.txt beside '{first}'; set data.classnames to a file of one name a line, in the order of the labels, or data.targets=none where the method reads embeddings alone")
 
 
 def templates(settings: Data) -> list[str]:

@@ -1,6 +1,7 @@
 """A rank that trains each kind of student for a few steps. Saves what came out.
 
-Usage: students.py OUT CASE...; CASE is KIND-STAGE. Kinds: `ema` (and activation checkpointing) and `lora`, a ViT; `bn`, a ResNet with synced batch norm.
+Usage: students.py OUT CASE...; CASE is KIND-STAGE. Kinds: `ema` (and activation checkpointing) and `lora`, a ViT; `bn`, a ResNet with synced
+batch norm, which `bnc` computes a second time (activation checkpointing).
 """
 
 import sys
@@ -18,6 +19,7 @@ STEPS, BATCH, SIZE, LR, DECAY = 4, 8, 32, 1e-2, 0.75
 SETTINGS = {
     "ema": {"train": {"ema": DECAY}, "engine": {"checkpoint_activations": True}},
     "bn": {"train": {"ema": DECAY}, "student": {"batch_norm": "synced"}},
+    "bnc": {"train": {"ema": DECAY}, "student": {"batch_norm": "synced"}, "engine": {"checkpoint_activations": True}},
     "lora": {"train": {"ema": DECAY}, "student": {"lora": {"r": 4, "alpha": 8, "dropout": 0.2}}},
 }
 
@@ -33,7 +35,7 @@ def settings(kind: str, stage: int) -> config.Config:
 
 def start(kind: str, synced: bool = True, checkpointing: bool = True) -> ImageTower:
     torch.manual_seed(0)
-    if kind == "bn":
+    if kind.startswith("bn"):
         visual = ModifiedResNet([1, 1, 1, 1], output_dim=16, heads=4, image_size=SIZE, width=8)
         for name, p in visual.named_parameters():
             if name.endswith("bn3.weight"):
@@ -41,9 +43,9 @@ def start(kind: str, synced: bool = True, checkpointing: bool = True) -> ImageTo
     else:
         visual = VisionTransformer(image_size=SIZE, patch_size=16, width=32, layers=2, heads=2, mlp_ratio=2, output_dim=16)
     tower = ImageTower(visual, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    if kind == "bn" and synced:
+    if kind.startswith("bn") and synced:
         batch_norm.synchronise(visual, tower.views)
-    tower.frozen_batch_norm = kind != "bn"
+    tower.frozen_batch_norm = not kind.startswith("bn")
     if settings(kind, 0).engine.checkpoint_activations and checkpointing:
         student.checkpoint_activations(tower)
     if kind == "lora":
@@ -69,7 +71,7 @@ def plain(kind: str) -> dict[str, torch.Tensor]:
 
     def forward(images, seeds):
         tower.views.show(len(images), seeds)
-        if kind != "bn":
+        if not kind.startswith("bn"):
             return tower(images)
         return torch.cat([tower(view) for view in images.chunk(2)])  # each with its own statistics
 
