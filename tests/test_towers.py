@@ -1,7 +1,12 @@
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
+from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
@@ -29,7 +34,7 @@ def images(size, batch=2):
 def embeddings(clip):
     with torch.no_grad():
         image = clip.tower().eval()(images(clip.model.visual.image_size[0]))
-        text = clip.model.eval().encode_text(open_clip.get_tokenizer(clip.name)(["a cat", "two dogs"]))
+        text = clip.model.eval().encode_text(clip.tokenizer()(["a cat", "two dogs"]))
     return torch.cat([image, text])
 
 
@@ -61,6 +66,68 @@ def test_an_exported_folder_gives_its_embeddings_here_and_in_open_clip(base, tmp
     assert torch.equal(embeddings(towers.load(Model(weights=str(tmp_path / "out")))), embeddings(base))
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
     assert all(torch.equal(v, base.model.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Call with a model and org/name: that repository, in the only cache that Hugging Face's own library then looks into."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def publish(clip, name):
+        repository, commit = tmp_path / "hub" / f"models--{name.replace('/', '--')}", "a" * 40
+        clip.save(repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / ".no_exist" / commit).mkdir(parents=True)
+        (repository / ".no_exist" / commit / "config.json").touch()  # as the library notes that there is none
+        (repository / "refs" / "main").write_text(commit)
+
+    return publish
+
+
+def test_a_model_of_the_hub_gives_its_embeddings(base, hub, tmp_path):
+    hub(base, "org/clip")
+    loaded = towers.load(Model(weights="hf-hub:org/clip"))
+    assert torch.equal(embeddings(loaded), embeddings(base)) and loaded.config == base.config
+    loaded.save(tmp_path / "start")  # what a run keeps of it
+    assert torch.equal(embeddings(towers.load(Model(weights=str(tmp_path / "start")))), embeddings(base))
+
+
+def test_a_model_of_the_hub_brings_its_own_tokenizer(vit, word_tokenizer, hub, tmp_path):
+    """In a process of its own: transformers reads the place of its cache once."""
+    cfg = json.loads(Path(vit).read_text())
+    cfg["text_cfg"]["hf_tokenizer_name"] = str(word_tokenizer)
+    (tmp_path / "tests-words.json").write_text(json.dumps(cfg))
+    words = towers.load(Model(arch=str(tmp_path / "tests-words.json"), weights="random"))
+    expected = words.class_embeddings(["cat", "red cow"], ["a photo of a {}"])
+    words.config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "org/words"
+    hub(words, "org/words")
+    script = (
+        "import torch; from mmtard import towers; from mmtard.config import Model; clip = towers.load(Model(weights='hf-hub:org/words'));"
+        "torch.save(clip.class_embeddings(['cat', 'red cow'], ['a photo of a {}']), 'out.pt'); clip.save(towers.Path('saved'))"
+    )
+    offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | offline, check=True, timeout=120)
+    assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
+    assert torch.equal(towers.load(Model(weights=str(tmp_path / "saved"))).class_embeddings(["cat", "red cow"], ["a photo of a {}"]), expected)
+
+
+def test_what_the_hub_does_not_have_is_refused(base, hub):
+    refused("teachers.robust.weights: cannot load 'hf-hub:org/absent'", "teachers.robust", weights="hf-hub:org/absent")
+    hub(base, "org/clip")
+    refused("'hf-hub:org/clip' brings its own architecture; leave arch out", arch="ViT-B-32", weights="hf-hub:org/clip")
+    refused("student.ema: 'hf-hub:org/clip' is no run", weights="hf-hub:org/clip", ema=True)
+
+
+@pytest.mark.parametrize("trained, activation", [(True, "QuickGELU"), (False, "GELU")])
+def test_a_tag_gives_its_weights_with_the_activation_they_were_trained_with(base, vit, hub, monkeypatch, trained, activation):
+    """A tag of open_clip's own list, whose file Hugging Face's cache has."""
+    hub(base, "org/tagged")
+    name = Path(vit).stem
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, {"ours": {"hf_hub": "org/tagged/", "quick_gelu": trained}})
+    tagged = towers.load(Model(arch=vit, weights="ours"), where="student")
+    assert all(torch.equal(v, base.model.state_dict()[k]) for k, v in tagged.model.state_dict().items())
+    assert {type(m).__name__ for m in tagged.model.modules() if "GELU" in type(m).__name__} == {activation}
 
 
 @pytest.mark.parametrize("at", [".", "checkpoints/step-2", "checkpoints/latest"])
