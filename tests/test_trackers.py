@@ -16,6 +16,9 @@ from mmtard.metrics import Metrics
 from mmtard.trackers import TensorBoard
 
 
+PROBED = {"clean": 0.75, "robust": 0.5, "interval95": [0.3, 0.7], "n": 20, "protocol": {"norm": "linf", "eps": "2/255"}}
+
+
 def row(step, **more):
     return {"step": step, "loss": 1 / step, "images_per_s": 100.0, **more}
 
@@ -27,10 +30,12 @@ def test_tensorboard_shows_a_step_that_was_done_again_once(tmp_path):
     first.close()
     again = Metrics(tmp_path, start=1, steps=4, log_every=2, trackers={"TensorBoard": lambda: TensorBoard(tmp_path, 1)})
     again.step(row(2))
+    again.probe({"step": 1, **PROBED})  # of a checkpoint that steps have overtaken
     again.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1.0), (2, 0.5)]
-    assert set(board.Tags()["scalars"]) == {"loss", "images_per_s"}
+    assert [(e.step, e.value) for name in ("clean", "robust") for e in board.Scalars(f"probe/{name}")] == [(1, 0.75), (1, 0.5)]
+    assert set(board.Tags()["scalars"]) == {"loss", "images_per_s", "probe/clean", "probe/robust"}
 
 
 class Broken:
@@ -72,7 +77,7 @@ def test_a_missing_package_is_an_error_of_one_line_that_names_the_remedy(monkeyp
         trackers.check(wanted)
 
 
-WANDB_RUN = """
+WANDB_RUN = f"""
 import sys
 from mmtard.config import load
 from mmtard.metrics import Metrics
@@ -80,7 +85,8 @@ from mmtard.trackers import chosen
 config, start = load(sys.argv[1]), int(sys.argv[2])
 metrics = Metrics(__import__("pathlib").Path(config.run_dir), start, 4, 99, chosen(config, start))
 for step in range(start + 1, start + 3):
-    metrics.step({"step": step, "loss": 1.0 / step, "images_per_s": 1.0})
+    metrics.step({{"step": step, "loss": 1.0 / step, "images_per_s": 1.0}})
+metrics.probe({{"step": start + 1, **{PROBED}}})
 metrics.close()
 """
 
@@ -110,7 +116,7 @@ def test_every_start_of_a_run_goes_on_in_one_weights_and_biases_run(tree, write,
     for start in (0, 2):
         done = subprocess.run([sys.executable, "-c", WANDB_RUN, str(write(tree)), str(start)], capture_output=True, text=True)
         assert done.returncode == 0 and "no more numbers" not in done.stdout, done
-    runs, history, settings = [], {}, {}
+    runs, history, probes, settings = [], {}, [], {}
     for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
         for data in leveldb_log(path.read_bytes()):
             record = Record.FromString(data)
@@ -119,8 +125,13 @@ def test_every_start_of_a_run_goes_on_in_one_weights_and_biases_run(tree, write,
                 settings |= {u.key: json.loads(u.value_json) for u in record.run.config.update}
             if record.HasField("history"):
                 numbers = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.history.item}
-                history[numbers["_step"]] = numbers["loss"]
+                if "loss" in numbers:
+                    history[numbers["_step"]] = numbers["loss"]
+                if "probe/step" in numbers:
+                    probes.append((numbers["probe/step"], numbers["probe/clean"], numbers["probe/robust"]))
+            if record.HasField("metric") and record.metric.glob_name == "probe/*":
+                assert record.metric.step_metric == "probe/step"
     identity = json.loads((run / "wandb.json").read_text())["id"]
     assert set(map(str, runs)) == {str((identity, "robust", ["a"]))}
-    assert history == {s: 1 / s for s in (1, 2, 3, 4)}
+    assert history == {s: 1 / s for s in (1, 2, 3, 4)} and probes == [(1, 0.75, 0.5), (3, 0.75, 0.5)]
     assert settings["train"]["batch_size"] == 8 and settings["attack"]["eps"] == "2/255"
