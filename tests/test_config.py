@@ -118,6 +118,20 @@ def test_another_method_replaces_the_bases_method_whole(tree, write):
     assert (c.method.name, c.method.alpha) == ("ard", 0.5)
 
 
+@pytest.mark.parametrize("overrides", [["method.name=trades", "method.beta=3"], ["method.beta=3", "method.name=trades"], ["method={name: trades, beta: 3}"]])
+def test_another_method_of_an_override_leaves_the_files_settings_behind(tree, write, overrides):
+    tree["method"]["robust_weight"] = 7
+    c = config.load(write(tree), ["teachers=null", *overrides])
+    assert (c.method.name, c.method.beta) == ("trades", 3)
+    assert config.load(write(tree), ["method.name=mmtard"]).method.robust_weight == 7
+
+
+def test_another_name_elsewhere_replaces_nothing(tree, write):
+    write({**tree, "log": {"wandb": {"project": "robust", "name": "a"}}}, "base.yaml")
+    c = config.load(write({"base": "base.yaml", "log": {"wandb": {"name": "b"}}}))
+    assert (c.log.wandb.project, c.log.wandb.name) == ("robust", "b")
+
+
 @pytest.mark.parametrize("overrides", [[], ["attack.eps=3/255", "data.crop_scale=[0.5, 1]", "data.shards=[a.tar, 'pipe:cat b.tar']", "train.lr=1e-5"]])
 def test_what_dump_writes_loads_as_the_same_configuration(tree, write, overrides):
     c = config.load(write(tree), overrides)

@@ -18,14 +18,18 @@ from .schema import Config, Teacher
 def load(path: str | Path, overrides: list[str] = ()) -> Config:
     """The validated configuration of a YAML file (with its `base:` files) and `key.sub=value` overrides.
 
-    Raises UserError for an unreadable file, an unknown key (with the nearest known one), or a value that does not fit.
+    Another `method.name` leaves the settings of the file's method behind. Raises UserError for an unreadable file, an unknown key
+    (with the nearest known one), or a value that does not fit.
     """
     tree = _read(Path(path), seen=())
-    for text in overrides:
+    for text in sorted(overrides, key=lambda text: not text.startswith("method.name=")):
         key, sep, value = text.partition("=")
         if not sep or not key:
             raise UserError(f"override '{text}' is not of the form key.sub=value")
-        _set(tree, key.split("."), _scalar(value, text), text)
+        change: Any = _scalar(value, text)
+        if key == "method.name" and _another_method(tree.get("method"), {"name": change}):
+            key, change = "method", {"name": change}
+        _set(tree, key.split("."), change, text)
     return validate(tree)
 
 
@@ -85,10 +89,14 @@ def _siblings(path: Path) -> str:
 
 
 def _merge(base: Any, over: Any) -> Any:
-    # Another method replaces the base's block whole, whose settings would not fit it; so does null, which empties a block.
-    if isinstance(base, dict) and isinstance(over, dict) and base.get("name", over.get("name")) == over.get("name", base.get("name")):
-        return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in over.items()}}
-    return over
+    # Null empties a block; another method replaces the base's, whose settings would not fit it.
+    if not isinstance(base, dict) or not isinstance(over, dict):
+        return over
+    return {**base, **{k: _merge(base[k], v) if k in base and not (k == "method" and _another_method(base[k], v)) else v for k, v in over.items()}}
+
+
+def _another_method(base: Any, over: Any) -> bool:
+    return isinstance(base, dict) and isinstance(over, dict) and "name" in over and over["name"] != base.get("name")
 
 
 def _scalar(value: str, text: str) -> Any:
