@@ -17,7 +17,7 @@ from . import lora, methods, objectives, student, towers
 from .config import START, Config, check_world
 from .engine import DTYPES, bucket_size
 from .teachers import blocks
-from .towers import ImageTower
+from .towers import Clip, ImageTower
 
 GIB, FLOAT32 = 2**30, 4
 ATTACK, TRAINING = "activations, attack step", "activations, training step"
@@ -72,7 +72,7 @@ def per_image(tower: ImageTower, through: bool = False) -> tuple[int, int, int]:
 
 def trained_tower(config: Config, checkpointing: bool) -> ImageTower:
     """The student as it is trained, on the meta device."""
-    tower = towers.skeleton(config.student, "student")
+    tower = _model(config, "student").tower()
     tower.autocast = torch.bfloat16 if config.engine.precision == "bf16" else None
     if config.student.lora:
         with torch.device("meta"):
@@ -104,11 +104,13 @@ def of_run(config: Config, world: int) -> dict[str, list[float]]:
     for name, spec in config.ensemble.items():
         if spec.stored:
             continue
-        teacher = towers.skeleton(config.student if name == START else spec, f"teachers.{name}")
+        teacher = _model(config, name).tower()
         held = sum(p.numel() for p in teacher.parameters()) * dtype.itemsize
         rows[f"teacher {name}, {spec.placement}"] = [held / (world if spec.placement == "sharded" else 1)] * 4
         if config.attack_objective and objectives.find(config.attack_objective, config.fusion).moving == name:
             moving = per_image(teacher.cast(dtype).requires_grad_(False), through=True)[0]
+    if config.data.targets == "captions":
+        rows["text towers"] = [FLOAT32 * sum(_text_parameters(_model(config, name)) for name in ("student", *config.ensemble))] * 4
     image, copies, _ = per_image(tower)
     block = per_image(trained_tower(config, False))[2] if checkpointing else 0  # computed again, one at a time
     batch = config.train.batch_size // world // accumulated
@@ -117,6 +119,16 @@ def of_run(config: Config, world: int) -> dict[str, list[float]]:
     rows[ATTACK] = [batch * (image + block + moving) if config.attack_objective else 0] * 4
     rows[TRAINING] = [views * batch * (image + block)] * 4
     return rows
+
+
+def _model(config: Config, name: str) -> Clip:
+    if name == "student":
+        return towers.skeleton(config.student, name)
+    return towers.skeleton(config.student if name == START else config.ensemble[name], f"teachers.{name}")
+
+
+def _text_parameters(clip: Clip) -> int:
+    return sum(p.numel() for name, p in clip.model.named_parameters() if not name.startswith("visual."))
 
 
 def total(rows: dict[str, list[float]], stage: int) -> float:

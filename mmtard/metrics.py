@@ -74,6 +74,7 @@ class Metrics:
         self._console.print(text, markup=False)
 
     def close(self) -> None:
+        """Every record is on disk, every tracker told that this start is over, the terminal as it was."""
         for file in (self._metrics, self._events):
             file.flush()
             os.fsync(file.fileno())

@@ -17,6 +17,7 @@ from .config import START, Config, Model, Teacher
 from .engine import DTYPES
 from .errors import UserError
 from .parallel import Ranks
+from .probe import schedule
 from .run_folder import PACKAGES
 
 FREE_SHARE = 0.9  # of a GPU's memory: less free, and somebody else is on it
@@ -213,6 +214,10 @@ class Checks:
         config, ranks = self.config, self.ranks
         ranks.from_first(lambda: data.open_dataset(config.data).fingerprint)
         dataset = data.open_dataset(config.data)
+        ranks.from_first(lambda: schedule.check(config))
+        if config.data.targets == "labels":
+            data.classnames(config.data, dataset)
+            data.templates(config.data)
         stream = data.Stream(
             dataset,
             data.Order(dataset.shard_counts, config.seed, config.data.lanes, config.data.window),

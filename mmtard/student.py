@@ -34,6 +34,7 @@ def start(config: Config, run: Path, resumed: bool, ranks: Ranks) -> Clip:
 def tower(config: Config, clip: Clip, checkpoint: Path | None) -> ImageTower:
     """The tower to be trained, with the weights of a checkpoint folder where there is one; what is frozen needs no grad."""
     made = clip.tower()
+    without_chance(made)
     if config.student.lora:
         lora.attach(made.visual, config.student.lora, made.views, config.seed)
     if config.student.batch_norm == "synced":
@@ -44,6 +45,17 @@ def tower(config: Config, clip: Clip, checkpoint: Path | None) -> ImageTower:
     if checkpoint:
         towers.load_trained(made, read_weights(checkpoint), f"checkpoint '{checkpoint}'")
     return made
+
+
+def without_chance(tower: ImageTower) -> None:
+    """Switch off an architecture's own dropout, stochastic depth and patch dropout (timm's ConvNeXt and ViTamin have some).
+
+    They draw from torch's global generator, whose state depends on ranks, micro-batches and restarts; a training must not.
+    """
+    for module in tower.modules():
+        for chance in ("p", "drop_prob", "prob"):
+            if type(module).__name__.endswith(("Dropout", "DropPath")) and isinstance(getattr(module, chance, None), float):
+                setattr(module, chance, 0.0)
 
 
 def checkpoint_activations(tower: ImageTower) -> None:

@@ -17,14 +17,14 @@ from .parallel import Ranks
 from .towers import Clip
 
 
-def build(config: Config, run: Path, clips: dict[str, Clip], ranks: Ranks) -> tuple[dict[str, Head], Callable[[Batch], Batch]]:
+def build(config: Config, run: Path, clips: dict[str, Clip], dataset: data.Dataset, ranks: Ranks) -> tuple[dict[str, Head], Callable[[Batch], Batch]]:
     """(a Head for each model, what every batch has to pass before it is trained on), by `data.targets`. Both are collective."""
     if config.data.targets == "captions":
         captions = Captions(clips, ranks)
         return captions.heads, captions
     if config.data.targets == "none":
         return heads.without_classes(clips, ranks), lambda batch: batch
-    return heads.build(run, clips, data.classnames(config.data), data.templates(config.data), ranks), lambda batch: batch
+    return heads.build(run, clips, data.classnames(config.data, dataset), data.templates(config.data), ranks), lambda batch: batch
 
 
 class Captions:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from .config import Teacher
@@ -36,7 +37,7 @@ class FrozenTeacher:
         self.name, self.settings, self.head = name, settings, head
         self.tower = freeze(tower, dtype, ranks.device)
         if settings.placement == "sharded":
-            shard(self.tower)
+            shard(self.tower, ranks)
 
     @property
     def placement(self) -> str:
@@ -94,16 +95,22 @@ def freeze(tower: ImageTower, dtype: torch.dtype, device: torch.device) -> Image
     return tower.cast(dtype).eval().requires_grad_(False).to(device)
 
 
-def shard(tower: ImageTower) -> None:
+def shard(tower: ImageTower, ranks: Ranks) -> None:
     """Spread a frozen tower over all ranks with FSDP2: each block gathered for its forward and freed after it."""
-    for block in blocks(tower):
-        fully_shard(block, reshard_after_forward=True)
-    fully_shard(tower, reshard_after_forward=True)
+    # Without a mesh of its own, FSDP2 would take the GPUs that a run on CPUs leaves alone.
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    for module in (*blocks(tower), tower):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def blocks(tower: ImageTower) -> list[nn.Module]:
-    """The repeated blocks of an open_clip ViT or ResNet tower; empty for other towers, which are then sharded whole."""
+    """The repeated blocks of a ViT or ResNet of open_clip, or of a timm model; empty for other towers, which are then sharded whole."""
     visual = tower.visual
     if hasattr(visual, "transformer"):
         return list(visual.transformer.resblocks)
-    return [block for stage in ("layer1", "layer2", "layer3", "layer4") for block in getattr(visual, stage, ())]
+    trunk = getattr(visual, "trunk", visual)
+    if hasattr(trunk, "blocks"):
+        return list(trunk.blocks)
+    stages = [getattr(trunk, name) for name in ("layer1", "layer2", "layer3", "layer4") if hasattr(trunk, name)]
+    stages += [getattr(stage, "blocks", [stage]) for stage in getattr(trunk, "stages", getattr(trunk, "layers", ()))]
+    return [block for stage in stages for block in stage]

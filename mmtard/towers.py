@@ -66,6 +66,8 @@ class ImageTower(nn.Module):
             if self.has_tokens:
                 self.visual.output_tokens = tokens
             z = self.visual(x)
+        if isinstance(z, tuple) and not tokens:  # CoCa's tower always gives the tokens of its own decoder, too
+            z = z[0]
         return tuple(_at_least_float32(t) for t in z) if tokens else _at_least_float32(z)
 
     @property
@@ -214,8 +216,8 @@ def load(spec: Model, seed: int = 0, where: str = "student") -> Clip:
     return _create(name, pretrained=spec.weights, quick_gelu=_wanted_gelu(name, spec.quick_gelu, trained, spec.weights, where))
 
 
-def skeleton(spec: Model, where: str) -> ImageTower:
-    """The image tower a `Model` setting describes on the meta device: its shapes, no weights, and nothing downloaded."""
+def skeleton(spec: Model, where: str) -> Clip:
+    """The model a `Model` setting describes on the meta device: its shapes, no weights, and nothing downloaded."""
     source = Path(spec.weights)
     folder = next((f for f in (source, source / START_FOLDER) if (f / CONFIG_FILE).is_file()), None)
     if spec.arch is None and folder is None:
@@ -303,13 +305,13 @@ def _create(name: str, quick_gelu: bool, pretrained: str | None = None) -> Clip:
     return Clip(model, name, {"model_cfg": {**open_clip.get_model_config(name), "quick_gelu": quick_gelu}, "preprocess_cfg": _preprocess(model)})
 
 
-def _unloaded(name: str, quick_gelu: bool | None) -> ImageTower:
+def _unloaded(name: str, quick_gelu: bool | None) -> Clip:
     logging.disable(logging.WARNING)  # that its weights are random
     try:
         model = open_clip.create_model(name, load_weights=False, device="meta", **({} if quick_gelu is None else {"quick_gelu": quick_gelu}))
     finally:
         logging.disable(logging.NOTSET)
-    return Clip(model, name, {"preprocess_cfg": _preprocess(model)}).tower()
+    return Clip(model, name, {"preprocess_cfg": _preprocess(model)})
 
 
 def _from_open_clip(name: str, where: str) -> Clip:

@@ -57,6 +57,13 @@ class Run:
 
     def train(self, interruption: Interruption) -> int:
         """Run to the last step or to an interruption; the exit status."""
+        try:
+            return self._train(interruption)
+        finally:
+            if self.ranks.first:
+                self.metrics.close()
+
+    def _train(self, interruption: Interruption) -> int:
         if self.step < self.config.train.steps:
             self._build()
             if not self._loop(interruption):
@@ -71,7 +78,7 @@ class Run:
         clips = {"student": start} | {name: towers.load(t, config.seed, f"teachers.{name}") for name, t in config.ensemble.items()}
         for name, clip in clips.items() if config.needs_tokens else ():
             towers.require_tokens(clip.tower(), name)
-        head, self.targets = targets.build(config, run.path, clips, ranks)
+        head, self.targets = targets.build(config, run.path, clips, self.dataset, ranks)
         tower = student.tower(config, start, run.checkpoint)
         self.image_size = tower.image_size
         self.stored = stored.open_stores(config, clips, self.image_size, self.dataset.fingerprint, ranks)
@@ -220,7 +227,6 @@ class Run:
         refused = self.ranks.from_first(lambda: self._note_end(kind(), reason))
         if self.ranks.first:  # whose probe and trackers the other ranks need not wait for
             self.probe.finish(self.step == self.config.train.steps, interruption, lambda: self.watchdog.at(self.step, "checkpoint"))
-            self.metrics.close()
         if refused:
             raise RunError(f"'{self.folder.path}': {refused}")
 

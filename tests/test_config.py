@@ -8,6 +8,15 @@ from mmtard import config
 from mmtard.errors import UserError
 
 WRONG = [  # override(s), words of the one line that answers them
+    ("attack.eps=8", "attack.eps: 8 is in units of [0,1], the whole range of a pixel; write 8/255"),
+    ("attack.step_size=4", "attack.step_size: 4 is in units of [0,1]|write 4/255"),
+    ("probe={data: x, every: 500, eps: 2}", "probe.eps: 2 is in units of [0,1]|write 2/255"),
+    ("train.betas=[0.9, 1.0]", "train.betas.1: 1.0|less than 1"),
+    ("seed=18446744073709551616", "seed: 18446744073709551616|less than"),
+    ("data.crop_scale=[0, 1]", "data.crop_scale.0: 0|greater than 0"),
+    ("data.crop_scale=[0.9, 0.3]", "data.crop_scale: from 0.9 to 0.3 is no range; write the smaller area first"),
+    ("teachers.student={weights: a} & method.views={student: clean, robust: adv}", "teachers.student: this is what the model in training is called"),
+    ("method.name=clean & teachers=null & attack.objective=ce", "attack.objective: method 'clean' trains on clean images and attacks none; leave it out"),
     ("train.lrr=1", "unknown key 'train.lrr'; did you mean 'train.lr'?"),
     ("method.wieghting=official", "unknown key 'method.wieghting'; did you mean 'method.weighting'?"),
     ("data.cache.maxgb=3", "did you mean 'data.cache.max_gb'?"),

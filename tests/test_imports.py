@@ -57,7 +57,7 @@ ROOMS = {
     "evaluate": {"attacks", "config", "data", "errors", "losses", "methods", "parallel", "preempt", "run_folder", "towers"},
     "report": {"config", "data", "errors", "evaluate", "history", "methods", "metrics", "towers"},
     "runs": {"config", "errors", "history", "slurm"},
-    "preflight": {"config", "data", "engine", "errors", "parallel", "run_folder", "stored", "towers"},
+    "preflight": {"config", "data", "engine", "errors", "parallel", "probe", "run_folder", "stored", "towers"},
     "quickstart": {"config", "data", "errors", "evaluate", "parallel", "towers"},
     "comparison": {"config", "data", "errors", "evaluate", "parallel", "quickstart"},
     "cli": {"cache", "config", "data", "errors", "evaluate", "export", "history", "memory", "parallel", "preempt", "preflight", "report", "runs", "trackers", "train"},

@@ -18,7 +18,7 @@ def run(**changes):
 @pytest.mark.parametrize("arch, parameters", [("ViT-B-32", 87849216), ("RN50", 38316896), ("RN101", 56259936), ("ViT-L-14", 303966208)])
 def test_parameters_of_the_published_towers(arch, parameters):
     """As CLIP's models have them."""
-    tower = towers.skeleton(Model(arch=arch, weights="openai"), "student")
+    tower = towers.skeleton(Model(arch=arch, weights="openai"), "student").tower()
     assert sum(p.numel() for p in tower.parameters()) == parameters and next(tower.parameters()).is_meta
     assert ("QuickGELU" in str(tower)) == arch.startswith("ViT")
 
@@ -29,7 +29,7 @@ def test_parameters_of_the_published_towers(arch, parameters):
 def test_activations_are_those_that_autograd_keeps_on_real_images(request, arch, size, precision, checkpointing):
     spec = Model(arch=request.getfixturevalue(arch), weights="random")
     found = []
-    for tower in (towers.skeleton(spec, "student"), towers.load(spec).tower()):
+    for tower in (towers.skeleton(spec, "student").tower(), towers.load(spec).tower()):
         tower.autocast = precision
         if checkpointing:
             student.checkpoint_activations(tower)
@@ -56,6 +56,21 @@ def test_states_are_divided_as_zero_divides_them():
     assert rows["weights in bf16"][0] == pytest.approx(2 * p, rel=0.02)
     assert rows[memory.ATTACK] == rows[memory.TRAINING] and rows[memory.ATTACK][0] > 0  # ard asks the student for one view
     assert memory.total(rows, 0) == sum(row[0] for row in rows.values()) - rows[memory.ATTACK][0]
+
+
+def test_captions_keep_every_models_text_tower():
+    with_captions = memory.of_run(run(data={"shards": "s", "lanes": 4, "targets": "captions"}), 1)
+    text = 151277313 - 87849216  # a whole ViT-B/32 CLIP has so many parameters
+    assert with_captions["text towers"] == [2 * 4 * text] * 4 and "text towers" not in memory.of_run(run(), 1)
+
+
+def test_a_checkpointed_timm_tower_computes_one_of_its_blocks_again():
+    spec = {"arch": "ViT-B-16-SigLIP", "weights": "random"}
+    config = run(student=spec, method={"name": "tecoa"}, teachers={}, engine={"checkpoint_activations": True})
+    image, _, block = memory.per_image(memory.trained_tower(config, False))
+    kept = memory.per_image(memory.trained_tower(config, True))[0]
+    assert block == pytest.approx(image / 12, rel=0.1)
+    assert memory.of_run(config, 1)[memory.TRAINING][0] == 16 * (kept + block) < 0.3 * 16 * image
 
 
 @pytest.mark.slow

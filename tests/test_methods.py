@@ -187,7 +187,7 @@ def test_the_weights_are_constants_to_the_gradient(weighting):
 
 
 @pytest.mark.parametrize("name,options", CASES)
-def test_the_gradient_reaches_each_student_pass_and_no_teacher(name, options):
+def test_the_gradient_reaches_each_student_pass_and_no_weight(name, options):
     settings, method, predictions = setup(name, options)
     leaves = leaves_of(predictions)
     loss, terms = method.loss(settings, leaves, torch.tensor(LABELS), STATE)

@@ -1,6 +1,7 @@
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from mmtard import config, preflight
@@ -44,6 +45,18 @@ def test_a_folder_that_cannot_be_written_or_is_too_small(checks, tmp_path, capsy
     bench.parameters = 2_000_000  # 24 MB a checkpoint; two kept, one being written, two for good
     assert not bench.run("folder")
     assert "FAIL folder: 5 checkpoints take 0.12 GB and" in capsys.readouterr().out
+
+
+def test_what_the_run_would_name_its_classes_by(checks, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(preflight.data, "open_dataset", lambda settings: SimpleNamespace(labels=np.array([0, 3]), fingerprint=""))
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    for overrides, told in (
+        ([f"data.classnames={tmp_path}/gone.txt"], "cannot read"),
+        ([f"data.classnames={tmp_path}/names.txt"], "has 2 names, and the shards have a sample of label 3"),
+        ([f"data.classnames={tmp_path}/names.txt", "probe={data: /nowhere, every: 500}"], "missing shard '/nowhere'"),
+    ):
+        assert not checks(*overrides).run("shards")
+        assert told in capsys.readouterr().out
 
 
 def test_weights_that_are_absent_fail_and_the_rest_goes_on(checks, capsys):

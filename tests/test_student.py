@@ -1,12 +1,13 @@
 """The student's tower: activation checkpointing, and towers that are neither open_clip's ViT nor its ResNet."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from mmtard import batch_norm, lora, student, towers
-from mmtard.config import Lora, Model
+from mmtard.config import Lora, Model, validate
 from mmtard.errors import UserError
 from mmtard.memory import Saved
 
@@ -75,6 +76,31 @@ def test_adapters_fit_timms_attention_and_merge(timm_arch):
     lora.merge(tower.visual)
     torch.testing.assert_close(tower(x), adapted, rtol=1e-4, atol=1e-4)
     assert tower.state_dict().keys() == names
+
+
+def test_nothing_in_a_students_training_pass_is_left_to_torchs_generator(timm_arch, tree, tmp_path):
+    """A ConvNeXt with stochastic depth, whose masks would differ by rank, micro-batch and restart."""
+    cfg = json.loads(Path(timm_arch("test_convnext")).read_text())
+    cfg["vision_cfg"]["timm_drop_path"] = 0.5
+    arch = tmp_path / "tests-droppath.json"
+    arch.write_text(json.dumps(cfg))
+    clip = towers.load(Model(arch=str(arch), weights="random"), seed=1)
+    for name, p in clip.model.visual.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.ones_(p)  # layer scale begins with next to no residual branch
+    x = torch.rand(4, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    untouched = clip.tower().train()
+    assert not torch.allclose(untouched(x), untouched(x))
+    tower = student.tower(validate({**tree, "student": {"arch": str(arch), "weights": "random"}}), clip, None).train()
+    assert torch.equal(tower(x), tower(x))
+    torch.testing.assert_close(torch.cat([tower(x[:2]), tower(x[2:])]), tower(x))
+
+
+def test_adapters_fit_attention_whose_three_projections_are_apart_and_refuse_what_they_cannot_reach():
+    names = lora._attention(towers.skeleton(Model(arch="EVA02-B-16", weights="random"), "student").tower().visual)
+    assert {name.rpartition(".")[2] for name in names} == {"q_proj", "k_proj", "v_proj", "proj"} and len(names) == 4 * 12
+    with pytest.raises(UserError, match=r"student.lora: trunk.blocks.0.attn.qkv of this TimmModel takes no adapter"):
+        lora._attention(towers.skeleton(Model(arch="EVA01-g-14", weights="random"), "student").tower().visual)
 
 
 def test_what_a_tower_cannot_is_refused(timm_arch):

@@ -104,6 +104,6 @@ def test_labels_pass_as_they_are(clips, ranks, tmp_path, tree):
     names = tmp_path / "names.txt"
     names.write_text("cat\ndog\n")
     tree["data"]["classnames"] = str(names)
-    head, through = targets.build(validate(tree), tmp_path, {"student": clips["student"]}, ranks)
+    head, through = targets.build(validate(tree), tmp_path, {"student": clips["student"]}, SimpleNamespace(labels=np.array([0, 1, -1])), ranks)
     given = batch(["x", "y"])
     assert through(given) is given and isinstance(head["student"], Head) and len(head["student"].class_embeddings) == 2

@@ -357,6 +357,24 @@ def test_logit_scale_is_its_exponential(base):
     assert json.loads(json.dumps(base.config)) == base.config
 
 
+def test_a_coca_gives_its_image_embedding_alone(vit, tmp_path):
+    """Its image tower always gives the tokens for its own decoder, too."""
+    cfg = json.loads(Path(vit).read_text())
+    cfg["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+    cfg["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
+    cfg["custom_text"], cfg["multimodal_cfg"] = True, {"context_length": 10, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    (tmp_path / "coca_tests.json").write_text(json.dumps(cfg))
+    coca = towers.load(Model(arch=str(tmp_path / "coca_tests.json"), weights="random"))
+    assert type(coca.model).__name__ == "CoCa"
+    tower, x = coca.tower().eval(), images(16)
+    with torch.no_grad():
+        torch.testing.assert_close(tower(x), coca.model.eval().encode_image((x - tower.mean) / tower.std, normalize=False))
+        expected = build_zero_shot_classifier(coca.model, coca.tokenizer(), ["cat", "dog"], ["a {}"]).T
+    torch.testing.assert_close(coca.class_embeddings(["cat", "dog"], ["a {}"]), expected)
+    with pytest.raises(UserError, match="patch tokens, which a VisionTransformer does not give"):
+        towers.require_tokens(tower, "student")
+
+
 # ---------------------------------------------------------------- patch tokens
 
 

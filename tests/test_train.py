@@ -41,19 +41,24 @@ class AfterTwoSteps(Never):
 
 
 @pytest.fixture(scope="module")
-def train():
-    """`mmtard.train.train` in one group for all runs of this module."""
+def ranks_of_module():
+    """One group for all runs of this module."""
     before = dict(os.environ)
-    ranks = parallel.start("cpu")
-
-    def run(given, interruption):
-        with Watchdog(given, ranks) as watchdog:
-            return Run(given, ranks, watchdog).train(interruption)
-
-    yield run
+    yield parallel.start("cpu")
     parallel.stop()
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def train(ranks_of_module):
+    """`mmtard.train.train` in the module's group."""
+
+    def run(given, interruption):
+        with Watchdog(given, ranks_of_module) as watchdog:
+            return Run(given, ranks_of_module, watchdog).train(interruption)
+
+    return run
 
 
 @pytest.fixture
@@ -162,6 +167,18 @@ def test_a_method_of_embeddings_trains_on_images_alone_as_it_does_with_classes(t
     assert train(classes, Never()) == 0
     assert rows(run) == rows(beside) and state(run) == {}
     assert all(row["replaced"] == 0 and np.isfinite(row["loss"]) for row in rows(run))
+
+
+def test_a_run_that_cannot_be_built_leaves_its_records_closed_and_the_terminal_as_it_was(settings, ranks_of_module, capfd, monkeypatch):
+    given, _ = settings("broken", method={"name": "tecoa"})
+    monkeypatch.setattr(Run, "_build", lambda self: (_ for _ in ()).throw(UserError("student.arch: no such")))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes this for a terminal
+    with Watchdog(given, ranks_of_module) as watchdog:
+        run = Run(given, ranks_of_module, watchdog)
+        with pytest.raises(UserError):
+            run.train(Never())
+    shown = capfd.readouterr().out
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 2, "hidden by the bars of the index and the run, and shown again"
 
 
 def test_images_alone_are_no_data_for_a_method_of_classes(train, settings):

@@ -46,7 +46,7 @@ def _run(source: Path, settings: list[str]) -> None:
         architecture = Path(__file__).with_name(f"cifar10-{name}.json")
         pretrain(ROOT / "data", ROOT / "clip" / name, architecture=architecture, splits=("test",), steps=steps)
     for i, name in enumerate([*TEACHERS, *STUDENTS], 3):
-        title(i, stages, f"training {name} on 2 ranks")
+        title(i, stages, f"training {name}")
         train(CONFIGS / f"{name}.yaml", *settings)
     title(stages, stages, f"measuring {PROTOCOL.n_samples} test images, eps {show_pixels(EPS)}")
     _table(_measure())
@@ -54,7 +54,7 @@ def _run(source: Path, settings: list[str]) -> None:
 
 def _measure() -> dict[str, dict]:
     """{model: its part of the results}; what is measured already is taken over."""
-    ranks = parallel.start("cpu")
+    ranks = parallel.start()
     sources, measured = datasets.find(str(ROOT / "data" / "test")), {}
     for name, model in {"start": ROOT / STUDENTS[0] / "start", **{name: ROOT / name for name in (*TEACHERS, *STUDENTS)}}.items():
         (measured[name],) = evaluate(Evaluation(Model(weights=str(model)), sources, PROTOCOL, ROOT / "results" / name, batch_size=100), ranks, console.print)["datasets"]

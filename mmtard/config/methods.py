@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal, NamedTuple, Union, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .values import Int, Number, Pixels, Section
 
@@ -196,3 +196,11 @@ class Attack(Section):
     random_start: bool = True
     alarm_every: Int | None = Field(100, ge=1, description="steps: 1 alone: how often its student is tried with 10 steps; null: never")
     alarm_ratio: Number = Field(0.25, gt=0, le=1, description="of the one-step accuracy; a multi-step accuracy below it sets off the alarm")
+
+    @model_validator(mode="after")
+    def _within_pixels(self):
+        for name in ("eps", "step_size"):
+            if self.norm == "linf" and getattr(self, name) >= 1:
+                value = getattr(self, name)
+                raise ValueError(f"attack.{name}: {value} is in units of [0,1], the whole range of a pixel; write {value}/255 for {value} of 255 levels")
+        return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -59,6 +59,9 @@ class Cache(Section):
     ahead: Int = Field(4, ge=0, description="shards fetched before they are needed, for each rank")
 
 
+Area = Annotated[Number, Field(gt=0, le=1)]
+
+
 class Data(Section):
     shards: str | list[str] = Field(..., description="a folder, a brace pattern, a tar, pipe:..., or a list of these")
     index: str | None = Field(None, description="index file; null: beside the shards")
@@ -68,7 +71,7 @@ class Data(Section):
     classnames: str | None = Field(None, description="file, one name a line; null: classnames.txt beside the shards")
     templates: str | list[str] = Field(["This is a photo of a {}"], description="prompts with {} or {c}, or a file of them")
     resize: Int | None = Field(None, ge=1, description="shorter side before the crop; null: the crop's size")
-    crop_scale: tuple[Number, Number] | None = Field(None, description="random resized crop area; null: centre crop")
+    crop_scale: tuple[Area, Area] | None = Field(None, description="random resized crop area; null: centre crop")
     flip: bool = False
     views: Int | None = Field(None, ge=1, description="fixed augmentations a sample, of which epoch e takes number e mod views; null: a new one each epoch")
     embeddings: str | None = Field(None, description="folder of stored teacher embeddings; null: embeddings/ beside the index")
@@ -87,6 +90,9 @@ class Data(Section):
 # ---------------------------------------------------------------- training
 
 
+Decay = Annotated[Number, Field(ge=0, lt=1)]
+
+
 class Train(Section):
     steps: Int = Field(..., ge=1)
     batch_size: Int = Field(..., ge=1, description="global")
@@ -94,7 +100,7 @@ class Train(Section):
     lr: Number = Field(2e-5, gt=0)
     warmup_steps: Int = Field(0, ge=0)
     weight_decay: Number = Field(1e-4, ge=0)
-    betas: tuple[Number, Number] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     grad_clip: Number | None = Field(None, gt=0, description="largest global gradient norm; null: no clipping")
     ema: Number | None = Field(None, gt=0, lt=1, description="decay of an average of the weights, kept in float32 beside them; null: none")
     max_bad_steps: Int = Field(10, ge=1, description="non-finite steps in a row after which the run stops")
@@ -162,7 +168,7 @@ UNSTORABLE = "data.crop_scale and data.flip make new images each epoch, whose em
 
 class Config(Section):
     run_dir: str
-    seed: Int = Field(0, ge=0)
+    seed: Int = Field(0, ge=0, lt=2**63)
     student: Student
     teachers: dict[str, Teacher] = {}
     method: Method
@@ -223,6 +229,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _teachers_fit(self):
         method, objective = self.method.name, self.attack.objective
+        if objective is not None and self.method.attack is None:
+            raise ValueError(f"attack.objective: method '{method}' trains on clean images and attacks none; leave it out or choose another method")
+        if "student" in self.teachers:
+            raise ValueError("teachers.student: this is what the model in training is called; give the teacher another name")
         if objective is not None and objective not in ATTACK_OBJECTIVES:
             raise ValueError(f"attack.objective: unknown objective '{objective}'; known: {', '.join(ATTACK_OBJECTIVES)}")
         needed = self._needed
@@ -246,6 +256,8 @@ class Config(Section):
         if self.data.targets == "none" and self.needs_classes:
             named = f"method '{self.method.name}'" + (f" with attack objective '{self.attack_objective}'" if self.attack_objective else "")
             raise ValueError(f"data.targets: 'none' leaves no classes, which {named} needs; set it to labels or captions")
+        if self.data.crop_scale is not None and self.data.crop_scale[0] > self.data.crop_scale[1]:
+            raise ValueError(f"data.crop_scale: from {self.data.crop_scale[0]:g} to {self.data.crop_scale[1]:g} is no range; write the smaller area first")
         if self.data.views is not None and not self.data.augmented:
             raise ValueError("data.views: without data.crop_scale or data.flip all views of a sample are the same; leave it out or set one of them")
         for name, teacher in self.teachers.items():
@@ -253,6 +265,8 @@ class Config(Section):
                 raise ValueError(f"teachers.{name}.stored: {UNSTORABLE}")
         if self.train.batch_size % self.data.lanes:
             raise ValueError(f"data.lanes: {self.data.lanes} lanes do not divide train.batch_size {self.train.batch_size}; make it a divisor of the batch size")
+        if self.probe is not None and self.probe.eps is not None and self.probe.eps >= 1 and self.attack.norm == "linf":
+            raise ValueError(f"probe.eps: {self.probe.eps} is in units of [0,1], the whole range of a pixel; write {self.probe.eps}/255 for {self.probe.eps} of 255 levels")
         if self.probe is not None and self.probe.every % self.checkpoint.every:
             raise ValueError(f"probe.every: {self.probe.every} is no multiple of checkpoint.every {self.checkpoint.every}; only checkpoints can be measured")
         if self.probe is not None and self.probe.ema and self.train.ema is None:

@@ -106,16 +106,28 @@ def _check_unchanged(index: Index, shards: list[str], path: Path) -> None:
             raise UserError(f"shard '{shard}' has {os.path.getsize(shard)} bytes, indexed were {size}: {remedy}")
 
 
-def classnames(settings: Data) -> list[str]:
-    """The class names, in the order of the labels: `settings.classnames`, else classnames.txt beside the shards or one folder up."""
+def classnames(settings: Data, dataset: Dataset) -> list[str]:
+    """The class names, in the order of the labels: `settings.classnames`, else classnames.txt beside the shards or one folder up.
+
+    Raises UserError when there is no such file, or a label of the data has no name in it.
+    """
+    path = _classnames_file(settings)
+    names = _lines(path, "data.classnames")
+    highest = int(dataset.labels.max(initial=-1))
+    if highest >= len(names):
+        raise UserError(f"data.classnames: '{path}' has {len(names)} names, and the shards have a sample of label {highest}; give the file of their classes")
+    return names
+
+
+def _classnames_file(settings: Data) -> Path:
     if settings.classnames:
-        return _lines(Path(settings.classnames), "data.classnames")
+        return Path(settings.classnames)
     first = expand_shards(settings.shards)[0]
     if not is_remote(first):
         folder = Path(first).resolve().parent
         for path in (folder / "classnames.txt", folder.parent / "classnames.txt"):
             if path.is_file():
-                return _lines(path, "data.classnames")
+                return path
     raise UserError(f"data.classnames: no classnames.txt beside '{first}'; set data.classnames to a file of one name a line, in the order of the labels, or data.targets=none where the method reads embeddings alone")
 
 

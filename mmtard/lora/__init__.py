@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..views import Views
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_OPEN_CLIP, _TIMM = re.compile(r"resblocks\.\d+\.attn$"), re.compile(r"\.attn\.(qkv|proj)$")
+_OPEN_CLIP, _TIMM = re.compile(r"resblocks\.\d+\.attn$"), re.compile(r"\.attn\.(qkv|q_proj|k_proj|v_proj|proj)$")
 
 
 def attach(visual: nn.Module, settings: Lora, views: Views, seed: int = 0) -> None:
@@ -67,4 +67,9 @@ def save(weights: dict[str, Tensor], settings: Lora, base: str, folder: Path) ->
 def _attention(visual: nn.Module) -> list[str]:
     """The names of what is adapted: open_clip's attention modules, or the linear layers of timm's."""
     kinds = ((_OPEN_CLIP, nn.MultiheadAttention), (_TIMM, nn.Linear))
-    return [name for name, module in visual.named_modules() for pattern, kind in kinds if pattern.search(name) and isinstance(module, kind)]
+    found = [name for name, module in visual.named_modules() for pattern, kind in kinds if pattern.search(name) and isinstance(module, kind)]
+    for name in found:
+        # timm's EVA and BEiT then read the weight of `qkv` and never call it: its adapter would see no image.
+        if name.endswith(".qkv") and getattr(visual.get_submodule(name.removesuffix(".qkv")), "q_bias", None) is not None:
+            raise UserError(f"student.lora: {name} of this {type(visual).__name__} takes no adapter, its bias stands apart; train it whole, with student.lora=null")
+    return found

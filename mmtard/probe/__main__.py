@@ -49,7 +49,8 @@ def measure(asked: dict) -> dict:
     from ..evaluate.trial import Settings
 
     source = Data(**asked["data"])
-    dataset, names = data.open_dataset(source), data.classnames(source)
+    dataset = data.open_dataset(source)
+    names = data.classnames(source, dataset)
     zeroshot.check_labels(dataset, names, "probe.data")
     settings = Settings(eps=float(Fraction(asked["eps"])), norm=asked["norm"], iters=asked["steps"])
     clean, robust = [], []

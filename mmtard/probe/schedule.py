@@ -29,8 +29,7 @@ LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "MMTARD_INIT_FILE"
 def check(config: Config) -> None:
     """Raises UserError when the probe's data cannot be read, or lack class names; indexes them when nobody has."""
     if config.probe is not None:
-        data.open_dataset(_source(config))
-        data.classnames(_source(config))
+        data.classnames(_source(config), data.open_dataset(_source(config)))
 
 
 class Probe:

@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
+from ..config import load
 from ..errors import RunError, UserError
 
 console = Console(highlight=False, soft_wrap=True)
@@ -34,8 +36,12 @@ def title(i: int, n: int, text: str) -> None:
 
 
 def train(config: Path, *settings: str) -> None:
-    """Train, or go on training, the run of a configuration on 2 ranks. RunError with the training's status unless it completes."""
-    command = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "mmtard", "train", str(config), *settings]
+    """Train, or go on training, the run of a configuration on 2 ranks, or on the one GPU there is.
+
+    Raises RunError with the training's status unless it completes.
+    """
+    ranks = 2 if load(config, settings).engine.device == "cpu" else min(2, torch.cuda.device_count() or 2)
+    command = ["torchrun", "--standalone", "--nproc_per_node", str(ranks), "-m", "mmtard", "train", str(config), *settings]
     console.print(f"$ {' '.join(command)}", style="dim")
     as_module = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
     status = subprocess.run(as_module, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode

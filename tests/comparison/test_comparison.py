@@ -113,6 +113,7 @@ def test_the_table_has_a_row_for_each_model_with_its_own_numbers(trained, monkey
 
 def test_a_training_that_fails_ends_the_comparison_with_its_status(trained, monkeypatch, capsys):
     monkeypatch.setattr(comparison, "train", stages.train)
+    monkeypatch.setattr(stages, "load", lambda *_: SimpleNamespace(engine=SimpleNamespace(device="cpu")))
     monkeypatch.setattr(stages.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(returncode=75))
     assert comparison.compare(["cifar10"]) == 75
     assert "clean_teacher.yaml ended with status 75" in capsys.readouterr().err

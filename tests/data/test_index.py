@@ -41,7 +41,10 @@ def test_layouts_of_public_sets(tmp_path):
     assert dataset.keys == ["n01/a", "b"] and dataset.labels.tolist() == [7, 12] and dataset.file_name(1) == "b.png"
     assert [reader.caption(i) for i in range(2)] == ["ein Käfer", ""] and reader.image(1) == IMAGE
     assert "1 left out without an image" in dataset.index.summary()
-    assert classnames(data) == ["tench", "hammerhead shark"]
+    with pytest.raises(UserError, match="classnames.txt' has 2 names, and the shards have a sample of label 12; give the file of their classes"):
+        classnames(data, dataset)
+    (tmp_path / "classnames.txt").write_text("tench\nhammerhead shark\n" + "another\n" * 11)
+    assert classnames(data, dataset)[:2] == ["tench", "hammerhead shark"]
 
 
 def test_labels_that_are_missing_or_not_integers(open_members):
@@ -230,6 +233,6 @@ def test_templates(tmp_path):
 
 def test_classnames_that_are_not_there(folder):
     with pytest.raises(UserError, match="no classnames.txt beside"):
-        classnames(Data(shards=str(folder)))
+        classnames(Data(shards=str(folder)), None)
     with pytest.raises(UserError, match="cannot read"):
-        classnames(Data(shards=str(folder), classnames="/nowhere/names.txt"))
+        classnames(Data(shards=str(folder), classnames="/nowhere/names.txt"), None)

@@ -147,7 +147,7 @@ def test_real_shards(tmp_path):
     data = Data(shards=str(shard), index=str(tmp_path / "i.npz"))
     build_index([str(shard)], tmp_path / "i.npz", 1, False)
     dataset = open_dataset(data)
-    assert len(dataset) == 1000 and sorted(dataset.labels) == list(range(1000)) and classnames(data)[:2] == ["tench", "goldfish"]
+    assert len(dataset) == 1000 and sorted(dataset.labels) == list(range(1000)) and classnames(data, dataset)[:2] == ["tench", "goldfish"]
     batches = list(eval_batches(dataset, Transform(64), range(0, 1000, 10), 50, max_replaced=0))
     assert sum(len(b) for b in batches) == 100 and 60 < torch.cat([b.images for b in batches]).double().mean() < 180
 
