@@ -2,7 +2,7 @@
 
 A weighting is a function of the settings, the teachers' `Prediction`s on the images they see (name -> Prediction), the labels,
 and the state carried from step to step; it returns name -> weight [B] and is called without gradient. `WEIGHTINGS` names
-them; `mmtard.config.WEIGHTINGS` says which read labels. All but `official` and `mtard` are ours, not the paper's.
+them; `mmtard.config.WEIGHTINGS` says which read labels. All but `official`, its factors alone, and `mtard` are ours, not the paper's.
 """
 
 import math
@@ -28,6 +28,12 @@ def official(settings, teachers, labels, state) -> dict[str, Tensor]:
     """
     factors = {"adv": settings.robust_weight, "clean": settings.clean_weight}
     return {name: factors[settings.views[name]] * true_class(t.cosines, labels) for name, t in teachers.items()}
+
+
+def constant(settings, teachers, labels, state) -> dict[str, Tensor]:
+    """The factors of `official` alone, the same for every sample: robust_weight or clean_weight by the image a teacher sees."""
+    factors = {"adv": settings.robust_weight, "clean": settings.clean_weight}
+    return {name: torch.full_like(t.logits[:, 0], factors[settings.views[name]]) for name, t in teachers.items()}
 
 
 def confidence_sigmoid(settings, teachers, labels, state) -> dict[str, Tensor]:
@@ -67,7 +73,7 @@ def _split(settings, confidence: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(confidence, settings.budget * torch.stack(scores).softmax(0)))
 
 
-WEIGHTINGS = {f.__name__: f for f in (uniform, official, confidence_sigmoid, hardness, entropy, mtard)}
+WEIGHTINGS = {f.__name__: f for f in (uniform, official, constant, confidence_sigmoid, hardness, entropy, mtard)}
 
 
 def teacher_weights(settings, teachers, labels: Tensor, state: dict[str, float]) -> dict[str, Tensor]:

@@ -26,6 +26,6 @@
 set -euo pipefail
 . slurm/common.sh # found from the project's folder, where sbatch is called
 
-configs=(configs/teachers/clean_vitl14.yaml configs/teachers/robust_vitl14.yaml)
+configs=(configs/teachers/clean_vitl14.yaml configs/teachers/pmg_aft2_vitl14.yaml)
 config=${configs[$SLURM_ARRAY_TASK_ID]}
 train "$config" "$@"

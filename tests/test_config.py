@@ -51,7 +51,7 @@ WRONG = [  # override(s), words of the one line that answers them
     ("method.views={clean: clean, robust: adv, third: adv}", "teachers.third: method 'mmtard'|needs this teacher; add it"),
     ("method.views={clean: noisy}", "method.views.clean: 'noisy'|'clean' or 'adv'"),
     ("method.views={}", "method.views: {}|at least 1"),
-    ("method.weighting=entrpy", "method.weighting: 'entrpy'|'uniform', 'official', 'confidence_sigmoid', 'hardness', 'entropy' or 'mtard'"),
+    ("method.weighting=entrpy", "method.weighting: 'entrpy'|'uniform', 'official', 'constant', 'confidence_sigmoid', 'hardness', 'entropy' or 'mtard'"),
     ("attack={objective: kl_fused, fusion: {clean: 1, third: 2}}", "teachers.third: method 'mmtard' with attack objective 'kl_fused' needs this teacher"),
     ("attack={objective: kl_fused, fusion: {clean: 0}}", "attack.fusion.clean: 0|greater than 0"),
     ("attack.fusion={clean: 1}", "attack.fusion: attack objective 'kl_clean' fuses no teachers; set attack.objective=kl_fused or remove it"),

@@ -25,7 +25,7 @@ CASES = [
     ("tga_zsr", {"alpha": 3.0, "beta": 2.0}), ("trades", {}), ("trades", {"beta": 1.5}), ("rslad", {}), ("rslad", {"alpha": 0.3}), ("iad", {}),
     ("iad", {"beta": 0.9}), ("adaad", {}), ("adaad", {"alpha": 0.4}), ("adaad", {"alpha": 0.0}), ("mtard", {}),
     ("mmtard", {"weighting": "uniform", "cross_modal_weight": 7.0}), ("mmtard", {**THREE, "cross_modal_weight": 2.0}),
-    *(("mmtard", {**THREE, "weighting": w, "slope": 2.0, "bias": 0.6, "budget": 1.5}) for w in ("uniform", "confidence_sigmoid", "entropy", "hardness", "mtard")),
+    *(("mmtard", {**THREE, "weighting": w, "slope": 2.0, "bias": 0.6, "budget": 1.5}) for w in ("uniform", "constant", "confidence_sigmoid", "entropy", "hardness", "mtard")),
     ("mmtard", {"views": {"robust": "adv"}, "weighting": "uniform"}), ("mmtard", {"views": {"clean": "clean"}, "weighting": "hardness"}),
 ]  # fmt: skip
 
@@ -108,6 +108,8 @@ def weights(s):
     q = np.stack([p(m, v) for m, v in views.items()])  # [M,B,C]
     sure = q[:, np.arange(B), LABELS]
     match s.weighting:
+        case "constant":
+            return {m: np.full(B, {"adv": s.robust_weight, "clean": s.clean_weight}[v]) for m, v in s.views.items()}
         case "uniform":
             w = np.full((len(views), B), s.budget / len(views))
         case "official":
@@ -130,7 +132,7 @@ def expected(name, s):
     if name != "mmtard":
         return of_single_teacher(name, s).mean()
     w = weights(s)
-    total = sum(w[m] * kl(p(m, v), p("student", v)) for m, v in s.views.items()) / (C if s.weighting == "official" else 1)
+    total = sum(w[m] * kl(p(m, v), p("student", v)) for m, v in s.views.items()) / (C if s.weighting in ("official", "constant") else 1)
     return (total + s.cross_modal_weight * sum(((cosines(m, v) - cosines("student", v)) ** 2).sum(1) for m, v in s.views.items())).mean()
 
 

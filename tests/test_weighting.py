@@ -66,6 +66,10 @@ def test_hardness_gives_more_to_a_sample_the_robust_teachers_doubt():
     assert three["third"] == three["clean"] == pytest.approx([1 + 2 * 0.45, 1 + 2 * 0.55], rel=1e-6)  # means .55 and .45
 
 
+def test_constant_is_the_factor_alone():
+    assert weights("constant", THREE) == {"robust": [50.0, 50.0], "clean": [5.0, 5.0], "third": [50.0, 50.0]}
+
+
 def test_uniform_shares_the_budget():
     assert weights("uniform", THREE, budget=1.5) == dict.fromkeys(THREE, [0.5, 0.5])
 
@@ -101,5 +105,5 @@ def test_a_weighting_reads_labels_if_the_schema_says_so(name):
 
 def test_the_weightings_are_those_of_the_schema_and_an_unknown_one_is_answered_with_them():
     assert weighting.WEIGHTINGS.keys() == config.WEIGHTINGS.keys()
-    with pytest.raises(UserError, match="unknown weighting 'entrpy'; known: confidence_sigmoid, entropy, hardness, mtard, official, uniform"):
+    with pytest.raises(UserError, match="unknown weighting 'entrpy'; known: confidence_sigmoid, constant, entropy, hardness, mtard, official, uniform"):
         teacher_weights(SimpleNamespace(weighting="entrpy"), {}, LABELS, {})

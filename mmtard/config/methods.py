@@ -121,6 +121,7 @@ class MTARD(MethodSettings):
 WEIGHTINGS: dict[str, bool] = {
     "uniform": False,
     "official": True,
+    "constant": False,
     "confidence_sigmoid": True,
     "hardness": True,
     "entropy": False,
@@ -135,11 +136,11 @@ class MMTARD(MethodSettings):
         {"robust": "adv", "clean": "clean"}, min_length=1, description="each teacher's image, which is also the student's for its term"
     )
     weighting: Literal[tuple(WEIGHTINGS)] = "official"
-    robust_weight: Number = Field(50.0, ge=0, description="official: factor of the cosine of a teacher that sees the adversarial image")
-    clean_weight: Number = Field(5.0, ge=0, description="official: factor of the cosine of a teacher that sees the clean image")
+    robust_weight: Number = Field(50.0, ge=0, description="official, constant: factor of a teacher that sees the adversarial image")
+    clean_weight: Number = Field(5.0, ge=0, description="official, constant: factor of a teacher that sees the clean image")
     slope: Number = Field(4.0, description="confidence_sigmoid, entropy, hardness: how strongly the weights follow confidence")
     bias: Number = Field(0.0, description="confidence_sigmoid, entropy: added for a teacher that sees the adversarial image")
-    budget: Number = Field(1.0, gt=0, description="all but official: what a sample's weights add up to (hardness: at confidence 1)")
+    budget: Number = Field(1.0, gt=0, description="all but official and constant: what a sample's weights add up to (hardness: at confidence 1)")
     rate: Number = Field(0.025, ge=0, le=1, description="mtard: rate at which the weights follow the relative losses")
     cross_modal_weight: Number = Field(0.0, ge=0, description="weight of the term that keeps image-text similarities near the teachers'")
 
