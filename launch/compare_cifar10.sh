@@ -6,6 +6,7 @@
 #
 # CIFAR10: a folder with train/ and test/ images, one sub-folder a class, or with archives *train*.npz and *test*.npz of encoded images.
 set -euo pipefail
+if [ -e "${1:-}" ]; then set -- "$(realpath -- "$1")" "${@:2}"; fi # as seen from where this was called
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
 environment ""

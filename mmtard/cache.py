@@ -34,8 +34,7 @@ def cache(config: Config, interruption: Interruption, say=print) -> None:
             raise UserError(f"method.name: every teacher of '{config.method.name}' sees adversarial images, or it has none; nothing can be stored for it")
         if config.data.augmented and config.data.views is None:
             raise UserError(f"data.views: {UNSTORABLE}")
-        ranks.from_first(lambda: data.open_dataset(config.data).fingerprint)
-        dataset = data.open_dataset(config.data)
+        dataset = data.open_on_all(config.data, ranks)
         image_size = towers.load(config.student, config.seed, "student").tower().image_size
         for name in names:
             _Storing(config, name, dataset, image_size, ranks, say if ranks.first else _silent).run(interruption)
@@ -130,7 +129,7 @@ class _Storing:
         for number in parts:
             ids = np.asarray(self.layout.part(number), dtype=np.int64)
             rows = len(ids) * self.layout.views
-            padded = np.minimum(np.arange(-(-rows // self.batch) * self.batch), rows - 1)  # the last row again and again
+            padded = np.arange(-(-rows // self.batch) * self.batch) % rows  # the last batch is filled up with the first rows again
             samples.append(ids[padded // self.layout.views])
             views.append(padded % self.layout.views)
             batches.append((number, len(padded) // self.batch))

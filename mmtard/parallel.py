@@ -49,15 +49,21 @@ class Ranks:
         dist.all_gather_object(items, item, group=self.cpu_group)
         return items
 
-    def from_first(self, make) -> Any:
-        """`make()` of the first rank, on every rank. A UserError there is raised on all of them."""
+    def from_first(self, make, patience: timedelta | None = None) -> Any:
+        """`make()` of the first rank, on every rank. A UserError there is raised on all of them.
+
+        patience: how long the others wait for it where the group's own timeout is too short for what is made.
+        """
+        group = dist.new_group(backend="gloo", timeout=patience) if patience else self.cpu_group
         box: list[Any] = [None]
         if self.first:
             try:
                 box = [make()]
             except UserError as error:
                 box = [error]
-        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        dist.broadcast_object_list(box, src=0, group=group)
+        if patience:
+            dist.destroy_process_group(group)
         if isinstance(box[0], UserError):
             raise box[0]
         return box[0]

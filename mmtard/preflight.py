@@ -170,9 +170,9 @@ class Checks:
 
     def embeddings(self) -> dict[str, Path]:
         config = self.config
-        self.ranks.from_first(lambda: data.open_dataset(config.data).fingerprint)
+        dataset = data.open_on_all(config.data, self.ranks)
         clips = {name: stored.load(config, name) for name, teacher in config.teachers.items() if teacher.stored}
-        found = stored.open_stores(config, clips, self.image_size, data.open_dataset(config.data).fingerprint, self.ranks)
+        found = stored.open_stores(config, clips, self.image_size, dataset.fingerprint, self.ranks)
         return {name: embeddings.folder for name, embeddings in found.items()}
 
     def embeddings_verdict(self, found: list[dict[str, Path]]) -> str:
@@ -212,8 +212,7 @@ class Checks:
     def shards(self) -> tuple[int, int, float]:
         """(samples, shards, images a second that this rank's loaders give), measured after the first batch."""
         config, ranks = self.config, self.ranks
-        ranks.from_first(lambda: data.open_dataset(config.data).fingerprint)
-        dataset = data.open_dataset(config.data)
+        dataset = data.open_on_all(config.data, ranks)
         ranks.from_first(lambda: schedule.check(config))
         if config.data.targets == "labels":
             data.classnames(config.data, dataset)
@@ -228,6 +227,8 @@ class Checks:
             world=ranks.world_size,
             stop=READ_BATCHES + 1,
             workers=config.data.workers,
+            need_labels=config.needs_labels,
+            need_captions=config.data.targets == "captions",
             max_replaced=config.data.max_replaced,
             staging=data.Staging(dataset, config.data.cache) if dataset.remote else None,
         )

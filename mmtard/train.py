@@ -40,8 +40,7 @@ class Run:
     def __init__(self, config: Config, ranks: Ranks, watchdog: Watchdog):
         self.config, self.ranks, self.watchdog = config, ranks, watchdog
         torch.manual_seed(config.seed)
-        ranks.from_first(lambda: data.open_dataset(config.data).fingerprint)  # builds the index once, before all read it
-        self.dataset = data.open_dataset(config.data)
+        self.dataset = data.open_on_all(config.data, ranks)
         ranks.from_first(lambda: schedule.check(config))
         self.folder = run_folder.prepare(config, self.dataset.fingerprint, ranks)
         self.step = self.folder.step

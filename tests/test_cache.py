@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent / "data"))
 from tiny_shards import encode, picture, write_tar  # noqa: E402
 
 from mmtard import config as settings, data, parallel, towers
-from mmtard.cache import cache
+from mmtard.cache import _Storing, cache
+from mmtard.data.embeddings import Layout
 from mmtard.errors import RunError, UserError
 from mmtard.preflight import Checks
 from mmtard.preempt import REQUEUE, Interruption
@@ -178,6 +180,11 @@ def test_a_store_goes_on_where_it_was_stopped_and_mends_what_is_damaged(run, tmp
     with pytest.raises(UserError, match="part-000002.safetensors' are missing or cut short"):
         train(run("teachers.clean.stored=true", f"run_dir={tmp_path}/other"), Interruption())
     assert "1 of 10 parts are to be stored" in store(config)[0][0] and part.read_bytes() == before
+
+
+def test_what_fills_up_a_last_batch_is_no_image_again_and_again():
+    plan = _Storing._plan(SimpleNamespace(layout=Layout(600, 1), batch=48), [0])
+    assert len(plan.samples) == 96 and np.bincount(plan.samples).max() <= 2 and set(plan.samples) == set(Layout(600, 1).part(0))
 
 
 def test_a_start_in_which_no_part_gets_done_is_not_asked_for_again(run):

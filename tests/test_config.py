@@ -8,6 +8,7 @@ from mmtard import config
 from mmtard.errors import UserError
 
 WRONG = [  # override(s), words of the one line that answers them
+    ("run_dir=2026-11-31", "override 'run_dir=2026-11-31': the value is not valid YAML; quote it"),
     ("attack.eps=8", "attack.eps: 8 is in units of [0,1], the whole range of a pixel; write 8/255"),
     ("attack.step_size=4", "attack.step_size: 4 is in units of [0,1]|write 4/255"),
     ("probe={data: x, every: 500, eps: 2}", "probe.eps: 2 is in units of [0,1]|write 2/255"),

@@ -31,6 +31,7 @@ ROOMS = {
     "metrics": {"trackers"},
     "terms": {"parallel"},
     "slurm": set(),
+    "lifetime": set(),
     "history": {"config", "slurm"},
     "watchdog": {"config", "errors", "history", "parallel", "preempt"},
     "run_folder": {"checkpoint", "config", "errors", "history", "parallel", "watchdog"},
@@ -47,10 +48,10 @@ ROOMS = {
     "flops": {"config", "methods", "objectives", "towers"},
     "export": {"checkpoint", "config", "errors", "evaluate", "lora", "report", "towers"},
     # data
-    "data": {"config", "errors"},
+    "data": {"config", "errors", "lifetime"},
     # engine, and the verbs
     "engine": {"batch_norm", "config", "parallel", "towers"},
-    "probe": {"checkpoint", "config", "data", "errors", "evaluate", "metrics", "parallel", "preempt"},
+    "probe": {"checkpoint", "config", "data", "errors", "evaluate", "lifetime", "metrics", "parallel", "preempt"},
     "alarm": {"config", "data", "distill", "evaluate", "losses", "parallel"},
     "cache": {"config", "data", "engine", "errors", "parallel", "preempt", "stored", "teachers", "towers"},
     "train": {"alarm", "checkpoint", "config", "data", "distill", "engine", "errors", "flops", "history", "metrics", "parallel", "preempt", "probe", "run_folder", "stored", "student", "targets", "teachers", "terms", "towers", "trackers", "watchdog"},

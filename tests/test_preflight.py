@@ -48,7 +48,7 @@ def test_a_folder_that_cannot_be_written_or_is_too_small(checks, tmp_path, capsy
 
 
 def test_what_the_run_would_name_its_classes_by(checks, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(preflight.data, "open_dataset", lambda settings: SimpleNamespace(labels=np.array([0, 3]), fingerprint=""))
+    monkeypatch.setattr(preflight.data, "open_on_all", lambda settings, ranks: SimpleNamespace(labels=np.array([0, 3])))
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     for overrides, told in (
         ([f"data.classnames={tmp_path}/gone.txt"], "cannot read"),
@@ -57,6 +57,26 @@ def test_what_the_run_would_name_its_classes_by(checks, tmp_path, capsys, monkey
     ):
         assert not checks(*overrides).run("shards")
         assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "overrides, labels, captions",
+    [((), True, False), (("data.targets=none", "method.name=fare"), False, False), (("data.targets=captions", "method.name=fare"), False, True)],
+)
+def test_the_shards_need_what_the_training_needs_of_them(checks, monkeypatch, overrides, labels, captions):
+    monkeypatch.setattr(preflight.data, "open_on_all", lambda settings, ranks: Shards())
+    monkeypatch.setattr(preflight.data, "classnames", lambda *_: ["a"])
+    asked = []
+    monkeypatch.setattr(preflight.data, "Stream", lambda *_, **settings: asked.append(settings) or [[0], [0]])
+    checks(*overrides).shards()
+    assert [(settings["need_labels"], settings["need_captions"]) for settings in asked] == [(labels, captions)]
+
+
+class Shards:
+    remote, paths, labels, shard_counts = False, ["0.tar"], np.zeros(8, dtype=int), np.array([8])
+
+    def __len__(self):
+        return 8
 
 
 def test_weights_that_are_absent_fail_and_the_rest_goes_on(checks, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 from braceexpand import UnbalancedBracesError, braceexpand
@@ -62,16 +63,17 @@ def is_remote(shard: str) -> bool:
 def default_index(shards: list[str]) -> Path:
     """Where the index of these shards belongs unless data.index says otherwise.
 
-    Beside the shards where all lie in one folder that may be written to, else in the user's cache folder.
+    Beside the shards where all lie in one folder, if it is there already or may be written there, else in the user's cache folder.
     """
     digest = hashlib.sha256("\n".join(os.path.abspath(s) if not is_remote(s) else s for s in shards).encode()).hexdigest()[:16]
-    folders = {Path(s).resolve().parent for s in shards} if not any(map(is_remote, shards)) else set()
+    folders = {Path(os.path.abspath(s)).parent for s in shards} if not any(map(is_remote, shards)) else set()
     if len(folders) == 1:
         folder = folders.pop()
+        whole = {p.name for p in folder.glob("*.tar")} == {Path(s).name for s in shards}
+        beside = folder / ("mmtard-index.npz" if whole else f"mmtard-index-{digest}.npz")
         # Root passes every access check; a folder that nobody may write to was meant to stay as it is.
-        if os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222:
-            whole = {p.name for p in folder.glob("*.tar")} == {Path(s).name for s in shards}
-            return folder / ("mmtard-index.npz" if whole else f"mmtard-index-{digest}.npz")
+        if beside.is_file() or (os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222):
+            return beside
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmtard" / f"index-{digest}.npz"
 
 
@@ -83,8 +85,9 @@ def embeddings_folder(settings: Data) -> Path:
     return index.parent / "embeddings"
 
 
-def _natural(path: Path):
-    return (int(path.stem), "") if path.stem.isdigit() else (-1, path.name)
+def _natural(path: Path) -> list:
+    """Sorts by name, numbers in it by their size: 2.tar before 10.tar."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)] + [path.name]
 
 
 def _braces(spec: str) -> list[str]:

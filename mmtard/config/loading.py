@@ -62,7 +62,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict:
         tree = _Loader(path.read_text(encoding="utf-8")).get_single_data() or {}
     except OSError as error:
         raise UserError(f"cannot read configuration '{path}': {error.strerror}{_siblings(path)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # such as a date that no calendar has
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected `key: value` lines, found {type(tree).__name__}")
@@ -102,7 +102,7 @@ def _another_method(base: Any, over: Any) -> bool:
 def _scalar(value: str, text: str) -> Any:
     try:
         return yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"override '{text}': the value is not valid YAML; quote it") from None
 
 

@@ -54,7 +54,7 @@ class Teacher(Model):
 class Cache(Section):
     """Node-local staging of remote shards."""
 
-    dir: str | None = Field(None, description="null: $TMPDIR/mmtard-shards")
+    dir: str | None = Field(None, description="null: $TMPDIR/mmtard-shards-UID")
     max_gb: Number = Field(100.0, gt=0)
     ahead: Int = Field(4, ge=0, description="shards fetched before they are needed, for each rank")
 

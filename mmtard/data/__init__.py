@@ -1,6 +1,6 @@
 """Data: WebDataset shards and their index, the global order of samples, decoding, and the loader. Knows nothing of ranks' communication."""
 
-from .dataset import Dataset, Reader, classnames, default_index, open_dataset, templates
+from .dataset import Dataset, Reader, classnames, default_index, open_dataset, open_on_all, templates
 from .embeddings import Embeddings
 from .images import DecodeError, Native, Transform, decode
 from .index import Index, build_index, load_index
@@ -11,5 +11,5 @@ from .stream import Batch, Stream, eval_batches
 
 __all__ = [
     "Batch", "Dataset", "DecodeError", "Embeddings", "Index", "Native", "Order", "Reader", "Stager", "Staging", "Stream", "Transform", "build_index", "classnames",
-    "decode", "default_index", "eval_batches", "load_index", "open_dataset", "sample_seeds", "templates", "write_shards",
+    "decode", "default_index", "eval_batches", "load_index", "open_dataset", "open_on_all", "sample_seeds", "templates", "write_shards",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ import errno
 import os
 import zlib
 from collections import OrderedDict
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from ..config import Data, default_index, expand_shards, is_remote
 from ..errors import UserError
 from .files import exclusive
 from .index import EXTENSIONS, LABEL_MISSING, LABEL_OK, Index, build_index, load_index, shard_name
+
+INDEXING = timedelta(days=1)  # at the most; a terabyte takes a core some two hours
 
 
 class Dataset:
@@ -80,6 +83,12 @@ def open_dataset(settings: Data) -> Dataset:
     return Dataset(index, shards)
 
 
+def open_on_all(settings: Data, ranks) -> Dataset:
+    """The data set on every rank of a launch; the first one builds its index where there is none, while the others wait. Collective."""
+    ranks.from_first(lambda: open_dataset(settings).fingerprint, patience=INDEXING)
+    return open_dataset(settings)
+
+
 def _build_once(shards: list[str], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +133,7 @@ def _classnames_file(settings: Data) -> Path:
         return Path(settings.classnames)
     first = expand_shards(settings.shards)[0]
     if not is_remote(first):
-        folder = Path(first).resolve().parent
+        folder = Path(os.path.abspath(first)).parent
         for path in (folder / "classnames.txt", folder.parent / "classnames.txt"):
             if path.is_file():
                 return path
@@ -196,12 +205,19 @@ class Reader:
     def _file(self, shard: int) -> int:
         fd = self._open.pop(shard, None)
         if fd is None:
+            self._drop_evicted()
             if len(self._open) >= self.MAX_OPEN:
                 os.close(self._open.popitem(last=False)[1])
             path = self.dataset.paths[shard]
             fd = self.staging.open(shard) if self.staging is not None else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._open[shard] = fd
         return fd
+
+    def _drop_evicted(self) -> None:
+        """Close what was evicted from the staging meanwhile: its bytes are on the disk for as long as it is open."""
+        for shard, fd in list(self._open.items()):
+            if self.staging is not None and os.fstat(fd).st_nlink == 0:
+                os.close(self._open.pop(shard))
 
     def close(self) -> None:
         while self._open:

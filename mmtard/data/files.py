@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from webdataset.gopen import gopen
 
 from ..errors import UserError
+from ..lifetime import tie_to
 
 
 @contextmanager
@@ -113,7 +114,8 @@ def spread(function: Callable, items: list, jobs: int | None, title: str, progre
         if jobs <= 1:
             return [function(item) for item in bar.track(items, description=title)]
         context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        # Workers of a parent that was killed would wait for ever, and hold the locks that they inherited.
+        with ProcessPoolExecutor(jobs, mp_context=context, initializer=tie_to, initargs=(os.getpid(),)) as pool:
             futures = [pool.submit(function, item) for item in items]
             try:
                 return [future.result() for future in bar.track(futures, description=title)]

@@ -68,7 +68,10 @@ def write_shards(
         raise UserError(f"samples per shard: {samples_per_shard} is not a number of samples; use 1 or more")
     if out.resolve().is_relative_to(images.resolve()):
         raise UserError(f"'{out}' lies inside the image folder '{images}', where it would count as a class; write elsewhere")
-    folders, sources, digest = _survey(images)
+    try:
+        folders, sources, digest = _survey(images)
+    except OSError as error:
+        raise UserError(f"'{error.filename or images}' cannot be read ({error.strerror}); mend or remove it") from None
     names = _names(classnames, folders)
     shuffled = [sources[i] for i in permutation(len(sources), shuffle_seed).tolist()]
     plan = [(out / f"{n:06d}.tar", shuffled[i : i + samples_per_shard]) for n, i in enumerate(range(0, len(sources), samples_per_shard))]
@@ -86,7 +89,7 @@ def write_shards(
             kept = set(index.keys.tolist())
             skipped = sorted(str(s.path) for s in sources if s.key.encode() not in kept)
             if skipped:
-                (out / "skipped.txt").write_text("".join(f"{path}\n" for path in skipped), encoding="utf-8")
+                (out / "skipped.txt").write_text("".join(f"{path}\n" for path in skipped), encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise UserError(f"cannot write shards: {error.strerror}: '{error.filename or out}'; free space or choose another folder") from None
     return Written(len(plan), len(index), len(names), skipped)
@@ -99,6 +102,9 @@ def _survey(images: Path) -> tuple[list[str], list[Source], str]:
     folders = sorted(p.name for p in images.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
         raise UserError(f"'{images}' has no sub-folders; give a folder whose sub-folders are the classes")
+    for folder in folders:
+        if any("\ud800" <= c <= "\udfff" for c in folder):  # as which Python reads bytes that are no UTF-8
+            raise UserError(f"'{images}': the class folder {folder!r} has a name that cannot be written as text; rename it")
     sources, digest = [], hashlib.sha256()
     for label, folder in enumerate(folders):
         found = sorted(p for p in (images / folder).iterdir() if p.suffix[1:].lower() in EXTENSIONS and not p.name.startswith("."))

@@ -32,7 +32,7 @@ class Staging:
 
     def __init__(self, dataset: Dataset, cache: Cache):
         self.dataset, self.cache = dataset, cache
-        self.folder = Path(cache.dir or Path(tempfile.gettempdir()) / "mmtard-shards")
+        self.folder = Path(cache.dir or Path(tempfile.gettempdir()) / f"mmtard-shards-{os.getuid()}")
         self.limit = int(cache.max_gb * 1e9)
         for path, size in zip(dataset.paths, dataset.shard_sizes):
             if is_remote(path) and size > self.limit:
@@ -54,9 +54,9 @@ class Staging:
         tag = hashlib.sha256(f"{path}\n{size}".encode()).hexdigest()[:16]
         name = re.sub(r"[^\w.-]", "_", str(self.dataset.index.shard_names[shard])).removesuffix(".tar")
         file = self.folder / f"staged-{tag}-{name}.tar"
-        if self._use(file):
-            return file
         try:
+            if self._use(file):
+                return file
             with exclusive(file.with_suffix(".lock")):
                 if not self._use(file):
                     self._fetch(path, size, file)

@@ -5,7 +5,6 @@ ASKED is a JSON file as `schedule.Probe` writes it; OUT will hold {"clean": ACC,
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -14,9 +13,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from ..errors import RunError, UserError
+from ..lifetime import tie_to
 from ..preempt import Interruption
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(parent: str, asked: str, out: str) -> None:
@@ -29,15 +27,6 @@ def main(parent: str, asked: str, out: str) -> None:
     except (UserError, RunError) as error:
         sys.exit(str(error))
     Path(out).write_text(json.dumps(found))
-
-
-def tie_to(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends, in whatever way."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # it ended before the kernel knew
-        sys.exit("the parent process is gone")
 
 
 def measure(asked: dict) -> dict:

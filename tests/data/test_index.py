@@ -3,13 +3,14 @@ import multiprocessing
 import os
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 from tiny_shards import encode, picture, samples, write_tar
 
-from mmtard.config import Data
+from mmtard.config import Data, expand_shards
 from mmtard.data import Reader, build_index, classnames, default_index, load_index, open_dataset, templates
 from mmtard.data.index import shard_name
 from mmtard.errors import UserError
@@ -166,6 +167,38 @@ def test_where_the_index_lies(folder, monkeypatch, tmp_path):
     assert away.parent == tmp_path / "cache" / "mmtard" == default_index(["pipe:cat x.tar"]).parent
     open_dataset(Data(shards=shards[:2], index=str(tmp_path / "mine" / "i.npz")))
     assert (tmp_path / "mine" / "i.npz").is_file() and not any(folder.glob("*.npz"))
+
+
+def test_an_index_beside_the_shards_serves_those_who_may_not_write_there(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shards = [str(p) for p in sorted(folder.glob("*.tar"))]
+    beside = default_index(shards)
+    build_index(shards, beside, 1, False)
+    folder.chmod(0o555)
+    try:
+        assert default_index(shards) == beside
+        beside.unlink()
+        assert default_index(shards).parent == tmp_path / "cache" / "mmtard"
+    finally:
+        folder.chmod(0o755)
+
+
+def test_linked_shards_belong_to_the_folder_of_the_links(folder, tmp_path):
+    links = tmp_path / "links"
+    links.mkdir()
+    for shard in folder.glob("*.tar"):
+        (links / shard.name).symlink_to(shard)
+    (folder / "classnames.txt").unlink(missing_ok=True)
+    (links / "classnames.txt").write_text("name\n" * 20)
+    data = Data(shards=str(links))
+    assert classnames(data, open_dataset(data)) == ["name"] * 20
+    assert (links / "mmtard-index.npz").is_file() and not (folder / "mmtard-index.npz").exists()
+
+
+def test_numbers_in_the_names_of_shards_count_as_numbers(tmp_path):
+    for name in ("train-10.tar", "train-2.tar", "val.tar", "7.tar", "train-0010.tar"):
+        (tmp_path / name).touch()
+    assert [Path(s).name for s in expand_shards(str(tmp_path))] == ["7.tar", "train-2.tar", "train-0010.tar", "train-10.tar", "val.tar"]
 
 
 def test_a_file_that_is_no_index(folder, tmp_path):

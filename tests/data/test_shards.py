@@ -1,4 +1,5 @@
 import io
+import os
 import shutil
 
 import numpy as np
@@ -134,6 +135,18 @@ def test_folders_that_are_no_image_folders(images, tmp_path):
         write(tmp_path, images.parent.parent / "out-of-the-way")
     with pytest.raises(UserError, match="lies inside the image folder"):
         write(images, images / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_are_no_text_and_links_to_nothing_are_refused_before_any_work(images, tmp_path):
+    latin1 = os.fsencode(images) + b"/caf\xe9"
+    os.mkdir(latin1)
+    with pytest.raises(UserError, match="the class folder 'caf.udce9' has a name that cannot be written as text; rename it"):
+        write(images, tmp_path / "out")
+    os.rmdir(latin1)
+    (images / "n01" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    with pytest.raises(UserError, match="gone.jpg' cannot be read .No such file or directory.; mend or remove it"):
+        write(images, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -58,8 +58,24 @@ def test_an_open_shard_survives_its_eviction(source, tmp_path):
         os.utime(staging.ensure(shard), ns=(2**62, 2**62))  # each newer than the shard in use
     assert not any("-0.tar" in p.name for p in staging.folder.iterdir())
     assert reader.image(0) == first
+    assert len(deleted_but_open(staging.folder)) == 1
+    reader.image(8 * (SHARDS - 1))
+    assert not deleted_but_open(staging.folder), "its bytes count no more once another shard is opened"
     reader.close()
     assert reader.image(0) == first
+
+
+def deleted_but_open(folder):
+    links = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)]
+    return [link for link in links if link.startswith(str(folder)) and link.endswith("(deleted)")]
+
+
+def test_a_staged_shard_of_another_user_is_told_in_one_line(source, tmp_path, monkeypatch):
+    dataset, staging = remote(source, tmp_path)
+    staging.ensure(0)
+    monkeypatch.setattr(os, "utime", lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+    with pytest.raises(UserError, match=r"data.cache.dir: cannot stage shard .* \(Operation not permitted\)"):
+        staging.ensure(0)
 
 
 @pytest.mark.parametrize("spec", ["pipe:cat {0}", "file:{0}"])

@@ -1,0 +1,20 @@
+"""The first rank makes something for longer than the group's operations may take."""
+
+import pytest
+
+from .launch import run_ranks
+
+pytestmark = pytest.mark.slow
+SCRIPT = """
+import time
+from datetime import timedelta
+from mmtard import parallel
+ranks = parallel.start("cpu", timeout=timedelta(seconds=4))
+made = ranks.from_first(lambda: time.sleep(8) or "an index", patience=timedelta(minutes=2))
+assert made == "an index" and ranks.gather(ranks.rank) == [0, 1]
+parallel.stop()
+"""
+
+
+def test_the_others_wait_for_as_long_as_they_are_told_to(tmp_path):
+    run_ranks(["-c", SCRIPT], 2, tmp_path, "ranks")
