@@ -117,7 +117,7 @@ def ranks_of(images: Tensor, texts: Tensor, image_of: Tensor, block: int = 1024)
     """(for each image, the rank of its best caption among all; for each caption, the rank of its image): 1 is found first.
 
     images [N,D], texts [T,D] normalised, image_of int64 [T], in the images' order. A tie counts against the model: one embedding
-    for everything finds nothing.
+    for everything finds nothing, nor does NaN.
     """
     z = F.normalize(images, dim=1)
     own = torch.cat([_own(z, texts, image_of, i, block) for i in range(0, len(z), block)])  # [T]
@@ -125,7 +125,7 @@ def ranks_of(images: Tensor, texts: Tensor, image_of: Tensor, block: int = 1024)
     of_image = torch.empty(len(z), dtype=torch.int64)
     of_caption = torch.ones(len(texts), dtype=torch.int64)
     for i in range(0, len(z), block):
-        similarity, here = z[i : i + block] @ texts.T, torch.arange(i, min(i + block, len(z)))
+        similarity, here = _similarity(z[i : i + block], texts), torch.arange(i, min(i + block, len(z)))
         other = image_of[None, :] != here[:, None]
         of_image[here] = 1 + ((similarity >= best[here, None]) & other).sum(1)
         of_caption += ((similarity >= own[None, :]) & other).sum(0)
@@ -135,7 +135,13 @@ def ranks_of(images: Tensor, texts: Tensor, image_of: Tensor, block: int = 1024)
 def _own(images: Tensor, texts: Tensor, image_of: Tensor, start: int, block: int) -> Tensor:
     """Similarity of each caption of a block of images to its image, from the very product that the others are compared in."""
     at = ((image_of >= start) & (image_of < start + block)).nonzero().flatten()
-    return (images[start : start + block] @ texts.T)[image_of[at] - start, at]
+    return _similarity(images[start : start + block], texts)[image_of[at] - start, at]
+
+
+def _similarity(images: Tensor, texts: Tensor) -> Tensor:
+    """Cosines [N,T]; those that are NaN are lowest."""
+    similarity = images @ texts.T
+    return similarity.masked_fill(similarity.isnan(), -torch.inf)
 
 
 def recalls(of_image: Tensor, of_caption: Tensor) -> dict:

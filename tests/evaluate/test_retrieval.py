@@ -37,6 +37,18 @@ def test_one_embedding_for_everything_finds_nothing():
     assert of_image.tolist() == of_caption.tolist() == [12] * 12
 
 
+def test_nan_finds_nothing_and_takes_no_other_images_place():
+    """NaN compares as false with everything: counted as nothing better, it would rank first."""
+    nothing = torch.full((12, 4), torch.nan)
+    assert [r.tolist() for r in retrieval.ranks_of(nothing, torch.eye(12, 4), torch.arange(12))] == [[12] * 12] * 2
+    images, texts = torch.eye(4), torch.eye(4)
+    images[1] = torch.nan
+    assert [r.tolist() for r in retrieval.ranks_of(images, texts, torch.arange(4), block=3)] == [[1, 4, 1, 1]] * 2
+    texts[2] = torch.nan
+    of_image, of_caption = retrieval.ranks_of(images, texts, torch.arange(4))
+    assert of_image.tolist() == [1, 4, 4, 1] and of_caption.tolist() == [1, 4, 4, 1]
+
+
 def test_the_loss_is_cross_entropy_where_an_image_has_one_caption():
     logits = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     reference = torch.nn.functional.cross_entropy(logits, torch.arange(5), reduction="none")
