@@ -78,6 +78,19 @@ def test_two_classes_have_no_targeted_attack_and_a_chance_of_half(measure, tmp_p
         measure(tmp_path, tmp_path / "other", attacks=("apgd-t",))
 
 
+@pytest.mark.parametrize("names, said", [
+    (FARE_SETS, ""),
+    ((*FARE_SETS, "ImageNet"), ""),
+    (FARE_SETS[1:], "not the mean that fare publishes: without Caltech101\n"),
+    ((*FARE_SETS, "MNIST", "SVHN", "ImageNet"), "not the mean that fare publishes: with MNIST, SVHN\n"),
+    ((*FARE_SETS[1:], "MNIST"), "not the mean that fare publishes: without Caltech101; with MNIST\n"),
+])  # fmt: skip
+def test_a_mean_over_other_sets_than_published_is_told(colours, measure, capsys, names, said):
+    found = measure(colours, attacks=("pgd",), iters=1)
+    table.show(found | {"protocol": "fare", "datasets": [found["datasets"][0] | {"name": name} for name in names]})
+    assert "".join(re.findall("not the mean.*\n", capsys.readouterr().out)) == said
+
+
 def test_cifar_is_perturbed_at_its_own_size_and_resized_inside_the_model(measure, tmp_path, monkeypatch):
     """A perturbation of the resized image has more pixels, and breaks more, than one of the stored image."""
     write(tmp_path / "root" / "cifar10", 8, size=(16, 12))
@@ -151,6 +164,24 @@ def test_a_protocol_is_what_papers_agreed_on_and_gives_way_to_what_is_asked():
     tecoa = protocol("tecoa", all_samples=True, iters=None)
     assert (tecoa.step_size, tecoa.templates, tecoa.n_samples, tecoa.iters) == (Fraction(1, 255), ("This is a photo of a {}",), None, 10)
     assert protocol("quick", transfer=True).attacks[-1] == "transfer"
+
+
+@pytest.mark.parametrize("asked, message", [
+    ({"eps": [Fraction(0)]}, "--eps: 0 is no attack"),
+    ({"eps": [Fraction(2)]}, "--eps: 2 lets an attack replace the whole image, .* write it as a fraction such as 2/255"),
+    ({"eps": [Fraction(2, 255), Fraction(1)]}, "--eps: 1 lets"),
+    ({"norm": "l2"}, "--norm: the radii of 'robustbench' are linf's, not l2's; give its own with --eps, such as 0.5"),
+    ({"norm": "l2", "eps": [Fraction(1, 2)]}, "--attacks: 'square' is written for linf, not l2; leave it out: --attacks apgd-ce apgd-t fab-t$"),
+])  # fmt: skip
+def test_a_threat_that_does_not_fit_is_refused_when_it_is_asked_for(asked, message):
+    with pytest.raises(UserError, match=message):
+        protocol("robustbench", **asked)
+
+
+def test_radii_and_attacks_that_fit_l2_are_taken():
+    found = protocol("robustbench", [Fraction(1, 2), Fraction(3)], norm="l2", attacks=("apgd-ce", "fab-t"))
+    assert (found.norm, found.radii("CIFAR10"), found.attacks) == ("l2", (Fraction(1, 2), Fraction(3)), ("apgd-ce", "fab-t"))
+    assert protocol("fare", norm="linf").norm == "linf"
 
 
 def test_evaluations_of_other_settings_have_other_folders(root):
