@@ -26,9 +26,10 @@ from .naming import digest
 from .progress import FOLDER, Progress
 from .protocols import Protocol
 from .request import Evaluation
-from .subject import Subject, load
+from .subject import Subject, full_float32, load
 
 
+@full_float32()
 def evaluate(what: Evaluation, ranks: Ranks, say=print, interruption: Interruption | None = None) -> dict:
     """Measure and write; returns the results, the same on every rank and at every world size. Collective.
 
@@ -46,7 +47,7 @@ def evaluate(what: Evaluation, ranks: Ranks, say=print, interruption: Interrupti
     chunk = what.batch_size or (CUDA_BATCH if ranks.device.type == "cuda" else CPU_BATCH)
     settings = {
         **what.protocol.settings(), "batch_size": chunk, "sanity": what.sanity,
-        "transfer_from": {k: surrogate.about[k] for k in ("weights", "sha256", "text_sha256")} if surrogate else None,
+        "transfer_from": {"weights": surrogate.about["weights"], **surrogate.identity} if surrogate else None,
     }  # fmt: skip
     session = Session(what, ranks, say, interruption, subject, surrogate, settings, Halving(chunk, say))
     stored = ranks.from_first(lambda: _stored(what.out))
@@ -55,7 +56,7 @@ def evaluate(what: Evaluation, ranks: Ranks, say=print, interruption: Interrupti
         entry, measured = session.dataset(source, stored)
         entries, new = [*entries, entry], new or measured
     asked = {entry["name"] for entry in entries}
-    same = stored.get("settings") == settings and stored["model"] | {"weights": None} == subject.about | {"weights": None}
+    same = "settings" in stored and _deciding(stored["settings"]) == _deciding(settings) and stored["model"] == stored["model"] | subject.identity
     entries += [d for d in stored["datasets"] if same and d["name"] not in asked]
     if not new and len(entries) == len(stored["datasets"]):
         say(f"'{what.out}' holds these results already; remove it to measure them again")
@@ -114,9 +115,10 @@ class Session:
     def _about(self, source: Source, dataset: data.Dataset, kind: str) -> tuple[dict, data.Transform | data.Native]:
         """What of a dataset decides its numbers, and the images' way to the model."""
         perturb_at = self.what.protocol.perturb_at or ("native" if source.kind.native else "input")
-        transform = data.Transform(self.subject.tower.image_size)
         if perturb_at == "native":
             transform = data.Native(self.ranks.from_first(lambda: _native_size(dataset, source.data.cache)))
+        else:
+            transform = self.subject.transform()
         about = {"fingerprint": dataset.fingerprint, "kind": kind, "perturb_at": perturb_at, "perturbed_size": list(transform.shape)}
         if kind == "zeroshot":
             names, prompts = _names(source), _prompts(source, self.what.protocol)
@@ -125,9 +127,8 @@ class Session:
         return about, transform
 
     def _key(self, source: Source, about: dict) -> str:
-        weights = {k: v for k, v in self.subject.about.items() if k != "weights"}
         radii = [show_pixels(e) for e in self.what.protocol.radii(source.name)]
-        return digest({"model": weights, "data": about, "settings": {**self.settings, "eps": radii, "eps_of": None}})
+        return digest({"model": self.subject.identity, "data": about, "settings": {**_deciding(self.settings), "eps": radii, "eps_of": None}})
 
     def _zeroshot(self, work: Work, name: str, about: dict, progress: Progress) -> dict:
         names, prompts = about["classes"], about["templates"]
@@ -140,6 +141,12 @@ class Session:
             return self.subject.head(captions, ["{}"], self.ranks).class_embeddings.cpu()
 
         return retrieval.measure(work, self.subject.embed, texts, self.subject.clip.logit_scale, self.what.protocol, name, progress)
+
+
+def _deciding(settings: dict) -> dict:
+    """The settings without where the other model's weights came from."""
+    other = settings["transfer_from"]
+    return settings | {"transfer_from": other and {k: v for k, v in other.items() if k != "weights"}}
 
 
 def _silent(*_) -> None:

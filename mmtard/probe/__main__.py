@@ -53,12 +53,12 @@ def measure(asked: dict) -> dict:
     zeroshot.check_labels(dataset, names, "probe.data")
     settings = Settings(eps=float(Fraction(asked["eps"])), norm=asked["norm"], iters=asked["steps"])
     clean, robust = [], []
-    with parallel.group(asked["device"]) as ranks:
+    with parallel.group(asked["device"]) as ranks, subject.full_float32():
         model = subject.load(Model(weights=asked["checkpoint"], ema=asked["ema"]), ranks)
         logits = model.logits(model.head(names, data.templates(source), ranks))
         staging = data.Staging(dataset, source.cache) if dataset.remote else None
         ids = stratified(dataset.labels, asked["n_samples"], seed=0)
-        for batch in data.eval_batches(dataset, data.Transform(model.tower.image_size), ids, asked["batch_size"], staging=staging):
+        for batch in data.eval_batches(dataset, model.transform(), ids, asked["batch_size"], staging=staging):
             images, *rest = (t.to(ranks.device) for t in (batch.images, batch.labels, batch.seeds))
             outcome = suite.run(logits, images.float() / 255, *rest, ["pgd"], settings)
             clean += outcome.clean.tolist()

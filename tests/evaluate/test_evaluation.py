@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from fractions import Fraction
 
 import numpy as np
@@ -16,6 +17,7 @@ from mmtard.config import Model, parse_fraction
 from mmtard.errors import RunError, UserError
 from mmtard.evaluate import chunks, health, progress, results, suite, zeroshot
 from mmtard.preempt import REQUEUE, Interruption
+from mmtard.probe import __main__ as probe
 from mmtard.quickstart.pretrain import ARCHITECTURE
 
 TEMPLATES = ("a photo of a {}", "an image of a {}")
@@ -41,6 +43,56 @@ def test_clean_accuracy_is_that_of_open_clips_own_zero_shot_classifier(exported,
     assert flags(found)[0] == theirs and entry["clean_all"] == entry["clean"]
     assert entry["clean_all"]["accuracy"] == np.mean(theirs) and 0 < sum(theirs) < len(theirs)
     assert entry["chance"] == 0.25 and entry["name"] == "colours" and entry["templates"] == list(TEMPLATES)
+
+
+def edited(folder, to, **preprocess):
+    """A copy of an exported folder, over an earlier one, with other settings of its preprocessing."""
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    cfg = json.loads((to / towers.CONFIG_FILE).read_text())
+    cfg["preprocess_cfg"] |= preprocess
+    (to / towers.CONFIG_FILE).write_text(json.dumps(cfg))
+    return to
+
+
+@pytest.mark.parametrize("way", [{"resize_mode": "squash"}, {"resize_mode": "squash", "interpolation": "bilinear"}, {"interpolation": "bilinear"}])
+def test_images_are_resized_as_the_model_was_trained_to_see_them(exported, measure, tmp_path, monkeypatch, way):
+    """SigLIP squashes, CLIPA squashes bilinearly: a bicubic centre crop is not what open_clip measures."""
+    folder, dataset, seen, run = edited(exported, tmp_path / "model", **way), write(tmp_path / "wide", 12, size=(40, 70)), [], suite.run
+    monkeypatch.setattr(suite, "run", lambda model, images, *args: seen.append(images) or run(model, images, *args))
+    (entry,) = measure(dataset, model=folder, attacks=("pgd",), iters=1)["datasets"]
+    preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")[2]
+    shard = wds.WebDataset([str(dataset / "test" / "0.tar")], shardshuffle=False).decode("pil")
+    normalised = {key: preprocess(image) for key, image in shard.to_tuple("__key__", "png")}
+    theirs = torch.stack([normalised[key] for key, right in zip(entry["samples"]["keys"], entry["samples"]["clean"]) if right])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preprocess.transforms[-1].mean, preprocess.transforms[-1].std))
+    assert len(theirs) and torch.allclose(torch.cat(seen), theirs * std + mean, atol=1e-6)
+
+
+def test_a_way_of_resizing_that_is_not_known_ends_it_with_its_name(exported, colours, measure, tmp_path):
+    folder = edited(exported, tmp_path / "model", resize_mode="longest")
+    with pytest.raises(UserError, match="model: its images are resized by resize_mode 'longest'; shortest and squash are known"):
+        measure(colours, model=folder)
+
+
+@pytest.fixture
+def tf32():
+    """TF32 allowed everywhere, as a user's environment may have it: the two kinds of operations that may use it."""
+    kinds = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [kind.allow_tf32 for kind in kinds]
+    for kind in kinds:
+        kind.allow_tf32 = True
+    yield kinds
+    for kind, allowed in zip(kinds, before):
+        kind.allow_tf32 = allowed
+
+
+def test_nothing_is_rounded_to_tf32_while_it_is_measured(colours, measure, exported, tf32, monkeypatch):
+    seen, run = [], suite.run
+    monkeypatch.setattr(suite, "run", lambda *args: seen.append([kind.allow_tf32 for kind in tf32]) or run(*args))
+    measure(colours, attacks=("pgd",), iters=1)
+    asked = {"eps": "4/255", "norm": "linf", "steps": 1, "data": {"shards": str(colours / "test")}, "checkpoint": str(exported), "ema": False}
+    probe.measure({**asked, "device": "cpu", "n_samples": 8, "batch_size": 8})
+    assert seen == [[False, False]] * 2 and [kind.allow_tf32 for kind in tf32] == [True, True], "as it was"
 
 
 def test_what_stands_after_each_attack_adds_up_and_is_written_as_it_is_returned(colours, measure, tmp_path):
@@ -91,6 +143,23 @@ def test_results_of_other_weights_data_or_settings_are_never_taken_for_these(col
         found = measure(**{"root": colours, "say": said.append, **again})
         assert any("colours" in line and "will be replaced" in line for line in said), again
         assert found["datasets"][0]["key"] != first["datasets"][0]["key"]
+
+
+def test_a_folder_that_was_copied_is_not_measured_again(colours, measure, exported, tmp_path, monkeypatch):
+    """Its path stands in open_clip's name of it, and decides no number; nor does that of a model whose gradients are followed."""
+    copied = edited(exported, tmp_path / "copied")
+    first = measure(colours, attacks=("transfer",), iters=1, transfer_from=Model(weights=str(exported)))
+    monkeypatch.setattr(suite, "run", None)
+    again = measure(colours, attacks=("transfer",), iters=1, model=copied, transfer_from=Model(weights=str(copied)))
+    assert again == first and again["model"]["weights"] == str(exported)
+
+
+@pytest.mark.parametrize("way", [{"mean": [0.4, 0.5, 0.6]}, {"std": [0.4, 0.5, 0.6]}, {"interpolation": "bilinear"}])
+def test_results_of_another_preprocessing_are_never_taken_for_these(colours, measure, exported, tmp_path, way):
+    folder, said = edited(exported, tmp_path / "model"), []
+    first = measure(colours, model=folder, attacks=("pgd",), iters=1)
+    found = measure(colours, model=edited(exported, folder, **way), attacks=("pgd",), iters=1, say=said.append)
+    assert any("will be replaced" in line for line in said) and found["model"]["preprocess"] == first["model"]["preprocess"] | way
 
 
 def test_an_added_dataset_leaves_the_others_as_they_are(colours, measure, tmp_path, monkeypatch):
