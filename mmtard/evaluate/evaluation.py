@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import open_clip
 
 from .. import data
@@ -121,7 +122,7 @@ class Session:
             transform = self.subject.transform()
         about = {"fingerprint": dataset.fingerprint, "kind": kind, "perturb_at": perturb_at, "perturbed_size": list(transform.shape)}
         if kind == "zeroshot":
-            names, prompts = _names(source), _prompts(source, self.what.protocol)
+            names, prompts = _names(source, dataset), _prompts(source, self.what.protocol)
             zeroshot.check_labels(dataset, names, source.name)
             about |= {"classes": names, "chance": 1 / len(names), "templates": prompts}
         return about, transform
@@ -179,8 +180,14 @@ def _with_shards(source: Source, say) -> Source:
     return replace(source, data=source.data.model_copy(update={"shards": str(shards)}))
 
 
-def _names(source: Source) -> list[str]:
+def _names(source: Source, dataset: data.Dataset) -> list[str]:
     if source.data.classnames is None and source.kind.thousand:
+        found = len(np.unique(dataset.labels[dataset.labels >= 0]))
+        if found != len(open_clip.IMAGENET_CLASSNAMES):
+            raise UserError(
+                f"'{source.folder or source.data.shards}' has {found} classes, {source.name} has {len(open_clip.IMAGENET_CLASSNAMES)}: their labels may be others; "
+                "name them, one a line in the order of the labels, in a classnames.txt beside them or with --classnames"
+            )
         return list(open_clip.IMAGENET_CLASSNAMES)
     return class_names(source, data.classnames(source.data))
 

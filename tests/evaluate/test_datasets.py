@@ -146,13 +146,36 @@ def test_prompts_are_the_datasets_own_then_imagenets_then_the_simple_one(tmp_pat
 
 
 def test_imagenets_subsets_have_their_own_class_names(tmp_path):
-    (source,) = datasets.find(str(write(tmp_path / "imagenet-a", 2, classes=COLOURS)))
-    assert evaluation._names(source) == list(COLOURS)
-    folder = write(tmp_path / "imagenetv2", 2)
-    (folder / "classnames.txt").rename(folder / "test" / "classnames.txt")
-    assert evaluation._names(datasets.find(str(folder))[0]) == list(COLOURS)
-    (folder / "test" / "classnames.txt").unlink()
-    assert evaluation._names(datasets.find(str(folder))[0]) == list(open_clip.IMAGENET_CLASSNAMES)
+    def names(folder):
+        (source,) = datasets.find(str(folder))
+        return evaluation._names(source, data.open_dataset(source.data))
+
+    assert names(write(tmp_path / "imagenet-a", 2, classes=COLOURS)) == list(COLOURS)
+    folder = write(tmp_path / "imagenetv2", 1000, size=(1, 1), classes=[str(i) for i in range(1000)])
+    (folder / "classnames.txt").unlink()
+    assert names(folder) == list(open_clip.IMAGENET_CLASSNAMES)
+    few = write(tmp_path / "imagenet1k", 2)
+    (few / "classnames.txt").rename(few / "test" / "classnames.txt")
+    assert names(few) == list(COLOURS)
+    (few / "test" / "classnames.txt").unlink()
+    with pytest.raises(UserError, match="imagenet1k.*' has 2 classes, ImageNet has 1000: .* in a classnames.txt beside them or with --classnames"):
+        names(few)
+
+
+def test_imagenet_v2s_folders_are_numbers(measure, tmp_path):
+    """Sorted as text, 10 and 100 come before 2, and 988 of open_clip's 1000 names go to other classes."""
+    root = tmp_path / "imagenetv2"
+    for i in range(1000):
+        (root / str(i)).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8, 3), i % 250, np.uint8)).save(root / str(i) / f"{i}.png")
+    (entry,) = measure(root, attacks=("pgd",), iters=1, templates=("a {}",), n_samples=1)["datasets"]
+    assert entry["name"] == "ImageNet-V2" and entry["classes"] == list(open_clip.IMAGENET_CLASSNAMES)
+    stored = data.open_dataset(Data(shards=str(next((tmp_path / "cache" / "mmtard").glob("shards-*")))))
+    assert {key.partition("-")[2]: label for key, label in zip(stored.keys, stored.labels.tolist())} == {f"{i}-{i}": i for i in range(1000)}
+    (root / "999").rename(tmp_path / "999")
+    root.rename(tmp_path / "imagenet")
+    with pytest.raises(UserError, match=f"'{tmp_path / 'imagenet'}' has 999 classes, ImageNet has 1000"):
+        measure(tmp_path / "imagenet", tmp_path / "other", attacks=("pgd",), iters=1)
 
 
 def test_a_protocol_is_what_papers_agreed_on_and_gives_way_to_what_is_asked():
