@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ def measure(work: Work, logits: Model, source: Model | None, names: list[str], p
 
         found = work.each(f"{name} {show_pixels(eps)}", attackable, progress, attack_chunk)
         at_eps = suite.merge([suite.Facts(**row["facts"]) for row in found]) if found else None
-        facts += [(settings, at_eps)] if at_eps else []
+        facts += [(settings, replace(at_eps, skipped=skipped))] if at_eps else []
         broken_by, attacked = (dict(zip(_all(found, "ids"), _all(found, key))) for key in ("broken_by", "prediction"))
         broken = [broken_by.get(i) for i in ids]
         summary = results.under_attack(ran, broken, clean, labels, names, at_eps.seconds if at_eps else {})
@@ -93,7 +93,7 @@ def _sanity(work: Work, logits: Model, source: Model | None, ids: np.ndarray, se
             chosen = ids[stratified(work.dataset.labels[ids], health.SANITY_SAMPLES, work.seed)]
             (batch,) = work.batches(chosen, len(chosen))
             images, *rest = (t.to(work.ranks.device) for t in (batch.images, batch.labels, batch.seeds))
-            progress.add("sanity", 0, {"lines": health.sanity(logits, images.float() / 255, *rest, settings, source)})
+            progress.add("sanity", 0, {"lines": health.sanity(logits, images.float() / 255, *rest, settings, source, work.halving)})
         return progress.done["sanity", 0]["lines"]
 
     return work.ranks.from_first(lines)

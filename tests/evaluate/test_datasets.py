@@ -71,7 +71,9 @@ def test_two_classes_have_no_targeted_attack_and_a_chance_of_half(measure, tmp_p
     found = measure(tmp_path, attacks=("apgd-ce", "apgd-t"))
     (entry,) = found["datasets"]
     table.show(found)
-    assert re.search(r"│ +50\.00 │\n", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(r"│ +50\.00 │\n", printed)
+    assert "WARN PCAM: every attack ran: eps 0.01569: apgd-t left out: the targeted DLR loss needs 4 classes, there are 2\n" in printed
     assert entry["chance"] == 0.5 and list(entry["eps"]["4/255"]["attacks"]) == ["apgd-ce"]
     assert entry["eps"]["4/255"]["skipped"] == {"apgd-t": "the targeted DLR loss needs 4 classes, there are 2"}
     with pytest.raises(UserError, match="PCAM: no attack is left .*; add --attacks apgd-ce"):

@@ -252,7 +252,7 @@ def test_an_attack_that_leaves_its_ball_fails_the_command_after_it_wrote(colours
 def test_the_costly_checks_see_every_class_and_are_not_made_twice(measure, tmp_path, monkeypatch):
     seen = []
 
-    def sanity(model, images, labels, seeds, settings, source):
+    def sanity(model, images, labels, seeds, settings, source, halving):
         seen.append((labels.tolist(), settings.eps))
         return [{"check": "batch size", "status": "WARN", "detail": "differs"}]
 
@@ -263,6 +263,20 @@ def test_the_costly_checks_see_every_class_and_are_not_made_twice(measure, tmp_p
     right = {y for y, clean in zip(entry["samples"]["labels"], entry["samples"]["clean"]) if clean}
     assert len(seen) == 1 and seen[0][1] == 4 / 255 and len(seen[0][0]) == 2 and len(set(seen[0][0])) == min(2, len(right))
     assert entry["health"][-1]["check"] == "batch size"
+
+
+def test_the_costly_checks_take_no_more_images_at_once_than_the_evaluation(colours, measure, tmp_path, monkeypatch):
+    sizes, forward = [], towers.ImageTower.forward
+    monkeypatch.setattr(towers.ImageTower, "forward", lambda self, images, *args: sizes.append(len(images)) or forward(self, images, *args))
+    lines = {}
+    for limit in (100, 3):
+        sizes.clear()
+        (entry,) = measure(colours, tmp_path / str(limit), attacks=("pgd",), iters=2, sanity=True, batch_size=limit)["datasets"]
+        lines[limit] = {line["check"]: line["detail"] for line in entry["health"]}
+        assert max(sizes) == min(limit, 48)
+        at = {100: r"\d+ at 1, \d+ at 8, \d+ at 64", 3: r"\d+ at 1, \d+ at 3"}[limit]
+        assert re.fullmatch(rf"broken of \d+: {at}; logits differ by .*", lines[limit].pop("batch size"))
+    assert lines[100] == lines[3] and "random noise weaker than the attack" in lines[3]
 
 
 def test_a_transfer_attack_follows_the_other_models_gradients(colours, measure, exported, tmp_path):
