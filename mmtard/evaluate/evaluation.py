@@ -105,7 +105,10 @@ class Session:
             if entry["name"] == source.name:
                 self.say(f"{source.name}: '{self.what.out / results.FILE}' holds results of another model, data or settings; they will be replaced")
         seed, chunk = self.what.protocol.seed, self.settings["batch_size"]
-        work = Work(dataset, transform, chunk, seed, self.what.workers, source.data.cache, self.ranks, self.halving, self.interruption, self.say)
+        work = Work(
+            dataset, transform, chunk, seed, self.what.workers, source.data.cache, self.ranks, self.halving, self.interruption, self.say,
+            source.data.max_replaced,
+        )  # fmt: skip
         progress = Progress(self.what.out, source.name, key, self.ranks, self.say)
         try:
             measured = (self._retrieval if retrieves else self._zeroshot)(work, source.name, about, progress)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..attacks import project, sample_uniform
 from . import attacks as registry
-from .chunks import Halving
+from .chunks import Halving, named
 from .suite import Facts, check_images
 from .trial import Model, Settings, Trial, logits_of
 
@@ -38,6 +38,11 @@ def check(runs: Sequence[tuple[Settings, Facts]]) -> list[dict]:
         robust = {f"{settings.eps:.4g}": facts.attacked - sum(facts.broken.values()) for settings, facts in ordered}
         lines.append(_monotone("monotone in eps", robust, ordered[0][1].n))
     return lines
+
+
+def unread(left_out: Sequence[tuple[str, str]], n: int) -> list[dict]:
+    """A line about the samples, of n, that could not be read, and so are in no number; none where all could."""
+    return [_line("every image was read", False, f"{len(left_out)} of {n} are left out of every number: {named(left_out)}")] if left_out else []
 
 
 def failed(lines: Sequence[dict]) -> bool:
