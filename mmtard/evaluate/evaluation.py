@@ -187,8 +187,9 @@ def _names(source: Source, dataset: data.Dataset) -> list[str]:
     if source.data.classnames is None and source.kind.thousand:
         found = len(np.unique(dataset.labels[dataset.labels >= 0]))
         if found != len(open_clip.IMAGENET_CLASSNAMES):
+            where, wanted = source.folder or source.data.shards, len(open_clip.IMAGENET_CLASSNAMES)
             raise UserError(
-                f"'{source.folder or source.data.shards}' has {found} classes, {source.name} has {len(open_clip.IMAGENET_CLASSNAMES)}: their labels may be others; "
+                f"'{where}' has {found} classes, {source.name} has {wanted}: their labels may be others; "
                 "name them, one a line in the order of the labels, in a classnames.txt beside them or with --classnames"
             )
         return list(open_clip.IMAGENET_CLASSNAMES)
