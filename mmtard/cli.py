@@ -69,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--samples-per-shard", type=_positive, default=1000, metavar="N", help="default 1000")
     p.add_argument("--resize", type=_positive, metavar="PX", help="shorter side; re-encodes as JPEG. Default: files as they are")
     p.add_argument("--quality", type=_quality, default=95, metavar="Q", help="JPEG quality when re-encoding (default 95)")
-    p.add_argument("--classnames", type=Path, metavar="FILE", help="one name a line, in the order of the sorted sub-folders; default: their names")
+    p.add_argument("--classnames", type=Path, metavar="FILE", help="one name a line, in the order of the sorted sub-folders "
+                   "(as numbers where all are); default: their names")
     p.add_argument("--jobs", type=_positive, metavar="N", help="processes; default: one a core")
     p.add_argument("--shuffle-seed", type=int, default=0, metavar="S", help="order of the images over the shards (default 0)")
 

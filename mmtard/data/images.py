@@ -12,6 +12,7 @@ from ..errors import UserError
 
 # Others would let a member run external programs (EPS) or read other files.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 MAX_PIXELS = 178_956_970  # Pillow's own bound, which other libraries switch off
 # What Pillow's readers raise on damaged files.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -48,17 +49,35 @@ def decode(data: bytes) -> Image.Image:
 class Transform:
     """(PIL image RGB, sample seed) -> uint8 [3,size,size]. All randomness comes from the seed.
 
-    Without `crop_scale`: the shorter side to `resize` (None: `size`) by antialiased bicubic, then the centre square, pixel for pixel as
-    torchvision's Resize and CenterCrop. With `crop_scale` (least, most) area: torchvision's RandomResizedCrop, aspect ratio 3/4 to 4/3.
-    `flip` mirrors half of the samples. Raises UserError for settings that do not fit.
+    Without `crop_scale`: the shorter side to `resize` (None: `size`), then the centre square, pixel for pixel as torchvision's Resize
+    and CenterCrop; with `squash`, both sides to `size`, whatever the aspect. With `crop_scale` (least, most) area: torchvision's
+    RandomResizedCrop, aspect ratio 3/4 to 4/3. `interpolation`: bicubic or bilinear, antialiased. `flip` mirrors half of the samples.
+    Raises UserError for settings that do not fit.
     """
 
-    def __init__(self, size: int, resize: int | None = None, crop_scale: tuple[float, float] | None = None, flip: bool = False):
+    def __init__(
+        self, size: int, resize: int | None = None, crop_scale: tuple[float, float] | None = None, flip: bool = False, *,
+        squash: bool = False, interpolation: str = "bicubic",
+    ):  # fmt: skip
         if resize is not None and resize < size:
             raise UserError(f"data.resize: {resize} is less than the crop of {size}; make it at least {size}")
         if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise UserError(f"data.crop_scale: {list(crop_scale)} is not a range of areas; write it like [0.9, 1.0]")
         self.size, self.resize, self.crop_scale, self.flip = size, resize or size, crop_scale, flip
+        self.squash, self.interpolation = squash, INTERPOLATIONS[interpolation]
+
+    @classmethod
+    def of_model(cls, size: int, preprocess: dict, where: str) -> "Transform":
+        """As open_clip brings images to a model of this `preprocess_cfg`. Raises UserError naming `where` for a way that is not known."""
+        mode, interpolation = preprocess.get("resize_mode") or "shortest", preprocess.get("interpolation") or "bicubic"
+        if mode not in ("shortest", "squash"):
+            raise UserError(f"{where}: its images are resized by resize_mode '{mode}'; shortest and squash are known, take a model of these")
+        if interpolation == "random":  # in training; open_clip measures with bicubic
+            interpolation = "bicubic"
+        if interpolation not in INTERPOLATIONS:
+            known = " and ".join(INTERPOLATIONS)
+            raise UserError(f"{where}: its images are resized by interpolation '{interpolation}'; {known} are known, take a model of these")
+        return cls(size, squash=mode == "squash", interpolation=interpolation)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,11 +86,14 @@ class Transform:
 
     def __call__(self, image: Image.Image, seed: int) -> np.ndarray:
         u = _uniforms(seed) if self.crop_scale or self.flip else None
-        square = self._random_crop(image, u) if self.crop_scale else self._centre_crop(image)
+        square = self._random_crop(image, u) if self.crop_scale else self._squashed(image) if self.squash else self._centre_crop(image)
         pixels = np.asarray(square).transpose(2, 0, 1)
         if self.flip and u[-1] < 0.5:
             pixels = pixels[:, :, ::-1]
         return np.ascontiguousarray(pixels)
+
+    def _squashed(self, image: Image.Image) -> Image.Image:
+        return image.resize((self.size, self.size), self.interpolation)
 
     def _centre_crop(self, image: Image.Image) -> Image.Image:
         width, height = image.size
@@ -80,7 +102,7 @@ class Transform:
                 width, height = self.resize, int(self.resize * height / width)
             else:
                 width, height = int(self.resize * width / height), self.resize
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            image = image.resize((width, height), self.interpolation)
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         return image.crop((left, top, left + self.size, top + self.size))
 
@@ -97,7 +119,7 @@ class Transform:
         else:  # an image too long and thin for any: the largest central part within the ratios
             w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
             left, top = (width - w) // 2, (height - h) // 2
-        return image.crop((left, top, left + w, top + h)).resize((self.size, self.size), Image.Resampling.BICUBIC)
+        return image.crop((left, top, left + w, top + h)).resize((self.size, self.size), self.interpolation)
 
 
 class Native:

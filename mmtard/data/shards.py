@@ -58,7 +58,8 @@ def write_shards(
 ) -> Written:  # fmt: skip
     """Write `images`/<class>/*.jpg|jpeg|png|webp as `out`/000000.tar ..., with classnames.txt, nshards.txt and the index.
 
-    Labels count the class folders in sorted order; `classnames` is a file of one name a line in that order (default: the folder names).
+    Labels count the class folders in sorted order, as numbers where all are numbers (ImageNet-V2's 0 ... 999); `classnames` is a file of
+    one name a line in that order (default: the folder names).
     `resize` re-encodes images whose shorter side is longer than that as JPEG of `quality`; all else is copied byte for byte. With
     `resize`, unreadable images are left out and listed in skipped.txt. A `name.txt` beside an image becomes its caption. An interrupted
     call may be repeated: finished shards stay. Raises UserError when `out` holds shards of other images or settings.
@@ -105,6 +106,8 @@ def _survey(images: Path) -> tuple[list[str], list[Source], str]:
     for folder in folders:
         if any("\ud800" <= c <= "\udfff" for c in folder):  # as which Python reads bytes that are no UTF-8
             raise UserError(f"'{images}': the class folder {folder!r} has a name that cannot be written as text; rename it")
+    if all(re.fullmatch("[0-9]+", name) for name in folders):
+        folders.sort(key=int)
     sources, digest = [], hashlib.sha256()
     for label, folder in enumerate(folders):
         found = sorted(p for p in (images / folder).iterdir() if p.suffix[1:].lower() in EXTENSIONS and not p.name.startswith("."))

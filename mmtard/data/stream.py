@@ -21,13 +21,16 @@ from .images import DecodeError, Native, Transform, decode
 from .order import Order, sample_seeds
 from .staging import SHIELDED, Stager, Staging
 
+LEFT_OUT = -1
+
 
 @dataclass
 class Batch:
     """b samples: `images` uint8 [b,3,H,W]; `labels`, `sample_ids`, `seeds` int64 [b]; `captions` str [b], empty where there is none.
 
     `sample_ids` name the samples whose images these are; `seeds` are uint64 bit patterns. `replaced` has (asked name, given name,
-    reason) for each sample that could not be used. `stored`: teacher -> its embeddings [b,D] float32 of these very images.
+    reason) for each sample that could not be used; `left_out` has (name, reason) of those that no other replaced. `stored`: teacher ->
+    its embeddings [b,D] float32 of these very images.
     """
 
     images: Tensor
@@ -37,13 +40,14 @@ class Batch:
     captions: list[str]
     replaced: list[tuple[str, str, str]] = field(default_factory=list)
     stored: dict[str, Tensor] = field(default_factory=dict)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def pin_memory(self) -> "Batch":
         tensors = (t.pin_memory() for t in (self.images, self.labels, self.sample_ids, self.seeds))
-        return Batch(*tensors, self.captions, self.replaced, {name: z.pin_memory() for name, z in self.stored.items()})
+        return Batch(*tensors, self.captions, self.replaced, {name: z.pin_memory() for name, z in self.stored.items()}, self.left_out)
 
 
 class Request(NamedTuple):
@@ -58,15 +62,15 @@ class Request(NamedTuple):
 class Samples:
     """Request -> Batch, or the UserError that reading it met: raised in a worker it would become a traceback.
 
-    `seed` decides what the fixed views look like.
+    `seed` decides what the fixed views look like. `replace`: a sample that cannot be used is replaced, else left out.
     """
 
     def __init__(
         self, dataset: Dataset, transform: Transform | Native, need_labels: bool, staging: Staging | None, need_captions: bool = False, *, seed: int = 0,
-        stored: dict[str, Embeddings] | None = None,
+        stored: dict[str, Embeddings] | None = None, replace: bool = True,
     ):  # fmt: skip
         self.dataset, self.transform, self.need_labels, self.need_captions = dataset, transform, need_labels, need_captions
-        self.seed, self.stored = seed, stored or {}
+        self.seed, self.stored, self.replace = seed, stored or {}, replace
         self.reader = Reader(dataset, staging)
 
     def __getitem__(self, request: Request) -> Batch | UserError:
@@ -77,21 +81,26 @@ class Samples:
 
     def _batch(self, ids: np.ndarray, seeds: np.ndarray, views: np.ndarray | None) -> Batch:
         images = torch.empty((len(ids), 3, *self.transform.shape), dtype=torch.uint8)
-        pixels, given, replaced = images.numpy(), np.empty(len(ids), dtype=np.int64), []
+        pixels, given, replaced, left_out = images.numpy(), np.empty(len(ids), dtype=np.int64), [], []
         for row, (asked, seed) in enumerate(zip(ids.tolist(), seeds.tolist())):
             given[row], pixels[row], reason = self._usable(asked, seed, None if views is None else views[row])
-            if reason:
+            if given[row] == LEFT_OUT:
+                left_out.append((self.dataset.name(asked), reason))
+            elif reason:
                 replaced.append((self.dataset.name(asked), self.dataset.name(int(given[row])), reason))
+        if left_out:
+            there = np.flatnonzero(given != LEFT_OUT)
+            images, given, seeds, views = images[torch.from_numpy(there)], given[there], seeds[there], None if views is None else views[there]
         captions = [self.reader.caption(i) for i in given.tolist()]
         stored = {name: embeddings.rows(given, np.zeros_like(given) if views is None else views) for name, embeddings in self.stored.items()}
         labels, given, seeds = (torch.from_numpy(a) for a in (self.dataset.labels[given], given, seeds.view(np.int64).copy()))
-        return Batch(images, labels, given, seeds, captions, replaced, stored)
+        return Batch(images, labels, given, seeds, captions, replaced, stored, left_out)
 
-    def _usable(self, asked: int, seed: int, view: int | None) -> tuple[int, np.ndarray, str | None]:
-        """The sample asked for, or the next usable one of its shard (the first follows the last), and why another was needed."""
+    def _usable(self, asked: int, seed: int, view: int | None) -> tuple[int, np.ndarray | int, str | None]:
+        """The sample asked for, or the next usable one of its shard (the first follows the last) or LEFT_OUT, and why another was needed."""
         shard = self.dataset.shard_range(self.dataset.shard_of(asked))
         reason = None
-        for step in range(len(shard)):
+        for step in range(len(shard) if self.replace else 1):
             sample = shard[(asked - shard.start + step) % len(shard)]
             problem = self._problem(sample)
             if problem is None:
@@ -102,6 +111,8 @@ class Samples:
                 except DecodeError as error:
                     problem = f"cannot be decoded: {error}"
             reason = reason or problem
+        if not self.replace:
+            return LEFT_OUT, 0, reason
         raise UserError(f"'{self.dataset.name(asked)}': {reason}, nor has its shard any other usable sample; repair or remove the shard")
 
     def _problem(self, sample: int) -> str | None:
@@ -185,16 +196,18 @@ class Stream:
 def eval_batches(
     dataset: Dataset, transform: Transform | Native, sample_ids, batch_size: int, seed: int = 0, workers: int = 0,
     need_labels: bool = True, max_replaced: float | Fraction = 0.01, staging: Staging | None = None, views: np.ndarray | None = None,
+    replace: bool = True,
 ) -> Iterator[Batch]:  # fmt: skip
     """The given samples in the given order, `batch_size` at a time, the last batch with what is left. Raises as Stream does.
 
-    `views` int64 as `sample_ids`: which of its fixed views each is given in; None: in that of `seed`.
+    `views` int64 as `sample_ids`: which of its fixed views each is given in; None: in that of `seed`. Without `replace`, samples that
+    cannot be used are left out of their batch, which may be empty; how many may be is up to the caller.
     """
     ids = np.asarray(sample_ids, dtype=np.int64)
     chunks = (slice(i, i + batch_size) for i in range(0, len(ids), batch_size))
     requests = (Request(ids[c], sample_seeds(seed, np.zeros_like(ids[c]), ids[c]), None if views is None else views[c]) for c in chunks)
     tally = ReplacedTally(max_replaced)
-    for batch in _load(Samples(dataset, transform, need_labels, staging, seed=seed), requests, workers):
+    for batch in _load(Samples(dataset, transform, need_labels, staging, seed=seed, replace=replace), requests, workers):
         tally.add(batch)
         yield batch
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import zip_longest
 
 import numpy as np
@@ -60,12 +61,16 @@ class Work:
     halving: Halving
     interruption: Interruption
     say: Callable
+    max_left_out: float | Fraction = 0.01  # share of samples that may be unreadable
 
-    def each(self, part: str, ids: np.ndarray, progress: Progress, measure: Callable, need_labels: bool = True) -> list[dict]:
-        """Measure what is left of a part and return every chunk's row, in order, on every rank. Collective.
+    def each(
+        self, part: str, ids: np.ndarray, progress: Progress, measure: Callable, need_labels: bool = True, max_left_out: float | Fraction = 0
+    ) -> tuple[list[dict], list[tuple[str, str]]]:  # fmt: skip
+        """Measure what is left of a part and return, on every rank, the rows of chunks in their order and (name, reason) of each sample
+        that could not be read and is in no row. Collective.
 
-        measure(images [b,3,H,W] float32, batch, ids asked for) -> the chunk's row. Raises RunError with status REQUEUE on an interruption: all
-        that was measured is kept.
+        measure(images [b,3,H,W] float32, batch, their ids) -> the row. Raises UserError when more than the share `max_left_out` cannot
+        be read; RunError with status REQUEUE on an interruption: all that was measured is kept.
         """
         chunks = [ids[i : i + self.chunk] for i in range(0, len(ids), self.chunk)]
         mine, rounds = progress.mine(part, len(chunks))
@@ -74,16 +79,30 @@ class Work:
         for _, chunk, batch in zip_longest(range(rounds), mine, self.batches(asked, self.chunk, need_labels)):
             self.interruption.stop(self.ranks, kept=f"what is measured is kept in '{progress.folder.parent}'")
             if batch is not None:
-                images = batch.images.to(self.ranks.device).float() / 255
-                asked = chunks[chunk].tolist()
-                progress.add(part, chunk, {"ids": asked, "replaced": len(batch.replaced), **measure(images, batch, asked)})
-                meter.add(len(batch))
-        return progress.rows(part)
+                images, given = batch.images.to(self.ranks.device).float() / 255, batch.sample_ids.tolist()
+                progress.add(part, chunk, {"ids": given, "left_out": batch.left_out, **(measure(images, batch, given) if given else {})})
+                meter.add(len(chunks[chunk]))
+        rows = progress.rows(part)
+        left_out = [tuple(named) for row in rows for named in row["left_out"]]
+        check_left_out(part, left_out, len(ids), max_left_out)
+        return [row for row in rows if row["ids"]], left_out
 
     def batches(self, ids: np.ndarray, size: int, need_labels: bool = True) -> Iterator[data.Batch]:
         """The samples in this order, `size` at a time."""
         staging = data.Staging(self.dataset, self.cache) if self.dataset.remote else None
-        return data.eval_batches(self.dataset, self.transform, ids, size, self.seed, self.workers, need_labels, staging=staging)
+        return data.eval_batches(self.dataset, self.transform, ids, size, self.seed, self.workers, need_labels, staging=staging, replace=False)
+
+
+def check_left_out(where: str, left_out: Sequence[tuple[str, str]], n: int, most: float | Fraction) -> None:
+    """Raises UserError when more than the share `most` of n samples, or all of them, could not be read."""
+    if left_out and (len(left_out) > most * n or len(left_out) == n):
+        told = f"{len(left_out)} of {n} samples cannot be read, and {float(100 * most):g} % may be left out ({named(left_out)})"
+        raise UserError(f"{where}: {told}; repair or remove them")
+
+
+def named(left_out: Sequence[tuple[str, str]]) -> str:
+    """The first few of the samples, each with what is wrong with it."""
+    return "; ".join(f"{name}: {reason}" for name, reason in left_out[:3]) + ("; ..." if len(left_out) > 3 else "")
 
 
 class Meter:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import open_clip
 
 from .. import data
@@ -26,9 +27,10 @@ from .naming import digest
 from .progress import FOLDER, Progress
 from .protocols import Protocol
 from .request import Evaluation
-from .subject import Subject, load
+from .subject import Subject, full_float32, load
 
 
+@full_float32()
 def evaluate(what: Evaluation, ranks: Ranks, say=print, interruption: Interruption | None = None) -> dict:
     """Measure and write; returns the results, the same on every rank and at every world size. Collective.
 
@@ -46,7 +48,7 @@ def evaluate(what: Evaluation, ranks: Ranks, say=print, interruption: Interrupti
     chunk = what.batch_size or (CUDA_BATCH if ranks.device.type == "cuda" else CPU_BATCH)
     settings = {
         **what.protocol.settings(), "batch_size": chunk, "sanity": what.sanity,
-        "transfer_from": {k: surrogate.about[k] for k in ("weights", "sha256", "text_sha256")} if surrogate else None,
+        "transfer_from": {"weights": surrogate.about["weights"], **surrogate.identity} if surrogate else None,
     }  # fmt: skip
     session = Session(what, ranks, say, interruption, subject, surrogate, settings, Halving(chunk, say))
     stored = ranks.from_first(lambda: _stored(what.out))
@@ -55,7 +57,7 @@ def evaluate(what: Evaluation, ranks: Ranks, say=print, interruption: Interrupti
         entry, measured = session.dataset(source, stored)
         entries, new = [*entries, entry], new or measured
     asked = {entry["name"] for entry in entries}
-    same = stored.get("settings") == settings and stored["model"] | {"weights": None} == subject.about | {"weights": None}
+    same = "settings" in stored and _deciding(stored["settings"]) == _deciding(settings) and stored["model"] == stored["model"] | subject.identity
     entries += [d for d in stored["datasets"] if same and d["name"] not in asked]
     if not new and len(entries) == len(stored["datasets"]):
         say(f"'{what.out}' holds these results already; remove it to measure them again")
@@ -103,7 +105,10 @@ class Session:
             if entry["name"] == source.name:
                 self.say(f"{source.name}: '{self.what.out / results.FILE}' holds results of another model, data or settings; they will be replaced")
         seed, chunk = self.what.protocol.seed, self.settings["batch_size"]
-        work = Work(dataset, transform, chunk, seed, self.what.workers, source.data.cache, self.ranks, self.halving, self.interruption, self.say)
+        work = Work(
+            dataset, transform, chunk, seed, self.what.workers, source.data.cache, self.ranks, self.halving, self.interruption, self.say,
+            source.data.max_replaced,
+        )  # fmt: skip
         progress = Progress(self.what.out, source.name, key, self.ranks, self.say)
         try:
             measured = (self._retrieval if retrieves else self._zeroshot)(work, source.name, about, progress)
@@ -114,20 +119,20 @@ class Session:
     def _about(self, source: Source, dataset: data.Dataset, kind: str) -> tuple[dict, data.Transform | data.Native]:
         """What of a dataset decides its numbers, and the images' way to the model."""
         perturb_at = self.what.protocol.perturb_at or ("native" if source.kind.native else "input")
-        transform = data.Transform(self.subject.tower.image_size)
         if perturb_at == "native":
             transform = data.Native(self.ranks.from_first(lambda: _native_size(dataset, source.data.cache)))
+        else:
+            transform = self.subject.transform()
         about = {"fingerprint": dataset.fingerprint, "kind": kind, "perturb_at": perturb_at, "perturbed_size": list(transform.shape)}
         if kind == "zeroshot":
-            names, prompts = _names(source), _prompts(source, self.what.protocol)
+            names, prompts = _names(source, dataset), _prompts(source, self.what.protocol)
             zeroshot.check_labels(dataset, names, source.name)
             about |= {"classes": names, "chance": 1 / len(names), "templates": prompts}
         return about, transform
 
     def _key(self, source: Source, about: dict) -> str:
-        weights = {k: v for k, v in self.subject.about.items() if k != "weights"}
         radii = [show_pixels(e) for e in self.what.protocol.radii(source.name)]
-        return digest({"model": weights, "data": about, "settings": {**self.settings, "eps": radii, "eps_of": None}})
+        return digest({"model": self.subject.identity, "data": about, "settings": {**_deciding(self.settings), "eps": radii, "eps_of": None}})
 
     def _zeroshot(self, work: Work, name: str, about: dict, progress: Progress) -> dict:
         names, prompts = about["classes"], about["templates"]
@@ -140,6 +145,12 @@ class Session:
             return self.subject.head(captions, ["{}"], self.ranks).class_embeddings.cpu()
 
         return retrieval.measure(work, self.subject.embed, texts, self.subject.clip.logit_scale, self.what.protocol, name, progress)
+
+
+def _deciding(settings: dict) -> dict:
+    """The settings without where the other model's weights came from."""
+    other = settings["transfer_from"]
+    return settings | {"transfer_from": other and {k: v for k, v in other.items() if k != "weights"}}
 
 
 def _silent(*_) -> None:
@@ -172,8 +183,15 @@ def _with_shards(source: Source, say) -> Source:
     return replace(source, data=source.data.model_copy(update={"shards": str(shards)}))
 
 
-def _names(source: Source) -> list[str]:
+def _names(source: Source, dataset: data.Dataset) -> list[str]:
     if source.data.classnames is None and source.kind.thousand:
+        found = len(np.unique(dataset.labels[dataset.labels >= 0]))
+        if found != len(open_clip.IMAGENET_CLASSNAMES):
+            where, wanted = source.folder or source.data.shards, len(open_clip.IMAGENET_CLASSNAMES)
+            raise UserError(
+                f"'{where}' has {found} classes, {source.name} has {wanted}: their labels may be others; "
+                "name them, one a line in the order of the labels, in a classnames.txt beside them or with --classnames"
+            )
         return list(open_clip.IMAGENET_CLASSNAMES)
     return class_names(source, data.classnames(source.data))
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..attacks import project, sample_uniform
 from . import attacks as registry
+from .chunks import Halving, named
 from .suite import Facts, check_images
 from .trial import Model, Settings, Trial, logits_of
 
@@ -37,6 +38,11 @@ def check(runs: Sequence[tuple[Settings, Facts]]) -> list[dict]:
         robust = {f"{settings.eps:.4g}": facts.attacked - sum(facts.broken.values()) for settings, facts in ordered}
         lines.append(_monotone("monotone in eps", robust, ordered[0][1].n))
     return lines
+
+
+def unread(left_out: Sequence[tuple[str, str]], n: int) -> list[dict]:
+    """A line about the samples, of n, that could not be read, and so are in no number; none where all could."""
+    return [_line("every image was read", False, f"{len(left_out)} of {n} are left out of every number: {named(left_out)}")] if left_out else []
 
 
 def failed(lines: Sequence[dict]) -> bool:
@@ -67,15 +73,19 @@ def _of_one_eps(settings: Settings, facts: Facts) -> list[dict]:
     return lines
 
 
-def sanity(model: Model, images: Tensor, labels: Tensor, seeds: Tensor, settings: Settings, source: Model | None = None) -> list[dict]:
+def sanity(
+    model: Model, images: Tensor, labels: Tensor, seeds: Tensor, settings: Settings, source: Model | None = None, halving: Halving | None = None
+) -> list[dict]:  # fmt: skip
     """The lines that need attacks of their own: APGD of at most 20 steps on cross-entropy, then DLR; and Square of 300 queries.
 
     On the first 64 correctly classified of the samples given: at most 160 forward and backward passes of them, 300 forward passes
-    for Square, and some 7 passes of each sample alone and in eights. Raises UserError as `suite.run` does.
+    for Square, and some 7 passes of each sample alone and in eights; no more at once than `halving` allows. Raises UserError as
+    `suite.run` does.
     """
     check_images(images)
+    halving = Halving(SANITY_SAMPLES) if halving is None else halving
     with torch.no_grad():
-        logits = logits_of(model, images)
+        logits = torch.cat(halving(lambda x: logits_of(model, x), [images]))
     rows = (logits.argmax(1) == labels).nonzero().flatten()[:SANITY_SAMPLES]
     if not len(rows):
         return [_line("sanity", False, "no sample is classified correctly: nothing to attack")]
@@ -85,7 +95,7 @@ def sanity(model: Model, images: Tensor, labels: Tensor, seeds: Tensor, settings
     gradient = ["apgd-ce"] + ["apgd-dlr"] * (registry.not_defined("apgd-dlr", logits.shape[1]) is None)
 
     def broken(attacks=("apgd-ce",), **changes) -> Tensor:
-        return _broken(model, images, labels, seeds, attacks, replace(base, **changes), source)
+        return _broken(model, images, labels, seeds, attacks, replace(base, **changes), halving, source)
 
     steps = [k for k in (1, 5) if k < base.iters] + [base.iters]
     by_steps = {"0 steps": n} | {f"{k} steps": n - int(broken(iters=k).sum()) for k in steps}
@@ -97,43 +107,49 @@ def sanity(model: Model, images: Tensor, labels: Tensor, seeds: Tensor, settings
         _monotone("monotone in steps", by_steps, n),
         _monotone("monotone in eps, half to double", by_eps, n),
         _line("near zero at 64/255", left <= _NEAR_ZERO, f"{100 * left:.1f} % of {n} samples stand"),
-        _weaker("random noise", _noise(model, images, labels, seeds, base), white),
+        _weaker("random noise", _noise(model, images, labels, seeds, base, halving), white),
     ]
     if base.norm == "linf":
         lines.append(_weaker("square", broken(["square"]), white))
     if source is not None:
         lines.append(_weaker("transfer", broken(["transfer"]), white))
-    return [*lines, _batch_size(model, images, labels, seeds, replace(base, iters=min(base.iters, 5)))]
+    return [*lines, _batch_size(model, images, labels, seeds, replace(base, iters=min(base.iters, 5)), halving)]
 
 
-def _broken(model: Model, images: Tensor, labels: Tensor, seeds: Tensor, attacks: Sequence[str], settings: Settings, source: Model | None = None) -> Tensor:
-    trial = Trial(model, images, labels, seeds, settings, source)
-    for name in attacks:
-        registry.find(name)(trial)
-    return trial.broken
+def _broken(
+    model: Model, images: Tensor, labels: Tensor, seeds: Tensor, attacks: Sequence[str], settings: Settings, halving: Halving, source: Model | None = None
+) -> Tensor:  # fmt: skip
+    def attack(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        trial = Trial(model, x, y, s, settings, source)
+        for name in attacks:
+            registry.find(name)(trial)
+        return trial.broken
+
+    return torch.cat(halving(attack, [images, labels, seeds]))
 
 
-def _noise(model: Model, images: Tensor, labels: Tensor, seeds: Tensor, settings: Settings) -> Tensor:
+def _noise(model: Model, images: Tensor, labels: Tensor, seeds: Tensor, settings: Settings, halving: Halving) -> Tensor:
     signs = (sample_uniform(seeds, images.shape[1:]) < 0.5).float() * 2 - 1
     scale = settings.eps if settings.norm == "linf" else settings.eps / images[0].numel() ** 0.5
     with torch.no_grad():
-        return logits_of(model, project(images + scale * signs, images, settings.norm, settings.eps)).argmax(1) != labels
+        noisy = project(images + scale * signs, images, settings.norm, settings.eps)
+        return torch.cat(halving(lambda x: logits_of(model, x).argmax(1), [noisy])) != labels
 
 
-def _batch_size(model: Model, images: Tensor, labels: Tensor, seeds: Tensor, settings: Settings) -> dict:
-    """The logits and the flags of each sample alone, in eights and in sixty-fours."""
+def _batch_size(model: Model, images: Tensor, labels: Tensor, seeds: Tensor, settings: Settings, halving: Halving) -> dict:
+    """The logits and the flags of each sample alone, in eights and in sixty-fours, as far as `halving` allows them."""
     flags, logits = {}, {}
-    for size in _BATCHES:
+    for size in sorted({min(size, halving.limit) for size in _BATCHES}):
         parts = [slice(i, i + size) for i in range(0, len(images), size)]
         try:
             with torch.no_grad():
-                logits[size] = torch.cat([logits_of(model, images[p]) for p in parts])
-            flags[size] = torch.cat([_broken(model, images[p], labels[p], seeds[p], ["apgd-ce"], settings) for p in parts])
+                logits[size] = torch.cat([z for p in parts for z in halving(lambda x: logits_of(model, x), [images[p]])])
+            flags[size] = torch.cat([_broken(model, images[p], labels[p], seeds[p], ["apgd-ce"], settings, halving) for p in parts])
         except ValueError as error:  # batch norm in training mode refuses a batch of one
             return _line("batch size", False, f"the model fails on batches of {size}: {error}")
-    gap = max(float((logits[size] - logits[1]).abs().max()) for size in _BATCHES) / max(float(logits[1].abs().max()), 1e-30)
-    differ = sum(int((flags[size] != flags[1]).sum()) for size in _BATCHES)
-    counts = ", ".join(f"{int(flags[size].sum())} at {size}" for size in _BATCHES)
+    gap = max(float((z - logits[1]).abs().max()) for z in logits.values()) / max(float(logits[1].abs().max()), 1e-30)
+    differ = sum(int((broken != flags[1]).sum()) for broken in flags.values())
+    counts = ", ".join(f"{int(broken.sum())} at {size}" for size, broken in flags.items())
     return _line("batch size", gap <= _SAME_LOGITS and differ <= _slack(len(images)), f"broken of {len(images)}: {counts}; logits differ by {gap:.1e} of their size")
 
 

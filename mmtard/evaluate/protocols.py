@@ -11,6 +11,7 @@ from fractions import Fraction
 from ..config import show_pixels
 
 PIXEL = Fraction(1, 255)
+LINF_ONLY = ("square",)  # attacks that are written for no other norm
 FARE_SETS = (
     "Caltech101", "Cars", "CIFAR10", "CIFAR100", "DTD", "EuroSAT", "FGVC", "Flowers", "ImageNet-R", "ImageNet-Sketch", "PCAM", "Pets", "STL-10",
 )  # fmt: skip

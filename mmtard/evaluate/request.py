@@ -10,7 +10,7 @@ from ..config import Model, show_pixels
 from ..errors import UserError, unknown
 from .datasets import Source
 from .naming import digest, slug
-from .protocols import PROTOCOLS, Protocol
+from .protocols import LINF_ONLY, PROTOCOLS, Protocol
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,28 @@ def protocol(name: str, eps: list[Fraction] | None = None, transfer: bool = Fals
     if all_samples:
         changes["n_samples"] = None
     if eps is not None:
-        for e in eps:
-            if e <= 0:
-                raise UserError(f"--eps: {e} is no attack; write a positive size such as 2/255")
         changes |= {"eps": tuple(dict.fromkeys(eps)), "eps_of": ()}
     asked = replace(PROTOCOLS[name], **changes)
     if transfer and "transfer" not in asked.attacks:
         asked = replace(asked, attacks=(*asked.attacks, "transfer"))
     if "transfer" in asked.attacks and not transfer:
         raise UserError("--attacks: 'transfer' needs the model whose gradients it follows; name it with --transfer-from")
+    _check_threat(asked, eps is not None)
     return asked
+
+
+def _check_threat(asked: Protocol, own_eps: bool) -> None:
+    for e in asked.eps:
+        if e <= 0:
+            raise UserError(f"--eps: {e} is no attack; write a positive size such as 2/255")
+        if asked.norm == "linf" and e >= 1:
+            raise UserError(f"--eps: {e} lets an attack replace the whole image, for pixels are in [0,1]; write it as a fraction such as 2/255")
+    if asked.norm != PROTOCOLS[asked.name].norm and not own_eps:
+        raise UserError(f"--norm: the radii of '{asked.name}' are {PROTOCOLS[asked.name].norm}'s, not {asked.norm}'s; give its own with --eps, such as 0.5")
+    unfit = [a for a in asked.attacks if a in LINF_ONLY and asked.norm != "linf"]
+    if unfit:
+        others = " ".join(a for a in asked.attacks if a not in (*unfit, "transfer"))
+        raise UserError(f"--attacks: '{unfit[0]}' is written for linf, not {asked.norm}; leave it out: --attacks {others or 'apgd-ce'}")
 
 
 def default_out(model: Model, asked: Protocol, sources: list[Source], root: str, **others) -> Path:

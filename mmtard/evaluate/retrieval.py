@@ -58,17 +58,19 @@ def measure(work: Work, embed: Callable[[Tensor], Tensor], texts: Callable[[list
         with torch.no_grad():
             return {"embeddings": _pack(torch.cat(work.halving(embed, [images])))}
 
-    everyone = np.arange(len(work.dataset))
-    rows = work.each(f"{name} clean", everyone, progress, clean_chunk, need_labels=False)
+    asked_for = np.arange(len(work.dataset))
+    rows, left_out = work.each(f"{name} clean", asked_for, progress, clean_chunk, need_labels=False, max_left_out=work.max_left_out)
+    everyone = np.array([i for row in rows for i in row["ids"]])
     of_all, all_captions = _embeddings(rows), Captions.read(work.dataset, everyone.tolist(), work.cache)
     text = texts(all_captions.texts)
-    ids = stratified(np.zeros(len(everyone), dtype=np.int64), protocol.n_samples, protocol.seed)
+    chosen = stratified(np.zeros(len(everyone), dtype=np.int64), protocol.n_samples, protocol.seed)  # of everyone's
+    ids = everyone[chosen]
     captions = Captions.read(work.dataset, ids.tolist(), work.cache)
-    own_text = text[torch.isin(all_captions.image, torch.from_numpy(ids))]  # both in the order of the images
+    own_text = text[torch.isin(all_captions.image, torch.from_numpy(chosen))]  # both in the order of the images
     place = {int(i): k for k, i in enumerate(ids)}
     targets, of_caption = own_text.to(work.ranks.device), captions.image.to(work.ranks.device)
-    clean_ranks = ranks_of(of_all[torch.from_numpy(ids)], own_text, captions.image)
-    eps_out, samples, lines = {}, {}, []
+    clean_ranks = ranks_of(of_all[torch.from_numpy(chosen)], own_text, captions.image)
+    eps_out, samples, lines = {}, {}, health.unread(left_out, len(asked_for))
     for eps in protocol.radii(name):
         settings = attack_settings(protocol, float(eps))
 
@@ -87,7 +89,7 @@ def measure(work: Work, embed: Callable[[Tensor], Tensor], texts: Callable[[list
             }  # fmt: skip
             return {"embeddings": _pack(z), "facts": facts}
 
-        found = work.each(f"{name} {show_pixels(eps)}", ids, progress, attack_chunk, need_labels=False)
+        found, _ = work.each(f"{name} {show_pixels(eps)}", ids, progress, attack_chunk, need_labels=False)
         ranks, facts = ranks_of(_embeddings(found), own_text, captions.image), [row["facts"] for row in found]
         eps_out[show_pixels(eps)] = {"recall": recalls(*ranks), "seconds": round(sum(f["seconds"] for f in facts), 3)}
         samples[show_pixels(eps)] = _per_sample(*ranks)
@@ -96,7 +98,7 @@ def measure(work: Work, embed: Callable[[Tensor], Tensor], texts: Callable[[list
         "n_total": len(everyone),
         "captions": len(all_captions.texts),
         "attack": ATTACK,
-        "replaced": sum(row["replaced"] for row in rows),
+        "left_out": len(left_out),
         "clean_all": recalls(*ranks_of(of_all, text, all_captions.image)),
         "clean": recalls(*clean_ranks),
         "eps": eps_out,
@@ -117,7 +119,7 @@ def ranks_of(images: Tensor, texts: Tensor, image_of: Tensor, block: int = 1024)
     """(for each image, the rank of its best caption among all; for each caption, the rank of its image): 1 is found first.
 
     images [N,D], texts [T,D] normalised, image_of int64 [T], in the images' order. A tie counts against the model: one embedding
-    for everything finds nothing.
+    for everything finds nothing, nor does NaN.
     """
     z = F.normalize(images, dim=1)
     own = torch.cat([_own(z, texts, image_of, i, block) for i in range(0, len(z), block)])  # [T]
@@ -125,7 +127,7 @@ def ranks_of(images: Tensor, texts: Tensor, image_of: Tensor, block: int = 1024)
     of_image = torch.empty(len(z), dtype=torch.int64)
     of_caption = torch.ones(len(texts), dtype=torch.int64)
     for i in range(0, len(z), block):
-        similarity, here = z[i : i + block] @ texts.T, torch.arange(i, min(i + block, len(z)))
+        similarity, here = _similarity(z[i : i + block], texts), torch.arange(i, min(i + block, len(z)))
         other = image_of[None, :] != here[:, None]
         of_image[here] = 1 + ((similarity >= best[here, None]) & other).sum(1)
         of_caption += ((similarity >= own[None, :]) & other).sum(0)
@@ -135,7 +137,13 @@ def ranks_of(images: Tensor, texts: Tensor, image_of: Tensor, block: int = 1024)
 def _own(images: Tensor, texts: Tensor, image_of: Tensor, start: int, block: int) -> Tensor:
     """Similarity of each caption of a block of images to its image, from the very product that the others are compared in."""
     at = ((image_of >= start) & (image_of < start + block)).nonzero().flatten()
-    return (images[start : start + block] @ texts.T)[image_of[at] - start, at]
+    return _similarity(images[start : start + block], texts)[image_of[at] - start, at]
+
+
+def _similarity(images: Tensor, texts: Tensor) -> Tensor:
+    """Cosines [N,T]; those that are NaN are lowest."""
+    similarity = images @ texts.T
+    return similarity.masked_fill(similarity.isnan(), -torch.inf)
 
 
 def recalls(of_image: Tensor, of_caption: Tensor) -> dict:

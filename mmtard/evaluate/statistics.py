@@ -42,11 +42,28 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def paired_difference(a: list[bool], b: list[bool], z: float = 1.959964) -> dict:
-    """How b's accuracy differs from a's on the same samples: the difference, its 95 % interval and McNemar's p.
-
-    The interval is Wald's for paired proportions: sd of the per-sample differences over sqrt(n).
-    """
+    """How b's accuracy differs from a's on the same samples: the difference, its 95 % interval (`newcombe_interval`) and McNemar's p."""
     n, only_a, only_b = len(a), sum(x and not y for x, y in zip(a, b)), sum(y and not x for x, y in zip(a, b))
-    difference = (only_b - only_a) / n
-    half = z * math.sqrt(max(0.0, (only_a + only_b) / n - difference**2) / n)
-    return {"difference": difference, "interval95": [difference - half, difference + half], "only_a": only_a, "only_b": only_b, "n": n, "p": mcnemar(only_a, only_b)}
+    low, high = newcombe_interval(sum(x and y for x, y in zip(a, b)), only_a, only_b, n, z)
+    return {"difference": (only_b - only_a) / n, "interval95": [low, high], "only_a": only_a, "only_b": only_b, "n": n, "p": mcnemar(only_a, only_b)}
+
+
+def newcombe_interval(both: int, only_a: int, only_b: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of b's proportion minus a's on the same n samples: the hybrid score interval, method 10 of Newcombe, "Improved
+    confidence intervals for the difference between binomial proportions based on paired data", Statistics in Medicine 17 (1998).
+
+    The two Wilson intervals, joined by the correlation of the pairs. Wider than nothing where no sample differs, which Wald's is not.
+    """
+    neither = n - both - only_a - only_b
+    a, b = (both + only_a) / n, (both + only_b) / n
+    (low_a, high_a), (low_b, high_b) = wilson_interval(both + only_a, n, z), wilson_interval(both + only_b, n, z)
+    product = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
+    covariance = both * neither - only_a * only_b
+    if covariance > 0:
+        covariance = max(covariance - n / 2, 0)  # a continuity correction
+    phi = covariance / math.sqrt(product) if product else 0.0
+
+    def joined(of_a: float, of_b: float) -> float:
+        return math.sqrt(max(0.0, of_a**2 - 2 * phi * of_a * of_b + of_b**2))
+
+    return b - a - joined(high_a - a, b - low_b), b - a + joined(a - low_a, high_b - b)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import towers
+from .. import data, towers
 from ..config import Model
 from ..methods import Head
 from ..parallel import Ranks
+from .naming import digest
 
 
 @dataclass
@@ -23,6 +25,15 @@ class Subject:
     clip: towers.Clip
     tower: towers.ImageTower
     about: dict
+
+    @property
+    def identity(self) -> dict:
+        """What of `about` decides the numbers: not where the weights came from, nor the path that may be their architecture's name."""
+        return {k: v for k, v in self.about.items() if k not in ("weights", "arch")}
+
+    def transform(self) -> data.Transform:
+        """A stored image's way to the tower's size, the model's own. Raises UserError for one that is not known."""
+        return data.Transform.of_model(self.tower.image_size, self.about["preprocess"], self.about["weights"])
 
     def head(self, names: list[str], prompts: list[str], ranks: Ranks) -> Head:
         """The class embeddings, computed by the first rank, with the model's own logit scale. Collective."""
@@ -54,8 +65,24 @@ def load(spec: Model, ranks: Ranks, where: str = "model") -> Subject:
         "quick_gelu": bool(clip.config["model_cfg"].get("quick_gelu", False)),
         "image_size": tower.image_size,
         "logit_scale": clip.logit_scale,
+        "preprocess": clip.config["preprocess_cfg"],
+        "model_cfg": digest(clip.config["model_cfg"]),
     }
     return Subject(clip, tower, about)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """TF32 off: by default cuDNN's convolutions, a ViT's patch embedding among them, keep 10 bits of a float32's 23."""
+    kinds = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [kind.allow_tf32 for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.allow_tf32 = False
+        yield
+    finally:
+        for kind, allowed in zip(kinds, before):
+            kind.allow_tf32 = allowed
 
 
 def tensors_sha256(state: dict[str, Tensor]) -> str:

@@ -15,9 +15,10 @@ def show(results: dict) -> None:
     classified = [d for d in results["datasets"] if d["kind"] == "zeroshot"]
     if classified:
         _print(console, _zeroshot(classified, results))
-        absent = set(PROTOCOLS[results["protocol"]].datasets) - {d["name"] for d in classified}
-        if absent:
-            console.print(f"not the mean that {results['protocol']} publishes: without {', '.join(sorted(absent))}")
+        published, names = set(PROTOCOLS[results["protocol"]].datasets), {d["name"] for d in classified} - {"ImageNet"}
+        differ = [f"{word} {', '.join(sorted(sets))}" for word, sets in (("without", published - names), ("with", names - published)) if sets]
+        if published and differ:
+            console.print(f"not the mean that {results['protocol']} publishes: {'; '.join(differ)}")
     retrieved = [d for d in results["datasets"] if d["kind"] == "retrieval"]
     if retrieved:
         _print(console, _retrieval(retrieved))

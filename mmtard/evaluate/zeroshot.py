@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -31,10 +31,11 @@ def measure(work: Work, logits: Model, source: Model | None, names: list[str], p
             found = [z.argmax(1).tolist() for z in work.halving(logits, [images])]
         return {"prediction": sum(found, []), "labels": batch.labels.tolist()}
 
-    everyone = np.flatnonzero(work.dataset.labels >= 0)
-    rows = work.each(f"{name} clean", everyone, progress, clean_chunk)
+    asked_for = np.flatnonzero(work.dataset.labels >= 0)
+    rows, left_out = work.each(f"{name} clean", asked_for, progress, clean_chunk, max_left_out=work.max_left_out)
     prediction, label = (dict(zip(_all(rows, "ids"), _all(rows, key))) for key in ("prediction", "labels"))
-    ids = stratified(work.dataset.labels, protocol.n_samples, protocol.seed).tolist()
+    everyone = np.array(_all(rows, "ids"))
+    ids = everyone[stratified(work.dataset.labels[everyone], protocol.n_samples, protocol.seed)].tolist()
     labels, clean = [label[i] for i in ids], [prediction[i] == label[i] for i in ids]
     attackable = np.array([i for i, right in zip(ids, clean) if right], dtype=np.int64)
     ran, skipped = defined_attacks(protocol, len(names), name)
@@ -52,9 +53,9 @@ def measure(work: Work, logits: Model, source: Model | None, names: list[str], p
             broken = [by or (None if right else ran[0]) for o in outcomes for by, right in zip(o.broken_by, o.clean.tolist())]
             return {"broken_by": broken, "prediction": sum((o.prediction.tolist() for o in outcomes), []), "facts": asdict(merged)}
 
-        found = work.each(f"{name} {show_pixels(eps)}", attackable, progress, attack_chunk)
+        found, _ = work.each(f"{name} {show_pixels(eps)}", attackable, progress, attack_chunk)
         at_eps = suite.merge([suite.Facts(**row["facts"]) for row in found]) if found else None
-        facts += [(settings, at_eps)] if at_eps else []
+        facts += [(settings, replace(at_eps, skipped=skipped))] if at_eps else []
         broken_by, attacked = (dict(zip(_all(found, "ids"), _all(found, key))) for key in ("broken_by", "prediction"))
         broken = [broken_by.get(i) for i in ids]
         summary = results.under_attack(ran, broken, clean, labels, names, at_eps.seconds if at_eps else {})
@@ -64,12 +65,12 @@ def measure(work: Work, logits: Model, source: Model | None, names: list[str], p
             "prediction": [attacked.get(i, prediction[i]) for i in ids],
             "robust": [right and by is None for right, by in zip(clean, broken)],
         }
-    lines = health.check(facts) if facts else [NOTHING_ATTACKED]
+    lines = health.unread(left_out, len(asked_for)) + (health.check(facts) if facts else [NOTHING_ATTACKED])
     if sanity and len(attackable):
         lines += _sanity(work, logits, source, attackable, attack_settings(protocol, float(protocol.radii(name)[0])), progress)
     return {
         "n_total": len(everyone),
-        "replaced": sum(row["replaced"] for row in rows),
+        "left_out": len(left_out),
         "clean_all": results.accuracy([prediction[i] == label[i] for i in everyone.tolist()]),
         "clean": results.accuracy(clean),
         "eps": by_eps,
@@ -93,7 +94,7 @@ def _sanity(work: Work, logits: Model, source: Model | None, ids: np.ndarray, se
             chosen = ids[stratified(work.dataset.labels[ids], health.SANITY_SAMPLES, work.seed)]
             (batch,) = work.batches(chosen, len(chosen))
             images, *rest = (t.to(work.ranks.device) for t in (batch.images, batch.labels, batch.seeds))
-            progress.add("sanity", 0, {"lines": health.sanity(logits, images.float() / 255, *rest, settings, source)})
+            progress.add("sanity", 0, {"lines": health.sanity(logits, images.float() / 255, *rest, settings, source, work.halving)})
         return progress.done["sanity", 0]["lines"]
 
     return work.ranks.from_first(lines)

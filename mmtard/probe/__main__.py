@@ -33,7 +33,7 @@ def measure(asked: dict) -> dict:
     """Accuracy of a checkpoint on a stratified sample, clean and under PGD on cross-entropy, in float32 at the tower's size."""
     from .. import data, parallel
     from ..config import Data, Model
-    from ..evaluate import results, subject, suite, zeroshot
+    from ..evaluate import chunks, results, subject, suite, zeroshot
     from ..evaluate.statistics import stratified
     from ..evaluate.trial import Settings
 
@@ -42,17 +42,21 @@ def measure(asked: dict) -> dict:
     names = data.classnames(source, dataset)
     zeroshot.check_labels(dataset, names, "probe.data")
     settings = Settings(eps=float(Fraction(asked["eps"])), norm=asked["norm"], iters=asked["steps"])
-    clean, robust = [], []
-    with parallel.group(asked["device"]) as ranks:
+    clean, robust, left_out = [], [], []
+    with parallel.group(asked["device"]) as ranks, subject.full_float32():
         model = subject.load(Model(weights=asked["checkpoint"], ema=asked["ema"]), ranks)
         logits = model.logits(model.head(names, data.templates(source), ranks))
         staging = data.Staging(dataset, source.cache) if dataset.remote else None
         ids = stratified(dataset.labels, asked["n_samples"], seed=0)
-        for batch in data.eval_batches(dataset, data.Transform(model.tower.image_size), ids, asked["batch_size"], staging=staging):
+        for batch in data.eval_batches(dataset, model.transform(), ids, asked["batch_size"], staging=staging, replace=False):
+            left_out += batch.left_out
+            if not len(batch):
+                continue
             images, *rest = (t.to(ranks.device) for t in (batch.images, batch.labels, batch.seeds))
             outcome = suite.run(logits, images.float() / 255, *rest, ["pgd"], settings)
             clean += outcome.clean.tolist()
             robust += outcome.robust.tolist()
+    chunks.check_left_out("probe.data", left_out, len(ids), source.max_replaced)
     return {"clean": results.accuracy(clean), "robust": results.accuracy(robust)}
 
 

@@ -161,7 +161,8 @@ class Probe:
 def _source(config: Config) -> Data:
     """The probe's data with the prompts of the run's."""
     p = config.probe
-    return Data(shards=p.data, index=p.index, classnames=p.classnames, templates=data.templates(config.data), cache=config.data.cache)
+    shared = {"templates": data.templates(config.data), "max_replaced": config.data.max_replaced, "cache": config.data.cache}
+    return Data(shards=p.data, index=p.index, classnames=p.classnames, **shared)
 
 
 def _read(path: Path, protocol: dict) -> list[dict]:

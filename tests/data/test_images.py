@@ -1,4 +1,5 @@
 import numpy as np
+import open_clip
 import pytest
 from tiny_shards import encode, picture
 from PIL import Image
@@ -115,6 +116,24 @@ def test_random_crop_has_the_area_and_ratio_asked_for():
         ratios.append(w / h)
     assert 0.25 < min(areas) < 0.33 and 0.55 < max(areas) < 0.63 and abs(np.mean(areas) - 0.45) < 0.03
     assert 0.7 < min(ratios) < 0.8 and 1.25 < max(ratios) < 1.42
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 41), (24, 24), (500, 24)])
+@pytest.mark.parametrize("mode", ["shortest", "squash", None])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random", None])
+def test_a_models_own_way_is_open_clips(size, mode, interpolation):
+    image, cfg = picture(5, size), {"resize_mode": mode, "interpolation": interpolation, "mean": [0.5] * 3}
+    theirs = open_clip.image_transform(24, is_train=False, mean=(0,) * 3, std=(1,) * 3, resize_mode=mode, interpolation=interpolation)(image)
+    assert (Transform.of_model(24, cfg, "m")(image, 0) == (theirs * 255).round().byte().numpy()).all()
+
+
+@pytest.mark.parametrize("cfg, message", [
+    ({"resize_mode": "longest"}, "'m': .* resize_mode 'longest'; shortest and squash are known"),
+    ({"interpolation": "nearest"}, "'m': .* interpolation 'nearest'; bicubic and bilinear are known"),
+])  # fmt: skip
+def test_a_way_of_resizing_that_is_not_known_is_refused(cfg, message):
+    with pytest.raises(UserError, match=message):
+        Transform.of_model(24, cfg, "'m'")
 
 
 def test_whole_crop_is_a_resize_and_flip_mirrors_half():

@@ -89,6 +89,17 @@ def test_a_truncated_jpeg_is_replaced_by_its_neighbour(open_members):
     assert torch.equal(batch.seeds, asked.seeds), "a replacement keeps the seed of the sample asked for"
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_cannot_be_read_is_left_out_where_nothing_may_stand_for_it(open_members, workers):
+    dataset = damaged(open_members, {7: IMAGE[:-30], 8: b"nothing", 19: IMAGE[:-30]})
+    first, second = eval_batches(dataset, CROP, [6, 7, 9, 19, 8], 3, seed=5, workers=workers, replace=False)
+    assert first.sample_ids.tolist() == [6, 9] and first.labels.tolist() == [6, 2] and first.replaced == []
+    assert [name for name, _ in first.left_out] == ["0.tar/s0007"] and "truncated" in first.left_out[0][1]
+    whole, = eval_batches(damaged(open_members, {}), CROP, [6, 9], 2, seed=5)
+    assert torch.equal(first.images, whole.images) and torch.equal(first.seeds, whole.seeds) and first.captions == whole.captions
+    assert len(second) == 0 and second.images.shape == (0, 3, 16, 16) and [name for name, _ in second.left_out] == ["0.tar/s0019", "0.tar/s0008"]
+
+
 def test_missing_labels_are_replaced_only_where_labels_are_needed(open_members):
     dataset = open_members([("a.jpg", IMAGE), ("b.jpg", IMAGE), ("b.cls", b"x"), ("c.jpg", IMAGE), ("c.cls", b"3")])
     needed, = eval_batches(dataset, CROP, [0, 1, 2], 3)

@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 
 from mmtard.errors import UserError
 from mmtard.evaluate.compare import compare
-from mmtard.evaluate.statistics import mcnemar, paired_difference
+from mmtard.evaluate.statistics import mcnemar, newcombe_interval, paired_difference
 
 
 @pytest.mark.parametrize("only_a, only_b", [(0, 0), (0, 1), (3, 3), (1, 9), (40, 12), (0, 5000), (510, 600)])
@@ -29,11 +29,31 @@ def test_a_difference_that_unpaired_intervals_hide():
     a = [True] * 500 + [False] * 500
     b = [True] * 530 + [False] * 470
     found = paired_difference(a, b)
-    d = np.array(b, float) - np.array(a, float)
-    half = 1.959964 * d.std() / math.sqrt(1000)
-    assert found["interval95"] == pytest.approx([d.mean() - half, d.mean() + half]) and found["interval95"][0] > 0
+    low, high = found["interval95"]
+    assert 0.015 < low < found["difference"] == 0.03 < high < 0.05
     assert (found["only_a"], found["only_b"], found["p"]) == (0, 30, 2 * 0.5**30)
     assert 1.959964 * math.sqrt(0.25 / 1000) * 2 > 0.03
+
+
+@pytest.mark.parametrize("both, only_a, only_b, neither, low, high", [
+    # Airway hyper-responsiveness before and after transplantation (Bentur et al. 2009): Fagerland, Lydersen & Laake, Statistics in Medicine 33 (2014).
+    (1, 7, 1, 12, -0.507, -0.026),
+    # Nothing differs, all right: phi is 0, both Wilson intervals end at n / (n + z^2).
+    (40, 0, 0, 0, -(1.959964**2) / (40 + 1.959964**2), 1.959964**2 / (40 + 1.959964**2)),
+])  # fmt: skip
+def test_the_interval_of_a_paired_difference_is_newcombes(both, only_a, only_b, neither, low, high):
+    counts = (both, only_a, only_b, neither)
+    a, b = ([side for side, n in zip(sides, counts) for _ in range(n)] for sides in ([True, True, False, False], [True, False, True, False]))
+    assert paired_difference(a, b)["interval95"] == pytest.approx([low, high], abs=5e-4 if only_a else 1e-12)
+    assert paired_difference(b, a)["interval95"] == pytest.approx([-high, -low], abs=5e-4 if only_a else 1e-12)
+
+
+@pytest.mark.parametrize("both, neither, a_alone, b_alone", [(0.5, 0.4, 0.05, 0.05), (0.3, 0.68, 0.0, 0.02), (0.9, 0.1, 0.0, 0.0), (0.2, 0.2, 0.2, 0.4)])
+def test_the_interval_of_a_paired_difference_holds_the_true_one_as_often_as_it_says(both, neither, a_alone, b_alone):
+    """Of 2000 drawn tables of 100 pairs; Wald's is of no width in each where nothing differs."""
+    tables = np.random.default_rng(0).multinomial(100, [both, a_alone, b_alone, neither], size=2000)
+    intervals = [newcombe_interval(*map(int, table[:3]), 100) for table in tables]
+    assert np.mean([low <= b_alone - a_alone <= high for low, high in intervals]) > 0.94 and all(high - low > 0.01 for low, high in intervals)
 
 
 RESULTS = {

@@ -71,11 +71,26 @@ def test_two_classes_have_no_targeted_attack_and_a_chance_of_half(measure, tmp_p
     found = measure(tmp_path, attacks=("apgd-ce", "apgd-t"))
     (entry,) = found["datasets"]
     table.show(found)
-    assert re.search(r"│ +50\.00 │\n", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(r"│ +50\.00 │\n", printed)
+    assert "WARN PCAM: every attack ran: eps 0.01569: apgd-t left out: the targeted DLR loss needs 4 classes, there are 2\n" in printed
     assert entry["chance"] == 0.5 and list(entry["eps"]["4/255"]["attacks"]) == ["apgd-ce"]
     assert entry["eps"]["4/255"]["skipped"] == {"apgd-t": "the targeted DLR loss needs 4 classes, there are 2"}
     with pytest.raises(UserError, match="PCAM: no attack is left .*; add --attacks apgd-ce"):
         measure(tmp_path, tmp_path / "other", attacks=("apgd-t",))
+
+
+@pytest.mark.parametrize("names, said", [
+    (FARE_SETS, ""),
+    ((*FARE_SETS, "ImageNet"), ""),
+    (FARE_SETS[1:], "not the mean that fare publishes: without Caltech101\n"),
+    ((*FARE_SETS, "MNIST", "SVHN", "ImageNet"), "not the mean that fare publishes: with MNIST, SVHN\n"),
+    ((*FARE_SETS[1:], "MNIST"), "not the mean that fare publishes: without Caltech101; with MNIST\n"),
+])  # fmt: skip
+def test_a_mean_over_other_sets_than_published_is_told(colours, measure, capsys, names, said):
+    found = measure(colours, attacks=("pgd",), iters=1)
+    table.show(found | {"protocol": "fare", "datasets": [found["datasets"][0] | {"name": name} for name in names]})
+    assert "".join(re.findall("not the mean.*\n", capsys.readouterr().out)) == said
 
 
 def test_cifar_is_perturbed_at_its_own_size_and_resized_inside_the_model(measure, tmp_path, monkeypatch):
@@ -133,13 +148,36 @@ def test_prompts_are_the_datasets_own_then_imagenets_then_the_simple_one(tmp_pat
 
 
 def test_imagenets_subsets_have_their_own_class_names(tmp_path):
-    (source,) = datasets.find(str(write(tmp_path / "imagenet-a", 2, classes=COLOURS)))
-    assert evaluation._names(source) == list(COLOURS)
-    folder = write(tmp_path / "imagenetv2", 2)
-    (folder / "classnames.txt").rename(folder / "test" / "classnames.txt")
-    assert evaluation._names(datasets.find(str(folder))[0]) == list(COLOURS)
-    (folder / "test" / "classnames.txt").unlink()
-    assert evaluation._names(datasets.find(str(folder))[0]) == list(open_clip.IMAGENET_CLASSNAMES)
+    def names(folder):
+        (source,) = datasets.find(str(folder))
+        return evaluation._names(source, data.open_dataset(source.data))
+
+    assert names(write(tmp_path / "imagenet-a", 2, classes=COLOURS)) == list(COLOURS)
+    folder = write(tmp_path / "imagenetv2", 1000, size=(1, 1), classes=[str(i) for i in range(1000)])
+    (folder / "classnames.txt").unlink()
+    assert names(folder) == list(open_clip.IMAGENET_CLASSNAMES)
+    few = write(tmp_path / "imagenet1k", 2)
+    (few / "classnames.txt").rename(few / "test" / "classnames.txt")
+    assert names(few) == list(COLOURS)
+    (few / "test" / "classnames.txt").unlink()
+    with pytest.raises(UserError, match="imagenet1k.*' has 2 classes, ImageNet has 1000: .* in a classnames.txt beside them or with --classnames"):
+        names(few)
+
+
+def test_imagenet_v2s_folders_are_numbers(measure, tmp_path):
+    """Sorted as text, 10 and 100 come before 2, and 988 of open_clip's 1000 names go to other classes."""
+    root = tmp_path / "imagenetv2"
+    for i in range(1000):
+        (root / str(i)).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8, 3), i % 250, np.uint8)).save(root / str(i) / f"{i}.png")
+    (entry,) = measure(root, attacks=("pgd",), iters=1, templates=("a {}",), n_samples=1)["datasets"]
+    assert entry["name"] == "ImageNet-V2" and entry["classes"] == list(open_clip.IMAGENET_CLASSNAMES)
+    stored = data.open_dataset(Data(shards=str(next((tmp_path / "cache" / "mmtard").glob("shards-*")))))
+    assert {key.partition("-")[2]: label for key, label in zip(stored.keys, stored.labels.tolist())} == {f"{i}-{i}": i for i in range(1000)}
+    (root / "999").rename(tmp_path / "999")
+    root.rename(tmp_path / "imagenet")
+    with pytest.raises(UserError, match=f"'{tmp_path / 'imagenet'}' has 999 classes, ImageNet has 1000"):
+        measure(tmp_path / "imagenet", tmp_path / "other", attacks=("pgd",), iters=1)
 
 
 def test_a_protocol_is_what_papers_agreed_on_and_gives_way_to_what_is_asked():
@@ -151,6 +189,24 @@ def test_a_protocol_is_what_papers_agreed_on_and_gives_way_to_what_is_asked():
     tecoa = protocol("tecoa", all_samples=True, iters=None)
     assert (tecoa.step_size, tecoa.templates, tecoa.n_samples, tecoa.iters) == (Fraction(1, 255), ("This is a photo of a {}",), None, 10)
     assert protocol("quick", transfer=True).attacks[-1] == "transfer"
+
+
+@pytest.mark.parametrize("asked, message", [
+    ({"eps": [Fraction(0)]}, "--eps: 0 is no attack"),
+    ({"eps": [Fraction(2)]}, "--eps: 2 lets an attack replace the whole image, .* write it as a fraction such as 2/255"),
+    ({"eps": [Fraction(2, 255), Fraction(1)]}, "--eps: 1 lets"),
+    ({"norm": "l2"}, "--norm: the radii of 'robustbench' are linf's, not l2's; give its own with --eps, such as 0.5"),
+    ({"norm": "l2", "eps": [Fraction(1, 2)]}, "--attacks: 'square' is written for linf, not l2; leave it out: --attacks apgd-ce apgd-t fab-t$"),
+])  # fmt: skip
+def test_a_threat_that_does_not_fit_is_refused_when_it_is_asked_for(asked, message):
+    with pytest.raises(UserError, match=message):
+        protocol("robustbench", **asked)
+
+
+def test_radii_and_attacks_that_fit_l2_are_taken():
+    found = protocol("robustbench", [Fraction(1, 2), Fraction(3)], norm="l2", attacks=("apgd-ce", "fab-t"))
+    assert (found.norm, found.radii("CIFAR10"), found.attacks) == ("l2", (Fraction(1, 2), Fraction(3)), ("apgd-ce", "fab-t"))
+    assert protocol("fare", norm="linf").norm == "linf"
 
 
 def test_evaluations_of_other_settings_have_other_folders(root):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from fractions import Fraction
 
 import numpy as np
@@ -16,6 +17,7 @@ from mmtard.config import Model, parse_fraction
 from mmtard.errors import RunError, UserError
 from mmtard.evaluate import chunks, health, progress, results, suite, zeroshot
 from mmtard.preempt import REQUEUE, Interruption
+from mmtard.probe import __main__ as probe
 from mmtard.quickstart.pretrain import ARCHITECTURE
 
 TEMPLATES = ("a photo of a {}", "an image of a {}")
@@ -41,6 +43,56 @@ def test_clean_accuracy_is_that_of_open_clips_own_zero_shot_classifier(exported,
     assert flags(found)[0] == theirs and entry["clean_all"] == entry["clean"]
     assert entry["clean_all"]["accuracy"] == np.mean(theirs) and 0 < sum(theirs) < len(theirs)
     assert entry["chance"] == 0.25 and entry["name"] == "colours" and entry["templates"] == list(TEMPLATES)
+
+
+def edited(folder, to, **preprocess):
+    """A copy of an exported folder, over an earlier one, with other settings of its preprocessing."""
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    cfg = json.loads((to / towers.CONFIG_FILE).read_text())
+    cfg["preprocess_cfg"] |= preprocess
+    (to / towers.CONFIG_FILE).write_text(json.dumps(cfg))
+    return to
+
+
+@pytest.mark.parametrize("way", [{"resize_mode": "squash"}, {"resize_mode": "squash", "interpolation": "bilinear"}, {"interpolation": "bilinear"}])
+def test_images_are_resized_as_the_model_was_trained_to_see_them(exported, measure, tmp_path, monkeypatch, way):
+    """SigLIP squashes, CLIPA squashes bilinearly: a bicubic centre crop is not what open_clip measures."""
+    folder, dataset, seen, run = edited(exported, tmp_path / "model", **way), write(tmp_path / "wide", 12, size=(40, 70)), [], suite.run
+    monkeypatch.setattr(suite, "run", lambda model, images, *args: seen.append(images) or run(model, images, *args))
+    (entry,) = measure(dataset, model=folder, attacks=("pgd",), iters=1)["datasets"]
+    preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")[2]
+    shard = wds.WebDataset([str(dataset / "test" / "0.tar")], shardshuffle=False).decode("pil")
+    normalised = {key: preprocess(image) for key, image in shard.to_tuple("__key__", "png")}
+    theirs = torch.stack([normalised[key] for key, right in zip(entry["samples"]["keys"], entry["samples"]["clean"]) if right])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preprocess.transforms[-1].mean, preprocess.transforms[-1].std))
+    assert len(theirs) and torch.allclose(torch.cat(seen), theirs * std + mean, atol=1e-6)
+
+
+def test_a_way_of_resizing_that_is_not_known_ends_it_with_its_name(exported, colours, measure, tmp_path):
+    folder = edited(exported, tmp_path / "model", resize_mode="longest")
+    with pytest.raises(UserError, match="model: its images are resized by resize_mode 'longest'; shortest and squash are known"):
+        measure(colours, model=folder)
+
+
+@pytest.fixture
+def tf32():
+    """TF32 allowed everywhere, as a user's environment may have it: the two kinds of operations that may use it."""
+    kinds = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [kind.allow_tf32 for kind in kinds]
+    for kind in kinds:
+        kind.allow_tf32 = True
+    yield kinds
+    for kind, allowed in zip(kinds, before):
+        kind.allow_tf32 = allowed
+
+
+def test_nothing_is_rounded_to_tf32_while_it_is_measured(colours, measure, exported, tf32, monkeypatch):
+    seen, run = [], suite.run
+    monkeypatch.setattr(suite, "run", lambda *args: seen.append([kind.allow_tf32 for kind in tf32]) or run(*args))
+    measure(colours, attacks=("pgd",), iters=1)
+    asked = {"eps": "4/255", "norm": "linf", "steps": 1, "data": {"shards": str(colours / "test")}, "checkpoint": str(exported), "ema": False}
+    probe.measure({**asked, "device": "cpu", "n_samples": 8, "batch_size": 8})
+    assert seen == [[False, False]] * 2 and [kind.allow_tf32 for kind in tf32] == [True, True], "as it was"
 
 
 def test_what_stands_after_each_attack_adds_up_and_is_written_as_it_is_returned(colours, measure, tmp_path):
@@ -93,6 +145,23 @@ def test_results_of_other_weights_data_or_settings_are_never_taken_for_these(col
         assert found["datasets"][0]["key"] != first["datasets"][0]["key"]
 
 
+def test_a_folder_that_was_copied_is_not_measured_again(colours, measure, exported, tmp_path, monkeypatch):
+    """Its path stands in open_clip's name of it, and decides no number; nor does that of a model whose gradients are followed."""
+    copied = edited(exported, tmp_path / "copied")
+    first = measure(colours, attacks=("transfer",), iters=1, transfer_from=Model(weights=str(exported)))
+    monkeypatch.setattr(suite, "run", None)
+    again = measure(colours, attacks=("transfer",), iters=1, model=copied, transfer_from=Model(weights=str(copied)))
+    assert again == first and again["model"]["weights"] == str(exported)
+
+
+@pytest.mark.parametrize("way", [{"mean": [0.4, 0.5, 0.6]}, {"std": [0.4, 0.5, 0.6]}, {"interpolation": "bilinear"}])
+def test_results_of_another_preprocessing_are_never_taken_for_these(colours, measure, exported, tmp_path, way):
+    folder, said = edited(exported, tmp_path / "model"), []
+    first = measure(colours, model=folder, attacks=("pgd",), iters=1)
+    found = measure(colours, model=edited(exported, folder, **way), attacks=("pgd",), iters=1, say=said.append)
+    assert any("will be replaced" in line for line in said) and found["model"]["preprocess"] == first["model"]["preprocess"] | way
+
+
 def test_an_added_dataset_leaves_the_others_as_they_are(colours, measure, tmp_path, monkeypatch):
     root = tmp_path / "root"
     root.mkdir()
@@ -139,6 +208,64 @@ def test_an_interrupted_evaluation_keeps_what_it_measured_and_ends_with_the_same
     assert timeless[0] == timeless[1] and not (tmp_path / "out" / progress.FOLDER).exists()
 
 
+UNREADABLE = (3, 40, 41, 42)
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """400 samples, 4 of which cannot be read, as many as may be: three in one chunk of 3."""
+    return write(tmp_path_factory.mktemp("damaged") / "colours", 400, size=(8, 8), truncated=UNREADABLE)
+
+
+def test_an_image_that_cannot_be_read_is_in_no_number(damaged, measure, tmp_path):
+    """A neighbour's image would be counted twice, and pass every check."""
+    found = measure(damaged, attacks=("pgd",), iters=1)
+    (entry,) = found["datasets"]
+    (whole,) = measure(write(tmp_path / "whole", 400, size=(8, 8)), tmp_path / "other", attacks=("pgd",), iters=1)["datasets"]
+
+    def per_sample(e):
+        s = e["samples"]
+        return {key: outcome for key, *outcome in zip(s["keys"], s["labels"], s["clean"], s["eps"]["4/255"]["broken_by"])}
+
+    assert per_sample(entry) == {key: v for key, v in per_sample(whole).items() if int(key[1:]) not in UNREADABLE}
+    ns = (entry["n_total"], entry["clean_all"]["n"], entry["clean"]["n"], entry["eps"]["4/255"]["robust"]["n"], entry["left_out"])
+    assert ns == (396, 396, 396, 396, 4) and (whole["n_total"], whole["left_out"]) == (400, 0)
+    (line,) = [line for line in entry["health"] if line["check"] == "every image was read"]
+    told = r"4 of 400 are left out of every number: 0.tar/s0003: cannot be decoded: .*; 0.tar/s0040: .*; \.\.\."
+    assert line["status"] == "WARN" and re.fullmatch(told, line["detail"])
+    assert "every image was read" not in {line["check"] for line in whole["health"]}
+
+
+def test_a_sample_of_the_readable_is_the_same_in_other_chunks_and_after_an_interruption(damaged, measure, tmp_path, monkeypatch):
+    asked = {"attacks": ("pgd",), "iters": 1, "n_samples": 50}
+    (whole,) = measure(damaged, tmp_path / "whole", **asked)["datasets"]
+    assert len(whole["samples"]["ids"]) == 50 and not set(UNREADABLE) & set(whole["samples"]["ids"])
+    interruption, run = Interruption(), suite.run
+    monkeypatch.setattr(suite, "run", lambda *args: setattr(interruption, "signal", "SIGTERM") or run(*args))
+    with pytest.raises(RunError, match="stopped by SIGTERM"):
+        measure(damaged, batch_size=3, interruption=interruption, **asked)
+    monkeypatch.setattr(suite, "run", run)
+    (entry,) = measure(damaged, batch_size=3, **asked)["datasets"]
+    assert entry["samples"] == whole["samples"] and entry["clean_all"] == whole["clean_all"] and entry["left_out"] == 4
+    assert [line for line in entry["health"] if line["check"] == "every image was read"] == whole["health"][:1]
+
+
+@pytest.mark.parametrize("n, truncated", [(48, range(10)), (400, range(5)), (2, range(2))])
+def test_too_many_that_cannot_be_read_end_it(measure, tmp_path, n, truncated):
+    folder = write(tmp_path / "colours", n, size=(8, 8), truncated=truncated)
+    told = f"colours clean: {len(truncated)} of {n} samples cannot be read, and 1 % may be left out .0.tar/s0000: cannot be decoded: .*; repair or remove them"
+    with pytest.raises(UserError, match=told):
+        measure(folder, attacks=("pgd",), iters=1)
+
+
+def test_a_probe_leaves_out_what_cannot_be_read(damaged, exported):
+    asked = {"eps": "4/255", "norm": "linf", "steps": 1, "checkpoint": str(exported), "ema": False, "device": "cpu", "batch_size": 3}
+    found = probe.measure({**asked, "data": {"shards": str(damaged / "test")}, "n_samples": 400})
+    assert (found["clean"]["n"], found["robust"]["n"]) == (396, 396)
+    with pytest.raises(UserError, match="probe.data: 4 of 400 samples cannot be read, and 0.5 % may be left out"):
+        probe.measure({**asked, "data": {"shards": str(damaged / "test"), "max_replaced": "1/200"}, "n_samples": 400})
+
+
 def strip_seconds(entry):
     return json.loads(json.dumps(entry), object_hook=lambda d: {k: v for k, v in d.items() if k != "seconds"})
 
@@ -183,7 +310,7 @@ def test_an_attack_that_leaves_its_ball_fails_the_command_after_it_wrote(colours
 def test_the_costly_checks_see_every_class_and_are_not_made_twice(measure, tmp_path, monkeypatch):
     seen = []
 
-    def sanity(model, images, labels, seeds, settings, source):
+    def sanity(model, images, labels, seeds, settings, source, halving):
         seen.append((labels.tolist(), settings.eps))
         return [{"check": "batch size", "status": "WARN", "detail": "differs"}]
 
@@ -194,6 +321,20 @@ def test_the_costly_checks_see_every_class_and_are_not_made_twice(measure, tmp_p
     right = {y for y, clean in zip(entry["samples"]["labels"], entry["samples"]["clean"]) if clean}
     assert len(seen) == 1 and seen[0][1] == 4 / 255 and len(seen[0][0]) == 2 and len(set(seen[0][0])) == min(2, len(right))
     assert entry["health"][-1]["check"] == "batch size"
+
+
+def test_the_costly_checks_take_no_more_images_at_once_than_the_evaluation(colours, measure, tmp_path, monkeypatch):
+    sizes, forward = [], towers.ImageTower.forward
+    monkeypatch.setattr(towers.ImageTower, "forward", lambda self, images, *args: sizes.append(len(images)) or forward(self, images, *args))
+    lines = {}
+    for limit in (100, 3):
+        sizes.clear()
+        (entry,) = measure(colours, tmp_path / str(limit), attacks=("pgd",), iters=2, sanity=True, batch_size=limit)["datasets"]
+        lines[limit] = {line["check"]: line["detail"] for line in entry["health"]}
+        assert max(sizes) == min(limit, 48)
+        at = {100: r"\d+ at 1, \d+ at 8, \d+ at 64", 3: r"\d+ at 1, \d+ at 3"}[limit]
+        assert re.fullmatch(rf"broken of \d+: {at}; logits differ by .*", lines[limit].pop("batch size"))
+    assert lines[100] == lines[3] and "random noise weaker than the attack" in lines[3]
 
 
 def test_a_transfer_attack_follows_the_other_models_gradients(colours, measure, exported, tmp_path):

@@ -1,8 +1,13 @@
 """Image-text retrieval: ranks by hand, recall against a sort in float64, and an attack that takes images from their captions."""
 
+import io
+
 import numpy as np
+import open_clip
 import pytest
 import torch
+import webdataset as wds
+from PIL import Image
 from tiny_datasets import write
 
 from mmtard.errors import UserError
@@ -37,6 +42,18 @@ def test_one_embedding_for_everything_finds_nothing():
     assert of_image.tolist() == of_caption.tolist() == [12] * 12
 
 
+def test_nan_finds_nothing_and_takes_no_other_images_place():
+    """NaN compares as false with everything: counted as nothing better, it would rank first."""
+    nothing = torch.full((12, 4), torch.nan)
+    assert [r.tolist() for r in retrieval.ranks_of(nothing, torch.eye(12, 4), torch.arange(12))] == [[12] * 12] * 2
+    images, texts = torch.eye(4), torch.eye(4)
+    images[1] = torch.nan
+    assert [r.tolist() for r in retrieval.ranks_of(images, texts, torch.arange(4), block=3)] == [[1, 4, 1, 1]] * 2
+    texts[2] = torch.nan
+    of_image, of_caption = retrieval.ranks_of(images, texts, torch.arange(4))
+    assert of_image.tolist() == [1, 4, 4, 1] and of_caption.tolist() == [1, 4, 4, 1]
+
+
 def test_the_loss_is_cross_entropy_where_an_image_has_one_caption():
     logits = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     reference = torch.nn.functional.cross_entropy(logits, torch.arange(5), reduction="none")
@@ -61,6 +78,39 @@ def test_attacked_images_lose_their_captions_whatever_the_batch_size(measure, tm
     assert [(line["check"], line["status"]) for line in entry["health"]] == [("largest perturbation", "PASS"), ("range", "PASS"), ("NaN", "PASS")]
     (other,) = measure(folder, tmp_path / "other", n_samples=16, attacks=("apgd-ce",), iters=10, batch_size=16, restarts=2)["datasets"]
     assert other["samples"] == entry["samples"]
+
+
+def test_an_image_that_cannot_be_read_and_its_captions_are_left_out(measure, tmp_path):
+    """Its neighbour's image would be scored against its captions."""
+    found = {}
+    for name, n, truncated in (("damaged", 120, (5,)), ("whole", 120, ())):
+        folder = write(tmp_path / name, n, size=(8, 8), captions=lambda i: f"picture {i}\nnumber {i}", truncated=truncated)
+        (folder / "dataset_type.txt").write_text("retrieval\n")
+        (found[name],) = measure(folder, tmp_path / f"{name}.out", attacks=("apgd-ce",), iters=1, n_samples=20)["datasets"]
+    entry, whole = found["damaged"], found["whole"]
+    assert (entry["n_total"], entry["captions"], entry["left_out"]) == (119, 238, 1) and (whole["n_total"], whole["captions"]) == (120, 240)
+    assert entry["clean_all"]["image_to_text"]["1"]["n"] == 119 and entry["clean_all"]["text_to_image"]["1"]["n"] == 238
+    assert len(entry["samples"]["ids"]) == 20 and 5 not in entry["samples"]["ids"]
+    assert entry["samples"]["keys"] == [f"s{i:04d}" for i in entry["samples"]["ids"]]
+    assert [(line["check"], line["status"]) for line in entry["health"]][0] == ("every image was read", "WARN")
+
+
+def test_recall_without_an_unreadable_image_is_that_of_the_others(exported, measure, tmp_path):
+    folder = write(tmp_path / "damaged", 120, size=(32, 32), captions=lambda i: f"picture {i}\nnumber {i}", truncated=(5,))
+    (folder / "dataset_type.txt").write_text("retrieval\n")
+    (entry,) = measure(folder, attacks=("apgd-ce",), iters=1)["datasets"]
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{exported}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{exported}")
+    shard = wds.WebDataset([str(folder / "test" / "0.tar")], shardshuffle=False)
+    samples = [s for s in shard if s["__key__"] != "s0005"]
+    images = torch.stack([preprocess(Image.open(io.BytesIO(s["png"]))) for s in samples])
+    texts = [line for s in samples for line in s["txt"].decode().splitlines()]
+    with torch.no_grad():
+        z, t = model.eval().encode_image(images, normalize=True), model.encode_text(tokenizer(texts), normalize=True)
+    order = (z @ t.T).argsort(1, descending=True) // 2
+    theirs = [row.tolist().index(i) + 1 for i, row in enumerate(order)]
+    ours = entry["samples"]["clean"]["image_to_text_rank"]
+    assert entry["samples"]["keys"] == [s["__key__"] for s in samples] and np.mean(np.array(ours) == theirs) > 0.95 and len(set(theirs)) > 10
 
 
 def test_an_image_without_a_caption_is_named(measure, tmp_path):

@@ -9,8 +9,8 @@ from PIL import Image
 COLOURS = {"red": 0, "green": 1, "blue": 2, "grey": None}
 
 
-def write(folder, n, size=(32, 32), classes=COLOURS, captions=None, label=lambda i, n_classes: i % n_classes):
-    """`folder`/test/0.tar of noisy coloured images, in CLIP_benchmark's layout."""
+def write(folder, n, size=(32, 32), classes=COLOURS, captions=None, label=lambda i, n_classes: i % n_classes, truncated=()):
+    """`folder`/test/0.tar of noisy coloured images, in CLIP_benchmark's layout; those numbered in `truncated` lack their end."""
     (folder / "test").mkdir(parents=True)
     rng = np.random.default_rng(0)
     with tarfile.open(folder / "test" / "0.tar", "w") as tar:
@@ -22,7 +22,7 @@ def write(folder, n, size=(32, 32), classes=COLOURS, captions=None, label=lambda
                 pixels[..., channel] = np.minimum(pixels[..., channel] + 50, 255)
             image = io.BytesIO()
             Image.fromarray(pixels).save(image, "PNG")
-            members = {"png": image.getvalue(), "cls": str(k).encode()}
+            members = {"png": image.getvalue()[: -200 if i in truncated else None], "cls": str(k).encode()}
             for extension, content in (members | ({"txt": captions(i).encode()} if captions else {})).items():
                 member = tarfile.TarInfo(f"s{i:04d}.{extension}")
                 member.size = len(content)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmtard.evaluate import health, suite
+from mmtard.evaluate.chunks import Halving
 from mmtard.evaluate.trial import Settings
 
 from .conftest import convolutions
@@ -150,6 +151,20 @@ def test_nothing_to_attack_is_said(victim):
     labels = (victim.model(victim.images).argmax(1) + 1) % 10
     lines = health.sanity(victim.model, victim.images, labels, victim.seeds, Settings(eps=victim.eps))
     assert lines == [{"check": "sanity", "status": "WARN", "detail": "no sample is classified correctly: nothing to attack"}]
+
+
+def test_a_smaller_limit_changes_no_line_and_memory_that_is_too_small_halves_it(victim):
+    """Models whose forward of more than 10 samples does not fit."""
+    settings = Settings(eps=victim.eps, iters=5)
+
+    def small(x):
+        if len(x) > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return victim.model(x)
+
+    batch, halving = (victim.images, victim.labels, victim.seeds), Halving(64, lambda _: None)
+    whole, halved = health.sanity(victim.model, *batch, settings), health.sanity(small, *batch, settings, halving=halving)
+    assert halving.limit == 8 and whole[:-1] == halved[:-1] and "at 1, " in halved[-1]["detail"] and "at 64" not in halved[-1]["detail"]
 
 
 def test_sanity_in_l2(victim):
