@@ -55,7 +55,7 @@ def evaluate(what: Evaluation, ranks: Ranks, say=print, interruption: Interrupti
         entry, measured = session.dataset(source, stored)
         entries, new = [*entries, entry], new or measured
     asked = {entry["name"] for entry in entries}
-    same = stored.get("settings") == settings and stored["model"] | {"weights": None} == subject.about | {"weights": None}
+    same = stored.get("settings") == settings and _identity(stored["model"]) == _identity(subject.about)
     entries += [d for d in stored["datasets"] if same and d["name"] not in asked]
     if not new and len(entries) == len(stored["datasets"]):
         say(f"'{what.out}' holds these results already; remove it to measure them again")
@@ -125,9 +125,8 @@ class Session:
         return about, transform
 
     def _key(self, source: Source, about: dict) -> str:
-        weights = {k: v for k, v in self.subject.about.items() if k != "weights"}
         radii = [show_pixels(e) for e in self.what.protocol.radii(source.name)]
-        return digest({"model": weights, "data": about, "settings": {**self.settings, "eps": radii, "eps_of": None}})
+        return digest({"model": _identity(self.subject.about), "data": about, "settings": {**self.settings, "eps": radii, "eps_of": None}})
 
     def _zeroshot(self, work: Work, name: str, about: dict, progress: Progress) -> dict:
         names, prompts = about["classes"], about["templates"]
@@ -140,6 +139,11 @@ class Session:
             return self.subject.head(captions, ["{}"], self.ranks).class_embeddings.cpu()
 
         return retrieval.measure(work, self.subject.embed, texts, self.subject.clip.logit_scale, self.what.protocol, name, progress)
+
+
+def _identity(about: dict) -> dict:
+    """What of a model decides its numbers: all but how its weights were named."""
+    return {k: v for k, v in about.items() if k not in ("weights", "ema")}
 
 
 def _silent(*_) -> None:

@@ -48,6 +48,7 @@ def load(spec: Model, ranks: Ranks, where: str = "model") -> Subject:
     tower = clip.tower().eval().requires_grad_(False).to(ranks.device)
     about = {
         "weights": spec.weights,
+        "ema": spec.ema,
         "arch": spec.arch or clip.name,
         "sha256": sha256,
         "text_sha256": text_sha256,

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UserError
 from ..evaluate import results
+from ..evaluate.naming import digest
 
 
 class Record(BaseModel):
@@ -69,6 +70,13 @@ class Measured(Record):
     health: list[Check] = []
 
 
+    @property
+    def way(self) -> dict[str, str]:
+        """What of the data and of how they were asked decides the numbers: equal for results that may be compared."""
+        found = {key: getattr(self, key, None) for key in ("fingerprint", "perturb_at", "classes", "templates")}
+        return {key: value if isinstance(value, str) else digest({key: value}) for key, value in found.items()}
+
+
 class Zeroshot(Measured):
     classes: list[str]
     chance: float
@@ -109,10 +117,18 @@ class Settings(Record):
 
 
 class About(Record):
-    """The model that was measured; sha256 is of its image tower."""
+    """The model that was measured. `weights`: as they were named; `ema`: their moving average; `sha256`: of its image tower."""
 
     weights: str
+    ema: bool = False
     sha256: str
+    text_sha256: str | None = None
+    quick_gelu: bool | None = None
+
+    @property
+    def identity(self) -> tuple:
+        """What makes it this model, whatever it is called."""
+        return self.sha256, self.text_sha256, self.quick_gelu
 
 
 class Evaluation(Record):
