@@ -103,12 +103,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("folder", type=Path, metavar="DIR")
 
     p = command("evaluate", _evaluate, "How robust a model is: clean and under attack, with intervals and checks of the attack, by a named protocol.",
-                "mmtard evaluate runs/b32 --data shards/val\n"
+                "mmtard evaluate runs/b32 --data shards/imagenet/val\n"
                 "         mmtard evaluate openai --arch ViT-B-32 --protocol fare --data clip_benchmark --datasets cifar10 pets --eps 1/255 2/255")
     _evaluation_arguments(p)
 
     p = command("compare", _compare, "Paired differences of two evaluations on the same samples, with McNemar's test.",
-                "mmtard compare runs/a/evaluations/quick-val-linf-2_255-0c1d2e3f runs/b/evaluations/quick-val-linf-2_255-0c1d2e3f")
+                "mmtard compare runs/a/evaluations/quick-ImageNet-linf-2_255-0c1d2e3f runs/b/evaluations/quick-ImageNet-linf-2_255-0c1d2e3f")
     p.add_argument("a", type=Path, metavar="A", help="results.json, or the folder of one")
     p.add_argument("b", type=Path, metavar="B")
 
