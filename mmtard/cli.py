@@ -154,7 +154,7 @@ def _evaluation_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--n-samples", type=_positive_or("all"), metavar="N|all", help="size of the stratified sample that is attacked")
     p.add_argument("--seed", type=_natural, metavar="S", help="of the sample and the attacks' starts")
     p.add_argument("--perturb-at", choices=("native", "input"), help="the images' stored size, or the tower's; default: the usual one of each dataset")
-    p.add_argument("--sanity", action="store_true", help="also the health checks that need attacks of their own")
+    p.add_argument("--sanity", action="store_true", help="also the health checks that need attacks of their own; of what is measured already, these alone")
     p.add_argument("--batch-size", type=_positive_or("auto"), metavar="auto|B", help="images a rank takes at once (default auto; halved when the GPU's memory is too small)")
     p.add_argument("--workers", type=_natural, default=2, metavar="N", help="loader processes a rank (default 2)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -295,7 +295,7 @@ def _measure(args, interruption: Interruption) -> int:
         from .evaluate import evaluation, health, table
     if args.templates:
         protocol = replace(protocol, templates=tuple(templates(settings.Data(shards=args.data, templates=args.templates))))
-    out = args.out or request.default_out(model, protocol, sources, args.data, batch_size=batch_size, sanity=args.sanity, transfer=args.transfer_from)
+    out = args.out or request.default_out(model, protocol, sources, args.data, batch_size=batch_size, transfer=args.transfer_from)
     asked = request.Evaluation(model, sources, protocol, out, transfer, batch_size, args.workers, args.sanity)
     with parallel.group(args.device) as ranks:
         results = evaluation.evaluate(asked, ranks, interruption=interruption)

@@ -27,14 +27,14 @@ from .progress import FOLDER, Progress
 from .protocols import Protocol
 from .request import Evaluation
 from .subject import Subject, load
+from .trial import Model
 
 
 def evaluate(what: Evaluation, ranks: Ranks, say=print, interruption: Interruption | None = None) -> dict:
     """Measure and write; returns the results, the same on every rank and at every world size. Collective.
 
     Datasets that OUT/results.json already holds for the same weights, data and settings are taken over, also those that are not
-    asked for now. Raises UserError for a model
-    or data that do not fit, RunError with status REQUEUE when a rank was interrupted: the same call then goes on.
+    asked for now; of `sanity` only what is missing is measured. Raises UserError for a model or data that do not fit, RunError with status REQUEUE when a rank was interrupted: the same call then goes on.
     """
     began, say = time.monotonic(), say if ranks.first else _silent
     for name in what.protocol.attacks:
@@ -45,7 +45,7 @@ def evaluate(what: Evaluation, ranks: Ranks, say=print, interruption: Interrupti
     surrogate = load(what.transfer_from, ranks, "--transfer-from") if what.transfer_from else None
     chunk = what.batch_size or (CUDA_BATCH if ranks.device.type == "cuda" else CPU_BATCH)
     settings = {
-        **what.protocol.settings(), "batch_size": chunk, "sanity": what.sanity,
+        **what.protocol.settings(), "batch_size": chunk,
         "transfer_from": {k: surrogate.about[k] for k in ("weights", "sha256", "text_sha256")} if surrogate else None,
     }  # fmt: skip
     session = Session(what, ranks, say, interruption, subject, surrogate, settings, Halving(chunk, say))
@@ -55,7 +55,7 @@ def evaluate(what: Evaluation, ranks: Ranks, say=print, interruption: Interrupti
         entry, measured = session.dataset(source, stored)
         entries, new = [*entries, entry], new or measured
     asked = {entry["name"] for entry in entries}
-    same = stored.get("settings") == settings and _identity(stored["model"]) == _identity(subject.about)
+    same = stored.get("settings") == settings and stored["model"] == stored["model"] | subject.identity
     entries += [d for d in stored["datasets"] if same and d["name"] not in asked]
     if not new and len(entries) == len(stored["datasets"]):
         say(f"'{what.out}' holds these results already; remove it to measure them again")
@@ -98,18 +98,32 @@ class Session:
         about, transform = self._about(source, dataset, "retrieval" if retrieves else "zeroshot")
         key = self._key(source, about)
         for entry in stored["datasets"]:
-            if entry["key"] == key:
-                return entry, False
-            if entry["name"] == source.name:
+            if entry["name"] == source.name and entry["key"] != key:
                 self.say(f"{source.name}: '{self.what.out / results.FILE}' holds results of another model, data or settings; they will be replaced")
+        entry = next((e for e in stored["datasets"] if e["key"] == key), None)
+        checked = retrieves or not self.what.sanity or (entry is not None and entry["sanity"])
+        if entry is not None and checked:
+            return entry, False
+        if entry is not None:
+            self.say(f"{source.name}: is measured, the checks of --sanity are added")
         seed, chunk = self.what.protocol.seed, self.settings["batch_size"]
         work = Work(dataset, transform, chunk, seed, self.what.workers, source.data.cache, self.ranks, self.halving, self.interruption, self.say)
         progress = Progress(self.what.out, source.name, key, self.ranks, self.say)
+        where = {"data": str(source.folder or source.data.shards), "shards": source.data.shards, "index": source.data.index}
         try:
-            measured = (self._retrieval if retrieves else self._zeroshot)(work, source.name, about, progress)
+            models = () if retrieves else self._models(about)
+            if entry is None:
+                if retrieves:
+                    measured = self._retrieval(work, source.name, progress)
+                else:
+                    measured = zeroshot.measure(work, *models, about["classes"], self.what.protocol, source.name, progress)
+                entry = {"name": source.name, **where, "key": key, **about, **measured, "sanity": False}
+            if not checked:
+                lines = zeroshot.sanity(work, *models, entry["samples"], self.what.protocol, source.name, progress)
+                entry = {**entry, "health": [*entry["health"], *lines], "sanity": True}
         finally:
             progress.close()
-        return {"name": source.name, "data": str(source.folder or source.data.shards), "key": key, **about, **measured}, True
+        return entry, True
 
     def _about(self, source: Source, dataset: data.Dataset, kind: str) -> tuple[dict, data.Transform | data.Native]:
         """What of a dataset decides its numbers, and the images' way to the model."""
@@ -126,24 +140,19 @@ class Session:
 
     def _key(self, source: Source, about: dict) -> str:
         radii = [show_pixels(e) for e in self.what.protocol.radii(source.name)]
-        return digest({"model": _identity(self.subject.about), "data": about, "settings": {**self.settings, "eps": radii, "eps_of": None}})
+        return digest({"model": self.subject.identity, "data": about, "settings": {**self.settings, "eps": radii, "eps_of": None}})
 
-    def _zeroshot(self, work: Work, name: str, about: dict, progress: Progress) -> dict:
+    def _models(self, about: dict) -> tuple[Model, Model | None]:
+        """The model, and the one that `transfer` follows, as classifiers of a dataset's classes."""
         names, prompts = about["classes"], about["templates"]
         logits = self.subject.logits(self.subject.head(names, prompts, self.ranks))
-        source = self.surrogate and self.surrogate.logits(self.surrogate.head(names, prompts, self.ranks))
-        return zeroshot.measure(work, logits, source, names, self.what.protocol, name, progress, self.what.sanity)
+        return logits, self.surrogate and self.surrogate.logits(self.surrogate.head(names, prompts, self.ranks))
 
-    def _retrieval(self, work: Work, name: str, about: dict, progress: Progress) -> dict:
+    def _retrieval(self, work: Work, name: str, progress: Progress) -> dict:
         def texts(captions: list[str]):
             return self.subject.head(captions, ["{}"], self.ranks).class_embeddings.cpu()
 
         return retrieval.measure(work, self.subject.embed, texts, self.subject.clip.logit_scale, self.what.protocol, name, progress)
-
-
-def _identity(about: dict) -> dict:
-    """What of a model decides its numbers: all but how its weights were named."""
-    return {k: v for k, v in about.items() if k not in ("weights", "ema")}
 
 
 def _silent(*_) -> None:

@@ -24,6 +24,11 @@ class Subject:
     tower: towers.ImageTower
     about: dict
 
+    @property
+    def identity(self) -> dict:
+        """What of `about` decides the numbers: all but how the weights were named."""
+        return {k: v for k, v in self.about.items() if k not in ("weights", "ema")}
+
     def head(self, names: list[str], prompts: list[str], ranks: Ranks) -> Head:
         """The class embeddings, computed by the first rank, with the model's own logit scale. Collective."""
         classes = ranks.from_first(lambda: self.clip.class_embeddings(names, prompts, ranks.device))
