@@ -61,11 +61,16 @@ class Check(Record):
 
 
 class Measured(Record):
-    """One dataset of an evaluation. Radii as they are written, `2/255`, in ascending order as the protocol lists them."""
+    """One dataset of an evaluation. Radii as they are written, `2/255`, in ascending order as the protocol lists them.
+
+    `data`: as it was given; `shards` and `index` (None: beside them): what was read, in the cache where `data` is class folders.
+    """
 
     name: str
     kind: str
     data: str | list[str]
+    shards: str | list[str] | None = None
+    index: str | None = None
     fingerprint: str
     health: list[Check] = []
 

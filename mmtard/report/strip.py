@@ -99,9 +99,13 @@ def _attacked(source: Source, number: int, evaluation: Evaluation, dataset: Zero
 
 def _images(dataset: Zeroshot, places: list[int]) -> tuple[Tensor, Tensor]:
     """([B,3,H,W] in [0,1], seeds [B]) of the stored sample ids. Raises UserError when the data are gone or others."""
-    if any(map(is_remote, [dataset.data] if isinstance(dataset.data, str) else dataset.data)):
-        raise UserError(f"its data '{dataset.data}' are remote")
-    found = data.open_dataset(Data(shards=dataset.data))
+    shards = dataset.shards or dataset.data
+    if any(map(is_remote, [shards] if isinstance(shards, str) else shards)):
+        raise UserError(f"its data '{shards}' are remote")
+    if shards != dataset.data and not Path(str(shards)).is_dir():
+        raise UserError(f"the shards '{shards}', which '{dataset.data}' was read from, are gone; the command of its evaluation writes them again")
+    index = dataset.index if dataset.index and Path(dataset.index).is_file() else None
+    found = data.open_dataset(Data(shards=shards, index=index))
     if found.fingerprint != dataset.fingerprint:
         raise UserError(f"'{dataset.data}' no longer holds the data that were measured")
     height, width = dataset.perturbed_size
