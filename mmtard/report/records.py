@@ -103,9 +103,10 @@ class RecallUnderAttack(Record):
 
 
 class Retrieval(Measured):
-    """Images and captions, whose recall at k is measured in both directions."""
+    """Images and captions, whose recall at k is measured in both directions. `attack`: in words."""
 
     n_total: int
+    attack: str = ""
     clean_all: Recalls
     clean: Recalls
     eps: dict[str, RecallUnderAttack]
@@ -150,6 +151,10 @@ class Evaluation(Record):
     @property
     def zeroshot(self) -> list[Zeroshot]:
         return [d for d in self.datasets if isinstance(d, Zeroshot)]
+
+    @property
+    def retrieval(self) -> list[Retrieval]:
+        return [d for d in self.datasets if isinstance(d, Retrieval)]
 
 
 def read(path: Path) -> Evaluation:
