@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from mmtard import slurm
+from mmtard import history, slurm
 
 from .again import submit_again
 
@@ -86,7 +86,10 @@ class Task:
             return 0
         refused = " ".join(done.stderr.split())
         try:
-            print(f"job {job} may not be requeued ({refused}); submitted again as job {submit_again(self.folder)}", flush=True)
+            new = submit_again(self.folder)
+            print(f"job {job} may not be requeued ({refused}); submitted again as job {new}", flush=True)
+            if self.words[0] == "train":
+                history.goes_on(job, new, self.words[-1])
         except (RuntimeError, OSError) as error:
             raise RuntimeError(f"job {job} could neither be requeued ({refused}) nor submitted again ({error}); submit it to go on from the last checkpoint") from None
         return REQUEUE

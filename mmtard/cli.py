@@ -104,12 +104,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("folder", type=Path, metavar="DIR")
 
     p = command("evaluate", _evaluate, "How robust a model is: clean and under attack, with intervals and checks of the attack, by a named protocol.",
-                "mmtard evaluate runs/b32 --data shards/val\n"
+                "mmtard evaluate runs/b32 --data shards/imagenet/val\n"
                 "         mmtard evaluate openai --arch ViT-B-32 --protocol fare --data clip_benchmark --datasets cifar10 pets --eps 1/255 2/255")
     _evaluation_arguments(p)
 
     p = command("compare", _compare, "Paired differences of two evaluations on the same samples, with McNemar's test.",
-                "mmtard compare runs/a/evaluations/quick-val-linf-2_255-0c1d2e3f runs/b/evaluations/quick-val-linf-2_255-0c1d2e3f")
+                "mmtard compare runs/a/evaluations/quick-ImageNet-linf-2_255-0c1d2e3f runs/b/evaluations/quick-ImageNet-linf-2_255-0c1d2e3f")
     p.add_argument("a", type=Path, metavar="A", help="results.json, or the folder of one")
     p.add_argument("b", type=Path, metavar="B")
 
@@ -155,7 +155,7 @@ def _evaluation_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--n-samples", type=_positive_or("all"), metavar="N|all", help="size of the stratified sample that is attacked")
     p.add_argument("--seed", type=_natural, metavar="S", help="of the sample and the attacks' starts")
     p.add_argument("--perturb-at", choices=("native", "input"), help="the images' stored size, or the tower's; default: the usual one of each dataset")
-    p.add_argument("--sanity", action="store_true", help="also the health checks that need attacks of their own")
+    p.add_argument("--sanity", action="store_true", help="also the health checks that need attacks of their own; of what is measured already, these alone")
     p.add_argument("--batch-size", type=_positive_or("auto"), metavar="auto|B", help="images a rank takes at once (default auto; halved when the GPU's memory is too small)")
     p.add_argument("--workers", type=_natural, default=2, metavar="N", help="loader processes a rank (default 2)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -296,7 +296,7 @@ def _measure(args, interruption: Interruption) -> int:
         from .evaluate import evaluation, health, table
     if args.templates:
         protocol = replace(protocol, templates=tuple(templates(settings.Data(shards=args.data, templates=args.templates))))
-    out = args.out or request.default_out(model, protocol, sources, args.data, batch_size=batch_size, sanity=args.sanity, transfer=args.transfer_from)
+    out = args.out or request.default_out(model, protocol, sources, args.data, batch_size=batch_size, transfer=args.transfer_from)
     asked = request.Evaluation(model, sources, protocol, out, transfer, batch_size, args.workers, args.sanity)
     with parallel.group(args.device) as ranks:
         results = evaluation.evaluate(asked, ranks, interruption=interruption)

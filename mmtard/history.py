@@ -9,10 +9,11 @@ import socket
 import time
 from pathlib import Path
 
-from . import slurm
+from . import config as settings, slurm
 from .config import Resume
+from .errors import UserError
 
-FILE = "resume.jsonl"
+FILE, SUCCESSOR = "resume.jsonl", "goes_on_as"
 # How a start ended. After `stopped` and `failed` nothing starts a run again but the user.
 COMPLETE, TIMEOUT, PREEMPTED, LOST, STOPPED, FAILED = "complete", "timeout", "preempted", "lost", "stopped", "failed"
 BOUNDS = {TIMEOUT: "max_timeouts", PREEMPTED: "max_preemptions", LOST: "max_losses"}
@@ -50,6 +51,26 @@ def ended(run: Path, kind: str, reason: str, step: int) -> None:
 def is_this_jobs(run: Path) -> bool:
     """Whether the newest start was made by this Slurm job since it last came from the queue."""
     return any((start["job"], start["restart"]) == (slurm.job(), slurm.restarts()) for start in read(run)[-1:])
+
+
+def goes_on(old: str, new: str, config: str, *overrides: str) -> None:
+    """Note the Slurm job that goes on for job `old`, which may not be requeued, in the run folder of a configuration.
+
+    In a file of its own: ranks may still note how the start ended. It is for the eye alone, so nothing is raised.
+    """
+    try:
+        (Path(settings.load(config, overrides).run_dir) / SUCCESSOR).write_text(f"{old} {new}\n")
+    except (OSError, UserError):
+        pass
+
+
+def job(run: Path, start: dict) -> str | None:
+    """The Slurm job of a run's newest start, or the one that goes on for it; None outside Slurm."""
+    try:
+        old, new = (run / SUCCESSOR).read_text().split()
+    except (OSError, ValueError):
+        return start.get("job")
+    return new if start.get("job") == old else start.get("job")
 
 
 def kind(start: dict) -> str:

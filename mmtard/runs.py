@@ -59,9 +59,9 @@ def find(folder: Path) -> list[Row]:
         if history.FILE in files:
             runs.append(Path(path))
             below.clear()
-    newest = {run: history.read(run)[-1] for run in runs if history.read(run)}
-    queue = slurm.states({start["job"] for start in newest.values() if start.get("job")})
-    return [_row(run, queue.get(newest[run].get("job"))) for run in sorted(newest)]
+    jobs = {run: history.job(run, history.read(run)[-1]) for run in runs if history.read(run)}
+    queue = slurm.states({job for job in jobs.values() if job})
+    return [_row(run, queue.get(jobs[run])) for run in sorted(jobs)]
 
 
 def _row(run: Path, in_slurm: str | None) -> Row:

@@ -42,7 +42,7 @@ wants_more() { [ "$1" -eq 75 ] || [ "$1" -gt 128 ]; }
 field() { scontrol show job --oneliner "$job" | sed -n "s/.* $1=\([^ ]*\).*/\1/p"; }
 
 # Puts the job back into the queue; where that is forbidden, submits the script again, to run when this job is over.
-go_on() {
+go_on() { # [CONFIG SETTINGS...] of a training
     # A job that somebody cancelled or requeued meanwhile is no longer ours to start again.
     if [ "$(field JobState)" != RUNNING ]; then
         say "is $(field JobState), and is not started again from here"
@@ -50,7 +50,7 @@ go_on() {
         say "goes back to the queue"
         scontrol requeue "$job" || say "could not go back to the queue; the same sbatch command goes on from the saved state"
     else
-        submit_again
+        submit_again "$@"
     fi
 }
 
@@ -77,6 +77,8 @@ submit_again() {
     new=${new%%;*}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
     say "may not be requeued; submitted again as job $new"
     python -c 'import sys; from mmtard import slurm; slurm.hand_over(*sys.argv[1:])' "$job" "$new"
+    # For `mmtard runs`, while the new job waits.
+    [ $# -eq 0 ] || python -c 'import sys; from mmtard import history; history.goes_on(*sys.argv[1:])' "$job" "$new" "$@"
 }
 
 # Trains the run of a configuration on every rank, and has the job start again as often as the run's settings allow.
@@ -86,7 +88,7 @@ train() { # CONFIG SETTINGS...
     may_start now "$@" || exit
     ranks train "$@" || status=$?
     say "training ended with status $status"
-    if wants_more "$status" && may_start again "$@"; then go_on; fi
+    if wants_more "$status" && may_start again "$@"; then go_on "$@"; fi
     exit "$status"
 }
 

@@ -7,6 +7,7 @@ from mmtard import checkpoint, towers
 from mmtard.checkpoint import Checkpoints
 from mmtard.config import Model
 from mmtard.errors import UserError
+from mmtard.evaluate import subject
 from mmtard.export import export
 
 
@@ -31,6 +32,12 @@ def test_the_average_is_loaded_and_exported_in_the_weights_place(run, tmp_path):
     export(Model(weights=str(folder), ema=True), tmp_path / "out")
     exported = torch.load(tmp_path / "out" / "image_tower.pt", weights_only=True)
     assert all(torch.equal(v, loaded[f"visual.{k}"]) for k, v in exported.items())
+
+
+def test_an_evaluations_results_say_that_it_was_the_average(run, ranks):
+    weights, average = (subject.load(Model(weights=str(run[0]), ema=ema), ranks).about for ema in (False, True))
+    assert (weights["weights"], weights["ema"], average["weights"], average["ema"]) == (str(run[0]), False, str(run[0]), True)
+    assert weights["sha256"] != average["sha256"] and weights["text_sha256"] == average["text_sha256"]
 
 
 def test_an_average_that_nobody_kept_is_refused(run, tmp_path):

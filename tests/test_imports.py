@@ -32,7 +32,7 @@ ROOMS = {
     "terms": {"parallel"},
     "slurm": set(),
     "lifetime": set(),
-    "history": {"config", "slurm"},
+    "history": {"config", "errors", "slurm"},
     "watchdog": {"config", "errors", "history", "parallel", "preempt"},
     "run_folder": {"checkpoint", "config", "errors", "history", "parallel", "watchdog"},
     # models
@@ -156,7 +156,7 @@ def test_the_command_line_needs_no_torch_to_start(path):
 
 
 def test_a_login_node_without_torch_can_submit():
-    allowed = ("mmtard.config", "mmtard.errors", "mmtard.slurm", "mmtard.__version__", "launch", "submitit")
+    allowed = ("mmtard.config", "mmtard.errors", "mmtard.history", "mmtard.slurm", "mmtard.__version__", "launch", "submitit")
     for path in (ROOT / "launch").glob("*.py"):
         assert not {m for m in outside(imports(path), *allowed) if m.split(".")[0] not in sys.stdlib_module_names}, path
 

@@ -77,6 +77,21 @@ def test_slurm_is_asked_about_the_job_of_the_newest_start(run, tmp_path, monkeyp
     assert states(tmp_path / "all") == {"a": state}
 
 
+@pytest.mark.parametrize("answer, state", [("PENDING", "queued"), ("RUNNING", "running"), ("CANCELLED", "stopped: why 0")])
+def test_a_job_that_goes_on_for_one_that_may_not_be_requeued_is_asked_for_in_its_place(run, tmp_path, monkeypatch, answer, state):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    folder = run("a", history.PREEMPTED)
+    history.goes_on("12", "13", str(folder / "config.yaml"))
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\nprintf '12 FAILED\\n13 {answer}\\n14 PENDING\\n'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert states(tmp_path / "all") == {"a": state}
+    monkeypatch.setenv("SLURM_JOB_ID", "14")
+    history.started(folder, {"step": 6})
+    assert states(tmp_path / "all") == {"a": "queued"}
+
+
 def test_the_newest_evaluation_is_shown(run, tmp_path, capsys):
     folder = run("a", history.COMPLETE)
     (folder / "evaluations").mkdir()

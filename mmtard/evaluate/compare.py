@@ -11,8 +11,8 @@ from ..errors import UserError
 from .results import read
 from .statistics import paired_difference
 
-# What may differ between two evaluations that measure the same: how fast, not what.
-FREE = ("batch_size",)
+# What may differ between two evaluations that measure the same: how fast, and what else was checked.
+FREE = ("batch_size", "sanity")
 
 
 def compare(a: Path, b: Path) -> list[dict]:
@@ -38,9 +38,10 @@ def compare(a: Path, b: Path) -> list[dict]:
 
 
 def _dataset(name: str, x: dict, y: dict) -> list[dict]:
-    for key in ("kind", "fingerprint", "templates", "perturb_at", "perturbed_size", "replaced"):
+    for key in ("kind", "fingerprint", "classes", "templates", "perturb_at", "perturbed_size", "left_out"):
         if x.get(key) != y.get(key):
-            raise UserError(f"{name}: {key} differs, {_short(x.get(key))} and {_short(y.get(key))}; evaluate both on the same data in the same way")
+            at, ours, theirs = _where(x.get(key), y.get(key))
+            raise UserError(f"{name}: {key}{at} differs, {_short(ours)} and {_short(theirs)}; evaluate both on the same data in the same way")
     if x["kind"] != "zeroshot":
         return []
     for key in ("ids", "labels"):
@@ -53,6 +54,13 @@ def _dataset(name: str, x: dict, y: dict) -> list[dict]:
     return [
         {"dataset": name, "eps": eps, "a": sum(f) / len(f), "b": sum(g) / len(g), **paired_difference(f, g)} for eps, (f, g) in flags.items()
     ]
+
+
+def _where(x, y) -> tuple:
+    """(`[3]`, its values) where two lists of one length first differ, else ("", both)."""
+    if not (isinstance(x, list) and isinstance(y, list) and len(x) == len(y)):
+        return "", x, y
+    return next((f"[{i}]", a, b) for i, (a, b) in enumerate(zip(x, y)) if a != b)
 
 
 def _short(value) -> str:

@@ -81,7 +81,8 @@ class Source:
 def find(root: str, wanted: list[str] | None = None, index: str | None = None, classnames: str | None = None) -> list[Source]:
     """The datasets at or below ROOT: ROOT itself, else ROOT/[wds/][vtab/]NAME[/test]; `wanted` names some of them.
 
-    ROOT may be a pattern of shards. index, classnames: files of the one dataset that ROOT is. Raises UserError naming what is missing.
+    ROOT may be a pattern of shards. A dataset is called after its folder, not `test` or `val` but the one above. index, classnames: files
+    of the one dataset that ROOT is. Raises UserError naming what is missing.
     """
     own = _source(root, index, classnames)
     if own is None and (index or classnames):
@@ -115,7 +116,9 @@ def _below(root: Path) -> list[Path]:
 
 def _source(where: str, index: str | None = None, classnames: str | None = None) -> Source | None:
     if is_remote(where):
-        return Source("remote", Data(shards=where, index=index, classnames=classnames))
+        name = _remote_name(where, index)
+        kind = known(name)
+        return Source(kind.name if kind else name, Data(shards=where, index=index, classnames=classnames), kind or PLAIN)
     shards, folder, top = where, None, Path(where)
     if top.is_dir():
         at = next((p for p in (*(top / s for s in SPLITS), top) if p.is_dir() and (any(p.glob("*.tar")) or _has_classes(p))), None)
@@ -126,12 +129,25 @@ def _source(where: str, index: str | None = None, classnames: str | None = None)
         expand_shards(where)  # names what is missing
         at = top = top.parent
     top, at = top.resolve(), at.resolve()
-    kind = known(top.name) or (known(top.parent.name) if top.name in SPLITS else None)
+    name = top.parent.name if top.name in SPLITS and top.parent.name else top.name
+    kind = known(name)
     beside = [at, at.parent] if at.name in SPLITS else [at]
     prompts, described = _first(beside, "zeroshot_classification_templates.txt"), _first(beside, "dataset_type.txt")
     data = Data(shards=shards, index=index, classnames=classnames or _first(beside, "classnames.txt"), **({"templates": prompts} if prompts else {}))
     retrieves = described is not None and Path(described).read_text().strip().lower() == "retrieval"
-    return Source(kind.name if kind else top.name, data, kind or PLAIN, folder, retrieves)
+    return Source(kind.name if kind else name, data, kind or PLAIN, folder, retrieves)
+
+
+def _remote_name(where: str, index: str | None) -> str:
+    """What shards behind an opener are called: after their folder, else (on a host, `{0..9}.tar`) their files, else their index.
+
+    A split and the revision of a Hugging Face repository (`NAME/resolve/main/test/0.tar`) are no names.
+    """
+    url = next(iter(re.findall(r"[^\s'\"|]+\.tar\b", where)), "")
+    *folders, file = re.sub(r"^[\w+.-]+:(//[^/]*)?", "", re.sub(r"/resolve/[^/]+/", "/", url)).split("/")
+    stem = re.sub(r"[-_.]*(\{.*|\d*\.tar.*)$", "", file)
+    named = Path(index).stem if index else ""
+    return next((name for name in (*reversed([f for f in folders if f not in SPLITS]), stem, named) if name.strip(".")), "remote")
 
 
 def _has_classes(folder: Path) -> bool:

@@ -28,6 +28,7 @@ from .progress import FOLDER, Progress
 from .protocols import Protocol
 from .request import Evaluation
 from .subject import Subject, full_float32, load
+from .trial import Model
 
 
 @full_float32()
@@ -35,8 +36,7 @@ def evaluate(what: Evaluation, ranks: Ranks, say=print, interruption: Interrupti
     """Measure and write; returns the results, the same on every rank and at every world size. Collective.
 
     Datasets that OUT/results.json already holds for the same weights, data and settings are taken over, also those that are not
-    asked for now. Raises UserError for a model
-    or data that do not fit, RunError with status REQUEUE when a rank was interrupted: the same call then goes on.
+    asked for now; of `sanity` only what is missing is measured. Raises UserError for a model or data that do not fit, RunError with status REQUEUE when a rank was interrupted: the same call then goes on.
     """
     began, say = time.monotonic(), say if ranks.first else _silent
     for name in what.protocol.attacks:
@@ -47,7 +47,7 @@ def evaluate(what: Evaluation, ranks: Ranks, say=print, interruption: Interrupti
     surrogate = load(what.transfer_from, ranks, "--transfer-from") if what.transfer_from else None
     chunk = what.batch_size or (CUDA_BATCH if ranks.device.type == "cuda" else CPU_BATCH)
     settings = {
-        **what.protocol.settings(), "batch_size": chunk, "sanity": what.sanity,
+        **what.protocol.settings(), "batch_size": chunk,
         "transfer_from": {"weights": surrogate.about["weights"], **surrogate.identity} if surrogate else None,
     }  # fmt: skip
     session = Session(what, ranks, say, interruption, subject, surrogate, settings, Halving(chunk, say))
@@ -94,27 +94,40 @@ class Session:
     def dataset(self, source: Source, stored: dict) -> tuple[dict, bool]:
         """A dataset's part of the results, and whether it had to be measured. Collective."""
         source = self.ranks.from_first(lambda: _with_shards(source, self.say))
-        self.ranks.from_first(lambda: data.open_dataset(source.data).fingerprint)  # one builds the index
-        dataset = data.open_dataset(source.data)
+        dataset = data.open_on_all(source.data, self.ranks)
         retrieves = source.captions or ((dataset.labels < 0).all() and (dataset.index.text_size >= 0).any())
         about, transform = self._about(source, dataset, "retrieval" if retrieves else "zeroshot")
         key = self._key(source, about)
         for entry in stored["datasets"]:
-            if entry["key"] == key:
-                return entry, False
-            if entry["name"] == source.name:
+            if entry["name"] == source.name and entry["key"] != key:
                 self.say(f"{source.name}: '{self.what.out / results.FILE}' holds results of another model, data or settings; they will be replaced")
+        entry = next((e for e in stored["datasets"] if e["key"] == key), None)
+        checked = retrieves or not self.what.sanity or (entry is not None and entry["sanity"])
+        if entry is not None and checked:
+            return entry, False
+        if entry is not None:
+            self.say(f"{source.name}: is measured, the checks of --sanity are added")
         seed, chunk = self.what.protocol.seed, self.settings["batch_size"]
         work = Work(
             dataset, transform, chunk, seed, self.what.workers, source.data.cache, self.ranks, self.halving, self.interruption, self.say,
             source.data.max_replaced,
         )  # fmt: skip
         progress = Progress(self.what.out, source.name, key, self.ranks, self.say)
+        where = {"data": str(source.folder or source.data.shards), "shards": source.data.shards, "index": source.data.index}
         try:
-            measured = (self._retrieval if retrieves else self._zeroshot)(work, source.name, about, progress)
+            models = () if retrieves else self._models(about)
+            if entry is None:
+                if retrieves:
+                    measured = self._retrieval(work, source.name, progress)
+                else:
+                    measured = zeroshot.measure(work, *models, about["classes"], self.what.protocol, source.name, progress)
+                entry = {"name": source.name, **where, "key": key, **about, **measured, "sanity": False}
+            if not checked:
+                lines = zeroshot.sanity(work, *models, entry["samples"], self.what.protocol, source.name, progress)
+                entry = {**entry, "health": [*entry["health"], *lines], "sanity": True}
         finally:
             progress.close()
-        return {"name": source.name, "data": str(source.folder or source.data.shards), "key": key, **about, **measured}, True
+        return entry, True
 
     def _about(self, source: Source, dataset: data.Dataset, kind: str) -> tuple[dict, data.Transform | data.Native]:
         """What of a dataset decides its numbers, and the images' way to the model."""
@@ -134,13 +147,13 @@ class Session:
         radii = [show_pixels(e) for e in self.what.protocol.radii(source.name)]
         return digest({"model": self.subject.identity, "data": about, "settings": {**_deciding(self.settings), "eps": radii, "eps_of": None}})
 
-    def _zeroshot(self, work: Work, name: str, about: dict, progress: Progress) -> dict:
+    def _models(self, about: dict) -> tuple[Model, Model | None]:
+        """The model, and the one that `transfer` follows, as classifiers of a dataset's classes."""
         names, prompts = about["classes"], about["templates"]
         logits = self.subject.logits(self.subject.head(names, prompts, self.ranks))
-        source = self.surrogate and self.surrogate.logits(self.surrogate.head(names, prompts, self.ranks))
-        return zeroshot.measure(work, logits, source, names, self.what.protocol, name, progress, self.what.sanity)
+        return logits, self.surrogate and self.surrogate.logits(self.surrogate.head(names, prompts, self.ranks))
 
-    def _retrieval(self, work: Work, name: str, about: dict, progress: Progress) -> dict:
+    def _retrieval(self, work: Work, name: str, progress: Progress) -> dict:
         def texts(captions: list[str]):
             return self.subject.head(captions, ["{}"], self.ranks).class_embeddings.cpu()
 
@@ -193,7 +206,7 @@ def _names(source: Source, dataset: data.Dataset) -> list[str]:
                 "name them, one a line in the order of the labels, in a classnames.txt beside them or with --classnames"
             )
         return list(open_clip.IMAGENET_CLASSNAMES)
-    return class_names(source, data.classnames(source.data))
+    return class_names(source, data.classnames(source.data, dataset))
 
 
 def _prompts(source: Source, protocol: Protocol) -> list[str]:

@@ -29,7 +29,7 @@ class Subject:
     @property
     def identity(self) -> dict:
         """What of `about` decides the numbers: not where the weights came from, nor the path that may be their architecture's name."""
-        return {k: v for k, v in self.about.items() if k not in ("weights", "arch")}
+        return {k: v for k, v in self.about.items() if k not in ("weights", "ema", "arch")}
 
     def transform(self) -> data.Transform:
         """A stored image's way to the tower's size, the model's own. Raises UserError for one that is not known."""
@@ -59,6 +59,7 @@ def load(spec: Model, ranks: Ranks, where: str = "model") -> Subject:
     tower = clip.tower().eval().requires_grad_(False).to(ranks.device)
     about = {
         "weights": spec.weights,
+        "ema": spec.ema,
         "arch": spec.arch or clip.name,
         "sha256": sha256,
         "text_sha256": text_sha256,

@@ -20,10 +20,10 @@ from .trial import Model, Settings
 NOTHING_ATTACKED = {"check": "attacks", "status": "WARN", "detail": "no sample is classified correctly: nothing to attack"}
 
 
-def measure(work: Work, logits: Model, source: Model | None, names: list[str], protocol: Protocol, name: str, progress: Progress, sanity: bool) -> dict:
+def measure(work: Work, logits: Model, source: Model | None, names: list[str], protocol: Protocol, name: str, progress: Progress) -> dict:
     """The numbers of a dataset, sample by sample, as results.json holds them. Collective.
 
-    source: the model that `transfer` attacks in place of this one. sanity: the health checks that need attacks of their own, too.
+    source: the model that `transfer` attacks in place of this one.
     """
 
     def clean_chunk(images, batch, asked):
@@ -65,9 +65,6 @@ def measure(work: Work, logits: Model, source: Model | None, names: list[str], p
             "prediction": [attacked.get(i, prediction[i]) for i in ids],
             "robust": [right and by is None for right, by in zip(clean, broken)],
         }
-    lines = health.unread(left_out, len(asked_for)) + (health.check(facts) if facts else [NOTHING_ATTACKED])
-    if sanity and len(attackable):
-        lines += _sanity(work, logits, source, attackable, attack_settings(protocol, float(protocol.radii(name)[0])), progress)
     return {
         "n_total": len(everyone),
         "left_out": len(left_out),
@@ -82,14 +79,18 @@ def measure(work: Work, logits: Model, source: Model | None, names: list[str], p
             "clean_prediction": [prediction[i] for i in ids],
             "eps": samples_by_eps,
         },
-        "health": lines,
+        "health": health.unread(left_out, len(asked_for)) + (health.check(facts) if facts else [NOTHING_ATTACKED]),
     }
 
 
-def _sanity(work: Work, logits: Model, source: Model | None, ids: np.ndarray, settings: Settings, progress: Progress) -> list[dict]:
-    """The costly health checks, by the first rank, on samples of all classes."""
+def sanity(work: Work, logits: Model, source: Model | None, samples: dict, protocol: Protocol, name: str, progress: Progress) -> list[dict]:
+    """The health checks that need attacks of their own, by the first rank, on some of the measured `samples` of all classes. Collective."""
+    ids = np.array([i for i, right in zip(samples["ids"], samples["clean"]) if right], dtype=np.int64)
+    settings = attack_settings(protocol, float(protocol.radii(name)[0]))
 
     def lines() -> list[dict]:
+        if not len(ids):
+            return []
         if ("sanity", 0) not in progress.done:
             chosen = ids[stratified(work.dataset.labels[ids], health.SANITY_SAMPLES, work.seed)]
             (batch,) = work.batches(chosen, len(chosen))

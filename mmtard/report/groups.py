@@ -1,4 +1,4 @@
-"""Evaluations that may stand in one table: measured in the same way, the newest of each model and dataset."""
+"""Evaluations that may stand in one table, and datasets that may share a row: measured in the same way, the newest of each model."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from dataclasses import dataclass, field
 
 from ..config import parse_fraction
 from ..evaluate.statistics import paired_difference
-from .records import Retrieval, Zeroshot
+from .records import Measured, Retrieval, Zeroshot
 from .sources import Source
 
-FREE = ("batch_size", "eps", "eps_of")  # settings that do not change what a number at one radius means
+FREE = ("batch_size", "sanity", "eps", "eps_of")  # settings that do not change what a number at one radius means
+WAYS = {"fingerprint": "data", "perturb_at": "perturbed at", "classes": "class names", "templates": "prompts"}  # of `way`, in a row's name
 LEFT_OUT_OF_MEANS = "ImageNet"
 
 
 @dataclass
 class Group:
-    """`models[i]`: the datasets by name of the i-th model, in the order of the report's sources (empty where it has none)."""
+    """`models[i]`: the datasets of the i-th model by the row they stand in, in the order of the report's sources (empty where it has none).
+
+    A row is called by the name of its dataset, and where other data or another way of asking have that name, too, by what differs.
+    """
 
     title: str
     norm: str
@@ -43,7 +47,7 @@ class Group:
 def group(sources: list[Source]) -> list[Group]:
     """The groups in the order in which their first evaluation is met."""
     groups: dict[str, Group] = {}
-    taken: dict[tuple, str] = {}
+    taken: dict[str, dict[tuple[int, str], tuple[Measured, str]]] = {}  # of each group: (model, row) -> the newest, and its file
     for i, source in enumerate(sources):
         for evaluation in reversed(source.evaluations):
             settings = evaluation.settings.model_dump(mode="json")
@@ -51,16 +55,30 @@ def group(sources: list[Source]) -> list[Group]:
             if key not in groups:
                 title = f"protocol {evaluation.protocol}: {evaluation.settings.norm}, {', '.join(evaluation.settings.attacks)}, {evaluation.settings.iters} iterations"
                 groups[key] = Group(title, evaluation.settings.norm, [{} for _ in sources], [{} for _ in sources])
-            found = groups[key]
             for dataset in evaluation.datasets:
-                if (key, i, dataset.name) in taken:
-                    newer = taken[key, i, dataset.name]
-                    found.older.append(f"{source.name}, {dataset.name}: {evaluation.path} ({newer} is newer)")
-                    continue
-                taken[key, i, dataset.name] = str(evaluation.path)
-                if isinstance(dataset, Zeroshot | Retrieval):
-                    (found.models if isinstance(dataset, Zeroshot) else found.retrieval)[i][dataset.name] = dataset
+                row = i, json.dumps([dataset.name, dataset.kind, dataset.way])
+                _, newer = taken.setdefault(key, {}).setdefault(row, (dataset, str(evaluation.path)))
+                if newer != str(evaluation.path):
+                    groups[key].older.append(f"{source.name}, {dataset.name}: {evaluation.path} ({newer} is newer)")
+    for key, found in taken.items():
+        names = _row_names([dataset for dataset, _ in found.values()])
+        for ((i, _), (dataset, _)), name in zip(found.items(), names):
+            if isinstance(dataset, Zeroshot | Retrieval):
+                (groups[key].models if isinstance(dataset, Zeroshot) else groups[key].retrieval)[i][name] = dataset
     return list(groups.values())
+
+
+def _row_names(datasets: list[Measured]) -> list[str]:
+    """A name for each: the same for the same data asked in the same way, another for others."""
+    ways: dict[str, list[dict]] = {}
+    for dataset in datasets:
+        ways.setdefault(dataset.name, []).append(dataset.way)
+    names = []
+    for dataset in datasets:
+        differ = [key for key in WAYS if any(way[key] != dataset.way[key] for way in ways[dataset.name])]
+        said = ", ".join(f"{WAYS[key]} {dataset.way[key][:8]}" for key in differ)
+        names.append(f"{dataset.name} ({said})" if said else dataset.name)
+    return names
 
 
 def difference(first: Zeroshot, other: Zeroshot, eps: str | None) -> dict | None:
@@ -69,11 +87,11 @@ def difference(first: Zeroshot, other: Zeroshot, eps: str | None) -> dict | None
     `p`: McNemar's, of the samples that both models were attacked on; None where they are not the same samples.
     """
     if eps is None:
-        return {"difference": other.clean_all.accuracy - first.clean_all.accuracy, "p": None, "paired": first.fingerprint == other.fingerprint}
+        return {"difference": other.clean_all.accuracy - first.clean_all.accuracy, "p": None, "paired": first.way == other.way}
     if eps not in first.eps or eps not in other.eps:
         return None
     a, b = first.samples, other.samples
-    if (first.fingerprint, a.ids, a.labels) != (other.fingerprint, b.ids, b.labels):
+    if (first.way, a.ids, a.labels) != (other.way, b.ids, b.labels):
         return {"difference": other.eps[eps].robust.accuracy - first.eps[eps].robust.accuracy, "p": None, "paired": False}
     return {**paired_difference(a.eps[eps].robust, b.eps[eps].robust), "paired": True}
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UserError
 from ..evaluate import results
+from ..evaluate.naming import digest
 
 
 class Record(BaseModel):
@@ -60,13 +61,25 @@ class Check(Record):
 
 
 class Measured(Record):
-    """One dataset of an evaluation. Radii as they are written, `2/255`, in ascending order as the protocol lists them."""
+    """One dataset of an evaluation. Radii as they are written, `2/255`, in ascending order as the protocol lists them.
+
+    `data`: as it was given; `shards` and `index` (None: beside them): what was read, in the cache where `data` is class folders.
+    """
 
     name: str
     kind: str
     data: str | list[str]
+    shards: str | list[str] | None = None
+    index: str | None = None
     fingerprint: str
     health: list[Check] = []
+
+
+    @property
+    def way(self) -> dict[str, str]:
+        """What of the data and of how they were asked decides the numbers: equal for results that may be compared."""
+        found = {key: getattr(self, key, None) for key in ("fingerprint", "perturb_at", "classes", "templates")}
+        return {key: value if isinstance(value, str) else digest({key: value}) for key, value in found.items()}
 
 
 class Zeroshot(Measured):
@@ -90,9 +103,10 @@ class RecallUnderAttack(Record):
 
 
 class Retrieval(Measured):
-    """Images and captions, whose recall at k is measured in both directions."""
+    """Images and captions, whose recall at k is measured in both directions. `attack`: in words."""
 
     n_total: int
+    attack: str = ""
     clean_all: Recalls
     clean: Recalls
     eps: dict[str, RecallUnderAttack]
@@ -109,10 +123,18 @@ class Settings(Record):
 
 
 class About(Record):
-    """The model that was measured; sha256 is of its image tower."""
+    """The model that was measured. `weights`: as they were named; `ema`: their moving average; `sha256`: of its image tower."""
 
     weights: str
+    ema: bool = False
     sha256: str
+    text_sha256: str | None = None
+    quick_gelu: bool | None = None
+
+    @property
+    def identity(self) -> tuple:
+        """What makes it this model, whatever it is called."""
+        return self.sha256, self.text_sha256, self.quick_gelu
 
 
 class Evaluation(Record):
@@ -129,6 +151,10 @@ class Evaluation(Record):
     @property
     def zeroshot(self) -> list[Zeroshot]:
         return [d for d in self.datasets if isinstance(d, Zeroshot)]
+
+    @property
+    def retrieval(self) -> list[Retrieval]:
+        return [d for d in self.datasets if isinstance(d, Retrieval)]
 
 
 def read(path: Path) -> Evaluation:

@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import history
 from ..errors import UserError
 from ..metrics import EVENTS, METRICS
-from .records import Evaluation, read as read_results
+from .records import About, Evaluation, read as read_results
 
 PROBES, CONFIG, ENVIRONMENT, RESULTS = "probes.jsonl", "config.yaml", "environment.json", "results.json"
 
@@ -46,8 +46,8 @@ def read(paths: list[Path]) -> list[Source]:
 
 
 def _longer_names(source: Source) -> Iterator[str]:
-    parts = source.path.resolve().parts
-    yield from ("/".join(parts[-n:]) for n in range(2, len(parts) + 1))
+    above = (source.path.parent if source.path.name == RESULTS else source.path).resolve().parts[:-1]
+    yield from ("/".join((*above[-n:], source.name)) for n in range(1, len(above) + 1))
     n = 2
     while True:
         yield f"{source.name} ({n})"
@@ -61,23 +61,51 @@ def _read(path: Path) -> list[Source]:
         evaluation = read_results(path)
         return [Source(_stem(path), path, evaluations=[evaluation], missing=["training: these are evaluation results alone"])]
     if any((path / name).is_file() for name in (CONFIG, METRICS, history.FILE)):
-        return [read_run(path)]
+        return _columns(read_run(path))
     evaluations, damaged = _evaluations(path)
     if not evaluations:
         why = f" ({damaged[0]})" if damaged else ""
         raise UserError(f"'{path}' is neither a run's folder nor holds a {RESULTS}{why}; run `mmtard evaluate` first, or correct the path")
-    by_model: dict[str, list[Evaluation]] = {}
+    by_model = _by_model(evaluations)
+    names = _names(path, by_model) if len(by_model) > 1 else dict.fromkeys(by_model, path.resolve().name)
+    missing = ["training: these are evaluation results alone", *damaged]
+    return [Source(names[model], path, evaluations=of_one, missing=list(missing)) for model, of_one in by_model.items()]
+
+
+def _columns(run: Source) -> list[Source]:
+    """The run with the evaluations of its own weights, the newest that were measured under its name; a source for each of the others."""
+    own = next((e.model.identity for e in reversed(run.evaluations) if _name(e.model, run.path) == run.name), None)
+    by_model = _by_model(run.evaluations)
+    names = _names(run.path, by_model, {own: run.name})
+    run.evaluations = by_model.pop(own, [])
+    if by_model and not run.evaluations:
+        run.missing.append("accuracy under attack: no evaluation of its newest weights; those of others have columns of their own")
+    missing = f"training: these are other weights than the newest of the run '{run.path}'"
+    return [run, *(Source(names[model], run.path, evaluations=of_one, missing=[missing]) for model, of_one in by_model.items())]
+
+
+def _by_model(evaluations: list[Evaluation]) -> dict[tuple, list[Evaluation]]:
+    """The evaluations of each model by its identity; in each, and by each one's first, oldest first."""
+    found: dict[tuple, list[Evaluation]] = {}
     for evaluation in evaluations:
-        by_model.setdefault(evaluation.model.sha256, []).append(evaluation)
-    return [
-        Source(
-            path.resolve().name if len(by_model) == 1 else Path(of_one[0].model.weights).name,
-            path,
-            evaluations=of_one,
-            missing=["training: these are evaluation results alone", *damaged],
-        )
-        for of_one in by_model.values()
-    ]
+        found.setdefault(evaluation.model.identity, []).append(evaluation)
+    return found
+
+
+def _names(folder: Path, by_model: dict[tuple, list[Evaluation]], given: dict[tuple | None, str] | None = None) -> dict[tuple | None, str]:
+    """A name for each model, beside those given: of its newest evaluation, where a newer model has that name with the hash of its weights."""
+    names = dict(given or {})
+    for model, of_one in reversed(by_model.items()):
+        name = _name(of_one[-1].model, folder)
+        names.setdefault(model, name if name not in names.values() else f"{name} {of_one[-1].model.sha256[:8]}")
+    return names
+
+
+def _name(model: About, folder: Path) -> str:
+    """`b32`, `b32 most_robust` or `b32 ema`, as the weights were given; the folder's own name for weights given as `.`."""
+    path = Path(model.weights)
+    of, checkpoint = (path.parent.parent, [path.name]) if path.parent.name == "checkpoints" else (path, [])
+    return " ".join([of.name or folder.resolve().name, *checkpoint, *(["ema"] if model.ema else [])])
 
 
 def _stem(path: Path) -> str:

@@ -74,8 +74,9 @@ def choose(dataset: Zeroshot, eps: str, wanted: int) -> list[int]:
 def _attacked(source: Source, number: int, evaluation: Evaluation, dataset: Zeroshot, eps: str, places: list[int], title: str) -> Strip:
     if not places:
         raise UserError("no sample is classified correctly without attack")
-    images, seeds = _images(dataset, places)
-    tower, head = _model(source, evaluation, dataset)
+    clip, head = _model(source, evaluation, dataset)
+    images, seeds = _images(dataset, places, clip)
+    tower = clip.tower().eval().requires_grad_(False)
     labels = torch.tensor([dataset.samples.labels[i] for i in places])
 
     def model(x: Tensor) -> Tensor:
@@ -97,15 +98,20 @@ def _attacked(source: Source, number: int, evaluation: Evaluation, dataset: Zero
     return Strip(title, shown, caption)
 
 
-def _images(dataset: Zeroshot, places: list[int]) -> tuple[Tensor, Tensor]:
-    """([B,3,H,W] in [0,1], seeds [B]) of the stored sample ids. Raises UserError when the data are gone or others."""
-    if any(map(is_remote, [dataset.data] if isinstance(dataset.data, str) else dataset.data)):
-        raise UserError(f"its data '{dataset.data}' are remote")
-    found = data.open_dataset(Data(shards=dataset.data))
+def _images(dataset: Zeroshot, places: list[int], clip: towers.Clip) -> tuple[Tensor, Tensor]:
+    """([B,3,H,W] in [0,1], seeds [B]) of the stored sample ids, brought to the model's size in its own way. Raises UserError when the data are gone or others."""
+    shards = dataset.shards or dataset.data
+    if any(map(is_remote, [shards] if isinstance(shards, str) else shards)):
+        raise UserError(f"its data '{shards}' are remote")
+    if shards != dataset.data and not Path(str(shards)).is_dir():
+        raise UserError(f"the shards '{shards}', which '{dataset.data}' was read from, are gone; the command of its evaluation writes them again")
+    index = dataset.index if dataset.index and Path(dataset.index).is_file() else None
+    found = data.open_dataset(Data(shards=shards, index=index))
     if found.fingerprint != dataset.fingerprint:
         raise UserError(f"'{dataset.data}' no longer holds the data that were measured")
     height, width = dataset.perturbed_size
-    transform = data.Native((height, width)) if dataset.perturb_at == "native" else data.Transform(height)
+    own = data.Transform.of_model(height, clip.config["preprocess_cfg"], dataset.name)
+    transform = data.Native((height, width)) if dataset.perturb_at == "native" else own
     ids = [dataset.samples.ids[i] for i in places]
     (batch,) = data.eval_batches(found, transform, ids, len(ids))
     if batch.replaced:
@@ -113,7 +119,7 @@ def _images(dataset: Zeroshot, places: list[int]) -> tuple[Tensor, Tensor]:
     return batch.images.float() / 255, batch.seeds
 
 
-def _model(source: Source, evaluation: Evaluation, dataset: Zeroshot) -> tuple[towers.ImageTower, Head]:
+def _model(source: Source, evaluation: Evaluation, dataset: Zeroshot) -> tuple[towers.Clip, Head]:
     """Raises UserError when the weights are not on this machine, or no longer those that were measured."""
     named = Path(evaluation.model.weights)
     folder = named if named.exists() else source.path
@@ -121,7 +127,7 @@ def _model(source: Source, evaluation: Evaluation, dataset: Zeroshot) -> tuple[t
         raise UserError(f"its weights '{named}' are no run or exported folder on this machine")
     clip = _measured_clip(folder, evaluation.model.sha256)
     classes = clip.class_embeddings(dataset.classes, dataset.templates)
-    return clip.tower().eval().requires_grad_(False), Head(classes, clip.logit_scale)
+    return clip, Head(classes, clip.logit_scale)
 
 
 def _measured_clip(folder: Path, sha256: str) -> towers.Clip:

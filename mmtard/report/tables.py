@@ -43,7 +43,7 @@ def pivot(group: Group, sources: list[Source]) -> Table:
     rows = [(name, _dataset_row(group, shown, measures, name)) for name in group.datasets]
     if len(group.shared) > 1:
         rows.append((f"mean of {len(group.shared)}", _mean_row(group, shown, measures, group.shared)))
-    without = [name for name in group.shared if name != LEFT_OUT_OF_MEANS]
+    without = [name for name in group.shared if group.models[shown[0]][name].name != LEFT_OUT_OF_MEANS]
     if without and without != group.shared:
         rows.append((f"mean without {LEFT_OUT_OF_MEANS}", _mean_row(group, shown, measures, without)))
     first = sources[shown[0]].name if shown else ""

@@ -60,7 +60,7 @@ RESULTS = {
     "format": 2,
     "settings": {"norm": "linf", "eps": ["2/255"], "attacks": ["apgd-ce"], "batch_size": 64},
     "datasets": [{
-        "name": "pets", "kind": "zeroshot", "fingerprint": "f", "templates": ["a {}"], "perturb_at": "input", "perturbed_size": [32, 32], "replaced": 0,
+        "name": "pets", "kind": "zeroshot", "fingerprint": "f", "classes": ["cat", "dog"], "templates": ["a {}"], "perturb_at": "input", "perturbed_size": [32, 32], "replaced": 0,
         "eps": {"2/255": {}},
         "samples": {"ids": [1, 4, 5], "labels": [0, 1, 0], "clean": [True, True, False], "eps": {"2/255": {"robust": [True, False, False]}}},
     }],
@@ -84,7 +84,7 @@ def pair(tmp_path):
 
 def test_each_dataset_and_eps_has_its_row(pair, command, capsys):
     def change(other):
-        other["settings"]["batch_size"] = 8  # says how fast, not what
+        other["settings"] |= {"batch_size": 8, "sanity": True}  # say how fast and what else, not what
         other["datasets"][0]["samples"]["eps"]["2/255"]["robust"] = [False, True, True]
 
     a, b = pair(change)
@@ -97,7 +97,9 @@ def test_each_dataset_and_eps_has_its_row(pair, command, capsys):
 @pytest.mark.parametrize("change, message", [
     (lambda r: r["settings"].update(norm="l2"), "measured otherwise: norm is linf and l2; evaluate both with the same settings"),
     (lambda r: r["datasets"][0].update(fingerprint="g"), "pets: fingerprint differs, f and g"),
-    (lambda r: r["datasets"][0].update(templates=["the {}"]), "pets: templates differs"),
+    (lambda r: r["datasets"][0].update(templates=["the {}"]), r"pets: templates\[0\] differs, a {} and the {}"),
+    (lambda r: r["datasets"][0].update(classes=["cat", "hound"]), r"pets: classes\[1\] differs, dog and hound; evaluate both on the same data in the same way"),
+    (lambda r: r["datasets"][0].update(classes=["cat", "dog", "cow"]), r"pets: classes differs, \['cat', 'dog'\] and \['cat', 'dog', 'cow'\]"),
     (lambda r: r["datasets"][0]["samples"].update(ids=[1, 4, 6]), "pets: samples.ids differ; evaluate both with the same --n-samples and --seed"),
     (lambda r: r["datasets"][0].update(name="cars"), "have other datasets: cars, pets stands in one alone"),
     (lambda r: r.update(format=1), "has format 1, this version reads 2"),

@@ -37,6 +37,33 @@ def test_names_as_clip_benchmark_lays_them_out(root):
         datasets.find(str(root), ["pets"])
 
 
+def test_a_split_is_no_name(tmp_path):
+    """Two sets given as A/test and B/test are not one."""
+    for name, split in (("birds", "test"), ("fish", "val"), ("fish", "other")):
+        write(tmp_path / name / split, 1)
+        (tmp_path / name / split / "test" / "0.tar").rename(tmp_path / name / split / "0.tar")
+    given = ["birds/test", "birds/test/{0..0}.tar", "fish/val", "fish/other"]
+    assert [s.name for g in given for s in datasets.find(str(tmp_path / g))] == ["birds", "birds", "fish", "other"]
+
+
+@pytest.mark.parametrize("where, index, name", [
+    ("https://host.org/data/birds/test/{000..012}.tar", None, "birds"),
+    ("s3://bucket/fish/val/0.tar", "x.npz", "fish"),
+    ("pipe:aws s3 cp s3://bucket/sets/birds/{0..9}.tar -", None, "birds"),
+    ("pipe:cat '/data/fish/test/{0..9}.tar'", None, "fish"),
+    ("file:/data/birds/0.tar", None, "birds"),
+    ("https://host.org/birds-{000..012}.tar", "x.npz", "birds"),
+    ("https://host.org/birds-07.tar", None, "birds"),
+    ("https://host.org/{000..012}.tar", "indices/fish.npz", "fish"),
+    ("pipe:fetch everything", None, "remote"),
+    ("https://huggingface.co/datasets/clip-benchmark/wds_cifar10/resolve/main/test/{0..1}.tar", None, "CIFAR10"),
+    ("https://huggingface.co/datasets/timm/imagenet-1k-wds/resolve/main/imagenet1k-validation-{00..63}.tar", None, "ImageNet"),
+])  # fmt: skip
+def test_remote_shards_are_named_after_their_folder_files_or_index(where, index, name):
+    (source,) = datasets.find(where, index=index)
+    assert source.name == name and source.kind.name == (name if name in ("CIFAR10", "ImageNet") else "") and source.data.index == index
+
+
 def test_every_dataset_of_fare_and_imagenets_variants_has_an_entry():
     names = {k.name for k in datasets.KNOWN}
     assert len(FARE_SETS) == 13 and set(FARE_SETS) | {"ImageNet", "ImageNet-V2", "ImageNet-A", "ImageNet-R", "ImageNet-Sketch"} == names

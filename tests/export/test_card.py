@@ -33,7 +33,18 @@ def run(vit, tmp_path):
     return folder
 
 
-def evaluated(run, sha256):
+CAPTIONS = {
+    "name": "COCO", "kind": "retrieval", "data": "d", "fingerprint": "g", "n_total": 200, "attack": "apgd on the captions",
+    **{
+        part: {direction: {k: {**ACC, "accuracy": a + b + int(k) / 100} for k in ("1", "5")} for direction, b in (("image_to_text", 0.0), ("text_to_image", 0.5))}
+        for part, a in (("clean_all", 0.2), ("clean", 0.3))
+    },
+    "eps": {"2/255": {"recall": {direction: {k: {**ACC, "accuracy": b + int(k) / 100} for k in ("1", "5")} for direction, b in (("image_to_text", 0.0), ("text_to_image", 0.5))}}},
+    "health": [],
+}  # fmt: skip
+
+
+def evaluated(run, sha256, *datasets):
     dataset = {
         "name": "Pets", "kind": "zeroshot", "data": "d", "fingerprint": "f", "classes": ["a", "b"], "chance": 0.5, "n_total": 200, "templates": ["{}"],
         "perturb_at": "input", "perturbed_size": [16, 16], "clean_all": {**ACC, "accuracy": 0.625, "n": 200}, "clean": ACC,
@@ -43,14 +54,14 @@ def evaluated(run, sha256):
     }  # fmt: skip
     content = {
         "format": 2, "protocol": "fare", "command": "mmtard evaluate runs/b32 --protocol fare", "model": {"weights": str(run), "sha256": sha256},
-        "settings": {"norm": "linf", "attacks": ["apgd-ce"], "iters": 100, "seed": 0}, "datasets": [dataset],
+        "settings": {"norm": "linf", "attacks": ["apgd-ce"], "iters": 100, "seed": 0}, "datasets": list(datasets) or [dataset],
     }  # fmt: skip
     (run / "evaluations" / "fare").mkdir(parents=True)
     (run / "evaluations" / "fare" / "results.json").write_text(json.dumps(content))
 
 
-def card(run, tmp_path):
-    export(Model(weights=str(run)), tmp_path / "out")
+def card(run, tmp_path, **spec):
+    export(Model(weights=str(run), **spec), tmp_path / "out")
     return (tmp_path / "out" / "README.md").read_text()
 
 
@@ -66,6 +77,24 @@ def test_the_card_holds_the_numbers_of_these_weights(run, tmp_path):
     assert front["library_name"] == "open_clip" and front["license"] == "other" and "bound by their licences" in text
     configuration = text.partition("```yaml\n")[2].partition("```")[0]
     assert yaml.safe_load(configuration)["teachers"]["robust"]["weights"] == "hf-hub:chs20/fare2-clip"
+
+
+def test_the_card_of_a_retrieval_holds_its_recalls_and_no_empty_table(run, tmp_path):
+    evaluated(run, tensors_sha256(towers.load(Model(weights=str(run))).model.visual.state_dict()), CAPTIONS)
+    text = card(run, tmp_path)
+    assert "| COCO | image to text | 5 | 25.00 (40.1–59.9), n 100 | 35.00 (40.1–59.9), n 100 | 2/255 | 5.00 (40.1–59.9), n 100 |" in text
+    assert "| COCO | text to image | 1 | 71.00 (40.1–59.9), n 100 | 81.00 (40.1–59.9), n 100 | 2/255 | 51.00 (40.1–59.9), n 100 |" in text
+    assert text.count("| COCO |") == 4 and "apgd on the captions" in text and "Zero-shot accuracy" not in text and "| chance |" not in text
+
+
+def test_the_average_is_measured_as_the_average(run, vit, tmp_path):
+    """Without --ema the advised command would measure the weights, and the card would say again that nothing was measured."""
+    tower, average = (towers.load(Model(arch=vit, weights="random"), seed=seed).tower() for seed in (2, 3))
+    saver = Checkpoints(run, keep_last=1)
+    saver.save(8, dict(tower.state_dict()), {f"ema.{k}": v.detach() for k, v in average.named_parameters()}, {"step": 8})
+    saver.wait()
+    text = card(run, tmp_path, ema=True)
+    assert f"Not measured. `mmtard evaluate {run} --ema --protocol fare --data ROOT` measures it." in text
 
 
 def test_numbers_of_other_weights_are_left_out_and_it_says_so(run, tmp_path):

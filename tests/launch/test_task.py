@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mmtard import history
+
 ROOT = Path(__file__).parents[2]
 CALL = "import sys; from pathlib import Path; from launch.task import Task; Task(tuple(sys.argv[2:]), Path(sys.argv[1]))()"
 MMTARD = """
@@ -119,6 +121,15 @@ def test_where_requeue_is_forbidden_one_other_job_goes_on_and_takes_over_those_t
     assert "--output=7_0_log.out\n" in (tmp_path / "text").read_text() == (tmp_path / "41_submission.sh").read_text()
     assert (tmp_path / "41_submitted.pkl").read_text() == "the work"
     assert (tmp_path / "updated").read_text() == "update JobId=8 Dependency=afterok:41,afterok:5\nupdate JobId=9 Dependency=afterany:41\n"
+
+
+def test_the_run_is_told_which_job_goes_on(task, forbidden, tmp_path):
+    forbidden("41")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "x.yaml").write_text(f"{{run_dir: {tmp_path}/run, student: {{weights: openai}}, method: {{name: tecoa}}, data: {{shards: s}}, train: {{steps: 9, batch_size: 64}}}}")
+    task("raise SystemExit(75)").wait(30)
+    assert (tmp_path / "run" / "goes_on_as").read_text() == "7 41\n"
+    assert history.job(tmp_path / "run", {"job": "7"}) == "41" and history.job(tmp_path / "run", {"job": "50"}) == "50"
 
 
 def test_a_task_of_an_array_goes_on_alone(task, forbidden, tmp_path):

@@ -34,10 +34,37 @@ def test_differences_are_paired_and_worked_out_by_hand(tmp_path):
 
 
 def test_other_samples_are_compared_without_a_test_and_marked(tmp_path):
-    other = dataset("X", CLEAN, {"2/255": B}, fingerprint="e" * 64)
+    other = dataset("X", CLEAN, {"2/255": B})
+    other["samples"]["ids"] = list(range(1, 11))
     found, (group,) = grouped(tmp_path, ("a", results([dataset("X", CLEAN, {"2/255": A})])), ("b", results([other], sha256="b")))
     table = tables.pivot(group, found)
     assert table.rows[0][1][3].change == "Δ +10.0*" and any("not the same samples" in note for note in table.notes)
+
+
+@pytest.mark.parametrize(
+    "changes, rows",
+    [
+        ({"fingerprint": "e" * 64}, ["X (data ffffffff)", "X (data eeeeeeee)"]),
+        ({"perturb_at": "native"}, ["X (perturbed at input)", "X (perturbed at native)"]),
+        ({"classes": ("green <ring>", "red square")}, ["X (class names", "X (class names"]),
+        ({"templates": ["the {}"]}, ["X (prompts", "X (prompts"]),
+        ({"fingerprint": "e" * 64, "perturb_at": "native"}, ["X (data ffffffff, perturbed at input)", "X (data eeeeeeee, perturbed at native)"]),
+    ],
+)
+def test_other_data_and_other_ways_of_asking_have_rows_of_their_own(tmp_path, changes, rows):
+    x, y = dataset("X", CLEAN, {"2/255": A}), dataset("Y", CLEAN, {"2/255": A})
+    other = dataset("X", CLEAN, {"2/255": B}, **changes)
+    found, (group,) = grouped(tmp_path, ("a", results([x, y])), ("b", results([other, y], sha256="b")))
+    table = tables.pivot(group, found)
+    assert len(set(group.datasets)) == 3 and all(name.startswith(row) for name, row in zip(group.datasets, [rows[0], "Y", rows[1]], strict=True))
+    assert [[c.text for c in cells] for _, cells in table.rows] == [["80.0", "50.0", "–", "–", "50.0"], ["80.0", "50.0", "80.0", "50.0", "50.0"], ["–", "–", "80.0", "60.0", "50.0"]]
+    assert group.shared == ["Y"] and not group.older
+
+
+def test_imagenet_stays_out_of_a_mean_whatever_its_row_is_called(tmp_path):
+    both = [dataset("ImageNet", CLEAN, {"2/255": B}, perturb_at=way) for way in ("input", "native")]
+    found, (group,) = grouped(tmp_path, ("a", results([both[0], dataset("X", CLEAN, {"2/255": A})])), ("a/2", results([both[1]])))
+    assert [c.text for c in dict(tables.pivot(group, found).rows)["mean without ImageNet"]][:2] == ["80.0", "50.0"]
 
 
 def test_means_are_over_the_datasets_that_all_models_have(tmp_path):
@@ -54,7 +81,7 @@ def test_means_are_over_the_datasets_that_all_models_have(tmp_path):
 def test_only_what_was_measured_alike_shares_a_table(tmp_path):
     x = [dataset("X", CLEAN, {"2/255": A})]
     _, found = grouped(
-        tmp_path, ("a", results(x)), ("b", results(x, sha256="b", batch_size=8, eps=["2/255"])), ("c", results(x, sha256="c", iters=10)), ("d", results(x, sha256="d", protocol="quick"))
+        tmp_path, ("a", results(x)), ("b", results(x, sha256="b", batch_size=8, sanity=True, eps=["2/255"])), ("c", results(x, sha256="c", iters=10)), ("d", results(x, sha256="d", protocol="quick"))
     )
     assert [[i for i, model in enumerate(g.models) if model] for g in found] == [[0, 1], [2], [3]]
 

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 from written import dataset, results, save, write_run
 
@@ -31,6 +33,40 @@ def test_results_alone_are_a_source_for_each_model(tmp_path):
     assert found == {"one": 2, "two.pt": 1}
     (source,) = sources.read([tmp_path / "all" / "z" / "results.json"])
     assert source.name == "z" and not source.is_run and "training" in source.missing[0]
+
+
+def test_other_weights_of_a_run_are_sources_of_their_own(tmp_path):
+    """Final weights on one set, and then others of the same run on another, must not stand in one column."""
+    flags, folder = [True, False], write_run(tmp_path / "b32")
+    measured = [("1", "runs/b32", False), ("2", "runs/b32", False), ("3", "runs/b32/checkpoints/most_robust", False), ("4", "runs/b32", True), ("2", "b32/checkpoints/step-10", False)]
+    for i, (sha256, weights, ema) in enumerate(measured):
+        content = results([dataset("A", flags, {"2/255": flags})], weights, sha256)
+        content["model"]["ema"] = ema
+        os.utime(save(content, folder / "evaluations" / str(i)), (1e9 + i, 1e9 + i))
+    found = sources.read([folder, write_run(tmp_path / "other" / "b32")])
+    assert [(s.name, [e.model.sha256 for e in s.evaluations]) for s in found] == [
+        ("b32", ["2", "2"]), ("b32 1", ["1"]), ("b32 most_robust", ["3"]), ("b32 ema", ["4"]), ("other/b32", []),
+    ]  # fmt: skip
+    assert found[0].is_run and found[0].metrics and not any(s.is_run or s.metrics for s in found[1:4])
+    assert found[2].missing == [f"training: these are other weights than the newest of the run '{folder}'"]
+    assert [(s.name, len(s.evaluations)) for s in sources.read([folder / "evaluations"])] == [("b32", 1), ("b32 step-10", 2), ("b32 most_robust", 1), ("b32 ema", 1)]
+
+
+def test_a_run_of_which_a_checkpoint_alone_was_measured_says_so(tmp_path):
+    folder = write_run(tmp_path / "b32")
+    save(results([dataset("A", [True], {"2/255": [True]})], "runs/b32/checkpoints/most_robust"), folder / "evaluations" / "x")
+    run, best = sources.read([folder])
+    assert (run.evaluations, best.name) == ([], "b32 most_robust")
+    assert "accuracy under attack: no evaluation of its newest weights; those of others have columns of their own" in run.missing
+
+
+def test_one_model_under_another_activation_is_another(tmp_path):
+    flags = [True, False]
+    for gelu in (True, False):
+        content = results([dataset("A", flags, {"2/255": flags})], "openai")
+        content["model"]["quick_gelu"] = gelu
+        save(content, tmp_path / "all" / str(gelu))
+    assert len(sources.read([tmp_path / "all"])) == 2
 
 
 def test_a_damaged_evaluation_is_named_and_the_others_stay(tmp_path):

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -63,6 +65,41 @@ def test_the_measured_samples_are_attacked_and_shown(place, tmp_path):
         moved = attacked - clean
         # the perturbation times 0.5 / eps around grey: 255 where it is +eps, 0 where it is -eps
         assert abs(magnified - (127.5 + moved * 127.5 / 64)).max() <= 3
+
+
+@pytest.fixture
+def photos(place, tmp_path, monkeypatch):
+    """An evaluation, as `mmtard evaluate` wrote it, of the shards' images in class folders; the cache is its own."""
+    folder, _, pixels, labels = place
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for i, (image, label) in enumerate(zip(pixels, labels)):
+        own = tmp_path / "photos" / NAMES[label]
+        own.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(own / f"{i:03d}.png")
+    words = ["evaluate", folder / "model", "--data", tmp_path / "photos", "--templates", "a photo of a {}", "--attacks", "pgd", "--iters", 5, "--eps", "8/255"]
+    return [*words, "--workers", 0, "--device", "cpu", "--out", tmp_path / "r"]
+
+
+def test_images_in_class_folders_are_attacked_too_as_long_as_their_shards_are_there(photos, command, tmp_path):
+    assert command(*photos) == 0
+    made = strip(sources.read([tmp_path / "r"])[0], 0, 2)
+    assert not made.missing and len(made.samples) == 2
+    shutil.rmtree(tmp_path / "cache")
+    made = strip(sources.read([tmp_path / "r"])[0], 0, 2)
+    assert re.fullmatch(rf"the shards '{tmp_path}/cache/.*', which '{tmp_path}/photos' was read from, are gone; the command of its evaluation writes them again", made.missing)
+    assert command(*photos) == 0
+    assert not strip(sources.read([tmp_path / "r"])[0], 0, 2).missing
+
+
+def test_an_index_that_lies_elsewhere_is_used(place, tmp_path):
+    """Beside shards behind which nobody can write, a second index would be built, or none could be."""
+    folder, content, _, _ = place
+    content = copy.deepcopy(content)
+    shutil.copytree(folder / "shards", tmp_path / "shards")
+    (tmp_path / "shards" / "mmtard-index.npz").rename(tmp_path / "own.npz")
+    content["datasets"][0] |= {"data": str(tmp_path / "shards"), "shards": str(tmp_path / "shards"), "index": str(tmp_path / "own.npz")}
+    assert not strip(read(tmp_path, content), 0, 2).missing
+    assert not list((tmp_path / "shards").glob("*.npz"))
 
 
 def test_half_of_the_samples_were_broken_as_far_as_there_are():
