@@ -42,6 +42,8 @@ class Task:
             print(f"rank {rank} was ended by {signal.Signals(-status).name}", file=sys.stderr, flush=True)
             if int(os.environ["SLURM_NTASKS"]) > 1:
                 time.sleep(OTHERS_TURN_S)
+            if self._may_start_again():  # this was the only rank, or none of the others could decide
+                raise SystemExit(self._go_on())
         if status:
             sys.tracebacklimit = 0  # submitit prints and keeps the traceback; the reason is mmtard's line above it
             raise RuntimeError(f"mmtard {self.words[0]} ended with status {status}; the lines above say why")
@@ -59,6 +61,11 @@ class Task:
             except subprocess.TimeoutExpired:
                 if self.told:  # again every second, for the same reason
                     child.send_signal(self.told)
+
+    def _may_start_again(self) -> bool:
+        """Whether the history of the run that this trains, and its bounds, allow another start; mmtard prints why not."""
+        command = [sys.executable, "-m", "mmtard", "config", "--may-start", "again", *self.words[1:]]
+        return self.words[0] == "train" and subprocess.run(command, stdout=subprocess.DEVNULL, preexec_fn=_ignore).returncode == 0
 
     def _note(self, number, frame) -> None:
         self.told = self.told or number

@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--memory", action="store_true", help="instead, a table of what the run takes of each GPU's memory")
     p.add_argument("--world", type=_positive, metavar="N", help="GPUs for --memory; default: this launch's")
     p.add_argument("--may-start", choices=("now", "again"), help="also fail when the `resume` settings do not let the run be started; "
-                   "again: nor when this job's own start ended before it was noted in the run's folder")
+                   "again: nor when this job's own start failed, was stopped by a person, or ended before it was noted in the run's folder")
     _config_arguments(p)
 
     p = command("preflight", _preflight, "Check, on the ranks of this launch, what a run needs: PASS or FAIL a line, status 1 on any FAIL.",
@@ -216,9 +216,7 @@ def _fraction(text: str):
 def _config(args) -> None:
     config = settings.load(args.config, args.overrides)
     if args.may_start:
-        _may_start(config)
-    if args.may_start == "again" and not history.is_this_jobs(Path(config.run_dir)):
-        raise RunError(f"'{config.run_dir}': this start ended before the run's folder was prepared, the next would, too; its lines above say why")
+        _may_start(config, again=args.may_start == "again")
     if args.memory:
         from . import memory
 
@@ -237,8 +235,9 @@ def _ready(args) -> settings.Config:
     return config
 
 
-def _may_start(config: settings.Config) -> None:
-    refused = history.refusal(Path(config.run_dir), config.resume)
+def _may_start(config: settings.Config, again: bool = False) -> None:
+    run = Path(config.run_dir)
+    refused = history.refusal(run, config.resume) or (history.refusal_of_job(run) if again else None)
     if refused:
         raise RunError(f"'{config.run_dir}': {refused}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,8 +13,18 @@ from .methods import Pass
 from .objectives import Objective
 from .towers import ImageTower
 
-# Dense bf16 peak of a device, in FLOP/s, by a part of its name (NVIDIA's data sheets).
-PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+# Dense bf16 peak of a device, in FLOP/s, by words of its name (NVIDIA's data sheets); of those that fit, the first counts.
+PEAK = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+}
 
 
 def forward_flops(tower: ImageTower) -> int:
@@ -47,8 +58,11 @@ def sample_flops(forward: dict[str, int], passes: set[Pass], objective: Objectiv
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s; None where it is not known."""
+    """The device's dense bf16 peak in FLOP/s; None where it is not known, as for a slice of a GPU (MIG)."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK.items() if part in name), None)
+    if "MIG" in name:
+        return None
+    # Whole words: an RTX A1000 is no A100.
+    return next((peak for words, peak in PEAK.items() if re.search(rf"\b{words}\b", name)), None)

@@ -16,6 +16,7 @@ from .errors import UserError
 FILE, SUCCESSOR = "resume.jsonl", "goes_on_as"
 # How a start ended. After `stopped` and `failed` nothing starts a run again but the user.
 COMPLETE, TIMEOUT, PREEMPTED, LOST, STOPPED, FAILED = "complete", "timeout", "preempted", "lost", "stopped", "failed"
+FOR_GOOD = (STOPPED, FAILED)
 BOUNDS = {TIMEOUT: "max_timeouts", PREEMPTED: "max_preemptions", LOST: "max_losses"}
 NEAR_END_S = 900  # a signal this near to the end of the job's time is taken for Slurm's warning of it
 
@@ -41,10 +42,10 @@ def started(run: Path, start: dict) -> None:
 
 
 def ended(run: Path, kind: str, reason: str, step: int) -> None:
-    """Note how the newest start ended. The first note stays, but a failure replaces a loss: it was the loss's cause."""
+    """Note how the newest start ended. The first note stays, but a failure or a person's stop replaces a loss: it was the loss's cause."""
     *earlier, newest = read(run)
     known = newest.get("end")
-    if known is None or (known["kind"], kind) == (LOST, FAILED):
+    if known is None or (known["kind"] == LOST and kind in FOR_GOOD):
         _write(run, [*earlier, {**newest, "end": {"time": _now(), "kind": kind, "reason": reason, "step": step}}])
 
 
@@ -111,6 +112,16 @@ def refusal(run: Path, bounds: Resume, step: int | None = None) -> str | None:
             f"mend the cause, then go on with resume.max_starts_without_progress={stuck + 1}"
         )
     return None
+
+
+def refusal_of_job(run: Path) -> str | None:
+    """Why the job of the newest start must not start the run again by itself; None when it may, within the bounds."""
+    if not is_this_jobs(run):
+        return "this start ended before the run's folder was prepared, the next would, too; its lines above say why"
+    newest = read(run)[-1]
+    if kind(newest) not in FOR_GOOD:
+        return None
+    return f"this start ended as {kind(newest)}: {reason(newest)}; it is not repeated by itself, submit it again to go on from the last checkpoint"
 
 
 def newest_step(run: Path) -> int:

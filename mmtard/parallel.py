@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -17,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 from .errors import RunError, UserError
+
+GIVEN = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")  # set where Slurm gave GPUs
 
 
 @dataclass(frozen=True)
@@ -76,22 +79,20 @@ def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> R
     """Join the process group this launch describes: RANK/WORLD_SIZE/LOCAL_RANK (torchrun, deepspeed), SLURM_PROCID/NTASKS/
     LOCALID (srun, with MASTER_ADDR and MASTER_PORT exported), or a group of one without a network.
 
-    device: auto | cpu | cuda. Raises UserError when cuda is asked for and absent, or a launcher left no master address.
+    device: auto | cpu | cuda. Raises UserError when a GPU is asked for, or Slurm gave some, and torch sees none, when local ranks would
+    share a GPU, and when a launcher left no master address.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         rank, world, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
     elif "SLURM_PROCID" in env:
-        rank, world, local = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
+        # Slurm sets no SLURM_NTASKS in a script that asked for no tasks.
+        rank, world, local = int(env["SLURM_PROCID"]), int(env.get("SLURM_NTASKS", 1)), int(env.get("SLURM_LOCALID", 0))
     else:
         rank, world, local = 0, 1, 0
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("engine.device: 'cuda', but torch sees no GPU here; set engine.device=cpu or run where one is")
-    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    where = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    where = _device(device, local)
+    on_gpu = where.type == "cuda"
     if on_gpu:
-        if local >= torch.cuda.device_count():
-            raise UserError(f"local rank {local} has no GPU of its own: torch sees {torch.cuda.device_count()}; start one process a GPU")
         torch.cuda.set_device(where)
     if not dist.is_initialized():
         if world > 1 and "MMTARD_INIT_FILE" not in env and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
@@ -109,7 +110,8 @@ def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> R
         except dist.DistError as error:
             place = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}" if meet == "env://" else meet
             raise RunError(f"rank {rank} of {world} did not meet the others at {place}: {' '.join(str(error).split())[:300]}") from None
-    env.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local))  # deepspeed reads these
+    # DeepSpeed reads these, and takes the GPU that LOCAL_RANK numbers.
+    env.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(where.index if on_gpu else local))
     return Ranks(rank, world, local, where, dist.new_group(backend="gloo", timeout=timeout))
 
 
@@ -142,6 +144,30 @@ def stop() -> None:
     if dist.is_initialized():
         comm = sys.modules.get("deepspeed.comm.comm")
         (comm if comm is not None and comm.cdb is not None else dist).destroy_process_group()
+
+
+def _device(device: str, local: int) -> torch.device:
+    """Where this rank computes: on the GPU of its local rank, or on the only one that Slurm lets this task see."""
+    available, env = torch.cuda.is_available(), os.environ
+    if device == "cuda" and not available:
+        raise UserError("engine.device: 'cuda', but torch sees no GPU here; set engine.device=cpu or run where one is")
+    if device == "auto" and not available:
+        given = next((f"{name}={env[name]}" for name in GIVEN if env.get(name)), None)
+        if given and env.get("SLURM_GPUS_ON_NODE") != "0":
+            build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+            raise UserError(
+                f"engine.device: 'auto' finds no GPU on {platform.node()}, though Slurm gave this job some ({given}): torch {torch.__version__}, {build}, "
+                "sees none; install a torch for the node's driver (nvidia-smi tells its CUDA version), or set engine.device=cpu (evaluate: --device cpu)"
+            )
+    if device == "cpu" or not available:
+        return torch.device("cpu")
+    seen = torch.cuda.device_count()
+    if local < seen:
+        return torch.device("cuda", local)
+    # --gpus-per-task=1 and --gpu-bind=single:1 show each task one GPU; they are different ones when the step has one for each.
+    if seen == 1 and env.get("SLURM_LOCALID") == str(local) and local < int(env.get("SLURM_GPUS_ON_NODE") or 0):
+        return torch.device("cuda", 0)
+    raise UserError(f"local rank {local} has no GPU of its own: torch sees {seen}; start one process a GPU")
 
 
 def _meeting_point(world: int) -> str:

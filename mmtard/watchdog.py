@@ -27,9 +27,9 @@ class Watchdog:
     """Guards one rank of a run. Use as a context manager around the run; `at` tells where the rank is.
 
     Each rank keeps its place in RUN/.heartbeat/rank-N.json, refreshed by a thread, since a rank that hangs in a collective runs
-    nothing else. When a phase of a step takes longer than `resume.watchdog_minutes`, the thread names the ranks that are silent or
-    behind, prints the stacks, and ends the process. A lost connection leaves as a RunError of one line. Both exit with
-    `preempt.REQUEUE` when the run may be started again.
+    nothing else. When a phase of a step takes longer than `resume.watchdog_minutes`, the thread says what another rank met, or names the
+    ranks that are silent or behind, prints the stacks, and ends the process. A lost connection leaves as a RunError of one line. Both
+    exit with `preempt.REQUEUE` when the run may be started again.
     """
 
     def __init__(self, config: Config, ranks: Ranks):
@@ -85,7 +85,7 @@ class Watchdog:
         self._write()
         try:
             history.ended(self.run, how, why, self._place[0])
-            refused = history.refusal(self.run, self.bounds)
+            refused = history.refusal(self.run, self.bounds) or history.refusal_of_job(self.run)
         except OSError:
             refused = None  # the next start counts it as lost
         if how != history.LOST:
@@ -99,9 +99,8 @@ class Watchdog:
         until = time.monotonic() + WORD_S
         while True:
             others = self._others()
-            told = [rank["said"] for rank in others.values() if rank["said"] and rank["said"][1]]
-            if told:
-                return min(told, key=lambda said: said[0] != history.FAILED)
+            if met := _met(others):
+                return met
             missing = [rank for rank in others.values() if not rank["said"]]
             if not missing or time.monotonic() > until:
                 break
@@ -124,6 +123,14 @@ class Watchdog:
                 return
             self._write()
         others = self._others()
+        how, why = _met(others) or (history.LOST, self._who_is_late(before, others))
+        told, status = self._end(how, why)
+        faulthandler.dump_traceback(sys.stderr)
+        print(f"mmtard (rank {self.rank}): {told}", file=sys.stderr, flush=True)
+        os._exit(status)
+
+    def _who_is_late(self, before: dict[int, dict], others: dict[int, dict]) -> str:
+        """Whom this rank waits for, from two looks at the others."""
         late = [rank for r, rank in others.items() if rank["beat"] == before.get(r, rank)["beat"] and not rank["said"]]
         if not late:  # all are alive: those in an earlier phase than the others are waited for
             everyone = [*others.values(), self._report()]
@@ -131,11 +138,7 @@ class Watchdog:
             late = [rank for rank in everyone if _order(rank) == first] if first < max(map(_order, everyone)) else []
         step, phase = self._place
         why = f"step {step}: no progress in its {phase} for {self.limit / 60:.3g} minutes, "
-        why += f"{_names(late)} did not arrive" if late else "no rank is behind the others"
-        told, status = self._end(history.LOST, why)
-        faulthandler.dump_traceback(sys.stderr)
-        print(f"mmtard (rank {self.rank}): {told}", file=sys.stderr, flush=True)
-        os._exit(status)
+        return why + (f"{_names(late)} did not arrive" if late else "no rank is behind the others")
 
     # ---------------------------------------------------------------- heartbeats
 
@@ -169,6 +172,12 @@ class Watchdog:
 def forget(run: Path) -> None:
     """Remove the heartbeats of an earlier start."""
     shutil.rmtree(run / FOLDER, ignore_errors=True)
+
+
+def _met(others: dict[int, dict]) -> tuple[str, str] | None:
+    """(kind of end, why) of the others that say what they met, a failure rather than the loss it led to; None while nobody does."""
+    told = [tuple(rank["said"]) for rank in others.values() if rank["said"] and rank["said"][1]]
+    return min(told, key=lambda said: said[0] not in history.FOR_GOOD, default=None)
 
 
 def _order(report: dict) -> tuple[int, int]:

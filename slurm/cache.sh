@@ -3,8 +3,9 @@
 # need not run those teachers. Write your account and partition into the two lines below. Then, from the project's folder, with the
 # settings that you will train with (the batch of a rank, too, for the same last bits):
 #
-#   sbatch slurm/cache.sh configs/vitb32_mmtard.yaml data.shards=/data/imagenet/train
+#   sbatch slurm/cache.sh data.shards=/data/imagenet/train
 #
+# An argument before the key=value settings, or MMTARD_CONFIG, names another configuration than configs/vitb32_mmtard.yaml.
 # A job that is stopped goes on from the embeddings that are stored; the student's job can wait for it:
 # sbatch --dependency=afterok:JOB slurm/train_vitb32.sh data.shards=/data/imagenet/train teachers.clean.stored=true
 
@@ -27,9 +28,10 @@
 set -euo pipefail
 . slurm/common.sh # found from the project's folder, where sbatch is called
 
-say "start $starts on $SLURM_JOB_NODELIST, ranks meet at $MASTER_ADDR:$MASTER_PORT, $*"
+configured "$@"
+say "start $starts on $SLURM_JOB_NODELIST, ranks meet at $MASTER_ADDR:$MASTER_PORT, ${words[*]}"
 status=0
-ranks cache "$@" || status=$?
+ranks cache "${words[@]}" || status=$?
 say "storing ended with status $status"
 if wants_more "$status" && [ "$starts" -le 20 ]; then
     go_on

@@ -30,10 +30,10 @@ export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 # A rank that is killed leaves the others waiting for it in a collective: end them, too.
 ranks() {
     local log
-    log=$(field StdOut)
+    log=$(field StdOut) && log=${log%.log}-start$starts.log || log=/dev/null # a controller that is busy says nothing
     # Slurm's signals, which the ranks heed, would end tee before the ranks' last lines.
     srun --kill-on-bad-exit=1 --label python -m mmtard "$@" 2>&1 |
-        (trap '' TERM USR2 INT && exec tee -a "${log%.log}-start$starts.log") || return "${PIPESTATUS[0]}"
+        (trap '' TERM USR2 INT && exec tee -a "$log") || return "${PIPESTATUS[0]}"
 }
 
 # Whether a status asks for another start: 75, the state is saved; over 128, a rank was killed by a signal.
@@ -43,15 +43,26 @@ field() { scontrol show job --oneliner "$job" | sed -n "s/.* $1=\([^ ]*\).*/\1/p
 
 # Puts the job back into the queue; where that is forbidden, submits the script again, to run when this job is over.
 go_on() { # [CONFIG SETTINGS...] of a training
-    # A job that somebody cancelled or requeued meanwhile is no longer ours to start again.
-    if [ "$(field JobState)" != RUNNING ]; then
-        say "is $(field JobState), and is not started again from here"
-    elif [ "$(field Requeue)" = 1 ]; then
+    local try state
+    for try in 1 2 3; do
+        state=$(field JobState) || true
+        case $state in
+            RUNNING | SIGNALING | "") ;;
+            *) # a job that somebody cancelled or requeued meanwhile is no longer ours to start again
+                say "is $state, and is not started again from here"
+                return
+                ;;
+        esac
+        if [ "$(field Requeue)" = 0 ]; then
+            submit_again "$@"
+            return
+        fi
         say "goes back to the queue"
-        scontrol requeue "$job" || say "could not go back to the queue; the same sbatch command goes on from the saved state"
-    else
-        submit_again "$@"
-    fi
+        # Requeueing ends the job with a SIGTERM to all its processes, scontrol too.
+        if (trap '' TERM && exec scontrol requeue "$job"); then return; fi
+        sleep 5
+    done
+    say "could not go back to the queue; the same sbatch command goes on from the saved state"
 }
 
 submit_again() {
@@ -81,6 +92,14 @@ submit_again() {
     [ $# -eq 0 ] || python -c 'import sys; from mmtard import history; history.goes_on(*sys.argv[1:])' "$job" "$new" "$@"
 }
 
+# The arguments of a script as `words`, which begin with a configuration: theirs, or MMTARD_CONFIG, or the ViT-B/32's.
+configured() { # [CONFIG] SETTINGS...
+    words=("$@")
+    if [[ ${1:-} != *.yaml || $1 == *=* ]]; then
+        words=("${MMTARD_CONFIG:-configs/vitb32_mmtard.yaml}" "$@")
+    fi
+}
+
 # Trains the run of a configuration on every rank, and has the job start again as often as the run's settings allow.
 train() { # CONFIG SETTINGS...
     local status=0
@@ -92,5 +111,5 @@ train() { # CONFIG SETTINGS...
     exit "$status"
 }
 
-# One message about a wrong setting, or about a run that was started too often, rather than one from every rank.
+# One message about a wrong setting, or about a run that was started too often or failed, rather than one from every rank.
 may_start() { python -m mmtard config --may-start "$@" >/dev/null; } # now|again CONFIG SETTINGS...

@@ -3,7 +3,9 @@
 # check, and the job fails when a check does. Write your account and partition into the two lines below. Then, from the project's
 # folder, with the options and settings that you will train with:
 #
-#   sbatch slurm/preflight.sh configs/vitb32_mmtard.yaml run_dir=runs/b32 data.shards=/data/imagenet/train
+#   sbatch slurm/preflight.sh run_dir=runs/b32 data.shards=/data/imagenet/train
+#
+# An argument before the key=value settings, or MMTARD_CONFIG, names another configuration than configs/vitb32_mmtard.yaml.
 
 #SBATCH --account=YOUR_ACCOUNT
 #SBATCH --partition=YOUR_PARTITION
@@ -21,5 +23,6 @@
 set -euo pipefail
 . slurm/common.sh # found from the project's folder, where sbatch is called
 
-say "on $SLURM_JOB_NODELIST, ranks meet at $MASTER_ADDR:$MASTER_PORT, $*"
-ranks preflight "$@"
+configured "$@"
+say "on $SLURM_JOB_NODELIST, ranks meet at $MASTER_ADDR:$MASTER_PORT, ${words[*]}"
+ranks preflight "${words[@]}"

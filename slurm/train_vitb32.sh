@@ -33,9 +33,5 @@
 set -euo pipefail
 . slurm/common.sh # found from the project's folder, where sbatch is called
 
-config=${MMTARD_CONFIG:-configs/vitb32_mmtard.yaml}
-if [[ ${1:-} == *.yaml && $1 != *=* ]]; then
-    config=$1
-    shift
-fi
-train "$config" "$@"
+configured "$@"
+train "${words[@]}"

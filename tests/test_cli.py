@@ -164,6 +164,16 @@ def test_a_start_that_ended_before_it_was_noted_is_not_repeated(mmtard, tmp_path
         assert done.returncode == status and ("this start ended before the run's folder was prepared" in done.stderr) == bool(status)
 
 
+@pytest.mark.parametrize("kind", ["failed", "stopped"])
+def test_a_start_that_failed_or_was_stopped_is_left_to_the_user_to_repeat(mmtard, tmp_path, kind):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "resume.jsonl").write_text(f'{{"step": 0, "job": "5", "restart": 0, "end": {{"kind": "{kind}", "reason": "rank 1: out of memory"}}}}\n')
+    done = mmtard("config", "--may-start", "again", "run.yaml", SLURM_JOB_ID="5")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"mmtard: '{tmp_path / 'run'}': this start ended as {kind}: rank 1: out of memory; it is not repeated by itself, submit it again")
+    assert mmtard("config", "--may-start", "now", "run.yaml", SLURM_JOB_ID="6").returncode == 0
+
+
 def test_runs_needs_no_torch(mmtard, tmp_path):
     done = mmtard("runs", ".")
     assert (done.returncode, done.stderr) == (2, "mmtard: no run below '.'; give the folder that holds your run_dirs\n")

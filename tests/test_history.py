@@ -39,8 +39,8 @@ def test_a_start_and_its_end_are_one_line(run, monkeypatch):
     assert [p.name for p in folder.iterdir()] == ["resume.jsonl"]
 
 
-@pytest.mark.parametrize("first, then, stays", [(TIMEOUT, FAILED, TIMEOUT), (LOST, FAILED, FAILED), (FAILED, LOST, FAILED), (LOST, LOST, LOST)])
-def test_the_first_word_on_an_end_stays_but_a_failure_explains_a_loss(run, first, then, stays):
+@pytest.mark.parametrize("first, then, stays", [(TIMEOUT, FAILED, TIMEOUT), (LOST, FAILED, FAILED), (LOST, STOPPED, STOPPED), (FAILED, LOST, FAILED), (LOST, LOST, LOST)])
+def test_the_first_word_on_an_end_stays_but_a_failure_or_a_persons_stop_explains_a_loss(run, first, then, stays):
     folder = run((0, first))
     history.ended(folder, then, "later", 0)
     assert history.kind(history.read(folder)[0]) == stays
@@ -77,6 +77,15 @@ def test_a_line_cut_short_is_passed_over_and_gone_with_the_next_start(run):
 def test_when_a_run_must_not_be_started_again(run, starts, bounds, step, words):
     refused = history.refusal(run(*starts), Resume(**bounds), step)
     assert refused is None if words is None else words in refused
+
+
+@pytest.mark.parametrize("kind, refused", [(FAILED, True), (STOPPED, True), (TIMEOUT, False), (PREEMPTED, False), (LOST, False), (None, False), (COMPLETE, False)])
+def test_a_job_does_not_repeat_a_start_that_failed_or_that_a_person_stopped(run, monkeypatch, kind, refused):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    told = history.refusal_of_job(run((0, PREEMPTED), (4, kind)))
+    assert told == (f"this start ended as {kind}: why 4; it is not repeated by itself, submit it again to go on from the last checkpoint" if refused else None)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert "this start ended before the run's folder was prepared" in history.refusal_of_job(run())
 
 
 def test_the_newest_published_checkpoint_counts_as_progress(run):

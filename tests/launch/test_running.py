@@ -53,7 +53,7 @@ def test_local_trains_here_on_two_ranks_with_the_copied_code(tiny):
 def jobs(cluster, tiny):
     """These submissions at once, since each mostly waits: name -> what became of it."""
     with ThreadPoolExecutor() as lanes:
-        yield {story.__name__: lanes.submit(story, cluster, *tiny(story.__name__)) for story in (followed, told, bereft)}
+        yield {story.__name__: lanes.submit(story, cluster, *tiny(story.__name__)) for story in (followed, told, bereft, alone)}
 
 
 def followed(cluster, config, run):
@@ -73,13 +73,18 @@ def told(cluster, config, run):
         return printed.result(), run
 
 
-def bereft(cluster, config, run):
+def bereft(cluster, config, run, shape=TWO_NODES, rank=1):
     """A job one rank of which is killed: (its fields at the end, its run folder)."""
-    job = re.search(r"job (\d+): training", cluster.run(sys.executable, SUBMIT, "--config", config, *TWO_NODES))[1]
+    job = re.search(r"job (\d+): training", cluster.run(sys.executable, SUBMIT, "--config", config, *shape))[1]
     until(lambda: (run / "start").exists())
-    (rank_1,) = (p for p in trainings(run) if b"SLURM_PROCID=1" in (p / "environ").read_bytes().split(b"\0"))
-    os.kill(int(rank_1.name), signal.SIGKILL)
+    (killed,) = (p for p in trainings(run) if f"SLURM_PROCID={rank}".encode() in (p / "environ").read_bytes().split(b"\0"))
+    os.kill(int(killed.name), signal.SIGKILL)
     return cluster.ended(job), run
+
+
+def alone(cluster, config, run):
+    """As `bereft`, and there was no other rank."""
+    return bereft(cluster, config, run, ("--nodes=1", *TWO_NODES[1:]), rank=0)
 
 
 def until(condition, printed=None, limit=200.0):
@@ -124,6 +129,12 @@ def test_a_killed_rank_costs_no_more_than_one_restart_in_the_queue(jobs):
     assert losses(run) == losses(jobs["followed"].result()[1])
     (log,) = jobs_of(run).glob("*_0_log.out")
     assert log.read_text().count("goes back to the queue") == 1 and "start 2 on node" in log.read_text()
+
+
+def test_a_killed_rank_that_was_the_only_one_costs_no_more(jobs):
+    fields, run = jobs["alone"].result()
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), next(jobs_of(run).glob("*_0_log.out")).read_text()
+    assert [start.get("end", {}).get("kind") for start in rows(run / "resume.jsonl")] == [None, "complete"]
 
 
 def test_a_pipeline_skips_the_teacher_that_is_done_stores_its_embeddings_and_trains_a_sweep_as_an_array(cluster, jobs, tiny):

@@ -12,9 +12,17 @@ import pytest
 from mmtard import history
 
 ROOT = Path(__file__).parents[2]
-CALL = "import sys; from pathlib import Path; from launch.task import Task; Task(tuple(sys.argv[2:]), Path(sys.argv[1]))()"
+CALL = """
+import os, sys
+from pathlib import Path
+from launch import task
+task.OTHERS_TURN_S = float(os.environ.get("OTHERS_TURN_S", task.OTHERS_TURN_S))
+task.Task(tuple(sys.argv[2:]), Path(sys.argv[1]))()
+"""
 MMTARD = """
 import os, signal, sys, time
+if sys.argv[1:] == ["config", "--may-start", "again", "x.yaml"]:
+    raise SystemExit({may_not_start})
 open("started", "a").write("x")
 {body}
 """
@@ -22,16 +30,16 @@ open("started", "a").write("x")
 
 @pytest.fixture
 def task(tmp_path):
-    """Call with what mmtard does and the state that squeue tells: the process of a task, which notes each `scontrol` in `requeued`."""
+    """Call with what mmtard does, the state that squeue tells and whether the run may start again: the process of a task, which notes each `scontrol` in `requeued`."""
     (tmp_path / "mmtard").mkdir()
     (tmp_path / "mmtard" / "__init__.py").write_text(f"__path__.append({str(ROOT / 'mmtard')!r})")  # all but __main__ is the real one
     for name in ("squeue", "scontrol"):
         (tmp_path / name).write_text(f'#!/bin/sh\n{"cat state" if name == "squeue" else "echo $@ >>requeued"}\n')
         (tmp_path / name).chmod(0o755)
 
-    def start(body, state="RUNNING", words=("train", "x.yaml"), **env):
+    def start(body, state="RUNNING", words=("train", "x.yaml"), may_start=True, **env):
         (tmp_path / "state").write_text(state + "\n")
-        (tmp_path / "mmtard" / "__main__.py").write_text(MMTARD.format(body=body))
+        (tmp_path / "mmtard" / "__main__.py").write_text(MMTARD.format(body=body, may_not_start=not may_start))
         own = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
         clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
         return subprocess.Popen([sys.executable, "-c", CALL, tmp_path, *words], cwd=tmp_path, env=clean | own | env, stdout=-1, stderr=-2, text=True)
@@ -59,7 +67,7 @@ def requeued(folder):
     ],
 )
 def test_a_run_that_ended_for_good_is_never_requeued(task, tmp_path, body, status, printed):
-    process = task(body)
+    process = task(body, may_start=False)
     assert printed in process.communicate(timeout=30)[0] and process.returncode == status
     assert requeued(tmp_path) == ""
 
@@ -72,6 +80,27 @@ def test_a_run_that_asks_for_another_start_is_requeued_by_its_own_name(task, tmp
     process = task("raise SystemExit(75)", **env)
     assert f"job {job} goes back to the queue" in process.communicate(timeout=30)[0] and process.returncode == 0
     assert requeued(tmp_path) == f"requeue {job}\n"
+
+
+def test_a_run_whose_only_rank_was_killed_is_requeued_within_its_bounds(task, tmp_path):
+    """By the kernel, say, for want of memory. What keeps no account of its starts is left to the user."""
+    killed = "os.kill(os.getpid(), 9)"
+    process = task(killed)
+    assert "job 7 goes back to the queue" in process.communicate(timeout=30)[0] and process.returncode == 0
+    assert requeued(tmp_path) == "requeue 7\n"
+    assert task(killed, words=("evaluate", "run"), SLURM_RESTART_COUNT="1").wait(30) == 1
+    assert requeued(tmp_path) == "requeue 7\n"
+
+
+def test_a_run_whose_every_rank_was_ended_by_a_signal_is_requeued_once(task, tmp_path):
+    """As NCCL's own watchdog ends those that wait for a lost one: none is left to decide."""
+    ranks = [task("os.abort()", SLURM_NTASKS="2", SLURM_PROCID=rank, OTHERS_TURN_S="1") for rank in "01"]
+    assert [rank.wait(30) for rank in ranks] == [0, 0]
+    assert requeued(tmp_path) == "requeue 7\n"
+    waits = task("os.abort()", SLURM_NTASKS="2", SLURM_RESTART_COUNT="1", OTHERS_TURN_S="100")
+    with pytest.raises(subprocess.TimeoutExpired):  # for a rank that is still about to decide
+        waits.wait(3)
+    waits.kill()
 
 
 def test_one_requeue_a_start_whatever_ranks_ask_for_it(task, tmp_path):

@@ -1,12 +1,13 @@
 """Real jobs over two Slurm nodes."""
 
 import json
+import sys
 
 import pytest
 
 from mmtard.metrics import TIMINGS
 
-from .conftest import LONG, STEPS
+from .conftest import LONG, ROOT, STEPS
 
 pytestmark = pytest.mark.slow
 
@@ -47,3 +48,33 @@ def test_a_wrong_setting_ends_the_job_before_any_rank_starts(cluster, tiny):
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "2:0", "0")
     assert cluster.log(job).count("unknown key 'train.stepz'; did you mean 'train.steps'?") == 1
     assert not run.exists()
+
+
+FAILS = """
+import os, pathlib, signal, sys, time
+sys.path.insert(0, {root!r})
+from mmtard import config, history
+run = pathlib.Path(config.load(sys.argv[1]).run_dir)
+if os.environ["SLURM_PROCID"] == "0":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    run.mkdir(parents=True, exist_ok=True)
+    history.started(run, {{"step": 0}})
+    time.sleep(100)
+while not history.read(run)[-1:] or history.read(run)[-1].get("end"):
+    time.sleep(0.1)
+history.ended(run, history.FAILED, "rank 1: out of memory", 0)
+raise SystemExit(1)
+"""
+
+
+def test_a_rank_that_failed_is_not_started_again_though_slurm_had_to_kill_the_one_that_waited_for_it(cluster, tiny, tmp_path):
+    """As NCCL waits: heedless of signals. Slurm then reports a rank that was killed, which alone would be a reason to start again."""
+    config, run = tiny("fails")
+    (tmp_path / "fails.py").write_text(FAILS.format(root=str(ROOT)))
+    (tmp_path / "python").write_text(f'#!/bin/sh\n[ "$3" != train ] || exec {sys.executable} {tmp_path}/fails.py "$4"\nexec {sys.executable} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    job = cluster.submit(config, PATH=f"{tmp_path}:{cluster.env['PATH']}")
+    fields = cluster.ended(job, 60)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "137:0", "0"), cluster.log(job)
+    assert "this start ended as failed: rank 1: out of memory; it is not repeated by itself" in cluster.log(job)
+    assert len(rows(run / "resume.jsonl")) == 1

@@ -1,0 +1,85 @@
+"""Who a process takes itself for, and the device it takes, from what Slurm sets and torch sees; no GPU is touched."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mmtard import parallel
+from mmtard.errors import UserError
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MMTARD_INIT_FILE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """Call with the number of GPUs that torch sees and the environment of a launch: `parallel.start`, whose ranks meet nobody; the environment afterwards."""
+    before = dict(os.environ)
+
+    def call(gpus, device="auto", **env):
+        for name in [name for name in os.environ if name in LAUNCHED or name.startswith("SLURM_")]:
+            del os.environ[name]
+        os.environ.update(env)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: None)
+        monkeypatch.setattr(dist, "new_group", lambda *args, **kwargs: None)
+        return parallel.start(device)
+
+    yield call
+    os.environ.clear()
+    os.environ.update(before)
+
+
+MET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+BATCH_STEP = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_GPUS": "3", "SLURM_GPUS_ON_NODE": "1"}  # of a script with --gpus-per-node=1 and no more
+
+
+def task(local, gpus):
+    """What srun tells one of the tasks of a node on which the step has so many GPUs."""
+    return {"SLURM_PROCID": str(local), "SLURM_LOCALID": str(local), "SLURM_NTASKS": "4", "SLURM_GPUS_ON_NODE": str(gpus), **MET}
+
+
+def test_a_script_that_asks_for_no_tasks_is_the_only_rank(start):
+    ranks = start(1, **BATCH_STEP)
+    assert (ranks.rank, ranks.world_size, ranks.device) == (0, 1, torch.device("cuda", 0))
+
+
+def test_a_task_that_sees_all_gpus_of_its_node_takes_that_of_its_local_rank(start):
+    assert start(4, **task(3, gpus=4)).device == torch.device("cuda", 3)
+    assert os.environ["LOCAL_RANK"] == "3"
+
+
+@pytest.mark.parametrize("local", [0, 3])
+def test_a_task_that_sees_the_gpu_of_its_own_alone_takes_it(start, local):
+    """--gpus-per-task=1, --gpu-bind=single:1"""
+    ranks = start(1, **task(local, gpus=4))
+    assert (ranks.rank, ranks.device) == (local, torch.device("cuda", 0))
+    assert os.environ["LOCAL_RANK"] == "0"  # by which DeepSpeed numbers the GPU
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        task(1, gpus=1),  # --gpus-per-node=1 --ntasks-per-node=2
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **MET},
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **task(0, gpus=4)},  # torchrun in a task that sees one of the GPUs
+    ],
+)
+def test_ranks_that_would_share_a_gpu_are_refused(start, launch):
+    with pytest.raises(UserError, match="local rank 1 has no GPU of its own: torch sees 1; start one process a GPU"):
+        start(1, **launch)
+
+
+@pytest.mark.parametrize("name, value", [("SLURM_JOB_GPUS", "0"), ("SLURM_GPUS_ON_NODE", "8"), ("SLURM_STEP_GPUS", "0,1")])
+def test_gpus_that_slurm_gave_and_torch_does_not_see_are_not_passed_over(start, name, value):
+    with pytest.raises(UserError, match=f"'auto' finds no GPU on .* Slurm gave this job some .{name}={value}.* or set engine.device=cpu"):
+        start(0, **{name: value})
+    assert start(0, "cpu", **{name: value}).device.type == "cpu"
+
+
+@pytest.mark.parametrize("env", [{}, {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, {"SLURM_GPUS_ON_NODE": "0"}])
+def test_without_a_gpu_auto_is_the_cpu(start, env):
+    assert start(0, **env).device == torch.device("cpu")
