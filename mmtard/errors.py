@@ -16,3 +16,7 @@ class RunError(Exception):
     def __init__(self, message: str, status: int = 1):
         super().__init__(message)
         self.status = status  # the process's exit status
+
+
+class Lost(RunError):
+    """A part of the run was lost to what need not happen again, such as a killed process: a training may go on from its checkpoint."""

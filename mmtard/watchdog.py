@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import history
 from .config import Config
-from .errors import RunError, UserError
+from .errors import Lost, RunError, UserError
 from .parallel import Ranks, peer_is_gone
 from .preempt import REQUEUE
 
@@ -67,6 +67,8 @@ class Watchdog:
             if why is None:
                 why = f"step {self._place[0]}: lost the connection to the other ranks: {' '.join(str(error).split())[:300]}"
             raise RunError(*self._end(how, why)) from None
+        if isinstance(error, Lost):
+            raise RunError(*self._end(history.LOST, f"rank {self.rank}, step {self._place[0]}: {error}")) from None
         if isinstance(error, (UserError, RunError)):
             self._end(history.FAILED, str(error))
         elif isinstance(error, KeyboardInterrupt):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from mmtard import config, history, watchdog
+from mmtard.errors import Lost, RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a thread that exits as the process would
 
@@ -53,3 +54,16 @@ def test_a_silent_rank_is_named(hang):
     statuses, kind, reason = hang(None)
     assert (statuses, kind) == ([75], history.LOST)
     assert reason == "step 3: no progress in its update for 0.01 minutes, rank 1 (node2, process 7, last heard of in the update of step 3) did not arrive"
+
+
+def test_a_loader_process_that_was_killed_counts_as_a_loss_and_the_run_may_go_on(tree, write, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for status in (75, 1):
+        history.started(run, {"step": 0})
+        with pytest.raises(RunError, match="rank 0, step 3: a loader process was lost") as error:
+            with watchdog.Watchdog(config.load(write(tree), ["resume.max_losses=1"]), SimpleNamespace(rank=0, world_size=1)) as watch:
+                watch.at(3, "set-up")
+                raise Lost("a loader process was lost")
+        assert error.value.status == status and history.kind(history.read(run)[-1]) == history.LOST
+    assert "resume.max_losses" in str(error.value)

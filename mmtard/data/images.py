@@ -102,6 +102,8 @@ class Transform:
                 width, height = self.resize, int(self.resize * height / width)
             else:
                 width, height = int(self.resize * width / height), self.resize
+            if width * height > MAX_PIXELS:
+                raise DecodeError(f"{width}x{height} pixels when its shorter side is {self.resize}, more than {MAX_PIXELS}")
             image = image.resize((width, height), self.interpolation)
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         return image.crop((left, top, left + self.size, top + self.size))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..errors import UserError
+from ..errors import Lost, UserError
 from .dataset import Dataset, Reader
 from .embeddings import Embeddings
 from .images import DecodeError, Native, Transform, decode
@@ -236,6 +236,10 @@ def _load(samples: Samples, requests: Iterator, workers: int) -> Iterator[Batch]
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise Lost(f"a loader process was lost: {' '.join(str(error).split())}; if its memory ran out, lower data.workers (now {workers})") from None
     finally:
         end()
         atexit.unregister(end)

@@ -144,6 +144,11 @@ def test_whole_crop_is_a_resize_and_flip_mirrors_half():
     assert all((Transform(24, flip=True)(image, s) == plain).all() for s in range(400) if not flipped[s])
 
 
+def test_an_image_that_would_be_enlarged_beyond_all_bounds_is_a_decode_error():
+    with pytest.raises(DecodeError, match="4480000x224 pixels when its shorter side is 224, more than 178956970"):
+        Transform(224)(Image.new("RGB", (20000, 1)), 0)
+
+
 def test_a_very_long_image_can_be_cropped():
     assert Transform(8, crop_scale=(0.9, 1.0))(picture(8, (400, 5)), 1).shape == (3, 8, 8)
 

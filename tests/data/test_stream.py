@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from tiny_shards import encode, picture, samples
 
 from mmtard.config import Data
 from mmtard.data import Order, Stream, Transform, build_index, classnames, eval_batches, open_dataset
-from mmtard.errors import UserError
+from mmtard.errors import Lost, UserError
 
 CROP = Transform(16, crop_scale=(0.5, 1.0), flip=True)
 IMAGE = encode(picture(0))
@@ -142,6 +143,16 @@ def test_captions(open_members):
     dataset = open_members([("a.jpg", IMAGE), ("a.cls", b"0"), ("a.txt", b"a red square"), ("b.jpg", IMAGE), ("b.cls", b"1")])
     batch, = eval_batches(dataset, CROP, [1, 0], 2)
     assert batch.captions == ["", "a red square"]
+
+
+def test_a_killed_loader_process_is_told_in_one_line(dataset):
+    others = set(multiprocessing.active_children())
+    batches = iter(stream(dataset, workers=1, stop=1000))
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - others
+    worker.kill()
+    with pytest.raises(Lost, match=r"a loader process was lost: DataLoader worker .pid.* lower data.workers \(now 1\)"):
+        list(batches)
 
 
 def test_the_loader_leaves_torchs_generator_alone(dataset):
