@@ -63,7 +63,8 @@ def test_folders_that_are_all_numbers_are_in_their_order(tmp_path, folders, orde
         (tmp_path / "images" / name).mkdir(parents=True)
         (tmp_path / "images" / name / "0.png").write_bytes(encode(picture(1)))
     write(tmp_path / "images", tmp_path / "out")
-    assert classnames(Data(shards=str(tmp_path / "out"))) == order
+    data = Data(shards=str(tmp_path / "out"))
+    assert classnames(data, open_dataset(data)) == order
 
 
 @pytest.mark.parametrize("more", [{}, {"resize": 32}])
@@ -133,7 +134,8 @@ def test_class_names_from_a_file(images, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("tench\ngoldfish\nshark\n")
     write(images, tmp_path / "out", classnames=names)
-    assert classnames(Data(shards=str(tmp_path / "out")), open_dataset(Data(shards=str(tmp_path / "out")))) == ["tench", "goldfish", "shark"]
+    data = Data(shards=str(tmp_path / "out"))
+    assert classnames(data, open_dataset(data)) == ["tench", "goldfish", "shark"]
     names.write_text("tench\n")
     with pytest.raises(UserError, match="has 1 names for 3 class folders"):
         write(images, tmp_path / "other", classnames=names)
