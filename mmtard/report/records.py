@@ -74,7 +74,6 @@ class Measured(Record):
     fingerprint: str
     health: list[Check] = []
 
-
     @property
     def way(self) -> dict[str, str]:
         """What of the data and of how they were asked decides the numbers: equal for results that may be compared."""
