@@ -259,7 +259,7 @@ def test_too_many_that_cannot_be_read_end_it(measure, tmp_path, n, truncated):
         measure(folder, attacks=("pgd",), iters=1)
 
 
-def test_a_probe_leaves_out_what_cannot_be_read(damaged, exported):
+def test_a_probe_leaves_out_what_cannot_be_read(damaged, exported, ranks):
     asked = {"eps": "4/255", "norm": "linf", "steps": 1, "checkpoint": str(exported), "ema": False, "device": "cpu", "batch_size": 3}
     found = probe.measure({**asked, "data": {"shards": str(damaged / "test")}, "n_samples": 400})
     assert (found["clean"]["n"], found["robust"]["n"]) == (396, 396)

@@ -1,8 +1,7 @@
-"""The configured ResNet students at their full size and resolution: trained, gone on from a checkpoint, exported."""
+"""A configured ResNet student at its full size and resolution: trained on two ranks, exported."""
 
 import io
 import json
-import shutil
 import tarfile
 from pathlib import Path
 
@@ -61,24 +60,10 @@ def changes(run):
     return end, {k: (v - start[k]).norm().item() for k, v in end.items() if v.is_floating_point() and not k.endswith("k_proj.bias")}
 
 
-def test_a_resnet_50_trains_with_synced_statistics_and_goes_on_with_another_number_of_ranks(shards, vit, resnet, tmp_path):
-    words = command("rn50", tmp_path / "run", shards, vit, resnet, batch_norm="synced")
-    run_ranks(words, 2, tmp_path, "two ranks")
-    loss, (whole, gone) = rows(tmp_path / "run")[2]["loss"], changes(tmp_path / "run")
-    assert all(gone.values())
-
-    shutil.rmtree(tmp_path / "run/checkpoints/step-2")  # as a node lost in the second step leaves it
-    assert "goes on from step-1, 1 x cpu" in run_ranks(words, 1, tmp_path, "one rank")
-    again, _ = changes(tmp_path / "run")
-    assert rows(tmp_path / "run")[2]["loss"] == pytest.approx(loss, rel=1e-3)
-    for key, distance in gone.items():  # AdamW's first steps are signs, and some gradients near zero have none that is sure
-        assert (again[key] - whole[key]).norm() < 0.1 * distance, key
-
-
-def test_a_resnet_101_trains_with_the_statistics_it_came_with_and_is_exported(shards, vit, resnet, tmp_path):
-    run_ranks(command("rn101", tmp_path / "run", shards, vit, resnet), 2, tmp_path, "ranks")
+def test_a_resnet_50_trains_with_synced_statistics_and_is_exported(shards, vit, resnet, tmp_path):
+    run_ranks(command("rn50", tmp_path / "run", shards, vit, resnet, batch_norm="synced"), 2, tmp_path, "ranks")
     end, gone = changes(tmp_path / "run")
-    assert {key for key, distance in gone.items() if not distance} == {key for key in gone if "running_" in key}
+    assert sum("running_" in key for key in gone) == 2 * 55 and all(gone.values())
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     model = open_clip.create_model(f"local-dir:{tmp_path / 'out'}")
     assert all(torch.equal(v, end[f"visual.{k}"]) for k, v in model.visual.state_dict().items())
