@@ -31,9 +31,9 @@ SPLITS = {"": "test", "zero-shot ": "zeroshot"}
 def _run() -> None:
     stages = 3 + len(TRAINED)
     title(1, stages, "rendering captioned images")
-    make_data(ROOT / "data")
+    make_data(ROOT / "shapes")
     title(2, stages, "pretraining a tiny CLIP on the captions")
-    pretrain(ROOT / "data", ROOT / "clip")
+    pretrain(ROOT / "shapes", ROOT / "clip")
     for i, name in enumerate(TRAINED, 3):
         title(i, stages, f"training {name} on 2 ranks")
         train(CONFIGS / f"{name}.yaml")
@@ -44,12 +44,12 @@ def _run() -> None:
 def _measure() -> dict[str, dict[str, dict]]:
     """{model: {split: its part of the results}}; what is measured already is taken over."""
     ranks = parallel.start("cpu")
-    sources = [source for split in SPLITS.values() for source in datasets.find(str(ROOT / "data" / split))]
+    sources = [source for split in SPLITS.values() for source in datasets.find(str(ROOT / "shapes" / split))]
     measured = {}
     for name, model in COMPARED.items():
         out = ROOT / "results" / f"{model.parent.name}-{model.name}"
         results = evaluate(Evaluation(Model(weights=str(model)), sources, PROTOCOL, out, batch_size=128), ranks, console.print)
-        measured[name] = {entry["name"]: entry for entry in results["datasets"]}
+        measured[name] = dict(zip(SPLITS.values(), results["datasets"]))
     parallel.stop()
     return measured
 
