@@ -15,8 +15,6 @@ teacher that sees clean images alone; replicate the others; shard one only where
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -100,7 +98,6 @@ def freeze(tower: ImageTower, dtype: torch.dtype, device: torch.device) -> Image
 def shard(tower: ImageTower, ranks: Ranks) -> None:
     """Spread a frozen tower over all ranks with FSDP2: each block gathered for its forward and freed after it."""
     # Without a mesh of its own, FSDP2 would take the GPUs that a run on CPUs leaves alone.
-    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)  # FSDP2's own call of it
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     for module in (*blocks(tower), tower):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
