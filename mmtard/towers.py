@@ -148,7 +148,7 @@ class Clip:
         cfg = self.config["preprocess_cfg"]
         return ImageTower(self.model.visual, cfg["mean"], cfg["std"])
 
-    def text_tower(self) -> "TextTower":
+    def text_tower(self) -> TextTower:
         return TextTower(self.model, self.tokenizer())
 
     def tokenizer(self) -> Callable[[list[str]], Tensor]:

@@ -36,7 +36,8 @@ def evaluate(what: Evaluation, ranks: Ranks, say=print, interruption: Interrupti
     """Measure and write; returns the results, the same on every rank and at every world size. Collective.
 
     Datasets that OUT/results.json already holds for the same weights, data and settings are taken over, also those that are not
-    asked for now; of `sanity` only what is missing is measured. Raises UserError for a model or data that do not fit, RunError with status REQUEUE when a rank was interrupted: the same call then goes on.
+    asked for now; of `sanity` only what is missing is measured. Raises UserError for a model or data that do not fit, RunError with
+    status REQUEUE when a rank was interrupted: the same call then goes on.
     """
     began, say = time.monotonic(), say if ranks.first else _silent
     for name in what.protocol.attacks:

@@ -99,7 +99,10 @@ def _attacked(source: Source, number: int, evaluation: Evaluation, dataset: Zero
 
 
 def _images(dataset: Zeroshot, places: list[int], clip: towers.Clip) -> tuple[Tensor, Tensor]:
-    """([B,3,H,W] in [0,1], seeds [B]) of the stored sample ids, brought to the model's size in its own way. Raises UserError when the data are gone or others."""
+    """([B,3,H,W] in [0,1], seeds [B]) of the stored sample ids, brought to the model's size in its own way.
+
+    Raises UserError when the data are gone or others.
+    """
     shards = dataset.shards or dataset.data
     if any(map(is_remote, [shards] if isinstance(shards, str) else shards)):
         raise UserError(f"its data '{shards}' are remote")
