@@ -1,3 +1,13 @@
-from .cli import main
+"""The program: `mmtard ...` and `python -m mmtard ...`."""
 
-raise SystemExit(main())
+from .cli import main
+from .lifetime import leave
+
+
+def run() -> None:
+    """Carry out this process's command line and end it."""
+    leave(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -83,8 +83,8 @@ def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> R
     device: auto | cpu | cuda. Raises UserError when a GPU is asked for, or Slurm gave some, and torch sees none, when local ranks would
     share a GPU, and when a launcher left no master address.
     """
-    # DeepSpeed and FSDP2 call it; no user can change that.
-    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
+    # DeepSpeed and FSDP2 call them; no user can change that.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated", FutureWarning)
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         rank, world, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))

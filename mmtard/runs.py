@@ -18,7 +18,7 @@ from .errors import UserError
 
 RECENT = 20  # steps whose mean speed is shown
 TAIL_BYTES = 65536
-QUEUED, RUNNING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"), ("RUNNING", "COMPLETING", "CONFIGURING")
+QUEUED, RUNNING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"), ("RUNNING", "SIGNALING", "COMPLETING", "CONFIGURING")
 COLUMNS = ("run", "state", "step", "images/s", "left", "last checkpoint", "restarts", "robust accuracy")
 
 

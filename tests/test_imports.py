@@ -59,13 +59,13 @@ ROOMS = {
     "report": {"config", "data", "errors", "evaluate", "history", "methods", "metrics", "towers"},
     "runs": {"config", "errors", "history", "slurm"},
     "preflight": {"config", "data", "engine", "errors", "parallel", "probe", "run_folder", "stored", "towers"},
-    "quickstart": {"config", "data", "errors", "evaluate", "parallel", "towers"},
-    "comparison": {"config", "data", "errors", "evaluate", "parallel", "quickstart"},
+    "quickstart": {"config", "data", "errors", "evaluate", "lifetime", "parallel", "towers"},
+    "comparison": {"config", "data", "errors", "evaluate", "lifetime", "parallel", "quickstart"},
     "cli": {"cache", "config", "data", "errors", "evaluate", "export", "history", "memory", "parallel", "preempt", "preflight", "report", "runs", "trackers", "train"},
-    "__main__": {"cli"},
+    "__main__": {"cli", "lifetime"},
 }
 MATHEMATICS = ("losses", "attacks", "weighting", "methods", "objectives", "distill")
-LIGHT = ("errors", "config", "slurm", "history", "preempt", "trackers", "cli", "__main__")  # answer a wrong command line before torch is imported
+LIGHT = ("errors", "config", "slurm", "history", "preempt", "trackers", "lifetime", "cli", "__main__")  # answer a wrong command line before torch is imported
 DISTRIBUTED = {"parallel", "teachers", "engine"}  # all that may speak of torch.distributed or DeepSpeed
 
 

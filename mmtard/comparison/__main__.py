@@ -16,6 +16,7 @@ from ..evaluate import datasets
 from ..evaluate.evaluation import evaluate
 from ..evaluate.protocols import PROTOCOLS
 from ..evaluate.request import Evaluation
+from ..lifetime import leave
 from ..quickstart.pretrain import PROMPT, pretrain
 from ..quickstart.stages import cell, console, main, title, train
 from .shards import make_shards
@@ -73,4 +74,4 @@ def _table(measured: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(compare())
+    leave(compare())

@@ -13,11 +13,11 @@ from fractions import Fraction
 from pathlib import Path
 
 from ..errors import RunError, UserError
-from ..lifetime import tie_to
+from ..lifetime import leave, tie_to
 from ..preempt import Interruption
 
 
-def main(parent: str, asked: str, out: str) -> None:
+def main(parent: str, asked: str, out: str) -> int:
     # A job's signals reach every process of it; what they mean for this one is the parent's to decide, who ends it with SIGKILL.
     signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
     tie_to(int(parent))
@@ -25,8 +25,10 @@ def main(parent: str, asked: str, out: str) -> None:
     try:
         found = measure(json.loads(Path(asked).read_text()))
     except (UserError, RunError) as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        return 1
     Path(out).write_text(json.dumps(found))
+    return 0
 
 
 def measure(asked: dict) -> dict:
@@ -61,4 +63,4 @@ def measure(asked: dict) -> dict:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    leave(main(*sys.argv[1:]))

@@ -15,6 +15,7 @@ from ..evaluate import datasets
 from ..evaluate.evaluation import evaluate
 from ..evaluate.protocols import PROTOCOLS
 from ..evaluate.request import Evaluation
+from ..lifetime import leave
 from .pretrain import PROMPT, pretrain
 from .render import make_data
 from .stages import cell, console, main, title, train
@@ -72,4 +73,4 @@ def _table(measured: dict[str, dict[str, dict]]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main("quickstart", _run, ROOT))
+    leave(main("quickstart", _run, ROOT))

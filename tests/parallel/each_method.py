@@ -13,6 +13,7 @@ from open_clip.transformer import VisionTransformer
 
 from mmtard import config, parallel
 from mmtard.distill import Distillation
+from mmtard.lifetime import leave
 from mmtard.losses import kl
 from mmtard.methods import Head
 from mmtard.terms import Terms
@@ -182,3 +183,4 @@ if __name__ == "__main__":
         with open(f"{sys.argv[1]}.json", "w") as out:
             json.dump({case: {k: v for k, v in r.items() if k != "weights"} for case, r in results.items()}, out)
     parallel.stop()
+    leave(0)

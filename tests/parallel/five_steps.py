@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 
 from mmtard import attacks, config, losses, parallel
+from mmtard.lifetime import leave
 from mmtard.methods import Head
 from mmtard.towers import ImageTower
 
@@ -121,3 +122,4 @@ if __name__ == "__main__":
     if ranks.first:
         torch.save(results, out)
     parallel.stop()
+    leave(0)

@@ -6,6 +6,7 @@ import sys
 import torch
 
 from mmtard import cli, parallel
+from mmtard.lifetime import leave
 from mmtard.methods import tecoa
 
 step, configs = int(sys.argv[1]), sys.argv[2:]
@@ -28,4 +29,4 @@ for config in configs:
     status = cli.main(["train", config])
     if status:
         break
-raise SystemExit(status)
+leave(status)

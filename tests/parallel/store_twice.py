@@ -5,6 +5,7 @@ import sys
 from mmtard import config, parallel
 from mmtard.cache import cache
 from mmtard.errors import RunError
+from mmtard.lifetime import leave
 from mmtard.preempt import Interruption
 
 
@@ -31,3 +32,4 @@ if __name__ == "__main__":
         print(ranks.gather((error.status, str(error))), flush=True)
     cache(settings, Interruption())
     stop()
+    leave(0)

@@ -13,6 +13,7 @@ from open_clip.transformer import VisionTransformer
 
 from mmtard import batch_norm, config, lora, parallel, student
 from mmtard.engine import Engine, parameter_groups
+from mmtard.lifetime import leave
 from mmtard.towers import ImageTower, load_trained
 
 STEPS, BATCH, SIZE, LR, DECAY = 4, 8, 32, 1e-2, 0.75
@@ -128,3 +129,4 @@ if __name__ == "__main__":
     if ranks.first:
         torch.save(results, out)
     parallel.stop()
+    leave(0)

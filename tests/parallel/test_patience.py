@@ -9,10 +9,12 @@ SCRIPT = """
 import time
 from datetime import timedelta
 from mmtard import parallel
+from mmtard.lifetime import leave
 ranks = parallel.start("cpu", timeout=timedelta(seconds=2))
 made = ranks.from_first(lambda: time.sleep(4) or "an index", patience=timedelta(minutes=2))
 assert made == "an index" and ranks.gather(ranks.rank) == [0, 1]
 parallel.stop()
+leave(0)
 """
 
 

@@ -26,12 +26,12 @@ def test_imagenette_at_224_with_the_main_jobs_models(job, tmp_path):
         method={"name": "mmtard", "weighting": "official"},
         attack={"eps": "2/255", "step_size": "1/255", "steps": 1},
         data={"shards": str(DATA / "imagenette224"), "index": str(tmp_path / "index.npz"), "lanes": 4, "workers": 1},
-        train={"steps": 3, "batch_size": 8, "lr": 2e-5},
-        checkpoint={"every": 3},
+        train={"steps": 2, "batch_size": 4, "lr": 2e-5},
+        checkpoint={"every": 2},
     )
     printed = run_ranks(["-m", "mmtard", "train", config], 2, tmp_path, "run", timeout=580)
     assert "ViT" not in printed and "4735 samples of 10 classes, images 224 px" in printed
-    assert [row["skipped"] for row in rows(run)] == [0, 0, 0]
+    assert [row["skipped"] for row in rows(run)] == [0, 0]
     assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows(run))
     # A ViT-L/14 image tower has 304 M parameters, 1.2 GB in float32: half of it on each rank. A ViT-B/32 of 88 M stands whole on both.
     held = {line.split()[1]: line.split("a rank holds ")[1].removesuffix(" MiB").split(", ") for line in printed.splitlines() if line.startswith("teacher ")}

@@ -26,7 +26,7 @@ def until(condition, cluster, job, limit=120.0, pause=0.05):
     while not condition():
         if time.monotonic() > looked + 2:
             looked = time.monotonic()
-            assert cluster.job(job)["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), cluster.log(job)
+            assert cluster.job(job)["JobState"] in ("PENDING", "RUNNING", "SIGNALING", "COMPLETING", "REQUEUED"), cluster.log(job)
         assert looked < end, cluster.log(job)
         time.sleep(pause)
 
