@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import yaml
+from processes import only_rank
 
 # torch.compile, which DeepSpeed names and no test compiles with, would import a compiler in every process: a second of each launch.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -45,14 +46,9 @@ def write(tmp_path):
 
 @pytest.fixture
 def ranks():
-    """A group of this process alone; the environment that joining it changes is put back."""
-    from mmtard import parallel
-
-    before = dict(os.environ)
-    yield parallel.start("cpu")
-    parallel.stop()
-    os.environ.clear()
-    os.environ.update(before)
+    """A group of this process alone."""
+    with only_rank() as ranks:
+        yield ranks
 
 
 @pytest.fixture

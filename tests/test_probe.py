@@ -6,10 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from processes import alive
 
 from mmtard.checkpoint import Checkpoints, resolve
 from mmtard.config import validate
@@ -219,13 +219,6 @@ child.stdin.close()
 if sys.argv[2] != "0": sys.exit(child.wait())
 time.sleep(60)
 """
-
-
-def alive(process):
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_the_process_is_deaf_to_the_jobs_signals_and_dies_with_its_parent():

@@ -66,7 +66,7 @@ def test_a_run_in_use_is_running_and_says_how_long_it_will_be(run, tmp_path):
     assert states(tmp_path / "all") == {"a": "stopped: ended without a word: killed, or its node lost"}
 
 
-@pytest.mark.parametrize("kind, answer, state", [(history.PREEMPTED, "PENDING", "queued"), (None, "RUNNING", "running"), (history.COMPLETE, "PENDING", "complete"), (history.PREEMPTED, "COMPLETED", "stopped: why 0")])
+@pytest.mark.parametrize("kind, answer, state", [(history.PREEMPTED, "PENDING", "queued"), (None, "RUNNING", "running"), (None, "SIGNALING", "running"), (history.COMPLETE, "PENDING", "complete"), (history.PREEMPTED, "COMPLETED", "stopped: why 0")])
 def test_slurm_is_asked_about_the_job_of_the_newest_start(run, tmp_path, monkeypatch, kind, answer, state):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     run("a", kind)

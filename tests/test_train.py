@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import tarfile
 
 import numpy as np
@@ -11,9 +10,10 @@ import pytest
 import torch
 from open_clip.zero_shot_classifier import build_zero_shot_classifier
 from PIL import Image
+from processes import only_rank
 from safetensors.torch import load_file
 
-from mmtard import config, parallel, towers
+from mmtard import config, towers
 from mmtard.config import Model
 from mmtard.errors import UserError
 from mmtard.preempt import REQUEUE
@@ -43,11 +43,8 @@ class AfterTwoSteps(Never):
 @pytest.fixture(scope="module")
 def ranks_of_module():
     """One group for all runs of this module."""
-    before = dict(os.environ)
-    yield parallel.start("cpu")
-    parallel.stop()
-    os.environ.clear()
-    os.environ.update(before)
+    with only_rank() as ranks:
+        yield ranks
 
 
 @pytest.fixture(scope="module")

@@ -85,9 +85,9 @@ def embeddings_folder(settings: Data) -> Path:
     return index.parent / "embeddings"
 
 
-def _natural(path: Path) -> list:
+def _natural(path: Path) -> tuple[list, str]:
     """Sorts by name, numbers in it by their size: 2.tar before 10.tar."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)] + [path.name]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)], path.name
 
 
 def _braces(spec: str) -> list[str]:

@@ -1,4 +1,7 @@
-"""Data: WebDataset shards and their index, the global order of samples, decoding, and the loader. Knows nothing of ranks' communication."""
+"""Data: WebDataset shards and their index, the global order of samples, decoding, and the loader.
+
+Imports nothing of ranks' communication: they come as numbers, and to `open_on_all` as an object.
+"""
 
 from .dataset import Dataset, Reader, classnames, default_index, open_dataset, open_on_all, templates
 from .embeddings import Embeddings

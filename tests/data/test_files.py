@@ -4,7 +4,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+from processes import alive
+
+from mmtard.data.files import held
 
 WORK = """
 import os, sys, time
@@ -31,13 +34,4 @@ def test_the_workers_of_a_killed_parent_end_and_give_its_lock_free(tmp_path):
     while any(alive(pid) for pid in workers):
         assert time.monotonic() < until, "they wait for ever"
         time.sleep(0.05)
-    from mmtard.data.files import held
-
     assert not held(tmp_path / "lock")
-
-
-def alive(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False

@@ -196,9 +196,9 @@ def test_linked_shards_belong_to_the_folder_of_the_links(folder, tmp_path):
 
 
 def test_numbers_in_the_names_of_shards_count_as_numbers(tmp_path):
-    for name in ("train-10.tar", "train-2.tar", "val.tar", "7.tar", "train-0010.tar"):
+    for name in ("train-10.tar", "train-2.tar", "val.tar", "val.tar3.tar", "7.tar", "train-0010.tar"):
         (tmp_path / name).touch()
-    assert [Path(s).name for s in expand_shards(str(tmp_path))] == ["7.tar", "train-2.tar", "train-0010.tar", "train-10.tar", "val.tar"]
+    assert [Path(s).name for s in expand_shards(str(tmp_path))] == ["7.tar", "train-2.tar", "train-0010.tar", "train-10.tar", "val.tar", "val.tar3.tar"]
 
 
 def test_a_file_that_is_no_index(folder, tmp_path):

@@ -1,6 +1,5 @@
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import alive
 from tiny_shards import encode, picture, samples
 
 from mmtard.config import Data
@@ -273,13 +273,6 @@ time.sleep(1000)
     while any(alive(p) for p in workers) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not any(alive(p) for p in workers)
-
-
-def alive(pid):
-    try:
-        return not re.search(r"\) [ZX] ", Path(f"/proc/{pid}/stat").read_text())
-    except FileNotFoundError:
-        return False
 
 
 def test_a_sample_without_a_caption_is_replaced_where_captions_are_needed(open_members):

@@ -14,7 +14,7 @@ import pytest
 from mmtard import history, runs
 
 from .conftest import LOCAL_CLUSTER, LONG, ROOT
-from .test_cluster import losses, rows
+from .test_cluster import losses
 
 pytestmark = pytest.mark.slow
 WORDS = ("log.every=1",)

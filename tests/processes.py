@@ -1,0 +1,28 @@
+"""What tests ask of processes: whether another one lives, and that this one be a rank for a while."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def alive(pid: int | str) -> bool:
+    """Whether a process is there and has not ended: a zombie has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@contextmanager
+def only_rank() -> Iterator:
+    """This process as the only one of its group; the environment that joining it changes is put back."""
+    from mmtard import parallel  # torch, which most tests of the command line do without
+
+    before = dict(os.environ)
+    try:
+        yield parallel.start("cpu")
+    finally:
+        parallel.stop()
+        os.environ.clear()
+        os.environ.update(before)
