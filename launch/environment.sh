@@ -12,7 +12,8 @@ environment() {
         return 0
     fi
     echo "Installing into .venv (some minutes and 6 GB the first time)..."
-    "$python" -m venv .venv || { echo "cannot create .venv with '$python'; install its venv module (Debian: apt-get install python3-venv)" >&2; return 1; }
+    # Not over one that works: with another Python than it was made with, it would be half of each.
+    .venv/bin/python -c 'import pip, ssl' 2>/dev/null || "$python" -m venv --clear .venv || { echo "cannot create .venv with '$python'; install its venv module (Debian: apt-get install python3-venv)" >&2; return 1; }
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extras" || return 1
     touch "$stamp"
 }

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import parallel
-from ..config import Model, show_pixels
+from ..config import Model, load, show_pixels
 from ..evaluate import datasets
 from ..evaluate.evaluation import evaluate
 from ..evaluate.protocols import PROTOCOLS
@@ -33,12 +33,14 @@ def compare(argv: list[str] | None = None) -> int:
     """Run what is not done yet and print the table; the exit status."""
     p = argparse.ArgumentParser(prog="python -m mmtard.comparison", description=__doc__)
     p.add_argument("source", type=Path, metavar="CIFAR10", help="folder with train/ and test/ images, one sub-folder a class, or with *train*.npz and *test*.npz")
-    p.add_argument("settings", nargs="*", metavar="key=value", help="settings of every training, e.g. train.steps=20")
+    p.add_argument("settings", nargs="*", metavar="key=value", help="settings of every training, e.g. train.steps=100")
     args = p.parse_args(argv)
     return main("comparison", lambda: _run(args.source, args.settings), ROOT)
 
 
 def _run(source: Path, settings: list[str]) -> None:
+    for name in (*TEACHERS, *STUDENTS):
+        load(CONFIGS / f"{name}.yaml", settings)  # what does not fit is told before hours of work
     stages = 2 + len(TEACHERS) + len(STUDENTS) + 1
     title(1, stages, "CIFAR-10 as shards")
     make_shards(source, ROOT / "data")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,6 +86,7 @@ def test_every_student_has_the_same_budget_start_and_attack():
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
     """The words of each training that a comparison asks for; shards, pretraining and trainings do nothing here."""
+    shutil.copytree(CONFIGS, tmp_path / "configs" / "cifar10")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(comparison, "make_shards", lambda source, out: out)
     monkeypatch.setattr(comparison, "pretrain", lambda *args, **kwargs: {})
@@ -102,8 +104,8 @@ def test_the_table_has_a_row_for_each_model_with_its_own_numbers(trained, monkey
     under = [{"attacks": {"pgd": accuracy(30 + i), "apgd-ce": accuracy(20 + i)}} for i in range(9)]
     measured = {name: {"clean_all": accuracy(50 + i), "eps": {"4/255": under[i]}} for i, name in enumerate(models)}
     monkeypatch.setattr(comparison, "_measure", lambda: measured)
-    assert comparison.compare(["cifar10", "train.steps=3"]) == 0
-    assert trained == [(name, "train.steps=3") for name in models[1:]]
+    assert comparison.compare(["cifar10", "train.steps=100"]) == 0
+    assert trained == [(name, "train.steps=100") for name in models[1:]]
     rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     cells = [[cell.strip() for cell in row] for row in rows]
     assert [row[0] for row in cells] == models
@@ -117,6 +119,12 @@ def test_a_training_that_fails_ends_the_comparison_with_its_status(trained, monk
     monkeypatch.setattr(stages.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(returncode=75))
     assert comparison.compare(["cifar10"]) == 75
     assert "clean_teacher.yaml ended with status 75" in capsys.readouterr().err
+
+
+def test_a_setting_that_fits_no_training_is_told_before_anything_is_done(trained, monkeypatch, capsys):
+    monkeypatch.setattr(comparison, "make_shards", None)
+    assert comparison.compare(["cifar10", "train.steps=20"]) == 2
+    assert "train.warmup_steps: 56 is more than train.steps 20; lower it" in capsys.readouterr().err and not trained
 
 
 def test_the_architectures_differ_in_size_alone():
