@@ -12,4 +12,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 environment ""
 # Threads that wait by spinning slow each other down wherever something else runs on the same cores.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-exec .venv/bin/python -m mmtard.comparison "$@"
+exec .venv/bin/python -m mmtard.examples.cifar10 "$@"

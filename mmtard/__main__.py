@@ -1,12 +1,12 @@
 """The program: `mmtard ...` and `python -m mmtard ...`."""
 
-from .cli import main
-from .lifetime import leave
+from .cli.main import main
+from .distributed.processes import exit_process
 
 
 def run() -> None:
     """Carry out this process's command line and end it."""
-    leave(main())
+    exit_process(main())
 
 
 if __name__ == "__main__":

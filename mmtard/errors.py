@@ -5,7 +5,7 @@ class UserError(Exception):
     """Something the user gave is wrong. The message names the value, the place and the remedy."""
 
 
-def unknown(kind: str, name: str, known) -> UserError:
+def unknown_name(kind: str, name: str, known) -> UserError:
     """The error for a `name` that is not among the `known` names of a `kind` of thing."""
     return UserError(f"unknown {kind} '{name}'; known: {', '.join(sorted(known))}")
 
@@ -18,5 +18,5 @@ class RunError(Exception):
         self.status = status  # the process's exit status
 
 
-class Lost(RunError):
+class ProcessLostError(RunError):
     """A part of the run was lost to what need not happen again, such as a killed process: a training may go on from its checkpoint."""

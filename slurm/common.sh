@@ -87,9 +87,9 @@ submit_again() {
     }
     new=${new%%;*}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
     say "may not be requeued; submitted again as job $new"
-    python -c 'import sys; from mmtard import slurm; slurm.hand_over(*sys.argv[1:])' "$job" "$new"
+    python -c 'import sys; from mmtard.distributed import slurm; slurm.hand_over(*sys.argv[1:])' "$job" "$new"
     # For `mmtard runs`, while the new job waits.
-    [ $# -eq 0 ] || python -c 'import sys; from mmtard import history; history.goes_on(*sys.argv[1:])' "$job" "$new" "$@"
+    [ $# -eq 0 ] || python -c 'import sys; from mmtard.runs import history; history.record_successor(*sys.argv[1:])' "$job" "$new" "$@"
 }
 
 # The arguments of a script as `words`, which begin with a configuration: theirs, or MMTARD_CONFIG, or the ViT-B/32's.

@@ -60,7 +60,12 @@ class Chromium:
 
     def __call__(self, method: str, **parameters) -> dict:
         number = next(self.numbers)
-        message = {"id": number, "method": method, "params": parameters, **({"sessionId": self.session} if self.session else {})}
+        message = {
+            "id": number,
+            "method": method,
+            "params": parameters,
+            **({"sessionId": self.session} if self.session else {}),
+        }
         os.write(self.to, json.dumps(message).encode() + b"\0")
         while (answer := self._next()).get("id") != number:
             pass
@@ -79,10 +84,15 @@ class Chromium:
         return self("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
     def dark(self, on: bool) -> None:
-        self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if on else "light"}])
+        self(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if on else "light"}],
+        )
 
     def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]))
+        path.write_bytes(
+            base64.b64decode(self("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"])
+        )
 
     def _next(self, seconds: float = 60) -> dict:
         """The next message; what pages complain of and ask for is noted on the way."""

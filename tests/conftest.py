@@ -54,11 +54,11 @@ def ranks():
 @pytest.fixture
 def command(ranks):
     """Call with the words of a command line: its exit status, from this process, whose signals and environment are put back."""
-    from mmtard import cli
-    from mmtard.preempt import Interruption
+    from mmtard.cli.main import main
+    from mmtard.distributed.interruption import Interruption
 
     before = {number: signal.getsignal(number) for number in Interruption.SIGNALS}
-    yield lambda *words: cli.main([str(word) for word in words])
+    yield lambda *words: main([str(word) for word in words])
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -73,13 +73,21 @@ def _arch(folder, name, vision):
 @pytest.fixture(scope="session")
 def vit(tmp_path_factory):
     """Model config of a 2-block ViT on 16 px images."""
-    return _arch(tmp_path_factory.mktemp("arch"), "tests-vit", {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16})
+    return _arch(
+        tmp_path_factory.mktemp("arch"),
+        "tests-vit",
+        {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+    )
 
 
 @pytest.fixture(scope="session")
 def resnet(tmp_path_factory):
     """Model config of CLIP's ModifiedResNet (batch norm, attention pooling) on 32 px images."""
-    return _arch(tmp_path_factory.mktemp("arch"), "tests-resnet", {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None})
+    return _arch(
+        tmp_path_factory.mktemp("arch"),
+        "tests-resnet",
+        {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
+    )
 
 
 @pytest.fixture(scope="session")
@@ -90,5 +98,7 @@ def word_tokenizer(tmp_path_factory):
     plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     folder = tmp_path_factory.mktemp("tokenizer")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        folder
+    )
     return folder

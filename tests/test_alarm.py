@@ -7,16 +7,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmtard import alarm, data
-from mmtard.alarm import Alarm, overfitted
 from mmtard.config import validate
-from mmtard.distill import Distillation
+from mmtard.data.samples import Batch
+from mmtard.distillation.task import DistillationTask
 from mmtard.errors import UserError
-from mmtard.methods import Head
+from mmtard.training import overfitting_alarm
+from mmtard.training.overfitting_alarm import OverfittingAlarm, overfitted
+from mmtard.zero_shot import ZeroShotHead
 
 N, EPS = 24, 8 / 255
-HEAD = Head(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), 10.0)
-BATCH = data.Batch(torch.full((N, 3, 8, 8), 51, dtype=torch.uint8), torch.zeros(N, dtype=torch.int64), torch.arange(N), torch.arange(100, 100 + N), [""] * N)
+HEAD = ZeroShotHead(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), 10.0)
+BATCH = Batch(
+    torch.full((N, 3, 8, 8), 51, dtype=torch.uint8),
+    torch.zeros(N, dtype=torch.int64),
+    torch.arange(N),
+    torch.arange(100, 100 + N),
+    [""] * N,
+)
 
 
 class Student:
@@ -31,7 +38,7 @@ class Student:
         return torch.stack([m, torch.ones_like(m)], 1)
 
     @contextmanager
-    def attack_view(self):
+    def attack_forward(self):
         yield self
 
 
@@ -51,13 +58,15 @@ def check(margin, step=100, totals=None, **attack):
         "data": {"shards": "s", "lanes": 2}, "train": {"steps": 1, "batch_size": 2},
     })  # fmt: skip
     student = Student(margin)
-    ranks = SimpleNamespace(device=torch.device("cpu"), total=totals or (lambda numbers: [float(n) for n in numbers]))
-    return Alarm(config, Distillation(config, student, HEAD, {}), ranks, 16)(step, BATCH), student.forwards
+    ranks = SimpleNamespace(device=torch.device("cpu"), sum=totals or (lambda numbers: [float(n) for n in numbers]))
+    return OverfittingAlarm(config, DistillationTask(config, student, HEAD, {}), ranks, 16)(
+        step, BATCH
+    ), student.forwards
 
 
 def test_it_goes_off_where_only_the_multi_step_attack_succeeds():
     found, _ = check(wave)
-    assert found == {"one_step_accuracy": 1.0, "pgd10_accuracy": 0.0, "samples": 16, "remedy": alarm.REMEDY}
+    assert found == {"one_step_accuracy": 1.0, "pgd10_accuracy": 0.0, "samples": 16, "remedy": overfitting_alarm.REMEDY}
 
 
 def test_a_student_on_which_both_attacks_agree_sets_off_nothing():
@@ -73,13 +82,22 @@ def test_the_answer_is_that_of_all_ranks():
 
 
 def test_it_costs_nothing_between_its_steps_with_more_attack_steps_or_switched_off():
-    forwards = 1 + alarm.STEPS + 2  # the two attacks, and a look at what each made
+    forwards = 1 + overfitting_alarm.STEPS + 2  # the two attacks, and a look at what each made
     assert check(wave)[1] == forwards and check(wave, step=14, alarm_every=7)[1] == forwards
     assert [check(wave, **case)[1] for case in ({"step": 99}, {"steps": 2}, {"alarm_every": None})] == [0, 0, 0]
 
 
 # 95 % intervals of 16 and 3 in 16: (0.806, 1), (0.066, 0.430); of 4 and 0 in 8: (0.215, 0.785), (0, 0.324)
-@pytest.mark.parametrize("single,multi,n,ratio,expected", [(16, 3, 16, 0.25, True), (16, 4, 16, 0.25, False), (4, 0, 8, 0.25, False), (16, 3, 16, 0.1, False), (0, 0, 16, 0.25, False)])
+@pytest.mark.parametrize(
+    "single,multi,n,ratio,expected",
+    [
+        (16, 3, 16, 0.25, True),
+        (16, 4, 16, 0.25, False),
+        (4, 0, 8, 0.25, False),
+        (16, 3, 16, 0.1, False),
+        (0, 0, 16, 0.25, False),
+    ],
+)
 def test_both_a_small_share_and_intervals_apart_are_needed(single, multi, n, ratio, expected):
     assert overfitted(single, multi, n, ratio) is expected
 

@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from pyautoattack.autopgd_base import APGDAttack
 
-from mmtard.attacks import apgd, checkpoints, pgd, project, random_start, sample_uniform
+from mmtard.attacks.apgd import apgd, step_size_checkpoints
+from mmtard.attacks.pgd import pgd
+from mmtard.attacks.threat_model import project, random_start
+from mmtard.seeding import sample_uniform
 
 NORMS = {"linf": 8 / 255, "l2": 0.5}
 B, STEPS = 8, 10
@@ -17,7 +20,14 @@ B, STEPS = 8, 10
 def net():
     """A smooth float64 classifier of 3x6x6 images in 5 classes, far from linear inside the balls above."""
     torch.manual_seed(0)
-    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), torch.nn.GELU(), torch.nn.Conv2d(6, 6, 3), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(24, 5))
+    layers = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 6, 3),
+        torch.nn.GELU(),
+        torch.nn.Conv2d(6, 6, 3),
+        torch.nn.GELU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(24, 5),
+    )
     return layers.double().apply(lambda m: hasattr(m, "weight") and m.weight.data.mul_(4))
 
 
@@ -39,7 +49,9 @@ def ce(net, labels=LABELS):
 def run(attack, loss_fn, images, norm, **kwargs):
     if attack is pgd:
         kwargs = {"step_size": NORMS[norm] / 4, **kwargs}
-    return attack(loss_fn, images, **{"norm": norm, "eps": NORMS[norm], "steps": STEPS, "seeds": SEEDS[: len(images)], **kwargs})
+    return attack(
+        loss_fn, images, **{"norm": norm, "eps": NORMS[norm], "steps": STEPS, "seeds": SEEDS[: len(images)], **kwargs}
+    )
 
 
 both = pytest.mark.parametrize("attack", [pgd, apgd])
@@ -61,7 +73,11 @@ def splitmix64(seed, n):
 
 
 def test_sample_uniform_is_splitmix64_bit_for_bit():
-    assert splitmix64(1234567, 3) == [6457827717110365317, 3203168211198807973, 9817491932198370423]  # the known test vector
+    assert splitmix64(1234567, 3) == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+    ]  # the known test vector
     ours = sample_uniform(SEEDS, (3, 6, 6))
     assert ours.shape == (B, 3, 6, 6) and ours.dtype == torch.float32
     for row, seed in zip(ours, SEEDS.tolist()):
@@ -121,7 +137,9 @@ def test_a_sample_does_not_depend_on_its_batch(attack, norm, net, images):
     whole = run(attack, ce(net), images, norm)
     order = torch.tensor([5, 2, 7, 0, 1, 6, 4, 3])
     permuted = run(attack, ce(net, LABELS[order]), images[order], norm, seeds=SEEDS[order])
-    alone = torch.cat([run(attack, ce(net, LABELS[i : i + 1]), images[i : i + 1], norm, seeds=SEEDS[i : i + 1]) for i in range(B)])
+    alone = torch.cat(
+        [run(attack, ce(net, LABELS[i : i + 1]), images[i : i + 1], norm, seeds=SEEDS[i : i + 1]) for i in range(B)]
+    )
     # A convolution may sum in another order for another batch size; float64 leaves 1e-10 for it.
     assert torch.allclose(whole[order], permuted, rtol=0, atol=1e-10)
     assert torch.allclose(whole, alone, rtol=0, atol=1e-10)
@@ -167,8 +185,16 @@ def test_eps_zero_returns_the_images(attack, norm, net, images):
 def test_projection_is_the_nearest_point_of_the_ball():
     x = torch.full((2, 1, 1, 2), 0.5, dtype=torch.float64)
     out = torch.tensor([[0.8, 0.9], [0.53, 0.46]], dtype=torch.float64).view(2, 1, 1, 2)  # 0.3, 0.4: of length 0.5
-    assert torch.allclose(project(out, x, "l2", 0.1).flatten(1), torch.tensor([[0.56, 0.58], [0.53, 0.46]], dtype=torch.float64), atol=1e-15)
-    assert torch.allclose(project(out, x, "linf", 0.35).flatten(1), torch.tensor([[0.8, 0.85], [0.53, 0.46]], dtype=torch.float64), atol=1e-15)
+    assert torch.allclose(
+        project(out, x, "l2", 0.1).flatten(1),
+        torch.tensor([[0.56, 0.58], [0.53, 0.46]], dtype=torch.float64),
+        atol=1e-15,
+    )
+    assert torch.allclose(
+        project(out, x, "linf", 0.35).flatten(1),
+        torch.tensor([[0.8, 0.85], [0.53, 0.46]], dtype=torch.float64),
+        atol=1e-15,
+    )
     assert project(x + 9, x, "linf", 3.0).max() == 1.0
 
 
@@ -219,13 +245,13 @@ def test_momentum_changes_the_attack_but_the_published_codes_is_none(net, images
 
 def test_checkpoints_are_exact():
     # .22, then gaps .19 .16 .13 .10 .07 .06 .06: by hand
-    assert checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
-    assert checkpoints(10) == [3, 5, 6, 7, 8, 9, 10, 10]
+    assert step_size_checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert step_size_checkpoints(10) == [3, 5, 6, 7, 8, 9, 10, 10]
     p = [Fraction(0), Fraction(22, 100)]
     while p[-1] + Fraction(6, 100) <= 1:
         p.append(p[-1] + max(p[-1] - p[-2] - Fraction(3, 100), Fraction(6, 100)))
     for steps in range(1, 300):
-        assert checkpoints(steps) == [math.ceil(q * steps) for q in p[1:]], steps
+        assert step_size_checkpoints(steps) == [math.ceil(q * steps) for q in p[1:]], steps
 
 
 def algorithm1(loss_fn, images, start, norm, eps, steps, checks):
@@ -237,7 +263,11 @@ def algorithm1(loss_fn, images, start, norm, eps, steps, checks):
         return f.detach().tolist(), torch.autograd.grad(f.sum(), x)[0]
 
     def P(x, clean):
-        d = (x - clean).clamp(-eps, eps) if norm == "linf" else (x - clean) * min(1.0, eps / max((x - clean).norm().item(), 1e-12))
+        d = (
+            (x - clean).clamp(-eps, eps)
+            if norm == "linf"
+            else (x - clean) * min(1.0, eps / max((x - clean).norm().item(), 1e-12))
+        )
         return (clean + d).clamp(0, 1)
 
     n, (f0, g) = len(images), losses_and_gradients(start)
@@ -308,7 +338,9 @@ def test_apgd_follows_the_paper_through_any_sequence_of_losses():
 @norms
 def test_apgd_returns_each_samples_largest_loss_of_all_it_saw(norm, net, images):
     seen, loss = [], ce(net)
-    adv = run(apgd, lambda x: seen.append(loss(x)) or seen[-1], images, norm, steps=200)  # the last checkpoint is at 198
+    adv = run(
+        apgd, lambda x: seen.append(loss(x)) or seen[-1], images, norm, steps=200
+    )  # the last checkpoint is at 198
     assert loss(adv).equal(torch.stack(seen).amax(0))
 
 

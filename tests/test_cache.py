@@ -15,13 +15,19 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent / "data"))
 from tiny_shards import encode, picture, write_tar  # noqa: E402
 
-from mmtard import config as settings, data, parallel, towers
-from mmtard.cache import _Storing, cache
-from mmtard.data.embeddings import Layout
+from mmtard import config as settings
+from mmtard.data.dataset import open_dataset
+from mmtard.data.images import Transform
+from mmtard.data.order import Order
+from mmtard.data.stream import TrainStream
+from mmtard.distributed import ranks
+from mmtard.distributed.interruption import EXIT_REQUEUE, Interruption
+from mmtard.embeddings.build import _Storing, cache
+from mmtard.embeddings.store import EmbeddingStore, PartLayout
 from mmtard.errors import RunError, UserError
-from mmtard.preflight import Checks
-from mmtard.preempt import REQUEUE, Interruption
-from mmtard.train import train
+from mmtard.models import loading
+from mmtard.training.preflight import Checks
+from mmtard.training.train import train
 
 SAMPLES, BATCH = 40, 8
 
@@ -33,7 +39,10 @@ def shards(tmp_path_factory):
     for n in range(2):
         members = []
         for i in range(20 * n, 20 * n + 20):
-            members += [(f"s{i:04d}.jpg", b"nothing" if i == 7 else encode(picture(i))), (f"s{i:04d}.cls", str(i % 3).encode())]
+            members += [
+                (f"s{i:04d}.jpg", b"nothing" if i == 7 else encode(picture(i))),
+                (f"s{i:04d}.cls", str(i % 3).encode()),
+            ]
         write_tar(folder / f"{n}.tar", members)
     (folder / "classnames.txt").write_text("red\ngreen\nblue\n")
     return folder
@@ -46,11 +55,11 @@ def one_group():
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             patch.setenv(name, "0")
             patch.delenv(name)  # what joining sets is put back
-        parallel.start("cpu")
+        ranks.start("cpu")
         with patch.context() as inner:
-            inner.setattr(parallel, "stop", lambda: None)
+            inner.setattr(ranks, "stop", lambda: None)
             yield
-        parallel.stop()
+        ranks.stop()
 
 
 @pytest.fixture
@@ -107,10 +116,10 @@ def test_training_on_stored_embeddings_is_training_with_the_teacher_to_the_last_
 
 
 def test_the_views_of_a_sample_come_round_and_its_random_start_does_not(shards):
-    dataset = data.open_dataset(settings.Data(shards=str(shards)))
-    order, crop = data.Order(dataset.shard_counts, 1, 4, 4), data.Transform(16, crop_scale=(0.3, 1.0))
+    dataset = open_dataset(settings.Data(shards=str(shards)))
+    order, crop = Order(dataset.shard_counts, 1, 4, 4), Transform(16, crop_scale=(0.3, 1.0))
     looks, starts = {}, {}
-    for batch in data.Stream(dataset, order, crop, seed=1, batch_size=SAMPLES, stop=4, views=3, max_replaced=1):
+    for batch in TrainStream(dataset, order, crop, seed=1, batch_size=SAMPLES, stop=4, views=3, max_replaced=1):
         for image, sample, seed in zip(batch.images, batch.sample_ids.tolist(), batch.seeds.tolist()):
             looks.setdefault(sample, []).append(image)
             starts.setdefault(sample, set()).add(seed)
@@ -130,13 +139,17 @@ def test_what_is_stored_is_what_the_teacher_says_of_each_image(run, shards):
     assert said[-1].endswith("train with teachers.clean.stored=true")
     part = load_file(folder / "part-000000.safetensors")
     assert part["embeddings"].dtype == torch.bfloat16 and part["embeddings"].shape[:2] == (SAMPLES, 1)
-    tower = towers.load(config.teachers["clean"], config.seed, "teachers.clean").tower().cast(torch.bfloat16).eval()
-    image = torch.from_numpy(data.Transform(16, 20)(picture(12).convert("RGB"), 0))
+    tower = (
+        loading.load_clip(config.teachers["clean"], config.seed, "teachers.clean").tower().cast(torch.bfloat16).eval()
+    )
+    image = torch.from_numpy(Transform(16, 20)(picture(12).convert("RGB"), 0))
     with torch.no_grad():
         alone = tower(image[None].float() / 255)[0]
-    embeddings = data.Embeddings(folder)
+    embeddings = EmbeddingStore(folder)
     (read,) = embeddings.rows(np.array([12]), np.array([0]))
-    assert read.dtype == torch.float32 and torch.allclose(read, alone, rtol=2e-2, atol=2e-2 * alone.abs().max())  # a JPEG lies between
+    assert read.dtype == torch.float32 and torch.allclose(
+        read, alone, rtol=2e-2, atol=2e-2 * alone.abs().max()
+    )  # a JPEG lies between
     with pytest.raises(UserError, match="sample number 7 is absent, its image could not be read"):
         embeddings.rows(np.array([6, 7]), np.array([0, 0]))
 
@@ -144,7 +157,7 @@ def test_what_is_stored_is_what_the_teacher_says_of_each_image(run, shards):
 @pytest.fixture
 def small_parts(monkeypatch):
     """Ten parts of four samples."""
-    monkeypatch.setattr("mmtard.data.embeddings.LEAST_SAMPLES", 4)
+    monkeypatch.setattr("mmtard.embeddings.store.LEAST_SAMPLES", 4)
 
 
 def test_a_store_goes_on_where_it_was_stopped_and_mends_what_is_damaged(run, tmp_path, small_parts):
@@ -159,22 +172,31 @@ def test_a_store_goes_on_where_it_was_stopped_and_mends_what_is_damaged(run, tmp
             self.signal = "SIGTERM" if said.count("asked") == 3 else None
             return self.signal is not None
 
-    with pytest.raises(RunError, match="SIGTERM; 3 of 10 missing parts of teacher clean are stored, start it again to go on") as caught:
+    with pytest.raises(
+        RunError, match="SIGTERM; 3 of 10 missing parts of teacher clean are stored, start it again to go on"
+    ) as caught:
         cache(config, Third(), said.append)
-    assert caught.value.status == REQUEUE
+    assert caught.value.status == EXIT_REQUEUE
     (folder,) = (tmp_path / "embeddings").iterdir()
-    with pytest.raises(UserError, match=f"teachers.clean.stored: '{folder}' is not complete; let `mmtard cache` finish it"):
+    with pytest.raises(
+        UserError, match=f"teachers.clean.stored: '{folder}' is not complete; let `mmtard cache` finish it"
+    ):
         train(run("teachers.clean.stored=true"), Interruption())
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / ".part-000003.safetensors.77.part").write_bytes(b"half")  # of a process that was killed as it wrote
     assert "teacher clean: 7 of 10 parts are to be stored" in store(config)[0][0]
-    assert whole.items() <= {path.name: path.read_bytes() for path in folder.iterdir()}.items() and not list(folder.glob(".*"))
+    assert whole.items() <= {path.name: path.read_bytes() for path in folder.iterdir()}.items() and not list(
+        folder.glob(".*")
+    )
     assert store(config)[0] == [f"teacher clean: all of its 40 x 1 embeddings are stored in {folder}, nothing to do"]
 
     part = folder / "part-000002.safetensors"
     before = part.read_bytes()
     part.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-    with pytest.raises(UserError, match="part-000002.safetensors': that of sample number 11 is damaged; `mmtard cache` makes them again"):
+    with pytest.raises(
+        UserError,
+        match="part-000002.safetensors': that of sample number 11 is damaged; `mmtard cache` makes them again",
+    ):
         train(run("teachers.clean.stored=true"), Interruption())
     part.unlink()
     with pytest.raises(UserError, match="part-000002.safetensors' are missing or cut short"):
@@ -183,8 +205,12 @@ def test_a_store_goes_on_where_it_was_stopped_and_mends_what_is_damaged(run, tmp
 
 
 def test_what_fills_up_a_last_batch_is_no_image_again_and_again():
-    plan = _Storing._plan(SimpleNamespace(layout=Layout(600, 1), batch=48), [0])
-    assert len(plan.samples) == 96 and np.bincount(plan.samples).max() <= 2 and set(plan.samples) == set(Layout(600, 1).part(0))
+    plan = _Storing._plan(SimpleNamespace(layout=PartLayout(600, 1), batch=48), [0])
+    assert (
+        len(plan.samples) == 96
+        and np.bincount(plan.samples).max() <= 2
+        and set(plan.samples) == set(PartLayout(600, 1).part(0))
+    )
 
 
 def test_a_start_in_which_no_part_gets_done_is_not_asked_for_again(run):
@@ -201,7 +227,10 @@ def test_a_start_in_which_no_part_gets_done_is_not_asked_for_again(run):
 @pytest.mark.parametrize(
     "change, told",
     [
-        ("seed=4", r"differ in teacher.sha256: stored [0-9a-f]{16}, now [0-9a-f]{16}; restore that, or run `mmtard cache`"),
+        (
+            "seed=4",
+            r"differ in teacher.sha256: stored [0-9a-f]{16}, now [0-9a-f]{16}; restore that, or run `mmtard cache`",
+        ),
         ("data.resize=20", "differ in images.resize: stored 16, now 20;"),
         ("engine.precision=bf16", "differ in teacher.precision: stored float32, now bf16;"),
         ("data.shards=OTHER", r"differ in data.fingerprint: stored [0-9a-f]{16}, now [0-9a-f]{16};"),
@@ -216,21 +245,31 @@ def test_embeddings_that_do_not_match_are_refused_naming_what_differs(run, shard
     shutil.copy(shards / "classnames.txt", other)
     change = change.replace("OTHER", str(other)).replace("RESNET", resnet)
     # A random teacher is another with another seed.
-    with pytest.raises(UserError, match=rf"^teachers.clean.stored: no embeddings stored in '{tmp_path}/embeddings' match, those in '[0-9a-f]+' {told}"):
+    with pytest.raises(
+        UserError,
+        match=rf"^teachers.clean.stored: no embeddings stored in '{tmp_path}/embeddings' match, those in '[0-9a-f]+' {told}",
+    ):
         train(run("teachers.clean.stored=true", change), Interruption())
 
 
 def test_what_cannot_be_stored_is_refused_with_the_remedy(run):
     with pytest.raises(UserError, match="holds no stored embeddings; run `mmtard cache` with this configuration first"):
         train(run("teachers.clean.stored=true"), Interruption())
-    with pytest.raises(UserError, match="teachers.robust.stored: method 'mmtard' .* shows this teacher adversarial images"):
+    with pytest.raises(
+        UserError, match="teachers.robust.stored: method 'mmtard' .* shows this teacher adversarial images"
+    ):
         cache(run("teachers.robust.stored=true"), Interruption())
     for changed in (["data.flip=true"], ["data.crop_scale=[0.5,1]"]):
-        with pytest.raises(UserError, match="teachers.clean.stored: data.crop_scale and data.flip make new images each epoch.* data.views=8"):
+        with pytest.raises(
+            UserError,
+            match="teachers.clean.stored: data.crop_scale and data.flip make new images each epoch.* data.views=8",
+        ):
             run("teachers.clean.stored=true", *changed)
         with pytest.raises(UserError, match="^data.views: data.crop_scale and data.flip make new images"):
             cache(run(*changed), Interruption())
-    with pytest.raises(UserError, match="data.views: without data.crop_scale or data.flip all views of a sample are the same"):
+    with pytest.raises(
+        UserError, match="data.views: without data.crop_scale or data.flip all views of a sample are the same"
+    ):
         run("data.views=2")
     with pytest.raises(UserError, match="every teacher of 'tecoa' sees adversarial images, or it has none"):
         cache(run("method={name: tecoa}", "teachers=null"), Interruption())
@@ -245,11 +284,13 @@ def test_the_untouched_student_of_fare_is_stored_before_its_run_exists(run, tmp_
 
 def test_preflight_tells_whether_the_stored_embeddings_match(run, capsys):
     config = run("teachers.clean.stored=true")
-    checks = Checks(config, parallel.start("cpu"))
+    checks = Checks(config, ranks.start("cpu"))
     assert checks.run("models") and not checks.run("embeddings")
     _, folder = store(config)
     assert checks.run("embeddings")
     models, absent, there = capsys.readouterr().out.splitlines()
     assert models.startswith("PASS models: student, robust load;")
-    assert absent.startswith("FAIL embeddings: rank 0 (") and "run `mmtard cache` with this configuration first" in absent
+    assert (
+        absent.startswith("FAIL embeddings: rank 0 (") and "run `mmtard cache` with this configuration first" in absent
+    )
     assert there == f"PASS embeddings: those of teacher clean are stored in {folder} and match"

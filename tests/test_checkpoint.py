@@ -6,9 +6,9 @@ import threading
 import pytest
 import torch
 
-from mmtard import checkpoint
-from mmtard.checkpoint import Checkpoints, newest_valid, resolve
 from mmtard.errors import UserError
+from mmtard.runs import checkpoints
+from mmtard.runs.checkpoints import Checkpoints, newest_valid, resolve
 
 
 def tensors(step):
@@ -17,12 +17,17 @@ def tensors(step):
 
 def save(saver, *steps):
     for step in steps:
-        saver.save(step, tensors(step), {"exp_avg.visual.proj": torch.full((4, 3), -float(step))}, {"step": step, "samples": 8 * step})
+        saver.save(
+            step,
+            tensors(step),
+            {"exp_avg.visual.proj": torch.full((4, 3), -float(step))},
+            {"step": step, "samples": 8 * step},
+        )
         saver.wait()
 
 
 def steps(run):
-    return sorted(checkpoint.published(run / "checkpoints"))
+    return sorted(checkpoints.published(run / "checkpoints"))
 
 
 @pytest.fixture
@@ -35,12 +40,18 @@ def run(tmp_path):
 def test_a_published_checkpoint_is_read_back_and_described_by_its_manifest(run):
     newest, passed_over = newest_valid(run)
     assert (newest, passed_over) == (run / "checkpoints" / "step-10", [])
-    weights = checkpoint.read_weights(newest)
-    assert weights.keys() == {"visual.proj", "visual.scale"} and torch.equal(weights["visual.proj"], torch.full((4, 3), 10.0))
-    assert torch.equal(checkpoint.read_optimizer(newest)["exp_avg.visual.proj"], torch.full((4, 3), -10.0))
-    assert checkpoint.read_state(newest) == {"step": 10, "samples": 80}
+    weights = checkpoints.read_weights(newest)
+    assert weights.keys() == {"visual.proj", "visual.scale"} and torch.equal(
+        weights["visual.proj"], torch.full((4, 3), 10.0)
+    )
+    assert torch.equal(checkpoints.read_optimizer(newest)["exp_avg.visual.proj"], torch.full((4, 3), -10.0))
+    assert checkpoints.read_state(newest) == {"step": 10, "samples": 80}
     files = json.loads((newest / "manifest.json").read_text())["files"]
-    assert files.keys() == {"weights.safetensors", "optimizer.safetensors", "state.json"} == {p.name for p in newest.iterdir()} - {"manifest.json"}
+    assert (
+        files.keys()
+        == {"weights.safetensors", "optimizer.safetensors", "state.json"}
+        == {p.name for p in newest.iterdir()} - {"manifest.json"}
+    )
     for name, about in files.items():
         content = (newest / name).read_bytes()
         assert about == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -50,7 +61,11 @@ def test_latest_points_at_the_newest(run):
     link = run / "checkpoints" / "latest"
     assert link.is_symlink() and os.readlink(link) == "step-10"
     save(Checkpoints(run, keep_last=2), 15)
-    assert os.readlink(link) == "step-15" and {p.name for p in (run / "checkpoints").iterdir()} == {"latest", "step-10", "step-15"}
+    assert os.readlink(link) == "step-15" and {p.name for p in (run / "checkpoints").iterdir()} == {
+        "latest",
+        "step-10",
+        "step-15",
+    }
 
 
 def flip(path):
@@ -66,12 +81,20 @@ def truncate(path):
 SPOILED = {
     "truncated": ("weights.safetensors", truncate, r"weights.safetensors has \d+ bytes, not \d+"),
     "one bit flipped": ("optimizer.safetensors", flip, "optimizer.safetensors does not match its checksum"),
-    "state changed by hand": ("state.json", lambda p: p.write_text(p.read_text().replace("80", "90")), "state.json does not match its checksum"),
+    "state changed by hand": (
+        "state.json",
+        lambda p: p.write_text(p.read_text().replace("80", "90")),
+        "state.json does not match its checksum",
+    ),
     "a file missing": ("state.json", os.remove, "state.json is missing"),
     "no manifest": ("manifest.json", os.remove, "no manifest.json"),
     "half a manifest": ("manifest.json", truncate, "unreadable manifest.json"),
     "an empty manifest": ("manifest.json", lambda p: p.write_text("{}"), "unreadable manifest.json"),
-    "another format": ("manifest.json", lambda p: p.write_text(p.read_text().replace('"format": 1', '"format": 2')), "format 2, this version reads 1"),
+    "another format": (
+        "manifest.json",
+        lambda p: p.write_text(p.read_text().replace('"format": 1', '"format": 2')),
+        "format 2, this version reads 1",
+    ),
 }
 
 
@@ -134,7 +157,7 @@ def test_a_failed_write_publishes_nothing_is_told_once_and_the_next_one_succeeds
 
     saver = Checkpoints(run, keep_last=2)
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save_tensors", full)
+        patched.setattr(checkpoints, "save_tensors", full)
         saver.save(15, tensors(15), {}, {})
         with pytest.raises(UserError, match="No space left on device; free space or correct the folder"):
             saver.wait()
@@ -153,13 +176,13 @@ def test_a_folder_that_cannot_be_written_is_told_at_the_next_save(tmp_path):
 
 
 def test_the_loop_goes_on_while_a_checkpoint_is_written_and_the_next_save_waits_for_it(tmp_path, monkeypatch):
-    may_write, real = threading.Event(), checkpoint.save_tensors
+    may_write, real = threading.Event(), checkpoints.save_tensors
 
     def slow(*args):
         assert may_write.wait(20)
         real(*args)
 
-    monkeypatch.setattr(checkpoint, "save_tensors", slow)
+    monkeypatch.setattr(checkpoints, "save_tensors", slow)
     saver = Checkpoints(tmp_path, keep_last=5)
     saver.save(1, tensors(1), {}, {})
     assert steps(tmp_path) == []  # save came back before anything was published
@@ -177,7 +200,7 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written_and_the_next_save_waits_
 def test_the_weights_are_readable_as_the_umask_says(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
-        checkpoint.save_tensors(tensors(1), tmp_path / "w.safetensors")
+        checkpoints.save_tensors(tensors(1), tmp_path / "w.safetensors")
     finally:
         os.umask(before)
     assert (tmp_path / "w.safetensors").stat().st_mode & 0o777 == mode

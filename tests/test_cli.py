@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmtard import __version__, cli, config
+from mmtard import __version__, config
+from mmtard.cli import main, training
 from mmtard.errors import RunError, UserError
 
-COMMANDS = next(action.choices for action in cli.parser()._actions if getattr(action, "choices", None))
+COMMANDS = next(action.choices for action in main.parser()._actions if getattr(action, "choices", None))
 
 
 @pytest.fixture
@@ -22,9 +23,19 @@ def mmtard(tmp_path, tree, write):
         (tmp_path / "poison" / package / "__init__.py").write_text(f"raise RuntimeError('{package} was imported')")
 
     def call(*args, **env):
-        clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK") and not k.startswith("SLURM_")}
-        env = {**clean, "PYTHONPATH": os.pathsep.join([str(tmp_path / "poison"), str(Path(cli.__file__).parents[1])]), **env}
-        return subprocess.run([sys.executable, "-m", "mmtard", *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        clean = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK") and not k.startswith("SLURM_")
+        }
+        env = {
+            **clean,
+            "PYTHONPATH": os.pathsep.join([str(tmp_path / "poison"), str(Path(main.__file__).parents[2])]),
+            **env,
+        }
+        return subprocess.run(
+            [sys.executable, "-m", "mmtard", *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+        )
 
     return call
 
@@ -58,7 +69,13 @@ def test_a_world_that_lanes_do_not_divide_ends_train_on_every_rank(mmtard):
 
 
 @pytest.mark.parametrize("command", ["train", "config"])
-@pytest.mark.parametrize("name, text, words", [("gone.yaml", None, "cannot read configuration 'gone.yaml'"), ("bad.yaml", "train: [1", "bad.yaml is not valid YAML")])
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        ("gone.yaml", None, "cannot read configuration 'gone.yaml'"),
+        ("bad.yaml", "train: [1", "bad.yaml is not valid YAML"),
+    ],
+)
 def test_a_file_that_cannot_be_used(mmtard, write, command, name, text, words):
     if text:
         write(text, name)
@@ -72,9 +89,15 @@ def test_a_good_configuration_does_reach_torch(mmtard):
 
 
 def test_settings_may_follow_a_flag_but_a_wrong_flag_is_still_wrong(mmtard):
-    before, after = (mmtard("config", "run.yaml", *words) for words in (("seed=5", "--world", "2"), ("--world", "2", "seed=5")))
+    before, after = (
+        mmtard("config", "run.yaml", *words) for words in (("seed=5", "--world", "2"), ("--world", "2", "seed=5"))
+    )
     assert before.returncode == after.returncode == 0 and "seed: 5" in before.stdout and before.stdout == after.stdout
-    for words in (("config", "run.yaml", "--wrold", "2"), ("config", "run.yaml", "--seed=5"), ("runs", "runs", "seed=5")):
+    for words in (
+        ("config", "run.yaml", "--wrold", "2"),
+        ("config", "run.yaml", "--seed=5"),
+        ("runs", "runs", "seed=5"),
+    ):
         done = mmtard(*words)
         assert done.returncode == 2 and "unrecognized arguments" in done.stderr and "Traceback" not in done.stderr
 
@@ -83,31 +106,43 @@ def test_config_prints_yaml_that_loads_as_the_same_configuration(mmtard, tmp_pat
     done = mmtard("config", "run.yaml", "train.lr=1e-3", "attack.eps=3/255")
     assert done.returncode == 0 and done.stderr == ""
     (tmp_path / "printed.yaml").write_text(done.stdout)
-    assert config.load(tmp_path / "printed.yaml") == config.load(tmp_path / "run.yaml", ["train.lr=1e-3", "attack.eps=3/255"])
+    assert config.load(tmp_path / "printed.yaml") == config.load(
+        tmp_path / "run.yaml", ["train.lr=1e-3", "attack.eps=3/255"]
+    )
     assert mmtard("config", "printed.yaml").stdout == done.stdout
 
 
 def test_help_of_the_program_lists_every_command(mmtard):
     done = mmtard("--help")
-    assert done.returncode == 0 and {"shards", "index", "train", "config", "preflight", "runs", "evaluate", "compare", "export"} <= set(COMMANDS)
+    assert done.returncode == 0 and {
+        "shards",
+        "index",
+        "train",
+        "config",
+        "preflight",
+        "runs",
+        "evaluate",
+        "compare",
+        "export",
+    } <= set(COMMANDS)
     assert all(re.search(rf"\n    {name}[ \n]", done.stdout) for name in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command_shows_what_it_does_and_an_example_that_parses(command, capsys):
     with pytest.raises(SystemExit) as end:
-        cli.main([command, "--help"])
+        main.main([command, "--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and f"usage: mmtard {command}" in text
     examples = [line.partition("mmtard ")[2] for line in text.partition("example: ")[2].splitlines()]
     assert examples and examples[0].startswith(f"{command} ")
     for example in examples:
-        assert callable(cli.parser().parse_args(example.replace("'", "").split()).run)
+        assert callable(main.parser().parse_args(example.replace("'", "").split()).run)
 
 
 def test_version(capsys):
     with pytest.raises(SystemExit) as end:
-        cli.main(["--version"])
+        main.main(["--version"])
     assert end.value.code == 0 and capsys.readouterr().out == f"mmtard {__version__}\n"
 
 
@@ -118,11 +153,17 @@ def test_version(capsys):
         (["trian"], "invalid choice: 'trian'"),
         (["train"], "required: CONFIG"),
         (["evaluate", "m"], "required: --data"),
-        (["evaluate", "m", "--data", "s", "--eps", "2/0"], "--eps: '2/0' is not a fraction; write it as 2/255 or 0.0078"),
+        (
+            ["evaluate", "m", "--data", "s", "--eps", "2/0"],
+            "--eps: '2/0' is not a fraction; write it as 2/255 or 0.0078",
+        ),
         (["evaluate", "m", "--data", "s", "--eps=-1/255"], "--eps: '-1/255' is negative"),
         (["evaluate", "m", "--data", "s", "--iters", "0"], "--iters: '0' is not a whole number of at least 1"),
         (["evaluate", "m", "--data", "s", "--norm", "l1"], "invalid choice: 'l1'"),
-        (["evaluate", "m", "--data", "s", "--n-samples", "some"], "--n-samples: 'some' is not a whole number of at least 1"),
+        (
+            ["evaluate", "m", "--data", "s", "--n-samples", "some"],
+            "--n-samples: 'some' is not a whole number of at least 1",
+        ),
         (["compare", "a"], "required: B"),
         (["shards", "a", "b", "--quality", "101"], "'101' is not a JPEG quality; give 1 to 100"),
         (["export", "run"], "required: OUT"),
@@ -130,18 +171,21 @@ def test_version(capsys):
 )
 def test_a_command_line_that_does_not_parse(capsys, argv, words):
     with pytest.raises(SystemExit) as end:
-        cli.main(argv)
+        main.main(argv)
     assert end.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("error, status", [(UserError("no such thing"), 2), (RunError("no such thing"), 1), (RunError("no such thing", 75), 75)])
+@pytest.mark.parametrize(
+    "error, status",
+    [(UserError("no such thing"), 2), (RunError("no such thing"), 1), (RunError("no such thing", 75), 75)],
+)
 def test_the_exit_status_tells_whose_turn_it_is(monkeypatch, capsys, error, status):
     def fail(args):
         raise error
 
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(cli, "_config", fail)
-    assert cli.main(["config", "run.yaml"]) == status
+    monkeypatch.setattr(training, "_config", fail)
+    assert main.main(["config", "run.yaml"]) == status
     assert capsys.readouterr().err == "mmtard: no such thing\n"
 
 
@@ -151,26 +195,38 @@ def test_a_run_that_was_started_too_often_ends_with_one_line_before_torch(mmtard
     (tmp_path / "run" / "resume.jsonl").write_text('{"step": 0}\n' * 3)
     done = mmtard(*words)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert f"mmtard: '{tmp_path / 'run'}': the last 3 starts began at step 0 and left no newer checkpoint" in done.stderr
+    assert (
+        f"mmtard: '{tmp_path / 'run'}': the last 3 starts began at step 0 and left no newer checkpoint" in done.stderr
+    )
     assert mmtard("config", "run.yaml").returncode == 0
 
 
 def test_a_start_that_ended_before_it_was_noted_is_not_repeated(mmtard, tmp_path):
     words, job = ("config", "--may-start", "again", "run.yaml"), {"SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "1"}
-    for history, status in (("", 1), ('{"step": 0, "job": "5", "restart": 0}\n', 1), ('{"step": 0, "job": "5", "restart": 1}\n', 0)):
+    for history, status in (
+        ("", 1),
+        ('{"step": 0, "job": "5", "restart": 0}\n', 1),
+        ('{"step": 0, "job": "5", "restart": 1}\n', 0),
+    ):
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / "resume.jsonl").write_text(history)
         done = mmtard(*words, **job)
-        assert done.returncode == status and ("this start ended before the run's folder was prepared" in done.stderr) == bool(status)
+        assert done.returncode == status and (
+            "this start ended before the run's folder was prepared" in done.stderr
+        ) == bool(status)
 
 
 @pytest.mark.parametrize("kind", ["failed", "stopped"])
 def test_a_start_that_failed_or_was_stopped_is_left_to_the_user_to_repeat(mmtard, tmp_path, kind):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "resume.jsonl").write_text(f'{{"step": 0, "job": "5", "restart": 0, "end": {{"kind": "{kind}", "reason": "rank 1: out of memory"}}}}\n')
+    (tmp_path / "run" / "resume.jsonl").write_text(
+        f'{{"step": 0, "job": "5", "restart": 0, "end": {{"kind": "{kind}", "reason": "rank 1: out of memory"}}}}\n'
+    )
     done = mmtard("config", "--may-start", "again", "run.yaml", SLURM_JOB_ID="5")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"mmtard: '{tmp_path / 'run'}': this start ended as {kind}: rank 1: out of memory; it is not repeated by itself, submit it again")
+    assert done.stderr.startswith(
+        f"mmtard: '{tmp_path / 'run'}': this start ended as {kind}: rank 1: out of memory; it is not repeated by itself, submit it again"
+    )
     assert mmtard("config", "--may-start", "now", "run.yaml", SLURM_JOB_ID="6").returncode == 0
 
 
@@ -191,7 +247,10 @@ def test_runs_needs_no_torch(mmtard, tmp_path):
         (["--data", "shards", "--datasets", "pets"], "unknown dataset in 'shards' 'pets'; known: shards"),
         (["--data", "shards", "--protocol", "fair"], "unknown protocol 'fair'; known: fare, quick, robustbench, tecoa"),
         (["--data", "shards", "--eps", "0"], "--eps: 0 is no attack; write a positive size such as 2/255"),
-        (["--data", "shards", "--attacks", "transfer"], "--attacks: 'transfer' needs the model whose gradients it follows; name it with --transfer-from"),
+        (
+            ["--data", "shards", "--attacks", "transfer"],
+            "--attacks: 'transfer' needs the model whose gradients it follows; name it with --transfer-from",
+        ),
     ],
 )
 def test_evaluate_says_what_is_wrong_before_torch(mmtard, words, message):

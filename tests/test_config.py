@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from mmtard import config
+from mmtard.data.paths import expand_shards
 from mmtard.errors import UserError
 
 WRONG = [  # override(s), words of the one line that answers them
@@ -16,8 +17,14 @@ WRONG = [  # override(s), words of the one line that answers them
     ("seed=18446744073709551616", "seed: 18446744073709551616|less than"),
     ("data.crop_scale=[0, 1]", "data.crop_scale.0: 0|greater than 0"),
     ("data.crop_scale=[0.9, 0.3]", "data.crop_scale: from 0.9 to 0.3 is no range; write the smaller area first"),
-    ("teachers.student={weights: a} & method.views={student: clean, robust: adv}", "teachers.student: this is what the model in training is called"),
-    ("method.name=clean & teachers=null & attack.objective=ce", "attack.objective: method 'clean' trains on clean images and attacks none; leave it out"),
+    (
+        "teachers.student={weights: a} & method.views={student: clean, robust: adv}",
+        "teachers.student: this is what the model in training is called",
+    ),
+    (
+        "method.name=clean & teachers=null & attack.objective=ce",
+        "attack.objective: method 'clean' trains on clean images and attacks none; leave it out",
+    ),
     ("train.lrr=1", "unknown key 'train.lrr'; did you mean 'train.lr'?"),
     ("method.wieghting=official", "unknown key 'method.wieghting'; did you mean 'method.weighting'?"),
     ("data.cache.maxgb=3", "did you mean 'data.cache.max_gb'?"),
@@ -36,28 +43,70 @@ WRONG = [  # override(s), words of the one line that answers them
     ("attack.eps=2/0", "attack.eps: '2/0' is not a fraction; write it as 2/255 or 0.0078"),
     ("attack.eps=8px", "attack.eps: '8px' is not a fraction"),
     ("attack.eps=-1/255", "attack.eps: -1/255|greater than or equal to 0"),
-    ("method.name=mmtrd", "unknown method 'mmtrd'; known: clean, tecoa, fare, pmg_aft, tga_zsr, sim_clip, trades, ard, rslad, iad, adaad, mtard, mmtard"),
-    ("method={}", "method.name: unknown method 'None'; known: clean, tecoa, fare, pmg_aft, tga_zsr, sim_clip, trades, ard, rslad, iad, adaad, mtard, mmtard"),
-    ("attack.objective=kl_clen", "attack.objective: unknown objective 'kl_clen'; known: ce, ce_targeted, kl_clean, kl_robust, kl_fused, kl_self, kl_adaptive, l2_embedding"),
-    ("teachers.third.weights=a", "teachers.third: no part of method 'mmtard' uses this teacher; remove it (used: clean, robust)"),
+    (
+        "method.name=mmtrd",
+        "unknown method 'mmtrd'; known: clean, tecoa, fare, pmg_aft, tga_zsr, sim_clip, trades, ard, rslad, iad, adaad, mtard, mmtard",
+    ),
+    (
+        "method={}",
+        "method.name: unknown method 'None'; known: clean, tecoa, fare, pmg_aft, tga_zsr, sim_clip, trades, ard, rslad, iad, adaad, mtard, mmtard",
+    ),
+    (
+        "attack.objective=kl_clen",
+        "attack.objective: unknown objective 'kl_clen'; known: ce, ce_targeted, kl_clean, kl_robust, kl_fused, kl_self, kl_adaptive, l2_embedding",
+    ),
+    (
+        "teachers.third.weights=a",
+        "teachers.third: no part of method 'mmtard' uses this teacher; remove it (used: clean, robust)",
+    ),
     ("method.name=tecoa", "teachers.clean: no part of method 'tecoa' uses this teacher; remove it (used: none)"),
     ("teachers={clean: {weights: a}}", "teachers.robust: method 'mmtard'|needs this teacher; add it"),
     ("teachers={}", "teachers.clean: method 'mmtard'|needs this teacher; add it"),
     ("method={name: clean} & teachers={clean: {weights: a}}", "teachers.clean: no part of method 'clean'"),
-    ("method={name: tecoa} & teachers={} & attack.objective=kl_robust", "teachers.robust: method 'tecoa' with attack objective 'kl_robust' needs"),
+    (
+        "method={name: tecoa} & teachers={} & attack.objective=kl_robust",
+        "teachers.robust: method 'tecoa' with attack objective 'kl_robust' needs",
+    ),
     ("teachers.clean.weights=null", "teachers.clean.weights: None|string"),
-    ("teachers={clean: {}, robust: {weights: a}}", "teachers.clean.weights: this setting is required; only the teacher `start` is the untouched student"),
-    ("teachers.start={weights: a}", "teachers.start: no part of method 'mmtard' uses this teacher; remove it (used: clean, robust)"),
-    ("method.views={clean: clean}", "teachers.robust: no part of method 'mmtard' uses this teacher; remove it (used: clean)"),
-    ("method.views={clean: clean, robust: adv, third: adv}", "teachers.third: method 'mmtard'|needs this teacher; add it"),
+    (
+        "teachers={clean: {}, robust: {weights: a}}",
+        "teachers.clean.weights: this setting is required; only the teacher `start` is the untouched student",
+    ),
+    (
+        "teachers.start={weights: a}",
+        "teachers.start: no part of method 'mmtard' uses this teacher; remove it (used: clean, robust)",
+    ),
+    (
+        "method.views={clean: clean}",
+        "teachers.robust: no part of method 'mmtard' uses this teacher; remove it (used: clean)",
+    ),
+    (
+        "method.views={clean: clean, robust: adv, third: adv}",
+        "teachers.third: method 'mmtard'|needs this teacher; add it",
+    ),
     ("method.views={clean: noisy}", "method.views.clean: 'noisy'|'clean' or 'adv'"),
     ("method.views={}", "method.views: {}|at least 1"),
-    ("method.weighting=entrpy", "method.weighting: 'entrpy'|'uniform', 'official', 'constant', 'confidence_sigmoid', 'hardness', 'entropy' or 'mtard'"),
-    ("attack={objective: kl_fused, fusion: {clean: 1, third: 2}}", "teachers.third: method 'mmtard' with attack objective 'kl_fused' needs this teacher"),
+    (
+        "method.weighting=entrpy",
+        "method.weighting: 'entrpy'|'uniform', 'official', 'constant', 'confidence_sigmoid', 'hardness', 'entropy' or 'mtard'",
+    ),
+    (
+        "attack={objective: kl_fused, fusion: {clean: 1, third: 2}}",
+        "teachers.third: method 'mmtard' with attack objective 'kl_fused' needs this teacher",
+    ),
     ("attack={objective: kl_fused, fusion: {clean: 0}}", "attack.fusion.clean: 0|greater than 0"),
-    ("attack.fusion={clean: 1}", "attack.fusion: attack objective 'kl_clean' fuses no teachers; set attack.objective=kl_fused or remove it"),
-    ("method={name: tecoa} & teachers={} & attack.objective=kl_fused", "attack.objective: 'kl_fused' needs teachers to fuse; list them in attack.fusion"),
-    ("attack={restarts: 2, random_start: false}", "attack.restarts: 2 restarts without a random start are all the same; set attack.random_start=true"),
+    (
+        "attack.fusion={clean: 1}",
+        "attack.fusion: attack objective 'kl_clean' fuses no teachers; set attack.objective=kl_fused or remove it",
+    ),
+    (
+        "method={name: tecoa} & teachers={} & attack.objective=kl_fused",
+        "attack.objective: 'kl_fused' needs teachers to fuse; list them in attack.fusion",
+    ),
+    (
+        "attack={restarts: 2, random_start: false}",
+        "attack.restarts: 2 restarts without a random start are all the same; set attack.random_start=true",
+    ),
     ("train.batch_size=6", "data.lanes: 4 lanes do not divide train.batch_size 6; make it a divisor"),
     ("resume.watchdog_minutes=30", "resume.watchdog_minutes: 30|less than 30"),
     ("resume.max_timeout=3", "did you mean 'resume.max_timeouts'?"),
@@ -97,7 +146,9 @@ def test_a_file_that_cannot_be_used(write, content, words):
 
 def test_a_missing_file_is_answered_with_its_neighbour(tree, write):
     path = write(tree, "vitb32_mmtard.yaml")
-    with pytest.raises(UserError, match=r"cannot read configuration.*vitb32_mmtrd.yaml.*did you mean '.*vitb32_mmtard.yaml'"):
+    with pytest.raises(
+        UserError, match=r"cannot read configuration.*vitb32_mmtrd.yaml.*did you mean '.*vitb32_mmtard.yaml'"
+    ):
         config.load(path.with_name("vitb32_mmtrd.yaml"))
 
 
@@ -128,7 +179,14 @@ def test_another_method_replaces_the_bases_method_whole(tree, write):
     assert (c.method.name, c.method.alpha) == ("ard", 0.5)
 
 
-@pytest.mark.parametrize("overrides", [["method.name=trades", "method.beta=3"], ["method.beta=3", "method.name=trades"], ["method={name: trades, beta: 3}"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method.name=trades", "method.beta=3"],
+        ["method.beta=3", "method.name=trades"],
+        ["method={name: trades, beta: 3}"],
+    ],
+)
 def test_another_method_of_an_override_leaves_the_files_settings_behind(tree, write, overrides):
     tree["method"]["robust_weight"] = 7
     c = config.load(write(tree), ["teachers=null", *overrides])
@@ -142,7 +200,10 @@ def test_another_name_elsewhere_replaces_nothing(tree, write):
     assert (c.log.wandb.project, c.log.wandb.name) == ("robust", "b")
 
 
-@pytest.mark.parametrize("overrides", [[], ["attack.eps=3/255", "data.crop_scale=[0.5, 1]", "data.shards=[a.tar, 'pipe:cat b.tar']", "train.lr=1e-5"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["attack.eps=3/255", "data.crop_scale=[0.5, 1]", "data.shards=[a.tar, 'pipe:cat b.tar']", "train.lr=1e-5"]],
+)
 def test_what_dump_writes_loads_as_the_same_configuration(tree, write, overrides):
     c = config.load(write(tree), overrides)
     assert config.load(write(config.dump(c), "dumped.yaml")) == c
@@ -151,14 +212,23 @@ def test_what_dump_writes_loads_as_the_same_configuration(tree, write, overrides
 def test_dump_writes_every_setting_with_its_default_and_ratios_as_fractions(tree, write):
     dumped = yaml.safe_load(config.dump(config.load(write(tree))))
     assert dumped["attack"]["eps"] == "2/255" and dumped["data"]["max_replaced"] == "1/100"
-    assert dumped["train"]["grad_clip"] is None and dumped["train"]["lr"] == 2e-5 and dumped["engine"]["zero_stage"] == 2
+    assert (
+        dumped["train"]["grad_clip"] is None and dumped["train"]["lr"] == 2e-5 and dumped["engine"]["zero_stage"] == 2
+    )
 
 
 def test_differences_name_dotted_keys_and_leave_out_what_does_not_change_the_result(tree, write):
     path = write(tree)
     old = config.load(path)
-    new = config.load(path, ["train.lr=1e-3", "attack.eps=4/255", "method.slope=5", "run_dir=b", "log.every=1", "resume.allow=[train]"])
-    assert config.differences(old, new) == {"attack.eps": ("2/255", "4/255"), "method.slope": (4.0, 5.0), "train.lr": (2e-5, 1e-3)}
+    new = config.load(
+        path,
+        ["train.lr=1e-3", "attack.eps=4/255", "method.slope=5", "run_dir=b", "log.every=1", "resume.allow=[train]"],
+    )
+    assert config.differences(old, new) == {
+        "attack.eps": ("2/255", "4/255"),
+        "method.slope": (4.0, 5.0),
+        "train.lr": (2e-5, 1e-3),
+    }
     assert config.differences(old, config.load(path, ["log.tensorboard=false"])) == {}
     gone = config.load(path, ["method={name: clean}", "teachers={}"])
     assert config.differences(old, gone)["teachers.clean.weights"] == ("openai", None)
@@ -175,7 +245,11 @@ def test_micro_batches_a_rank_accumulates(tree, write, world, micro, expected):
     [
         (3, "null", "data.lanes: 4 lanes cannot be shared by 3 ranks; make it a multiple of 3"),
         (8, "null", "4 lanes cannot be shared by 8 ranks"),
-        (2, "3", "train.micro_batch_size: 3 does not divide a rank's 4 samples (batch_size 8 over 2 ranks); choose a divisor of 4"),
+        (
+            2,
+            "3",
+            "train.micro_batch_size: 3 does not divide a rank's 4 samples (batch_size 8 over 2 ranks); choose a divisor of 4",
+        ),
     ],
 )
 def test_a_world_that_does_not_fit(tree, write, world, micro, words):
@@ -195,11 +269,15 @@ def test_shards_of_folders_patterns_and_openers(tmp_path):
     numbered = touch(tmp_path / "n", "2.tar", "10.tar", "1.tar")
     named = touch(tmp_path / "set" / "train", "b-0001.tar", "b-0000.tar", "x.txt")
     n, set_ = str(tmp_path / "n"), str(tmp_path / "set")
-    assert config.expand_shards(n) == [numbered[2], numbered[0], numbered[1]]  # 1, 2, 10
-    assert config.expand_shards(set_) == [named[1], named[0]]  # of train/, no other file
-    assert config.expand_shards([n + "/{1,10}.tar", set_]) == [numbered[2], numbered[1], named[1], named[0]]
-    assert config.expand_shards("s3://bucket/{08..10}.tar") == ["s3://bucket/08.tar", "s3://bucket/09.tar", "s3://bucket/10.tar"]
-    assert config.expand_shards("pipe:cat {a,b}.tar") == ["pipe:cat a.tar", "pipe:cat b.tar"]
+    assert expand_shards(n) == [numbered[2], numbered[0], numbered[1]]  # 1, 2, 10
+    assert expand_shards(set_) == [named[1], named[0]]  # of train/, no other file
+    assert expand_shards([n + "/{1,10}.tar", set_]) == [numbered[2], numbered[1], named[1], named[0]]
+    assert expand_shards("s3://bucket/{08..10}.tar") == [
+        "s3://bucket/08.tar",
+        "s3://bucket/09.tar",
+        "s3://bucket/10.tar",
+    ]
+    assert expand_shards("pipe:cat {a,b}.tar") == ["pipe:cat a.tar", "pipe:cat b.tar"]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +295,7 @@ def test_shards_that_are_not_there(tmp_path, monkeypatch, shards, words):
     touch(tmp_path / "empty")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
-        config.expand_shards(shards)
+        expand_shards(shards)
     assert str(error.value).startswith("data.shards: ") and all(word in str(error.value) for word in words.split("|"))
 
 
@@ -239,12 +317,20 @@ def test_world_size_of_a_launcher(monkeypatch, env, world):
 def test_a_method_that_needs_the_untouched_student_finds_it_in_the_run_folder(tree, write):
     path = write(tree)
     fare = config.load(path, ["method={name: fare}", "teachers={}", "run_dir=runs/a"])
-    assert fare.teachers == {} and {n: (t.weights, t.placement) for n, t in fare.ensemble.items()} == {"start": ("runs/a/start", "replicated")}
+    assert fare.teachers == {} and {n: (t.weights, t.placement) for n, t in fare.ensemble.items()} == {
+        "start": ("runs/a/start", "replicated")
+    }
     placed = config.load(path, ["method={name: fare}", "teachers={start: {placement: sharded}}", "run_dir=runs/a"])
     assert {n: (t.weights, t.placement) for n, t in placed.ensemble.items()} == {"start": ("runs/a/start", "sharded")}
     other = config.load(path, ["method={name: fare}", "teachers={start: {weights: openai, arch: ViT-L-14}}"])
     assert (other.ensemble["start"].weights, other.ensemble["start"].arch) == ("openai", "ViT-L-14")
-    assert config.differences(placed, config.load(path, ["method={name: fare}", "teachers={start: {placement: sharded}}", "run_dir=elsewhere"])) == {}
+    assert (
+        config.differences(
+            placed,
+            config.load(path, ["method={name: fare}", "teachers={start: {placement: sharded}}", "run_dir=elsewhere"]),
+        )
+        == {}
+    )
     assert config.load(path).ensemble == config.load(path).teachers
 
 
@@ -256,7 +342,11 @@ def test_a_teacher_of_the_base_is_taken_away_with_null(tree, write):
 
 @pytest.mark.parametrize(
     "overrides, fusion",
-    [([], {}), (["attack.objective=kl_fused"], {"clean": 0.5, "robust": 0.5}), (["attack={objective: kl_fused, fusion: {clean: 1, robust: 3}}"], {"clean": 0.25, "robust": 0.75})],
+    [
+        ([], {}),
+        (["attack.objective=kl_fused"], {"clean": 0.5, "robust": 0.5}),
+        (["attack={objective: kl_fused, fusion: {clean: 1, robust: 3}}"], {"clean": 0.25, "robust": 0.75}),
+    ],
 )
 def test_the_weights_of_a_fused_target_add_up_to_one(tree, write, overrides, fusion):
     assert config.load(write(tree), overrides).fusion == fusion
@@ -294,7 +384,9 @@ def test_every_configuration_is_valid_and_opens_with_its_command(path, tmp_path)
     if path.parent.name in ("baselines", "ablations"):
         main = config.load(CONFIGS / "vitb32_mmtard.yaml", [f"data.shards={tmp_path}"])
         changed = {key.split(".")[0] for key in config.differences(main, c)}
-        assert changed <= {"teachers", "method", "attack"} and {k for k in config.differences(main, c) if k.startswith("attack")} <= {"attack.objective", "attack.fusion", "attack.fusion.clean", "attack.fusion.robust"}
+        assert changed <= {"teachers", "method", "attack"} and {
+            k for k in config.differences(main, c) if k.startswith("attack")
+        } <= {"attack.objective", "attack.fusion", "attack.fusion.clean", "attack.fusion.robust"}
         assert c.run_dir == f"runs/{path.parent.name}/{path.stem}" and "not yet measured" in text and "Hardware" in text
         assert path.parent.name != "baselines" or c.method.name == path.stem
 

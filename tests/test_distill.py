@@ -6,11 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmtard import attacks, objectives
-from mmtard.attacks import pgd
+from mmtard import seeding
+from mmtard.attacks.pgd import pgd
 from mmtard.config import validate
-from mmtard.distill import Distillation, perturb
-from mmtard.methods import Head, Pass, find
+from mmtard.distillation import attack_objectives
+from mmtard.distillation.methods import Pass, find_method
+from mmtard.distillation.task import DistillationTask
+from mmtard.distillation.training_attack import perturb
+from mmtard.zero_shot import ZeroShotHead
 
 B, C, D, STEPS, EPS = 6, 5, 8, 3, 4 / 255
 LABELS, SEEDS = torch.tensor([0, 1, 2, 3, 4, 0]), torch.arange(10, 10 + B)
@@ -41,7 +44,7 @@ class Student:
         return self.tower(images)
 
     @contextmanager
-    def attack_view(self):
+    def attack_forward(self):
         self.views += 1
         self.tower.eval()
         yield self.tower
@@ -62,16 +65,20 @@ class Teacher:
 
 def setting(method, attack=None):
     """A Distillation, its student and its teachers; a teacher that the configuration does not name does not exist."""
-    needs = {"ard": ["robust"], "rslad": ["robust"], "adaad": ["robust"], "mmtard": ["clean", "robust"]}.get(method["name"], [])
-    untouched = ["start"] if method["name"] in ("fare", "sim_clip", "pmg_aft") else []  # which the configuration need not list
+    needs = {"ard": ["robust"], "rslad": ["robust"], "adaad": ["robust"], "mmtard": ["clean", "robust"]}.get(
+        method["name"], []
+    )
+    untouched = (
+        ["start"] if method["name"] in ("fare", "sim_clip", "pmg_aft") else []
+    )  # which the configuration need not list
     attack = {"eps": "4/255", "step_size": "2/255", "steps": STEPS, **(attack or {})}
     config = validate({
         "run_dir": "r", "student": {"weights": "random"}, "teachers": {n: {"weights": "random"} for n in needs},
         "method": method, "attack": attack, "data": {"shards": "s", "lanes": 2}, "train": {"steps": 1, "batch_size": B},
     })  # fmt: skip
-    head = Head(F.normalize(torch.randn(C, D, generator=torch.Generator().manual_seed(9)), dim=-1), 10.0)
+    head = ZeroShotHead(F.normalize(torch.randn(C, D, generator=torch.Generator().manual_seed(9)), dim=-1), 10.0)
     student, teachers = Student(), {n: Teacher(seed, head) for seed, n in enumerate([*needs, *untouched], 1)}
-    return Distillation(config, student, head, teachers), student, {n: t.tower for n, t in teachers.items()}
+    return DistillationTask(config, student, head, teachers), student, {n: t.tower for n, t in teachers.items()}
 
 
 CASES = [
@@ -85,8 +92,20 @@ CASES = [
     ({"name": "ard", "teacher_view": "adv"}, {}, {"robust": ["adv"]}, STEPS, ["adv"]),
     ({"name": "ard", "teacher_view": "adv"}, {"objective": "kl_robust"}, {"robust": ["clean", "adv"]}, STEPS, ["adv"]),
     ({"name": "mmtard"}, {}, {"clean": ["clean"], "robust": ["adv"]}, STEPS, ["adv", "clean"]),
-    ({"name": "mmtard"}, {"objective": "kl_robust"}, {"clean": ["clean"], "robust": ["clean", "adv"]}, STEPS, ["adv", "clean"]),
-    ({"name": "mmtard"}, {"objective": "kl_fused"}, {"clean": ["clean"], "robust": ["clean", "adv"]}, STEPS, ["adv", "clean"]),
+    (
+        {"name": "mmtard"},
+        {"objective": "kl_robust"},
+        {"clean": ["clean"], "robust": ["clean", "adv"]},
+        STEPS,
+        ["adv", "clean"],
+    ),
+    (
+        {"name": "mmtard"},
+        {"objective": "kl_fused"},
+        {"clean": ["clean"], "robust": ["clean", "adv"]},
+        STEPS,
+        ["adv", "clean"],
+    ),
     ({"name": "fare"}, {}, {"start": ["clean"]}, STEPS, ["adv"]),
     ({"name": "pmg_aft"}, {}, {"start": ["adv"]}, STEPS, ["adv", "clean"]),
     ({"name": "trades"}, {}, {}, STEPS + 1, ["adv", "clean"]),
@@ -119,7 +138,9 @@ def test_exactly_the_declared_passes_are_computed(method, attack, teacher_views,
     # The loss is the method's on predictions made one view at a time.
     outputs = {Pass(n, v): t(views[v]) for n, t in teachers.items() for v in teacher_views[n]}
     outputs |= {Pass("student", v): student.tower(views[v]) for v in student_views}
-    expected, _ = find(method["name"]).loss(distillation.settings, {p: distillation.head(z) for p, z in outputs.items()}, LABELS, distillation.state)
+    expected, _ = find_method(method["name"]).loss(
+        distillation.settings, {p: distillation.head(z) for p, z in outputs.items()}, LABELS, distillation.state
+    )
     assert loss.shape == (B,) and torch.allclose(loss, expected, rtol=1e-5, atol=1e-6)  # float32, another batch size
     assert not any(t.requires_grad for t in terms.values())
 
@@ -140,11 +161,17 @@ OBJECTIVES = {"ce": None, "kl_clean": "clean", "kl_robust": "robust", "kl_self":
 @pytest.mark.parametrize("objective,model", OBJECTIVES.items())
 def test_the_adversarial_images_maximise_the_objective_in_evaluation_mode(objective, model):
     """Against a direct call of pgd with the loss in plain PyTorch."""
-    distillation, student, teachers = setting({"name": "mmtard"}, {"objective": objective, "momentum": 0.9, "steps": 12, "eps": "32/255", "step_size": "16/255"})
+    distillation, student, teachers = setting(
+        {"name": "mmtard"},
+        {"objective": objective, "momentum": 0.9, "steps": 12, "eps": "32/255", "step_size": "16/255"},
+    )
     distillation(IMAGES, LABELS, SEEDS)
     adv = student.tower.calls[-1][0][:B]
     student.tower.eval()
-    target = model and F.softmax(distillation.head((teachers | {"student": student.tower})[model](IMAGES)).logits, -1).detach()
+    target = (
+        model
+        and F.softmax(distillation.head((teachers | {"student": student.tower})[model](IMAGES)).logits, -1).detach()
+    )
 
     def loss(x):
         log_p = F.log_softmax(distillation.head(student.tower(x)).logits, -1)
@@ -168,12 +195,22 @@ def test_kl_self_measures_from_the_clean_image_in_evaluation_mode_without_gradie
 
 
 def test_the_attack_section_reaches_the_attack():
-    small, large = (setting({"name": "tecoa"}, {"norm": "l2", "eps": e, "step_size": 1, "random_start": False})[0] for e in (0.1, 0.3))
+    small, large = (
+        setting({"name": "tecoa"}, {"norm": "l2", "eps": e, "step_size": 1, "random_start": False})[0]
+        for e in (0.1, 0.3)
+    )
     for distillation, eps in ((small, 0.1), (large, 0.3)):
         starts = []
-        adv = perturb(distillation.attack, lambda x: starts.append(x.detach().clone()) or x.flatten(1) @ torch.linspace(-1, 1, 48), IMAGES, SEEDS)
+        adv = perturb(
+            distillation.attack,
+            lambda x: starts.append(x.detach().clone()) or x.flatten(1) @ torch.linspace(-1, 1, 48),
+            IMAGES,
+            SEEDS,
+        )
         assert starts[0].equal(IMAGES) and len(starts) == STEPS
-        assert (adv - IMAGES).flatten(1).norm(dim=1).max() == pytest.approx(eps, rel=0.05)  # the range cuts a little off
+        assert (adv - IMAGES).flatten(1).norm(dim=1).max() == pytest.approx(
+            eps, rel=0.05
+        )  # the range cuts a little off
 
 
 # ---------------------------------------------------------------- restarts, moving teachers, stored embeddings, state
@@ -187,7 +224,7 @@ def test_each_sample_keeps_the_worst_of_its_restarts_whatever_its_batch():
 
     one, four = (setting({"name": "tecoa"}, {"eps": "16/255", "restarts": n})[0].attack for n in (1, 4))
     single, several = (perturb(attack, bumpy, IMAGES, SEEDS) for attack in (one, four))
-    each = [perturb(one, bumpy, IMAGES, attacks.derive_seeds(SEEDS, r) if r else SEEDS) for r in range(4)]
+    each = [perturb(one, bumpy, IMAGES, seeding.derive_seeds(SEEDS, r) if r else SEEDS) for r in range(4)]
     assert each[0].equal(single) and not any(a.equal(single) for a in each[1:])
     best = torch.stack([bumpy(a) for a in each]).max(0)
     assert bumpy(several).equal(best.values) and len(set(best.indices.tolist())) > 1
@@ -209,10 +246,14 @@ def test_the_adaptive_attack_follows_the_gradient_through_the_teacher():
         p, q = (F.softmax(10 * F.normalize(t(x), dim=-1) @ text.T, -1) for t in (teachers["robust"], student.tower))
         return (p * (p / q).log()).sum(-1)
 
-    assert torch.allclose(adv, pgd(plain, IMAGES, norm="linf", eps=32 / 255, step_size=16 / 255, steps=5, seeds=SEEDS), atol=1e-6)
+    assert torch.allclose(
+        adv, pgd(plain, IMAGES, norm="linf", eps=32 / 255, step_size=16 / 255, steps=5, seeds=SEEDS), atol=1e-6
+    )
     x = IMAGES.clone().requires_grad_()
-    maximise = objectives.attack_loss(distillation.objective, {}, LABELS, SEEDS)
-    ours = torch.autograd.grad(maximise(distillation.head(student.tower(x)), distillation.teachers["robust"].differentiable(x)).sum(), x)[0]
+    maximise = attack_objectives.attack_loss(distillation.objective, {}, LABELS, SEEDS)
+    ours = torch.autograd.grad(
+        maximise(distillation.head(student.tower(x)), distillation.teachers["robust"].differentiable(x)).sum(), x
+    )[0]
     x = IMAGES.double().requires_grad_()
     student.tower.double(), teachers["robust"].double()
     exact = torch.autograd.grad(plain(x, distillation.head.class_embeddings.double()).sum(), x)[0]

@@ -13,9 +13,9 @@ from PIL import Image
 
 from mmtard import config
 from mmtard.config import METHODS
-from mmtard.distill import Distillation
-from mmtard.methods import Head
-from mmtard.towers import ImageTower
+from mmtard.distillation.task import DistillationTask
+from mmtard.models.image_tower import ImageTower
+from mmtard.zero_shot import ZeroShotHead
 
 SOURCE = Path(__file__).parents[2] / "shared" / "data" / "cifar10_test_webp.npz"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not SOURCE.is_file(), reason=f"needs {SOURCE}")]
@@ -24,12 +24,16 @@ STEPS, BATCH, N = 20, 32, 128
 
 def tower(seed: int, width: int = 64, embedding: int = 32) -> ImageTower:
     torch.manual_seed(seed)
-    visual = VisionTransformer(image_size=32, patch_size=8, width=width, layers=2, heads=2, mlp_ratio=2, output_dim=embedding)
+    visual = VisionTransformer(
+        image_size=32, patch_size=8, width=width, layers=2, heads=2, mlp_ratio=2, output_dim=embedding
+    )
     return ImageTower(visual, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
-def head(embedding: int = 32) -> Head:
-    return Head(F.normalize(torch.randn(10, embedding, generator=torch.Generator().manual_seed(embedding)), dim=-1), 20.0)
+def head(embedding: int = 32) -> ZeroShotHead:
+    return ZeroShotHead(
+        F.normalize(torch.randn(10, embedding, generator=torch.Generator().manual_seed(embedding)), dim=-1), 20.0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,9 @@ def batches():
     """Four batches of photographs, their labels and seeds."""
     with np.load(SOURCE) as stored:
         blob, offset, label = (stored[name] for name in ("blob", "offset", "label"))
-    pixels = [np.asarray(Image.open(io.BytesIO(blob[offset[i] : offset[i + 1]].tobytes())).convert("RGB")) for i in range(N)]
+    pixels = [
+        np.asarray(Image.open(io.BytesIO(blob[offset[i] : offset[i + 1]].tobytes())).convert("RGB")) for i in range(N)
+    ]
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
     labels = torch.from_numpy(label[:N].astype(np.int64))
     return list(zip(images.split(BATCH), labels.split(BATCH), torch.arange(N).split(BATCH)))
@@ -57,8 +63,11 @@ def test_the_loss_falls(batches, name):
         }
     )  # fmt: skip
     student = Plain(tower(0), lr=1e-3)
-    teachers = {n: PlainTeacher(tower(0), head()) if n == "start" else PlainTeacher(tower(seed, 48, 24), head(24)) for seed, n in enumerate(sorted(given.ensemble), 1)}
-    step, losses = Distillation(given, student, head(), teachers), []
+    teachers = {
+        n: PlainTeacher(tower(0), head()) if n == "start" else PlainTeacher(tower(seed, 48, 24), head(24))
+        for seed, n in enumerate(sorted(given.ensemble), 1)
+    }
+    step, losses = DistillationTask(given, student, head(), teachers), []
     for i in range(STEPS):
         loss, terms = step(*batches[i % len(batches)])
         student.backward(loss.mean())

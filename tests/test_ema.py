@@ -3,20 +3,21 @@
 import pytest
 import torch
 
-from mmtard import checkpoint, towers
-from mmtard.checkpoint import Checkpoints
 from mmtard.config import Model
 from mmtard.errors import UserError
-from mmtard.evaluate import subject
-from mmtard.export import export
+from mmtard.evaluation import model
+from mmtard.export.folder import export
+from mmtard.models import clip, loading
+from mmtard.runs import checkpoints
+from mmtard.runs.checkpoints import Checkpoints
 
 
 @pytest.fixture
 def run(resnet, tmp_path):
     """A run with an average: start and weights and average of three seeds, and batch-norm statistics in the weights."""
     folder = tmp_path / "run"
-    towers.load(Model(arch=resnet, weights="random"), seed=1).save(folder / towers.START_FOLDER)
-    weights, average = (towers.load(Model(arch=resnet, weights="random"), seed=seed).tower() for seed in (2, 3))
+    loading.load_clip(Model(arch=resnet, weights="random"), seed=1).save(folder / clip.START_FOLDER)
+    weights, average = (loading.load_clip(Model(arch=resnet, weights="random"), seed=seed).tower() for seed in (2, 3))
     state = {k: v + 0.5 if k.endswith("running_mean") else v for k, v in weights.state_dict().items()}
     saver = Checkpoints(folder, keep_last=1)
     saver.save(1, state, {f"ema.{k}": v.detach() for k, v in average.named_parameters()}, {"step": 1})
@@ -26,7 +27,7 @@ def run(resnet, tmp_path):
 
 def test_the_average_is_loaded_and_exported_in_the_weights_place(run, tmp_path):
     folder, state, average = run
-    loaded = towers.load(Model(weights=str(folder), ema=True)).tower().state_dict()
+    loaded = loading.load_clip(Model(weights=str(folder), ema=True)).tower().state_dict()
     assert loaded.keys() == state.keys()
     assert all(torch.equal(v, average[k] if k in average else state[k]) for k, v in loaded.items())
     export(Model(weights=str(folder), ema=True), tmp_path / "out")
@@ -35,8 +36,15 @@ def test_the_average_is_loaded_and_exported_in_the_weights_place(run, tmp_path):
 
 
 def test_an_evaluations_results_say_that_it_was_the_average(run, ranks):
-    weights, average = (subject.load(Model(weights=str(run[0]), ema=ema), ranks).about for ema in (False, True))
-    assert (weights["weights"], weights["ema"], average["weights"], average["ema"]) == (str(run[0]), False, str(run[0]), True)
+    weights, average = (
+        model.load_model(Model(weights=str(run[0]), ema=ema), ranks).description for ema in (False, True)
+    )
+    assert (weights["weights"], weights["ema"], average["weights"], average["ema"]) == (
+        str(run[0]),
+        False,
+        str(run[0]),
+        True,
+    )
     assert weights["sha256"] != average["sha256"] and weights["text_sha256"] == average["text_sha256"]
 
 
@@ -44,7 +52,7 @@ def test_an_average_that_nobody_kept_is_refused(run, tmp_path):
     folder, state, _ = run
     Checkpoints(folder, keep_last=2)._write(2, state, {}, {})
     with pytest.raises(UserError, match=r"step-2' holds no moving average of the weights: its run had no train.ema"):
-        towers.load(Model(weights=str(folder), ema=True))
+        loading.load_clip(Model(weights=str(folder), ema=True))
     with pytest.raises(UserError, match="model.ema: 'openai' is no run or checkpoint"):
-        towers.load(Model(arch="ViT-B-32", weights="openai", ema=True), where="model")
-    assert checkpoint.read_weights(folder / "checkpoints/step-2").keys() == state.keys()
+        loading.load_clip(Model(arch="ViT-B-32", weights="openai", ema=True), where="model")
+    assert checkpoints.read_weights(folder / "checkpoints/step-2").keys() == state.keys()

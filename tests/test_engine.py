@@ -4,13 +4,15 @@ import pytest
 import torch
 from open_clip.transformer import VisionTransformer
 
-from mmtard.engine import learning_rate, parameter_groups
-from mmtard.towers import ImageTower
+from mmtard.models.image_tower import ImageTower
+from mmtard.training.optimizer import learning_rate, parameter_groups
 
 
 def test_learning_rate_warms_up_linearly_and_falls_to_zero_as_a_cosine():
     rates = [learning_rate(t, 2e-5, 350, 5000) for t in range(5001)]
-    assert rates[0] == pytest.approx(2e-5 / 350) and rates[174] == pytest.approx(1e-5) and rates[349] == rates[350] == 2e-5
+    assert (
+        rates[0] == pytest.approx(2e-5 / 350) and rates[174] == pytest.approx(1e-5) and rates[349] == rates[350] == 2e-5
+    )
     assert rates[2675] == pytest.approx(1e-5)  # half-way between 350 and 5000
     assert rates[5000] == pytest.approx(0, abs=1e-20)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-5)

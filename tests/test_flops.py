@@ -3,15 +3,17 @@ import torch
 from open_clip.transformer import VisionTransformer
 
 from mmtard.config import Attack
-from mmtard.flops import forward_flops, peak_flops, sample_flops
-from mmtard.methods import Pass
-from mmtard.objectives import find
-from mmtard.towers import ImageTower
+from mmtard.distillation.attack_objectives import find_objective
+from mmtard.distillation.methods import Pass
+from mmtard.models.image_tower import ImageTower
+from mmtard.training.throughput import forward_flops, peak_flops, sample_flops
 
 
 def test_forward_flops_are_those_counted_by_hand():
     width, layers, patches, mlp, out = 32, 2, 16, 64, 8
-    visual = VisionTransformer(image_size=32, patch_size=8, width=width, layers=layers, heads=2, mlp_ratio=mlp / width, output_dim=out)
+    visual = VisionTransformer(
+        image_size=32, patch_size=8, width=width, layers=layers, heads=2, mlp_ratio=mlp / width, output_dim=out
+    )
     tokens = patches + 1
     embed = patches * 3 * 8 * 8 * width
     block = tokens * width * 3 * width + 2 * tokens * tokens * width + tokens * width * width + 2 * tokens * width * mlp
@@ -24,22 +26,28 @@ def test_a_training_sample_is_the_sum_of_its_passes():
     mmtard = {Pass("student", "adv"), Pass("student", "clean"), Pass("robust", "adv"), Pass("clean", "clean")}
     forward = {"student": 1, "clean": 100, "robust": 1000}
     # two differentiated student passes, ten attack steps, one pass of each teacher (the attack's target is asked anyway)
-    assert sample_flops(forward, mmtard, find("kl_clean"), attack) == 6 + 20 + 1100
+    assert sample_flops(forward, mmtard, find_objective("kl_clean"), attack) == 6 + 20 + 1100
     assert sample_flops({"student": 1}, {Pass("student", "clean")}, None, attack) == 3
     assert sample_flops({"student": 1}, {Pass("student", "clean")}, None, attack, adapters=True) == 2
     own = {Pass("student", "adv"), Pass("student", "clean")}
     for passes in ({Pass("student", "adv")}, own):  # the target of kl_self is a pass of its own, in evaluation mode
-        assert sample_flops({"student": 1}, passes, find("kl_self"), Attack(steps=4, algorithm="apgd")) == 3 * len(passes) + 1 + 10
+        assert (
+            sample_flops({"student": 1}, passes, find_objective("kl_self"), Attack(steps=4, algorithm="apgd"))
+            == 3 * len(passes) + 1 + 10
+        )
     # a robust teacher on the clean image as well; both teachers fused
-    assert sample_flops(forward, mmtard, find("kl_robust"), attack) == 6 + 20 + 1100 + 1000
-    assert sample_flops(forward, mmtard, find("kl_fused", {"clean": 0.5, "robust": 0.5}), attack) == 6 + 20 + 1100 + 1000
+    assert sample_flops(forward, mmtard, find_objective("kl_robust"), attack) == 6 + 20 + 1100 + 1000
+    assert (
+        sample_flops(forward, mmtard, find_objective("kl_fused", {"clean": 0.5, "robust": 0.5}), attack)
+        == 6 + 20 + 1100 + 1000
+    )
 
 
 def test_the_attacks_gradient_through_a_teacher_and_its_restarts_count():
     passes, forward = {Pass("student", "adv"), Pass("robust", "adv")}, {"student": 1, "robust": 1000}
-    assert sample_flops(forward, passes, find("kl_adaptive"), Attack(steps=10)) == 3 + 1000 + 20 * 1001
+    assert sample_flops(forward, passes, find_objective("kl_adaptive"), Attack(steps=10)) == 3 + 1000 + 20 * 1001
     # three attacks of ten steps, and a look at what each reached
-    assert sample_flops(forward, passes, find("ce"), Attack(steps=10, restarts=3)) == 3 + 1000 + 3 * 20 + 3
+    assert sample_flops(forward, passes, find_objective("ce"), Attack(steps=10, restarts=3)) == 3 + 1000 + 3 * 20 + 3
 
 
 def test_the_peak_of_an_unknown_device_is_not_guessed():

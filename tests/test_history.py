@@ -3,14 +3,21 @@ import time
 
 import pytest
 
-from mmtard import history, slurm
 from mmtard.config import Resume
-from mmtard.history import COMPLETE, FAILED, LOST, PREEMPTED, STOPPED, TIMEOUT
+from mmtard.distributed import slurm
+from mmtard.runs import history
+from mmtard.runs.history import COMPLETE, FAILED, LOST, PREEMPTED, STOPPED, TIMEOUT
 
 
 @pytest.fixture(autouse=True)
 def outside_slurm(monkeypatch):
-    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_END_TIME"):
+    for name in (
+        "SLURM_JOB_ID",
+        "SLURM_ARRAY_JOB_ID",
+        "SLURM_ARRAY_TASK_ID",
+        "SLURM_RESTART_COUNT",
+        "SLURM_JOB_END_TIME",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -20,9 +27,9 @@ def run(tmp_path):
 
     def make(*starts):
         for step, kind in starts:
-            history.started(tmp_path, {"step": step})
+            history.record_start(tmp_path, {"step": step})
             if kind:
-                history.ended(tmp_path, kind, f"why {step}", step)
+                history.record_end(tmp_path, kind, f"why {step}", step)
         return tmp_path
 
     return make
@@ -35,15 +42,28 @@ def test_a_start_and_its_end_are_one_line(run, monkeypatch):
     first, second = (json.loads(line) for line in (folder / "resume.jsonl").read_text().splitlines())
     assert (first["step"], first["job"], first["restart"]) == (0, "7", 2)
     assert {k: first["end"][k] for k in ("kind", "reason", "step")} == {"kind": PREEMPTED, "reason": "why 0", "step": 0}
-    assert "end" not in second and history.kind(second) == LOST and "killed, or its node lost" in history.reason(second)
+    assert (
+        "end" not in second
+        and history.end_kind(second) == LOST
+        and "killed, or its node lost" in history.end_reason(second)
+    )
     assert [p.name for p in folder.iterdir()] == ["resume.jsonl"]
 
 
-@pytest.mark.parametrize("first, then, stays", [(TIMEOUT, FAILED, TIMEOUT), (LOST, FAILED, FAILED), (LOST, STOPPED, STOPPED), (FAILED, LOST, FAILED), (LOST, LOST, LOST)])
+@pytest.mark.parametrize(
+    "first, then, stays",
+    [
+        (TIMEOUT, FAILED, TIMEOUT),
+        (LOST, FAILED, FAILED),
+        (LOST, STOPPED, STOPPED),
+        (FAILED, LOST, FAILED),
+        (LOST, LOST, LOST),
+    ],
+)
 def test_the_first_word_on_an_end_stays_but_a_failure_or_a_persons_stop_explains_a_loss(run, first, then, stays):
     folder = run((0, first))
-    history.ended(folder, then, "later", 0)
-    assert history.kind(history.read(folder)[0]) == stays
+    history.record_end(folder, then, "later", 0)
+    assert history.end_kind(history.read(folder)[0]) == stays
 
 
 def test_a_line_cut_short_is_passed_over_and_gone_with_the_next_start(run):
@@ -51,7 +71,7 @@ def test_a_line_cut_short_is_passed_over_and_gone_with_the_next_start(run):
     with (folder / "resume.jsonl").open("a") as file:
         file.write('{"step": 3, "ti')
     assert len(history.read(folder)) == 1
-    history.started(folder, {"step": 5})
+    history.record_start(folder, {"step": 5})
     assert [s["step"] for s in history.read(folder)] == [0, 5]
 
 
@@ -61,12 +81,27 @@ def test_a_line_cut_short_is_passed_over_and_gone_with_the_next_start(run):
         ([], {}, 0, None),
         ([(0, TIMEOUT), (5, TIMEOUT)], {}, 9, None),  # no bound but progress
         ([(0, TIMEOUT), (5, TIMEOUT)], {"max_timeouts": 2}, 9, None),
-        ([(0, TIMEOUT), (5, TIMEOUT), (9, STOPPED)], {"max_timeouts": 1}, 12, "2 starts ended as timeout, the last with: why 5; resume.max_timeouts allows 1, raise it to go on"),
+        (
+            [(0, TIMEOUT), (5, TIMEOUT), (9, STOPPED)],
+            {"max_timeouts": 1},
+            12,
+            "2 starts ended as timeout, the last with: why 5; resume.max_timeouts allows 1, raise it to go on",
+        ),
         ([(0, PREEMPTED)], {"max_preemptions": 0}, 5, "1 starts ended as preempted"),
-        ([(i, LOST) for i in range(6)], {}, 9, "6 starts ended as lost, the last with: why 5; resume.max_losses allows 5"),
+        (
+            [(i, LOST) for i in range(6)],
+            {},
+            9,
+            "6 starts ended as lost, the last with: why 5; resume.max_losses allows 5",
+        ),
         ([(i, None) for i in range(6)], {}, 9, "ended without a word"),
         ([(0, LOST), (4, None), (4, LOST)], {}, 4, None),
-        ([(4, LOST), (4, None), (4, PREEMPTED)], {}, 4, "the last 3 starts began at step 4 and left no newer checkpoint, the last with: why 4"),
+        (
+            [(4, LOST), (4, None), (4, PREEMPTED)],
+            {},
+            4,
+            "the last 3 starts began at step 4 and left no newer checkpoint, the last with: why 4",
+        ),
         ([(4, LOST), (4, None), (4, PREEMPTED)], {}, 5, None),  # the last one did get further
         ([(4, LOST), (4, None), (4, LOST)], {"max_starts_without_progress": 4}, 4, None),
         ([(4, LOST), (4, LOST), (4, FAILED)], {}, 4, None),  # a person started it after a failure
@@ -75,36 +110,71 @@ def test_a_line_cut_short_is_passed_over_and_gone_with_the_next_start(run):
     ],
 )
 def test_when_a_run_must_not_be_started_again(run, starts, bounds, step, words):
-    refused = history.refusal(run(*starts), Resume(**bounds), step)
+    refused = history.why_not_restart(run(*starts), Resume(**bounds), step)
     assert refused is None if words is None else words in refused
 
 
-@pytest.mark.parametrize("kind, refused", [(FAILED, True), (STOPPED, True), (TIMEOUT, False), (PREEMPTED, False), (LOST, False), (None, False), (COMPLETE, False)])
+@pytest.mark.parametrize(
+    "kind, refused",
+    [
+        (FAILED, True),
+        (STOPPED, True),
+        (TIMEOUT, False),
+        (PREEMPTED, False),
+        (LOST, False),
+        (None, False),
+        (COMPLETE, False),
+    ],
+)
 def test_a_job_does_not_repeat_a_start_that_failed_or_that_a_person_stopped(run, monkeypatch, kind, refused):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    told = history.refusal_of_job(run((0, PREEMPTED), (4, kind)))
-    assert told == (f"this start ended as {kind}: why 4; it is not repeated by itself, submit it again to go on from the last checkpoint" if refused else None)
+    told = history.why_not_restart_job(run((0, PREEMPTED), (4, kind)))
+    assert told == (
+        f"this start ended as {kind}: why 4; it is not repeated by itself, submit it again to go on from the last checkpoint"
+        if refused
+        else None
+    )
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert "this start ended before the run's folder was prepared" in history.refusal_of_job(run())
+    assert "this start ended before the run's folder was prepared" in history.why_not_restart_job(run())
 
 
 def test_the_newest_published_checkpoint_counts_as_progress(run):
     folder = run((4, LOST), (4, LOST), (4, LOST))
     (folder / "checkpoints" / "step-4").mkdir(parents=True)
     (folder / "checkpoints" / ".writing-6-1").mkdir()
-    assert "began at step 4" in history.refusal(folder, Resume())
+    assert "began at step 4" in history.why_not_restart(folder, Resume())
     (folder / "checkpoints" / "step-6").mkdir()
-    assert history.refusal(folder, Resume()) is None
+    assert history.why_not_restart(folder, Resume()) is None
 
 
-@pytest.mark.parametrize("signal, left, kind", [("SIGINT", 100, STOPPED), ("SIGUSR2", 100, TIMEOUT), ("SIGTERM", -3, TIMEOUT), ("SIGUSR2", 5000, PREEMPTED), (None, None, PREEMPTED)])
+@pytest.mark.parametrize(
+    "signal, left, kind",
+    [
+        ("SIGINT", 100, STOPPED),
+        ("SIGUSR2", 100, TIMEOUT),
+        ("SIGTERM", -3, TIMEOUT),
+        ("SIGUSR2", 5000, PREEMPTED),
+        (None, None, PREEMPTED),
+    ],
+)
 def test_what_a_signal_meant(monkeypatch, signal, left, kind):
     if left is not None:
         monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + left))
     assert history.kind_of_stop(signal) == kind
 
 
-@pytest.mark.parametrize("text, seconds", [("1:00", 60), ("59", 59), ("2:03:04", 7384), ("1-00:00:01", 86401), ("UNLIMITED", None), ("INVALID", None), ("", None)])
+@pytest.mark.parametrize(
+    "text, seconds",
+    [
+        ("1:00", 60),
+        ("59", 59),
+        ("2:03:04", 7384),
+        ("1-00:00:01", 86401),
+        ("UNLIMITED", None),
+        ("INVALID", None),
+        ("", None),
+    ],
+)
 def test_durations_as_slurm_writes_them(text, seconds):
     assert slurm.parse_duration(text) == seconds
 

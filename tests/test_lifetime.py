@@ -9,7 +9,7 @@ import pytest
 # A thread that is inside torch when the interpreter is taken down aborts the process nearly every time.
 THREAD = """
 import atexit, sys, threading, torch
-from mmtard.lifetime import leave
+from mmtard.distributed.processes import exit_process
 atexit.register(print, "cleaned up")
 started = threading.Event()
 def work():
@@ -19,18 +19,25 @@ def work():
 threading.Thread(target=work, daemon=True).start()
 started.wait()
 sys.stdout.write("the last line, ")
-leave({status})
+exit_process({status})
 """
 
 
 @pytest.mark.parametrize("status", (0, 3))
 def test_a_thread_within_torch_does_not_change_how_the_process_ends(status):
-    ended = subprocess.run([sys.executable, "-c", THREAD.format(status=status)], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", THREAD.format(status=status)], capture_output=True, text=True, timeout=60
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (status, "the last line, cleaned up\n", "")
 
 
 def test_output_that_could_not_be_written_is_a_failure():
     with open("/dev/full", "w") as full:
         buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-        ended = subprocess.run([sys.executable, "-c", "from mmtard.lifetime import leave; print(1); leave(0)"], stdout=full, env=buffered, timeout=60)
+        ended = subprocess.run(
+            [sys.executable, "-c", "from mmtard.distributed.processes import exit_process; print(1); exit_process(0)"],
+            stdout=full,
+            env=buffered,
+            timeout=60,
+        )
     assert ended.returncode == 120

@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmtard import lora, student, towers
-from mmtard.checkpoint import Checkpoints
 from mmtard.config import Lora, Model, dump, validate
 from mmtard.errors import UserError
-from mmtard.export import export
+from mmtard.export.folder import export
+from mmtard.models import loading, lora, student
+from mmtard.models.clip import START_FOLDER
+from mmtard.runs.checkpoints import Checkpoints
 
 SETTINGS = Lora(r=4, alpha=8, dropout=0.25)
 IMAGES = torch.rand(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -27,9 +28,9 @@ def double(tower):
 @pytest.fixture
 def adapted(vit):
     """(the tower in float64 with adapters whose update is not zero, the same without)."""
-    plain = double(towers.load(Model(arch=vit, weights="random"), seed=1).tower()).eval()
+    plain = double(loading.load_clip(Model(arch=vit, weights="random"), seed=1).tower()).eval()
     tower = copy.deepcopy(plain)
-    lora.attach(tower.visual, SETTINGS, tower.views)
+    lora.attach(tower.visual, SETTINGS, tower.layout)
     assert torch.equal(tower.eval()(IMAGES), plain(IMAGES))  # B is zero
     for i, (name, p) in enumerate(tower.named_parameters()):
         if ".lora_B." in name:
@@ -42,8 +43,13 @@ def updated(plain, tower):
     by_hand, weights = copy.deepcopy(plain), dict(tower.named_parameters())
     for i, block in enumerate(by_hand.visual.transformer.resblocks):
         at = f"visual.transformer.resblocks.{i}.attn"
-        for weight, name in ((block.attn.in_proj_weight, at), (block.attn.out_proj.weight, f"{at}.base_layer.out_proj")):
-            weight.data += 8 / 4 * weights[f"{name}.lora_B.default.weight"].data @ weights[f"{name}.lora_A.default.weight"].data
+        for weight, name in (
+            (block.attn.in_proj_weight, at),
+            (block.attn.out_proj.weight, f"{at}.base_layer.out_proj"),
+        ):
+            weight.data += (
+                8 / 4 * weights[f"{name}.lora_B.default.weight"].data @ weights[f"{name}.lora_A.default.weight"].data
+            )
     return by_hand
 
 
@@ -79,12 +85,12 @@ def test_dropout_belongs_to_the_sample_and_the_view(adapted):
     tower, _ = adapted
     seeds = torch.tensor([5, 6, 7, 8])
     tower.train()
-    tower.views.show(4, seeds)
+    tower.layout.describe(4, seeds)
     whole = tower(IMAGES)
     assert torch.equal(whole, tower(IMAGES)) and (whole - tower.eval()(IMAGES)).abs().max() > 0.1
-    tower.train().views.show(2, seeds[2:])
+    tower.train().layout.describe(2, seeds[2:])
     torch.testing.assert_close(tower(IMAGES[2:]), whole[2:], rtol=1e-12, atol=1e-12)
-    tower.views.show(4, seeds[:2])  # two views of two samples
+    tower.layout.describe(4, seeds[:2])  # two views of two samples
     twice = tower(IMAGES[:2].repeat(2, 1, 1, 1))
     torch.testing.assert_close(twice[:2], whole[:2], rtol=1e-12, atol=1e-12)
     assert (twice[2:] - whole[:2]).abs().max() > 0.1
@@ -92,7 +98,7 @@ def test_dropout_belongs_to_the_sample_and_the_view(adapted):
 
 def test_dropout_keeps_its_share_and_the_mean(adapted):
     dropout = adapted[0].visual.transformer.resblocks[0].attn.lora_dropout["default"]
-    adapted[0].views.show(4096, torch.arange(4096))
+    adapted[0].layout.describe(4096, torch.arange(4096))
     ones = dropout.train()(torch.ones(4096, 5, 32))
     assert ones.unique().tolist() == [0, pytest.approx(4 / 3)]
     assert ones.mean().item() == pytest.approx(1, abs=5 * (1 / 3 / ones.numel()) ** 0.5)
@@ -106,21 +112,29 @@ def run(vit, tmp_path):
         "run_dir": str(folder), "student": {"arch": vit, "weights": "random", "lora": SETTINGS.model_dump()}, "method": {"name": "clean"},
         "data": {"shards": "s", "lanes": 4}, "train": {"steps": 1, "batch_size": 4},
     })  # fmt: skip
-    clip = towers.load(config.student, 1)
-    clip.save(folder / towers.START_FOLDER)
+    clip = loading.load_clip(config.student, 1)
+    clip.save(folder / START_FOLDER)
     (folder / "config.yaml").write_text(dump(config))
-    tower = student.tower(config, clip, None)
-    weights = {n: torch.randn(p.shape, generator=torch.Generator().manual_seed(9)) for n, p in tower.named_parameters() if p.requires_grad}
+    tower = student.trainable_tower(config, clip, None)
+    weights = {
+        n: torch.randn(p.shape, generator=torch.Generator().manual_seed(9))
+        for n, p in tower.named_parameters()
+        if p.requires_grad
+    }
     saver = Checkpoints(folder, keep_last=1)
     saver.save(1, weights, {f"ema.{n}": v / 2 for n, v in weights.items()}, {"step": 1})
     saver.wait()
-    return folder, student.tower(config, towers.load(Model(weights=str(folder / "start"))), folder / "checkpoints" / "step-1").eval()
+    return folder, student.trainable_tower(
+        config, loading.load_clip(Model(weights=str(folder / "start"))), folder / "checkpoints" / "step-1"
+    ).eval()
 
 
 def test_a_run_is_loaded_and_exported_merged(run, tmp_path):
     folder, tower = run
     x = IMAGES.float()
-    torch.testing.assert_close(towers.load(Model(weights=str(folder))).tower().eval()(x), tower(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        loading.load_clip(Model(weights=str(folder))).tower().eval()(x), tower(x), rtol=1e-4, atol=1e-4
+    )
     export(Model(weights=str(folder)), tmp_path / "out", merge_lora=True)
     model = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
     torch.testing.assert_close(model.encode_image((x - tower.mean) / tower.std), tower(x), rtol=1e-4, atol=1e-4)
@@ -132,13 +146,15 @@ def test_peft_loads_the_exported_adapter_on_the_open_clip_model(run, tmp_path, e
     written = export(Model(weights=str(folder), ema=ema), tmp_path / "out")
     assert [p.name for p in written] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert json.loads(written[1].read_text())["base_model_name_or_path"].endswith("tests-vit.json/random")
-    clip = towers.load(Model(weights=str(folder / "start")))
+    clip = loading.load_clip(Model(weights=str(folder / "start")))
     loaded = peft.PeftModel.from_pretrained(clip.model, tmp_path / "out").eval()
     for name, p in tower.named_parameters():
         p.data *= scale if ".lora_" in name else 1
     x = IMAGES.float()
     torch.testing.assert_close(loaded.encode_image((x - tower.mean) / tower.std), tower(x), rtol=1e-4, atol=1e-4)
-    assert (F.cosine_similarity(towers.load(Model(weights=str(folder / "start"))).tower().eval()(x), tower(x)) < 0.9).all()
+    assert (
+        F.cosine_similarity(loading.load_clip(Model(weights=str(folder / "start"))).tower().eval()(x), tower(x)) < 0.9
+    ).all()
 
 
 def test_what_does_not_fit_is_refused(run, resnet, tmp_path, monkeypatch):
@@ -147,9 +163,9 @@ def test_what_does_not_fit_is_refused(run, resnet, tmp_path, monkeypatch):
         export(Model(weights=str(folder)), tmp_path / "out", hf=True)
     with pytest.raises(UserError, match="--merge-lora: .* holds no adapter"):
         export(Model(weights=str(folder / "start")), tmp_path / "out", merge_lora=True)
-    tower = towers.load(Model(arch=resnet, weights="random")).tower()
+    tower = loading.load_clip(Model(arch=resnet, weights="random")).tower()
     with pytest.raises(UserError, match="student.lora: no attention blocks for adapters in a ModifiedResNet tower"):
-        lora.attach(tower.visual, SETTINGS, tower.views)
+        lora.attach(tower.visual, SETTINGS, tower.layout)
     monkeypatch.setattr(lora, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"peft, which is not installed; pip install mmtard\[lora\]"):
-        towers.load(Model(weights=str(folder)))
+        loading.load_clip(Model(weights=str(folder)))

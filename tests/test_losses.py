@@ -58,7 +58,10 @@ def test_class_cosines_normalise_the_image_side_only():
 
 def test_squared_distance_is_of_the_embeddings_as_they_are():
     a, b = RNG.standard_normal((2, 4, 7))
-    close(losses.squared_distance(torch.tensor(a), torch.tensor(b)), [sum((x - y) ** 2 for x, y in zip(*pair)) for pair in zip(a, b)])
+    close(
+        losses.squared_distance(torch.tensor(a), torch.tensor(b)),
+        [sum((x - y) ** 2 for x, y in zip(*pair)) for pair in zip(a, b)],
+    )
 
 
 def test_true_class_and_top1_look_at_each_samples_own_label():
@@ -94,7 +97,10 @@ def test_targeted_dlr_is_equation_7_of_croce_and_hein():
     close(losses.targeted_dlr(torch.tensor(T_LOGITS), torch.tensor(LABELS), torch.tensor(targets)), expected)
     close(losses.targeted_dlr(torch.tensor(50 * T_LOGITS - 3), torch.tensor(LABELS), torch.tensor(targets)), expected)
     # by hand: z = (4, 3, 2, 0), label 0, target 3: -(4 - 0) / (4 - 1)
-    close(losses.targeted_dlr(torch.tensor([[4.0, 3.0, 2.0, 0.0]]).double(), torch.tensor([0]), torch.tensor([3])), [-4 / 3])
+    close(
+        losses.targeted_dlr(torch.tensor([[4.0, 3.0, 2.0, 0.0]]).double(), torch.tensor([0]), torch.tensor([3])),
+        [-4 / 3],
+    )
 
 
 def test_a_saturated_softmax_has_no_gradient_but_its_ratio_of_logits_has():

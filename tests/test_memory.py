@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from mmtard import cli, memory, student, towers
+from mmtard.cli.main import main
 from mmtard.config import Model, validate
 from mmtard.errors import UserError
+from mmtard.models import loading, student
+from mmtard.training import memory
 
 
 def run(**changes):
@@ -15,10 +17,12 @@ def run(**changes):
     })  # fmt: skip
 
 
-@pytest.mark.parametrize("arch, parameters", [("ViT-B-32", 87849216), ("RN50", 38316896), ("RN101", 56259936), ("ViT-L-14", 303966208)])
+@pytest.mark.parametrize(
+    "arch, parameters", [("ViT-B-32", 87849216), ("RN50", 38316896), ("RN101", 56259936), ("ViT-L-14", 303966208)]
+)
 def test_parameters_of_the_published_towers(arch, parameters):
     """As CLIP's models have them."""
-    tower = towers.skeleton(Model(arch=arch, weights="openai"), "student").tower()
+    tower = loading.load_skeleton(Model(arch=arch, weights="openai"), "student").tower()
     assert sum(p.numel() for p in tower.parameters()) == parameters and next(tower.parameters()).is_meta
     assert ("QuickGELU" in str(tower)) == arch.startswith("ViT")
 
@@ -29,7 +33,7 @@ def test_parameters_of_the_published_towers(arch, parameters):
 def test_activations_are_those_that_autograd_keeps_on_real_images(request, arch, size, precision, checkpointing):
     spec = Model(arch=request.getfixturevalue(arch), weights="random")
     found = []
-    for tower in (towers.skeleton(spec, "student").tower(), towers.load(spec).tower()):
+    for tower in (loading.load_skeleton(spec, "student").tower(), loading.load_clip(spec).tower()):
         tower.autocast = precision
         if checkpointing:
             student.checkpoint_activations(tower)
@@ -40,7 +44,7 @@ def test_activations_are_those_that_autograd_keeps_on_real_images(request, arch,
 
 
 def test_what_autograd_keeps_of_a_layer_is_its_input(vit):
-    tower = towers.load(Model(arch=vit, weights="random")).tower()
+    tower = loading.load_clip(Model(arch=vit, weights="random")).tower()
     tower.visual = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 7))
     assert memory.Saved(tower, torch.rand(5, 3, 16, 16)).total == 5 * 3 * 16 * 16 * 4
 
@@ -54,7 +58,9 @@ def test_states_are_divided_as_zero_divides_them():
     assert rows["average of the weights"] == [4 * p, p, p, p]
     assert rows["teacher robust, sharded"] == [2 * p / world] * 4
     assert rows["weights in bf16"][0] == pytest.approx(2 * p, rel=0.02)
-    assert rows[memory.ATTACK] == rows[memory.TRAINING] and rows[memory.ATTACK][0] > 0  # ard asks the student for one view
+    assert (
+        rows[memory.ATTACK] == rows[memory.TRAINING] and rows[memory.ATTACK][0] > 0
+    )  # ard asks the student for one view
     assert memory.total(rows, 0) == sum(row[0] for row in rows.values()) - rows[memory.ATTACK][0]
 
 
@@ -100,6 +106,10 @@ def test_a_model_that_is_not_here_needs_its_architecture():
 
 
 def test_the_command_prints_the_table(tree, write, capsys):
-    assert cli.main(["config", "--memory", "--world", "4", str(write(tree))]) == 0
+    assert main(["config", "--memory", "--world", "4", str(write(tree))]) == 0
     out = capsys.readouterr().out
-    assert "GiB a GPU, 4 of them, 2 images each at once" in out and "ZeRO 2 *" in out and "teacher clean, replicated" in out
+    assert (
+        "GiB a GPU, 4 of them, 2 images each at once" in out
+        and "ZeRO 2 *" in out
+        and "teacher clean, replicated" in out
+    )

@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from mmtard import methods
 from mmtard.config import METHODS
+from mmtard.distillation import methods
+from mmtard.distillation.methods import Pass
 from mmtard.errors import UserError
-from mmtard.methods import Head, Pass, Prediction
+from mmtard.zero_shot import Prediction, ZeroShotHead
 
 B, C, D, P, SCALE = 6, 4, 64, 9, 100.0
 RNG = np.random.Generator(np.random.PCG64(1))
@@ -82,7 +83,12 @@ def of_single_teacher(name, s):
         case "tecoa":
             return ce_adv
         case "ard":
-            return s.alpha * s.temperature**2 * kl(p("robust", s.teacher_view, s.temperature), p("student", "adv", s.temperature)) + (1 - s.alpha) * ce_clean
+            return (
+                s.alpha
+                * s.temperature**2
+                * kl(p("robust", s.teacher_view, s.temperature), p("student", "adv", s.temperature))
+                + (1 - s.alpha) * ce_clean
+            )
         case "fare":
             return ((z - z0) ** 2).sum(1)
         case "sim_clip":
@@ -90,7 +96,10 @@ def of_single_teacher(name, s):
         case "pmg_aft":
             return ce_adv + s.general_weight * kl(p("start", "adv"), adv) + s.clean_weight * kl(clean, adv)
         case "tga_zsr":
-            near = [np.sqrt(((attention("student", v) - attention("start", "clean")) ** 2).sum(1) + 1e-6) for v in ("adv", "clean")]
+            near = [
+                np.sqrt(((attention("student", v) - attention("start", "clean")) ** 2).sum(1) + 1e-6)
+                for v in ("adv", "clean")
+            ]
             return ce_adv + s.alpha * near[0] + s.beta * near[1]
         case "trades":
             return ce_clean + s.beta * kl(clean, adv)
@@ -103,7 +112,7 @@ def of_single_teacher(name, s):
 
 
 def weights(s):
-    """Each teacher's weight [B] by the docstrings of `mmtard.weighting`."""
+    """Each teacher's weight [B] by the docstrings of `mmtard.distillation.weighting`."""
     views, adv = s.views, np.array([[v == "adv"] for v in s.views.values()])
     q = np.stack([p(m, v) for m, v in views.items()])  # [M,B,C]
     sure = q[:, np.arange(B), LABELS]
@@ -113,14 +122,21 @@ def weights(s):
         case "uniform":
             w = np.full((len(views), B), s.budget / len(views))
         case "official":
-            w = np.stack([(s.robust_weight if v == "adv" else s.clean_weight) * of_label(cosines(m, v)) for m, v in views.items()])
+            w = np.stack(
+                [
+                    (s.robust_weight if v == "adv" else s.clean_weight) * of_label(cosines(m, v))
+                    for m, v in views.items()
+                ]
+            )
         case "confidence_sigmoid" | "entropy":
             c = sure if s.weighting == "confidence_sigmoid" else 1 + (q * np.log(q)).sum(2) / np.log(C)
             e = np.exp(s.slope * c + s.bias * adv)
             w = s.budget * e / e.sum(0)
         case "hardness":
             seen = [i for i, v in enumerate(views.values()) if v == "adv"] or range(len(views))
-            w = np.tile(s.budget / len(views) * (1 + s.slope * (1 - np.mean([sure[i] for i in seen], 0))), (len(views), 1))
+            w = np.tile(
+                s.budget / len(views) * (1 + s.slope * (1 - np.mean([sure[i] for i in seen], 0))), (len(views), 1)
+            )
         case "mtard":
             w = s.budget * np.array([[STATE[f"w_{m}"]] * B for m in views])
     return dict(zip(views, w))
@@ -128,23 +144,40 @@ def weights(s):
 
 def expected(name, s):
     if name == "mtard":
-        return (STATE["w_robust"] * kl(p("robust", "adv"), p("student", "adv")) + STATE["w_clean"] * kl(p("clean", "clean"), p("student", "clean"))).mean()
+        return (
+            STATE["w_robust"] * kl(p("robust", "adv"), p("student", "adv"))
+            + STATE["w_clean"] * kl(p("clean", "clean"), p("student", "clean"))
+        ).mean()
     if name != "mmtard":
         return of_single_teacher(name, s).mean()
     w = weights(s)
-    total = sum(w[m] * kl(p(m, v), p("student", v)) for m, v in s.views.items()) / (C if s.weighting in ("official", "constant") else 1)
-    return (total + s.cross_modal_weight * sum(((cosines(m, v) - cosines("student", v)) ** 2).sum(1) for m, v in s.views.items())).mean()
+    total = sum(w[m] * kl(p(m, v), p("student", v)) for m, v in s.views.items()) / (
+        C if s.weighting in ("official", "constant") else 1
+    )
+    return (
+        total
+        + s.cross_modal_weight * sum(((cosines(m, v) - cosines("student", v)) ** 2).sum(1) for m, v in s.views.items())
+    ).mean()
 
 
 def setup(name, options):
-    settings, method = METHODS[name](name=name, **options), methods.find(name)
-    head, tokens = Head(torch.tensor(TEXT), SCALE), settings.tokens
-    return settings, method, OnlyDeclared({q: head(torch.tensor(Z[q]), torch.tensor(TOKENS[q]) if tokens else None) for q in method.passes(settings)})
+    settings, method = METHODS[name](name=name, **options), methods.find_method(name)
+    head, tokens = ZeroShotHead(torch.tensor(TEXT), SCALE), settings.tokens
+    return (
+        settings,
+        method,
+        OnlyDeclared(
+            {q: head(torch.tensor(Z[q]), torch.tensor(TOKENS[q]) if tokens else None) for q in method.passes(settings)}
+        ),
+    )
 
 
 def leaves_of(predictions, wanted=lambda q: True):
     """The same predictions as leaves of a graph, so that what a loss reads of each can be told from its gradients."""
-    return {q: Prediction(*(t if t is None else t.clone().requires_grad_(wanted(q)) for t in pred)) for q, pred in predictions.items()}
+    return {
+        q: Prediction(*(t if t is None else t.clone().requires_grad_(wanted(q)) for t in pred))
+        for q, pred in predictions.items()
+    }
 
 
 def gradients(prediction):
@@ -196,7 +229,7 @@ def test_the_gradient_reaches_each_student_pass_and_no_weight(name, options):
     loss.mean().backward()
     for q in leaves:
         found = [g for g in gradients(leaves[q]) if g is not None and g.abs().sum() > 0]
-        if q.model == "student" and (q.view == "clean" or options.get("alpha") != 0.0):
+        if q.model == "student" and (q.image == "clean" or options.get("alpha") != 0.0):
             assert found, q
     assert not any(t.requires_grad for n, t in terms.items() if n.startswith("w_"))
 
@@ -226,7 +259,10 @@ def test_sim_clip_has_the_gradient_of_one_cosine_in_full():
 @pytest.mark.parametrize("name,options", CASES)
 def test_a_method_without_labels_does_not_read_them(name, options):
     settings, method, predictions = setup(name, options)
-    given = [method.loss(settings, predictions, labels, STATE)[0].mean().item() for labels in (torch.tensor(LABELS), torch.tensor((LABELS + 1) % C))]
+    given = [
+        method.loss(settings, predictions, labels, STATE)[0].mean().item()
+        for labels in (torch.tensor(LABELS), torch.tensor((LABELS + 1) % C))
+    ]
     assert (given[0] == given[1]) is not settings.labels
 
 
@@ -237,7 +273,7 @@ def test_attention_that_is_the_same_everywhere_and_attention_that_did_not_move_g
     method.loss(settings, leaves, torch.tensor(LABELS), STATE)[0].mean().backward()
     assert all(leaves[q].tokens.grad.isfinite().all() for q in leaves if q.model == "student")
     flat = same._replace(tokens=torch.ones(B, P, D).double())
-    leaves = leaves_of({q: flat if q.view == "adv" else same for q in predictions}, lambda q: q.model == "student")
+    leaves = leaves_of({q: flat if q.image == "adv" else same for q in predictions}, lambda q: q.model == "student")
     loss, _ = method.loss(settings, leaves, torch.tensor(LABELS), STATE)
     loss.mean().backward()
     assert loss.isfinite().all() and all(leaves[q].tokens.grad.isfinite().all() for q in leaves if q.model == "student")
@@ -245,21 +281,26 @@ def test_attention_that_is_the_same_everywhere_and_attention_that_did_not_move_g
 
 def test_a_head_gives_normalised_cosines_and_float32_logits_of_bf16_embeddings():
     z = torch.tensor(Z["student", "clean"])
-    prediction = Head(torch.tensor(TEXT), SCALE)(z)
+    prediction = ZeroShotHead(torch.tensor(TEXT), SCALE)(z)
     np.testing.assert_allclose(prediction.cosines.numpy(), cosines("student", "clean"), rtol=1e-12)
     np.testing.assert_allclose(prediction.logits.numpy(), SCALE * cosines("student", "clean"), rtol=1e-12)
     assert prediction.embeddings.equal(z)
-    low = Head(torch.tensor(TEXT).float(), SCALE)(z.bfloat16())
+    low = ZeroShotHead(torch.tensor(TEXT).float(), SCALE)(z.bfloat16())
     assert low.logits.dtype == low.cosines.dtype == torch.float32
-    np.testing.assert_allclose(low.logits.numpy(), SCALE * cosines("student", "clean"), atol=SCALE * 2**-7)  # bf16 has 8 bits
+    np.testing.assert_allclose(
+        low.logits.numpy(), SCALE * cosines("student", "clean"), atol=SCALE * 2**-7
+    )  # bf16 has 8 bits
 
 
 def test_every_method_of_the_schema_has_a_file_and_a_case_here():
     assert set(METHODS) == {name for name, _ in CASES}
     for name in METHODS:
-        assert methods.find(name).__name__ == f"mmtard.methods.{name}"
+        assert methods.find_method(name).__name__ == f"mmtard.distillation.methods.{name}"
 
 
 def test_an_unknown_method_is_answered_with_the_known_ones():
-    with pytest.raises(UserError, match="unknown method 'mmtrd'; known: adaad, ard, clean, fare, iad, mmtard, mtard, pmg_aft, rslad, sim_clip, tecoa, tga_zsr, trades"):
-        methods.find("mmtrd")
+    with pytest.raises(
+        UserError,
+        match="unknown method 'mmtrd'; known: adaad, ard, clean, fare, iad, mmtard, mtard, pmg_aft, rslad, sim_clip, tecoa, tga_zsr, trades",
+    ):
+        methods.find_method("mmtrd")

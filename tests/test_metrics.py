@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from mmtard.metrics import Metrics, cut
+from mmtard.runs.metrics import MetricLogger, cut
 
 
 def rows(path):
@@ -20,7 +20,7 @@ def opened():
     made = []
 
     def make(run, start=0, steps=4, log_every=2):
-        made.append(Metrics(run, start, steps, log_every))
+        made.append(MetricLogger(run, start, steps, log_every))
         return made[-1]
 
     yield make

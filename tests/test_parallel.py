@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mmtard import parallel
+from mmtard.distributed import ranks
 from mmtard.errors import UserError
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MMTARD_INIT_FILE", "MASTER_ADDR", "MASTER_PORT")
@@ -26,7 +26,7 @@ def start(monkeypatch):
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: None)
         monkeypatch.setattr(dist, "new_group", lambda *args, **kwargs: None)
-        return parallel.start(device)
+        return ranks.start(device)
 
     yield call
     os.environ.clear()
@@ -34,12 +34,23 @@ def start(monkeypatch):
 
 
 MET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-BATCH_STEP = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_GPUS": "3", "SLURM_GPUS_ON_NODE": "1"}  # of a script with --gpus-per-node=1 and no more
+BATCH_STEP = {
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_JOB_GPUS": "3",
+    "SLURM_GPUS_ON_NODE": "1",
+}  # of a script with --gpus-per-node=1 and no more
 
 
 def task(local, gpus):
     """What srun tells one of the tasks of a node on which the step has so many GPUs."""
-    return {"SLURM_PROCID": str(local), "SLURM_LOCALID": str(local), "SLURM_NTASKS": "4", "SLURM_GPUS_ON_NODE": str(gpus), **MET}
+    return {
+        "SLURM_PROCID": str(local),
+        "SLURM_LOCALID": str(local),
+        "SLURM_NTASKS": "4",
+        "SLURM_GPUS_ON_NODE": str(gpus),
+        **MET,
+    }
 
 
 def test_a_script_that_asks_for_no_tasks_is_the_only_rank(start):
@@ -65,7 +76,12 @@ def test_a_task_that_sees_the_gpu_of_its_own_alone_takes_it(start, local):
     [
         task(1, gpus=1),  # --gpus-per-node=1 --ntasks-per-node=2
         {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **MET},
-        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **task(0, gpus=4)},  # torchrun in a task that sees one of the GPUs
+        {
+            "RANK": "1",
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "1",
+            **task(0, gpus=4),
+        },  # torchrun in a task that sees one of the GPUs
     ],
 )
 def test_ranks_that_would_share_a_gpu_are_refused(start, launch):
@@ -73,9 +89,14 @@ def test_ranks_that_would_share_a_gpu_are_refused(start, launch):
         start(1, **launch)
 
 
-@pytest.mark.parametrize("name, value", [("SLURM_JOB_GPUS", "0"), ("SLURM_GPUS_ON_NODE", "8"), ("SLURM_STEP_GPUS", "0,1")])
+@pytest.mark.parametrize(
+    "name, value", [("SLURM_JOB_GPUS", "0"), ("SLURM_GPUS_ON_NODE", "8"), ("SLURM_STEP_GPUS", "0,1")]
+)
 def test_gpus_that_slurm_gave_and_torch_does_not_see_are_not_passed_over(start, name, value):
-    with pytest.raises(UserError, match=f"'auto' finds no GPU on .* Slurm gave this job some .{name}={value}.* or set engine.device=cpu"):
+    with pytest.raises(
+        UserError,
+        match=f"'auto' finds no GPU on .* Slurm gave this job some .{name}={value}.* or set engine.device=cpu",
+    ):
         start(0, **{name: value})
     assert start(0, "cpu", **{name: value}).device.type == "cpu"
 

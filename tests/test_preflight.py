@@ -4,8 +4,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mmtard import config, preflight
-from mmtard.preflight import Checks, Fault
+from mmtard import config
+from mmtard.training import preflight
+from mmtard.training.preflight import CheckFailed, Checks
 
 
 @pytest.fixture
@@ -13,27 +14,37 @@ def checks(tree, write, ranks, vit):
     """Call with overrides: the checks of that run in a group of one; the student is a small ViT of random weights."""
     tree |= {"method": {"name": "tecoa"}, "teachers": {}, "student": {"arch": vit, "weights": "random"}}
     path = write(tree)
-    return lambda *overrides: Checks(config.load(path, ["engine.device=cpu", "engine.precision=float32", *overrides]), ranks)
+    return lambda *overrides: Checks(
+        config.load(path, ["engine.device=cpu", "engine.precision=float32", *overrides]), ranks
+    )
 
 
 def test_what_one_process_can_check_passes(checks, tmp_path, capsys):
     bench = checks()
     assert [bench.run(name) for name in ("versions", "devices", "network", "models", "folder")] == [True] * 5
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["PASS versions", "PASS devices", "PASS network", "PASS models", "PASS folder"]
+    assert [line.split(":")[0] for line in lines] == [
+        "PASS versions",
+        "PASS devices",
+        "PASS network",
+        "PASS models",
+        "PASS folder",
+    ]
     assert "1 x CPU" in lines[1] and "one rank, none to reach" in lines[2] and bench.most_images_per_s > 0
     assert list((tmp_path / "run").iterdir()) == []  # nothing left behind
 
 
 def test_other_versions_on_a_rank_are_named(checks):
-    with pytest.raises(Fault, match="torch is 2 on rank 1 and 1 on rank 0; use one environment on all nodes"):
+    with pytest.raises(CheckFailed, match="torch is 2 on rank 1 and 1 on rank 0; use one environment on all nodes"):
         checks().versions_verdict([{"torch": "1", "cuda": None}, {"torch": "2", "cuda": None}])
 
 
 def test_a_wrong_sum_names_its_ranks(checks):
-    with pytest.raises(Fault, match=r"a sum over 3 ranks came out wrong on ranks \[1\]"):
+    with pytest.raises(CheckFailed, match=r"a sum over 3 ranks came out wrong on ranks \[1\]"):
         checks().network_verdict([(True, 0.1), (False, 0.1), (True, 0.1)])
-    assert "at 0.833 GiB/s of bus bandwidth" in checks().network_verdict([(True, 0.05), (True, 0.1), (True, 0.1)])  # 2/3 * 2 * 64 MiB in 0.1 s
+    assert "at 0.833 GiB/s of bus bandwidth" in checks().network_verdict(
+        [(True, 0.05), (True, 0.1), (True, 0.1)]
+    )  # 2/3 * 2 * 64 MiB in 0.1 s
 
 
 def test_a_folder_that_cannot_be_written_or_is_too_small(checks, tmp_path, capsys, monkeypatch):
@@ -48,7 +59,9 @@ def test_a_folder_that_cannot_be_written_or_is_too_small(checks, tmp_path, capsy
 
 
 def test_what_the_run_would_name_its_classes_by(checks, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(preflight.data, "open_on_all", lambda settings, ranks: SimpleNamespace(labels=np.array([0, 3])))
+    monkeypatch.setattr(
+        preflight, "open_dataset_on_all_ranks", lambda settings, ranks: SimpleNamespace(labels=np.array([0, 3]))
+    )
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     for overrides, told in (
         ([f"data.classnames={tmp_path}/gone.txt"], "cannot read"),
@@ -61,13 +74,17 @@ def test_what_the_run_would_name_its_classes_by(checks, tmp_path, capsys, monkey
 
 @pytest.mark.parametrize(
     "overrides, labels, captions",
-    [((), True, False), (("data.targets=none", "method.name=fare"), False, False), (("data.targets=captions", "method.name=fare"), False, True)],
+    [
+        ((), True, False),
+        (("data.targets=none", "method.name=fare"), False, False),
+        (("data.targets=captions", "method.name=fare"), False, True),
+    ],
 )
 def test_the_shards_need_what_the_training_needs_of_them(checks, monkeypatch, overrides, labels, captions):
-    monkeypatch.setattr(preflight.data, "open_on_all", lambda settings, ranks: Shards())
-    monkeypatch.setattr(preflight.data, "classnames", lambda *_: ["a"])
+    monkeypatch.setattr(preflight, "open_dataset_on_all_ranks", lambda settings, ranks: Shards())
+    monkeypatch.setattr(preflight, "classnames", lambda *_: ["a"])
     asked = []
-    monkeypatch.setattr(preflight.data, "Stream", lambda *_, **settings: asked.append(settings) or [[0], [0]])
+    monkeypatch.setattr(preflight, "TrainStream", lambda *_, **settings: asked.append(settings) or [[0], [0]])
     checks(*overrides).shards()
     assert [(settings["need_labels"], settings["need_captions"]) for settings in asked] == [(labels, captions)]
 
@@ -88,7 +105,7 @@ def test_shards_slower_than_the_models(checks):
     bench = checks()
     bench.most_images_per_s = 100.0
     assert "read at 120 images/s" in bench.shards_verdict([(9, 1, 60.0), (9, 1, 70.0)])
-    with pytest.raises(Fault, match="read at 80 images/s; the models may take 100: raise data.workers"):
+    with pytest.raises(CheckFailed, match="read at 80 images/s; the models may take 100: raise data.workers"):
         bench.shards_verdict([(9, 1, 40.0), (9, 1, 70.0)])
 
 

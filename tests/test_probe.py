@@ -10,15 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 from processes import alive
+from test_checkpoint import save, steps
 
-from mmtard.checkpoint import Checkpoints, resolve
 from mmtard.config import validate
 from mmtard.errors import UserError
-from mmtard.metrics import Metrics
-from mmtard.probe import schedule
-from mmtard.probe.schedule import Probe
-
-from test_checkpoint import save, steps
+from mmtard.runs.checkpoints import Checkpoints, resolve
+from mmtard.runs.metrics import MetricLogger
+from mmtard.training import probe
+from mmtard.training.probe import Probe
 
 ROBUST = {5: 0.25, 10: 0.5, 15: 0.25, 20: 0.5}  # at 10 and 20 alike, but 20 is better on clean images
 
@@ -36,7 +35,7 @@ json.dump({"clean": of(step / 100), "robust": of(json.loads(os.environ["ROBUST"]
 @pytest.fixture
 def start(tree, tmp_path, monkeypatch):
     """Call with settings of the probe: a start of a run of 20 steps that goes on from its newest checkpoint."""
-    monkeypatch.setattr(schedule, "PROCESS", [sys.executable, "-c", SCRIPT])
+    monkeypatch.setattr(probe, "PROCESS", [sys.executable, "-c", SCRIPT])
     monkeypatch.setenv("GO", str(tmp_path / "go"))
     monkeypatch.setenv("ROBUST", json.dumps(ROBUST))
     (tmp_path / "go").touch()
@@ -48,7 +47,7 @@ def start(tree, tmp_path, monkeypatch):
         config, run = validate(tree), tmp_path / "run"
         run.mkdir(exist_ok=True)
         checkpoints = Checkpoints(run, keep_last)
-        metrics = Metrics(run, at, 20, 99)
+        metrics = MetricLogger(run, at, 20, 99)
         made.append(Probe(config, checkpoints, metrics, at))
         return SimpleNamespace(probe=made[-1], checkpoints=checkpoints, run=run, metrics=metrics)
 
@@ -86,16 +85,29 @@ def test_each_due_checkpoint_is_measured_and_the_most_robust_stays(start, capsys
     for step in (5, 10, 15):
         save(s.checkpoints, step)
         settle(s, step)
-    assert [(r["step"], r["clean"], r["robust"], r["interval95"], r["n"]) for r in rows(s)] == [(n, n / 100, ROBUST[n], [0, 1], 40) for n in (5, 10, 15)]
-    assert rows(s)[0]["protocol"] == {"data": "val", "norm": "linf", "eps": "2/255", "steps": 10, "n_samples": 40, "ema": False, "templates": ["This is a photo of a {}"]}
+    assert [(r["step"], r["clean"], r["robust"], r["interval95"], r["n"]) for r in rows(s)] == [
+        (n, n / 100, ROBUST[n], [0, 1], 40) for n in (5, 10, 15)
+    ]
+    assert rows(s)[0]["protocol"] == {
+        "data": "val",
+        "norm": "linf",
+        "eps": "2/255",
+        "steps": 10,
+        "n_samples": 40,
+        "ema": False,
+        "templates": ["This is a photo of a {}"],
+    }
     assert steps(s.run) == [10, 15] and most_robust(s) == "step-10"
     assert resolve(s.run / "checkpoints" / "most_robust")[1].name == "step-10"
     save(s.checkpoints, 20)
     s.probe.look(20)
     done(s)
     assert most_robust(s) == "step-20" and steps(s.run) == [20], "of equally robust ones the better on clean images"
-    assert "probe of step 10: clean 10.0 %, robust 50.0 % (0.0-100.0) against linf 2/255, 40 samples" in capsys.readouterr().out
-    assert not (s.run / schedule.FOLDER).exists()
+    assert (
+        "probe of step 10: clean 10.0 %, robust 50.0 % (0.0-100.0) against linf 2/255, 40 samples"
+        in capsys.readouterr().out
+    )
+    assert not (s.run / probe.FOLDER).exists()
 
 
 def test_one_at_a_time_the_newest_next_and_what_is_measured_stays(start, tmp_path):
@@ -160,7 +172,9 @@ def test_a_probe_that_fails_is_an_event_and_is_tried_again_by_the_next_start(sta
     s = start(keep_last=9)
     save(s.checkpoints, 5)
     settle(s, 5)
-    assert rows(s) == [] and rows(s, "events.jsonl") == [{"step": 5, "event": "probe failed", "reason": "exit status 1", "said": ["no luck"]}]
+    assert rows(s) == [] and rows(s, "events.jsonl") == [
+        {"step": 5, "event": "probe failed", "reason": "exit status 1", "said": ["no luck"]}
+    ]
     s.probe.look(6)
     assert s.probe.process is None
     monkeypatch.delenv("FAIL")
@@ -170,12 +184,14 @@ def test_a_probe_that_fails_is_an_event_and_is_tried_again_by_the_next_start(sta
 
 
 def test_a_process_that_cannot_be_started_ends_nothing(start, monkeypatch):
-    monkeypatch.setattr(schedule, "PROCESS", ["/nowhere/python"])
+    monkeypatch.setattr(probe, "PROCESS", ["/nowhere/python"])
     s = start()
     save(s.checkpoints, 5)
     s.probe.look(5)
     s.probe.look(6)
-    assert [(e["step"], e["event"]) for e in rows(s, "events.jsonl")] == [(5, "probe failed")] and "No such file" in rows(s, "events.jsonl")[0]["reason"]
+    assert [(e["step"], e["event"]) for e in rows(s, "events.jsonl")] == [
+        (5, "probe failed")
+    ] and "No such file" in rows(s, "events.jsonl")[0]["reason"]
     save(s.checkpoints, 10)
     assert steps(s.run) == [10], "what failed is not held"
 
@@ -199,12 +215,12 @@ def test_settings_that_do_not_fit_are_refused(start, tree):
     tree["probe"].pop("ema")
     with pytest.raises(UserError, match="val"):
         tree["probe"]["every"] = 5
-        schedule.check(validate(tree))
+        probe.check(validate(tree))
 
 
 BACKGROUND = """
 import os, signal, sys, time
-from mmtard.probe import __main__ as process
+from mmtard.training import probe_process as process
 def measure(asked):
     print(os.getpid(), os.nice(0), "+".join(sorted(s.name for s in signal.pthread_sigmask(signal.SIG_BLOCK, ()))), asked, flush=True)
     time.sleep(60)

@@ -10,9 +10,10 @@ import pytest
 import torch
 import yaml
 
-from mmtard import config, run_folder
-from mmtard.checkpoint import Checkpoints
+from mmtard import config
 from mmtard.errors import RunError, UserError
+from mmtard.runs import folder
+from mmtard.runs.checkpoints import Checkpoints
 
 FINGERPRINT = "a1b2"
 
@@ -23,7 +24,7 @@ def prepare(tree, write, ranks):
     path = write(tree)
 
     def call(*overrides, fingerprint=FINGERPRINT):
-        return run_folder.prepare(config.load(path, list(overrides)), fingerprint, ranks)
+        return folder.prepare(config.load(path, list(overrides)), fingerprint, ranks)
 
     return call
 
@@ -58,13 +59,17 @@ def test_a_new_run_starts_at_zero_and_writes_what_it_decided(prepare, tree, writ
 def test_environment_names_versions_commit_and_hosts(prepare):
     about = json.loads((prepare().path / "environment.json").read_text())
     assert about["python"] == platform.python_version()
-    assert about["versions"]["torch"] == version("torch") and about["versions"]["open_clip_torch"] == version("open_clip_torch")
+    assert about["versions"]["torch"] == version("torch") and about["versions"]["open_clip_torch"] == version(
+        "open_clip_torch"
+    )
     assert None not in about["versions"].values() and "pytest" in about["command"]
     (host,) = about["hosts"]
     assert host.startswith(f"{socket.gethostname()} rank 0 cpu")
-    root = Path(run_folder.__file__).parents[1]
+    root = Path(folder.__file__).parents[2]
     if (root / ".git").exists():
-        asked = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        asked = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
         assert about["git"]["commit"] == asked
 
 
@@ -85,12 +90,14 @@ def test_a_run_past_its_bounds_is_refused_and_nothing_is_written(prepare, run):
 
 
 def test_a_folder_that_another_process_works_in_is_refused(prepare, run, monkeypatch):
-    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 0.0)
+    monkeypatch.setattr(folder, "LOCK_WAIT_S", 0.0)
     code = f"import fcntl; f = open({str(run / '.lock')!r}, 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); f.truncate(0); f.write('node7 process 3'); f.flush(); print(1, flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "1\n"
-        with pytest.raises(UserError, match="is in use by node7 process 3; wait for it to end, end it, or choose another folder"):
+        with pytest.raises(
+            UserError, match="is in use by node7 process 3; wait for it to end, end it, or choose another folder"
+        ):
             prepare()
     finally:
         other.communicate("\n")
@@ -100,13 +107,19 @@ def test_a_folder_that_another_process_works_in_is_refused(prepare, run, monkeyp
 def test_what_was_passed_over_is_recorded(prepare, run):
     (run / "checkpoints" / "step-6" / "state.json").unlink()
     assert prepare().step == 3
-    assert history(run)[-1]["passed_over"] == ["step-6: state.json is missing"] and history(run)[-1]["checkpoint"] == "step-3"
+    assert (
+        history(run)[-1]["passed_over"] == ["step-6: state.json is missing"]
+        and history(run)[-1]["checkpoint"] == "step-3"
+    )
 
 
 def test_a_run_without_a_whole_checkpoint_is_not_started_over(prepare, run):
     for step in (3, 6):
         (run / "checkpoints" / f"step-{step}" / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"none is whole \(step-6: no manifest.json; step-3: no manifest.json\); remove '.*checkpoints' to start over"):
+    with pytest.raises(
+        UserError,
+        match=r"none is whole \(step-6: no manifest.json; step-3: no manifest.json\); remove '.*checkpoints' to start over",
+    ):
         prepare()
 
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 import yaml
 
-from mmtard import history, runs
 from mmtard.errors import UserError
+from mmtard.runs import history, table
 
 
 @pytest.fixture
@@ -23,16 +23,16 @@ def run(tree, tmp_path, monkeypatch):
         rows = [{"step": n, "seconds": 2.0, "images_per_s": 4.0} for n in range(1, 8)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for i, kind in enumerate(kinds):
-            history.started(folder, {"step": 2 * i})
+            history.record_start(folder, {"step": 2 * i})
             if kind:
-                history.ended(folder, kind, f"why {i}", 2 * i + 1)
+                history.record_end(folder, kind, f"why {i}", 2 * i + 1)
         return folder
 
     return make
 
 
 def states(folder):
-    return {row.run.name: row.state for row in runs.find(folder)}
+    return {row.run.name: row.state for row in table.find_runs(folder)}
 
 
 def test_the_state_of_a_run_comes_from_its_history(run, tmp_path):
@@ -58,7 +58,7 @@ def test_a_run_in_use_is_running_and_says_how_long_it_will_be(run, tmp_path):
     )  # fmt: skip
     try:
         assert held.stdout.readline() == "1\n"
-        (row,) = runs.find(tmp_path / "all")
+        (row,) = table.find_runs(tmp_path / "all")
     finally:
         held.communicate("\n")
     assert (row.state, row.step, row.steps, row.restarts, row.checkpoint) == ("running", 7, 10, 1, 6)
@@ -66,7 +66,16 @@ def test_a_run_in_use_is_running_and_says_how_long_it_will_be(run, tmp_path):
     assert states(tmp_path / "all") == {"a": "stopped: ended without a word: killed, or its node lost"}
 
 
-@pytest.mark.parametrize("kind, answer, state", [(history.PREEMPTED, "PENDING", "queued"), (None, "RUNNING", "running"), (None, "SIGNALING", "running"), (history.COMPLETE, "PENDING", "complete"), (history.PREEMPTED, "COMPLETED", "stopped: why 0")])
+@pytest.mark.parametrize(
+    "kind, answer, state",
+    [
+        (history.PREEMPTED, "PENDING", "queued"),
+        (None, "RUNNING", "running"),
+        (None, "SIGNALING", "running"),
+        (history.COMPLETE, "PENDING", "complete"),
+        (history.PREEMPTED, "COMPLETED", "stopped: why 0"),
+    ],
+)
 def test_slurm_is_asked_about_the_job_of_the_newest_start(run, tmp_path, monkeypatch, kind, answer, state):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     run("a", kind)
@@ -77,18 +86,22 @@ def test_slurm_is_asked_about_the_job_of_the_newest_start(run, tmp_path, monkeyp
     assert states(tmp_path / "all") == {"a": state}
 
 
-@pytest.mark.parametrize("answer, state", [("PENDING", "queued"), ("RUNNING", "running"), ("CANCELLED", "stopped: why 0")])
-def test_a_job_that_goes_on_for_one_that_may_not_be_requeued_is_asked_for_in_its_place(run, tmp_path, monkeypatch, answer, state):
+@pytest.mark.parametrize(
+    "answer, state", [("PENDING", "queued"), ("RUNNING", "running"), ("CANCELLED", "stopped: why 0")]
+)
+def test_a_job_that_goes_on_for_one_that_may_not_be_requeued_is_asked_for_in_its_place(
+    run, tmp_path, monkeypatch, answer, state
+):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     folder = run("a", history.PREEMPTED)
-    history.goes_on("12", "13", str(folder / "config.yaml"))
+    history.record_successor("12", "13", str(folder / "config.yaml"))
     squeue = tmp_path / "squeue"
     squeue.write_text(f"#!/bin/sh\nprintf '12 FAILED\\n13 {answer}\\n14 PENDING\\n'\n")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert states(tmp_path / "all") == {"a": state}
     monkeypatch.setenv("SLURM_JOB_ID", "14")
-    history.started(folder, {"step": 6})
+    history.record_start(folder, {"step": 6})
     assert states(tmp_path / "all") == {"a": "queued"}
 
 
@@ -101,11 +114,11 @@ def test_the_newest_evaluation_is_shown(run, tmp_path, capsys):
         averages = {"all": {"eps": {"2/255": {"robust": robust}, "4/255": {"robust": 0.0}}}}
         path.write_text(json.dumps({"averages": averages, "settings": {"norm": "linf"}} if robust else {"format": 0}))
         os.utime(path, (1e9 - age, 1e9 - age))
-    runs.show(tmp_path / "all")
+    table.show(tmp_path / "all")
     printed = capsys.readouterr().out
     assert "41.2 % under linf 2/255 (quick-val)" in printed and "7/10" in printed and "step 6, " in printed
 
 
 def test_a_folder_without_runs(tmp_path):
     with pytest.raises(UserError, match="no run below '.*'; give the folder that holds your run_dirs"):
-        runs.show(tmp_path)
+        table.show(tmp_path)

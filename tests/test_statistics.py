@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from mmtard.evaluate.statistics import stratified, wilson_interval
+from mmtard.evaluation.statistics import stratified, wilson_interval
 
 
 def test_wilson_interval_of_fifty_in_a_hundred_by_hand():
@@ -37,7 +37,10 @@ def test_nothing_and_everything_right_still_leave_an_interval():
 LABELS = np.random.Generator(np.random.PCG64(0)).permutation(np.repeat([-1, 0, 1, 2, 3], [40, 50, 30, 4, 20]))
 
 
-@pytest.mark.parametrize("n,counts", [(1, None), (8, [2, 2, 2, 2]), (16, [4, 4, 4, 4]), (19, [5, 5, 4, 5]), (64, [20, 20, 4, 20]), (75, None)])
+@pytest.mark.parametrize(
+    "n,counts",
+    [(1, None), (8, [2, 2, 2, 2]), (16, [4, 4, 4, 4]), (19, [5, 5, 4, 5]), (64, [20, 20, 4, 20]), (75, None)],
+)
 def test_the_samples_are_spread_as_evenly_as_the_classes_allow(n, counts):
     ids = stratified(LABELS, n, seed=0)
     chosen = np.bincount(LABELS[ids], minlength=4)

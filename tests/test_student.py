@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmtard import batch_norm, lora, student, towers
 from mmtard.config import Lora, Model, validate
 from mmtard.errors import UserError
-from mmtard.memory import Saved
+from mmtard.models import batch_norm, loading, lora, student
+from mmtard.training.memory import Saved
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,13 @@ def timm_arch(tmp_path_factory):
     """Call with a timm model's name: the model config of an open_clip model with that image tower."""
 
     def make(name):
-        vision = {"timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": "linear", "image_size": 160}
+        vision = {
+            "timm_model_name": name,
+            "timm_model_pretrained": False,
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+            "image_size": 160,
+        }
         text = {"context_length": 10, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
         path = tmp_path_factory.mktemp("timm") / f"tests-{name}.json"
         path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
@@ -28,7 +34,7 @@ def timm_arch(tmp_path_factory):
 
 def passes(arch, checkpointing, size):
     """(saved bytes, parameter gradients of a training pass, input gradient of an attack pass) of a small tower."""
-    tower = towers.load(Model(arch=arch, weights="random"), seed=1).tower()
+    tower = loading.load_clip(Model(arch=arch, weights="random"), seed=1).tower()
     for name, p in tower.named_parameters():
         if name.endswith("bn3.weight"):
             torch.nn.init.ones_(p)
@@ -62,10 +68,10 @@ def test_a_timm_tower_trains_with_and_without_checkpointing(timm_arch, name):
 
 
 def test_adapters_fit_timms_attention_and_merge(timm_arch):
-    tower = towers.load(Model(arch=timm_arch("test_vit"), weights="random"), seed=1).tower().eval()
+    tower = loading.load_clip(Model(arch=timm_arch("test_vit"), weights="random"), seed=1).tower().eval()
     x = torch.rand(2, 3, 160, 160)
     before, names = tower(x), tower.state_dict().keys()
-    lora.attach(tower.visual, Lora(r=4, alpha=8, dropout=0), tower.views)
+    lora.attach(tower.visual, Lora(r=4, alpha=8, dropout=0), tower.layout)
     assert torch.equal(tower(x), before)
     for name, p in tower.named_parameters():
         assert p.requires_grad == (".lora_" in name)
@@ -84,31 +90,35 @@ def test_nothing_in_a_students_training_pass_is_left_to_torchs_generator(timm_ar
     cfg["vision_cfg"]["timm_drop_path"] = 0.5
     arch = tmp_path / "tests-droppath.json"
     arch.write_text(json.dumps(cfg))
-    clip = towers.load(Model(arch=str(arch), weights="random"), seed=1)
+    clip = loading.load_clip(Model(arch=str(arch), weights="random"), seed=1)
     for name, p in clip.model.visual.named_parameters():
         if name.endswith("gamma"):
             torch.nn.init.ones_(p)  # layer scale begins with next to no residual branch
     x = torch.rand(4, 3, 160, 160, generator=torch.Generator().manual_seed(0))
     untouched = clip.tower().train()
     assert not torch.allclose(untouched(x), untouched(x))
-    tower = student.tower(validate({**tree, "student": {"arch": str(arch), "weights": "random"}}), clip, None).train()
+    tower = student.trainable_tower(
+        validate({**tree, "student": {"arch": str(arch), "weights": "random"}}), clip, None
+    ).train()
     assert torch.equal(tower(x), tower(x))
     torch.testing.assert_close(torch.cat([tower(x[:2]), tower(x[2:])]), tower(x))
 
 
 def test_adapters_fit_attention_whose_three_projections_are_apart_and_refuse_what_they_cannot_reach():
-    names = lora._attention(towers.skeleton(Model(arch="EVA02-B-16", weights="random"), "student").tower().visual)
-    assert {name.rpartition(".")[2] for name in names} == {"q_proj", "k_proj", "v_proj", "proj"} and len(names) == 4 * 12
+    names = lora._attention(loading.load_skeleton(Model(arch="EVA02-B-16", weights="random"), "student").tower().visual)
+    assert {name.rpartition(".")[2] for name in names} == {"q_proj", "k_proj", "v_proj", "proj"} and len(
+        names
+    ) == 4 * 12
     with pytest.raises(UserError, match=r"student.lora: trunk.blocks.0.attn.qkv of this TimmModel takes no adapter"):
-        lora._attention(towers.skeleton(Model(arch="EVA01-g-14", weights="random"), "student").tower().visual)
+        lora._attention(loading.load_skeleton(Model(arch="EVA01-g-14", weights="random"), "student").tower().visual)
 
 
 def test_what_a_tower_cannot_is_refused(timm_arch):
-    tower = towers.load(Model(arch=timm_arch("test_convnext"), weights="random")).tower()
+    tower = loading.load_clip(Model(arch=timm_arch("test_convnext"), weights="random")).tower()
     with pytest.raises(UserError, match="student.lora: no attention blocks for adapters in a TimmModel tower"):
-        lora.attach(tower.visual, Lora(), tower.views)
+        lora.attach(tower.visual, Lora(), tower.layout)
     with pytest.raises(UserError, match="student.batch_norm: a TimmModel tower has no batch norm to synchronise"):
-        batch_norm.synchronise(tower.visual, tower.views)
+        batch_norm.synchronise(tower.visual, tower.layout)
     tower.visual = torch.nn.Flatten()
     with pytest.raises(UserError, match="engine.checkpoint_activations: a Flatten tower cannot; set it to false"):
         student.checkpoint_activations(tower)

@@ -10,12 +10,13 @@ import open_clip
 import pytest
 import torch
 
-from mmtard import targets, towers
 from mmtard.config import Model, validate
-from mmtard.data import Batch
+from mmtard.data.samples import Batch
 from mmtard.losses import cross_entropy, kl
-from mmtard.methods import Head
-from mmtard.targets import Captions
+from mmtard.models import loading
+from mmtard.training import class_targets
+from mmtard.training.class_targets import CaptionTargets
+from mmtard.zero_shot import ZeroShotHead
 
 CAPTIONS = ["a red ring", "two dogs", "a red ring", "Zürich by night", "a blue cube", "two dogs", "a cow", "an owl"]
 CLASSES = ["Zürich by night", "a blue cube", "a cow", "a red ring", "an owl", "two dogs"]
@@ -24,12 +25,17 @@ LABELS = [3, 5, 3, 0, 1, 5, 2, 4]
 
 @pytest.fixture(scope="module")
 def clips(vit):
-    return {name: towers.load(Model(arch=vit, weights="random"), where=name) for name in ("student", "clean", "robust")}
+    return {
+        name: loading.load_clip(Model(arch=vit, weights="random"), where=name)
+        for name in ("student", "clean", "robust")
+    }
 
 
 def batch(captions):
     n = len(captions)
-    return Batch(torch.zeros(n, 3, 2, 2, dtype=torch.uint8), torch.full((n,), -1), torch.arange(n), torch.arange(n), captions)
+    return Batch(
+        torch.zeros(n, 3, 2, 2, dtype=torch.uint8), torch.full((n,), -1), torch.arange(n), torch.arange(n), captions
+    )
 
 
 def ask(clips, shares):
@@ -42,7 +48,7 @@ def ask(clips, shares):
             barrier.wait(30)
             return list(box)
 
-        captions = Captions(clips, SimpleNamespace(device=torch.device("cpu"), gather=gather))
+        captions = CaptionTargets(clips, SimpleNamespace(device=torch.device("cpu"), all_gather=gather))
         return captions.heads, captions(batch(shares[r])).labels
 
     with ThreadPoolExecutor(len(shares)) as pool:
@@ -50,7 +56,7 @@ def ask(clips, shares):
 
 
 def test_logits_are_those_of_the_text_tower_in_double_precision(clips):
-    (heads, labels), = ask(clips, [CAPTIONS])
+    ((heads, labels),) = ask(clips, [CAPTIONS])
     assert labels.tolist() == LABELS
     for name, clip in clips.items():
         z = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
@@ -59,7 +65,9 @@ def test_logits_are_those_of_the_text_tower_in_double_precision(clips):
         unit = [a / np.linalg.norm(a, axis=1, keepdims=True) for a in (z.double().numpy(), t)]
         expected = np.exp(clip.model.logit_scale.double().item()) * unit[0] @ unit[1].T
         assert np.allclose(heads[name](z).logits, expected, atol=2e-5)
-    assert not torch.allclose(heads["clean"].class_embeddings, heads["robust"].class_embeddings), "each model has its own text tower"
+    assert not torch.allclose(heads["clean"].class_embeddings, heads["robust"].class_embeddings), (
+        "each model has its own text tower"
+    )
 
 
 def test_the_losses_are_those_of_the_global_batch_at_every_world_size(clips):
@@ -91,11 +99,15 @@ def test_ranks_get_the_same_bits_of_a_caption_that_several_have(clips):
 
 def test_the_image_tower_goes_its_own_way(clips):
     clip = copy.deepcopy(clips["clean"])
-    captions = Captions({"clean": clip}, SimpleNamespace(device=torch.device("cpu"), gather=lambda item: [item]))
+    captions = CaptionTargets(
+        {"clean": clip}, SimpleNamespace(device=torch.device("cpu"), all_gather=lambda item: [item])
+    )
     clip.tower().cast(torch.bfloat16)
     captions(batch(CAPTIONS))
     parameters = dict(captions.towers["clean"].named_parameters())
-    assert not any("visual" in name for name in parameters) and {p.dtype for p in parameters.values()} == {torch.float32}
+    assert not any("visual" in name for name in parameters) and {p.dtype for p in parameters.values()} == {
+        torch.float32
+    }
     assert captions.heads["clean"].class_embeddings.dtype == torch.float32
     assert clip.model.visual is not None and not any(p.requires_grad for p in parameters.values())
 
@@ -104,6 +116,12 @@ def test_labels_pass_as_they_are(clips, ranks, tmp_path, tree):
     names = tmp_path / "names.txt"
     names.write_text("cat\ndog\n")
     tree["data"]["classnames"] = str(names)
-    head, through = targets.build(validate(tree), tmp_path, {"student": clips["student"]}, SimpleNamespace(labels=np.array([0, 1, -1])), ranks)
+    head, through = class_targets.build_class_targets(
+        validate(tree), tmp_path, {"student": clips["student"]}, SimpleNamespace(labels=np.array([0, 1, -1])), ranks
+    )
     given = batch(["x", "y"])
-    assert through(given) is given and isinstance(head["student"], Head) and len(head["student"].class_embeddings) == 2
+    assert (
+        through(given) is given
+        and isinstance(head["student"], ZeroShotHead)
+        and len(head["student"].class_embeddings) == 2
+    )

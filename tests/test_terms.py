@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmtard.terms import Terms
+from mmtard.training.step_terms import TermSums
 
 
 class TwoRanks:
@@ -16,7 +16,7 @@ class TwoRanks:
 
 
 def terms(*micro_batches):
-    made = Terms()
+    made = TermSums()
     for values in micro_batches:
         made.add({"loss": torch.ones(len(values)), "w_clean": torch.tensor(values)})
     return made
@@ -33,6 +33,6 @@ def test_sums_and_quantiles_are_those_of_the_global_batch_whoever_holds_which_sa
 
 
 def test_without_weights_nothing_is_gathered():
-    made = Terms()
+    made = TermSums()
     made.add({"loss": torch.ones(3)})
     assert made.quantiles(None) == {}

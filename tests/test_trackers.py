@@ -9,12 +9,11 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmtard import trackers
 from mmtard.config import Log, validate
 from mmtard.errors import UserError
-from mmtard.metrics import Metrics
-from mmtard.trackers import TensorBoard
-
+from mmtard.runs import trackers
+from mmtard.runs.metrics import MetricLogger
+from mmtard.runs.trackers import TensorBoard
 
 PROBED = {"clean": 0.75, "robust": 0.5, "interval95": [0.3, 0.7], "n": 20, "protocol": {"norm": "linf", "eps": "2/255"}}
 
@@ -24,17 +23,24 @@ def row(step, **more):
 
 
 def test_tensorboard_shows_a_step_that_was_done_again_once(tmp_path):
-    first = Metrics(tmp_path, start=0, steps=4, log_every=2, trackers={"TensorBoard": lambda: TensorBoard(tmp_path, 0)})
+    first = MetricLogger(
+        tmp_path, start=0, steps=4, log_every=2, trackers={"TensorBoard": lambda: TensorBoard(tmp_path, 0)}
+    )
     for step in (1, 2, 3):
         first.step(row(step, grad_norm=math.inf))
     first.close()
-    again = Metrics(tmp_path, start=1, steps=4, log_every=2, trackers={"TensorBoard": lambda: TensorBoard(tmp_path, 1)})
+    again = MetricLogger(
+        tmp_path, start=1, steps=4, log_every=2, trackers={"TensorBoard": lambda: TensorBoard(tmp_path, 1)}
+    )
     again.step(row(2))
     again.probe({"step": 1, **PROBED})  # of a checkpoint that steps have overtaken
     again.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1.0), (2, 0.5)]
-    assert [(e.step, e.value) for name in ("clean", "robust") for e in board.Scalars(f"probe/{name}")] == [(1, 0.75), (1, 0.5)]
+    assert [(e.step, e.value) for name in ("clean", "robust") for e in board.Scalars(f"probe/{name}")] == [
+        (1, 0.75),
+        (1, 0.5),
+    ]
     assert set(board.Tags()["scalars"]) == {"loss", "images_per_s", "probe/clean", "probe/robust"}
 
 
@@ -54,10 +60,19 @@ class Broken:
             raise RuntimeError("gone")
 
 
-@pytest.mark.parametrize("at,logged,said", [("open", None, "OSError: no network"), (2, [1], "ValueError: quota exceeded"), ("close", [1, 2, 3], "RuntimeError: gone")])
+@pytest.mark.parametrize(
+    "at,logged,said",
+    [
+        ("open", None, "OSError: no network"),
+        (2, [1], "ValueError: quota exceeded"),
+        ("close", [1, 2, 3], "RuntimeError: gone"),
+    ],
+)
 def test_a_tracker_that_fails_is_named_once_and_ends_nothing(tmp_path, capsys, at, logged, said):
     made, whole = [], Broken(None)
-    metrics = Metrics(tmp_path, 0, 3, 99, {"broken": lambda: made.append(Broken(at)) or made[0], "whole": lambda: whole})
+    metrics = MetricLogger(
+        tmp_path, 0, 3, 99, {"broken": lambda: made.append(Broken(at)) or made[0], "whole": lambda: whole}
+    )
     for step in (1, 2, 3):
         metrics.step(row(step, grad_norm=math.nan))
     metrics.close()
@@ -114,7 +129,9 @@ def test_every_start_of_a_run_goes_on_in_one_weights_and_biases_run(tree, write,
     run.mkdir()
     assert validate(tree).log.wandb.project == "robust"
     for start in (0, 2):
-        done = subprocess.run([sys.executable, "-c", WANDB_RUN, str(write(tree)), str(start)], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", WANDB_RUN, str(write(tree)), str(start)], capture_output=True, text=True
+        )
         assert done.returncode == 0 and "no more numbers" not in done.stdout, done
     runs, history, probes, settings = [], {}, [], {}
     for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):

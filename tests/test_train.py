@@ -13,12 +13,13 @@ from PIL import Image
 from processes import only_rank
 from safetensors.torch import load_file
 
-from mmtard import config, towers
+from mmtard import config
 from mmtard.config import Model
+from mmtard.distributed.interruption import EXIT_REQUEUE
 from mmtard.errors import UserError
-from mmtard.preempt import REQUEUE
-from mmtard.train import Run
-from mmtard.watchdog import Watchdog
+from mmtard.models import loading
+from mmtard.training.train import Trainer
+from mmtard.training.watchdog import Watchdog
 
 pytestmark = pytest.mark.slow
 
@@ -49,11 +50,11 @@ def ranks_of_module():
 
 @pytest.fixture(scope="module")
 def train(ranks_of_module):
-    """`mmtard.train.train` in the module's group."""
+    """`mmtard.training.train.train` in the module's group."""
 
     def run(given, interruption):
         with Watchdog(given, ranks_of_module) as watchdog:
-            return Run(given, ranks_of_module, watchdog).train(interruption)
+            return Trainer(given, ranks_of_module, watchdog).train(interruption)
 
     return run
 
@@ -90,38 +91,71 @@ def settings(tmp_path, vit):
 
 def rows(run):
     lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "images", "tflops", "memory", "mfu"))} for row in lines]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("seconds", "images", "tflops", "memory", "mfu"))}
+        for row in lines
+    ]
 
 
 def state(run):
     return json.loads((run / "checkpoints/step-4/state.json").read_text())["method"]
 
 
-def test_three_unlike_teachers_and_their_balanced_weights_survive_an_interruption(train, settings, vit, resnet, tmp_path):
+def test_three_unlike_teachers_and_their_balanced_weights_survive_an_interruption(
+    train, settings, vit, resnet, tmp_path
+):
     """A ViT, a ResNet of another resolution, and a ViT of another width, embedding and context length."""
     wide = tmp_path / "tests-wide.json"
     vision = {"image_size": 24, "patch_size": 8, "width": 48, "layers": 1, "head_width": 16}
-    wide.write_text(json.dumps({"embed_dim": 24, "vision_cfg": vision, "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 24, "heads": 2, "layers": 1}}))
+    wide.write_text(
+        json.dumps(
+            {
+                "embed_dim": 24,
+                "vision_cfg": vision,
+                "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 24, "heads": 2, "layers": 1},
+            }
+        )
+    )
     ensemble = {
-        "teachers": {name: {"arch": str(arch), "weights": "random"} for name, arch in (("clean", vit), ("robust", resnet), ("third", wide))},
-        "method": {"name": "mmtard", "weighting": "mtard", "rate": 0.5, "cross_modal_weight": 0.1, "views": {"clean": "clean", "robust": "adv", "third": "adv"}},
+        "teachers": {
+            name: {"arch": str(arch), "weights": "random"}
+            for name, arch in (("clean", vit), ("robust", resnet), ("third", wide))
+        },
+        "method": {
+            "name": "mmtard",
+            "weighting": "mtard",
+            "rate": 0.5,
+            "cross_modal_weight": 0.1,
+            "views": {"clean": "clean", "robust": "adv", "third": "adv"},
+        },
     }
     undisturbed, whole = settings("whole", **ensemble)
     assert train(undisturbed, Never()) == 0
     interrupted, halves = settings("halves", **ensemble)
-    assert train(interrupted, AfterTwoSteps()) == REQUEUE and len(rows(halves)) == 2
+    assert train(interrupted, AfterTwoSteps()) == EXIT_REQUEUE and len(rows(halves)) == 2
     assert train(interrupted, Never()) == 0
     assert rows(halves) == rows(whole) and state(halves) == state(whole)
     weights = [state(whole)[f"w_{name}"] for name in ("clean", "robust", "third")]
     assert sum(weights) == pytest.approx(1) and len({round(w, 6) for w in weights}) == 3
-    assert {f"w_{name}{p}" for name in ("clean", "robust", "third") for p in ("", "_p10", "_p50", "_p90")} <= rows(whole)[0].keys()
+    assert {f"w_{name}{p}" for name in ("clean", "robust", "third") for p in ("", "_p10", "_p50", "_p90")} <= rows(
+        whole
+    )[0].keys()
 
 
-def test_each_model_of_an_ensemble_reads_the_class_names_with_its_own_tokenizer(train, settings, vit, word_tokenizer, tmp_path):
+def test_each_model_of_an_ensemble_reads_the_class_names_with_its_own_tokenizer(
+    train, settings, vit, word_tokenizer, tmp_path
+):
     """CLIP's byte pairs for the student and the clean teacher; whole words for a text tower like SigLIP's, and for a BERT."""
     transformers = pytest.importorskip("transformers")
     words = len(open_clip.tokenizer.HFTokenizer(str(word_tokenizer)).tokenizer)
-    bert = transformers.BertConfig(vocab_size=words, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=16)
+    bert = transformers.BertConfig(
+        vocab_size=words,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+    )
     bert.save_pretrained(tmp_path / "bert-config")
     hugging_face = {"hf_tokenizer_name": str(word_tokenizer), "context_length": 9}
     texts = {
@@ -133,15 +167,24 @@ def test_each_model_of_an_ensemble_reads_the_class_names_with_its_own_tokenizer(
         vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
         cfg = {"embed_dim": 12, "custom_text": True, "vision_cfg": vision, "text_cfg": text}
         (tmp_path / f"tests-{name}.json").write_text(json.dumps(cfg))
-        towers.load(Model(arch=str(tmp_path / f"tests-{name}.json"), weights="random")).save(tmp_path / name)
+        loading.load_clip(Model(arch=str(tmp_path / f"tests-{name}.json"), weights="random")).save(tmp_path / name)
     given, run = settings(
         "tokenizers",
-        teachers={"clean": {"arch": vit, "weights": "random"}, **{name: {"weights": str(tmp_path / name)} for name in texts}},
-        method={"name": "mmtard", "views": {"clean": "clean", "siglip": "adv", "bert": "adv"}, "weighting": "confidence_sigmoid"},
+        teachers={
+            "clean": {"arch": vit, "weights": "random"},
+            **{name: {"weights": str(tmp_path / name)} for name in texts},
+        },
+        method={
+            "name": "mmtard",
+            "views": {"clean": "clean", "siglip": "adv", "bert": "adv"},
+            "weighting": "confidence_sigmoid",
+        },
         attack={"objective": "kl_fused", "eps": "8/255", "step_size": "4/255", "steps": 2},
     )
     assert train(given, Never()) == 0
-    assert all(np.isfinite(row["loss"]) and row["kl_siglip"] != row["kl_bert"] and row["skipped"] == 0 for row in rows(run))
+    assert all(
+        np.isfinite(row["loss"]) and row["kl_siglip"] != row["kl_bert"] and row["skipped"] == 0 for row in rows(run)
+    )
     used = load_file(run / "class_embeddings.safetensors")
     assert used.keys() == {"student", "clean", "siglip", "bert"}
     for name, source in {"student": run / "start", "siglip": tmp_path / "siglip", "bert": tmp_path / "bert"}.items():
@@ -156,7 +199,11 @@ def test_each_model_of_an_ensemble_reads_the_class_names_with_its_own_tokenizer(
 @pytest.mark.parametrize("method", ["fare", "sim_clip"])
 def test_a_method_of_embeddings_trains_on_images_alone_as_it_does_with_classes(train, settings, method, capfd):
     """No label, no class names; against the start of its run; with an attack of one step, whose alarm has no accuracy to watch."""
-    changes = {"method": {"name": method}, "teachers": {"start": {"placement": "sharded"}}, "attack": {"eps": "8/255", "step_size": "8/255", "steps": 1, "alarm_every": 1}}
+    changes = {
+        "method": {"name": method},
+        "teachers": {"start": {"placement": "sharded"}},
+        "attack": {"eps": "8/255", "step_size": "8/255", "steps": 1, "alarm_every": 1},
+    }
     given, run = settings("alone", labels=False, data={"targets": "none"}, **changes)
     assert train(given, Never()) == 0
     assert "24 samples, images 16 px" in capfd.readouterr().out
@@ -166,21 +213,37 @@ def test_a_method_of_embeddings_trains_on_images_alone_as_it_does_with_classes(t
     assert all(row["replaced"] == 0 and np.isfinite(row["loss"]) for row in rows(run))
 
 
-def test_a_run_that_cannot_be_built_leaves_its_records_closed_and_the_terminal_as_it_was(settings, ranks_of_module, capfd, monkeypatch):
+def test_a_run_that_cannot_be_built_leaves_its_records_closed_and_the_terminal_as_it_was(
+    settings, ranks_of_module, capfd, monkeypatch
+):
     given, _ = settings("broken", method={"name": "tecoa"})
-    monkeypatch.setattr(Run, "_build", lambda self: (_ for _ in ()).throw(UserError("student.arch: no such")))
+    monkeypatch.setattr(Trainer, "_build", lambda self: (_ for _ in ()).throw(UserError("student.arch: no such")))
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes this for a terminal
     with Watchdog(given, ranks_of_module) as watchdog:
-        run = Run(given, ranks_of_module, watchdog)
+        run = Trainer(given, ranks_of_module, watchdog)
         with pytest.raises(UserError):
             run.train(Never())
     shown = capfd.readouterr().out
-    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 2, "hidden by the bars of the index and the run, and shown again"
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 2, (
+        "hidden by the bars of the index and the run, and shown again"
+    )
 
 
 def test_images_alone_are_no_data_for_a_method_of_classes(train, settings):
-    with pytest.raises(UserError, match="data.targets: 'none' leaves no classes, which method 'fare' with attack objective 'kl_clean' needs; set it to labels or captions"):
-        settings("kl", data={"targets": "none"}, method={"name": "fare"}, attack={"objective": "kl_clean"}, teachers={"clean": {"weights": "random"}})
+    with pytest.raises(
+        UserError,
+        match="data.targets: 'none' leaves no classes, which method 'fare' with attack objective 'kl_clean' needs; set it to labels or captions",
+    ):
+        settings(
+            "kl",
+            data={"targets": "none"},
+            method={"name": "fare"},
+            attack={"objective": "kl_clean"},
+            teachers={"clean": {"weights": "random"}},
+        )
     given, _ = settings("labels", labels=False, method={"name": "fare"})
-    with pytest.raises(UserError, match="no classnames.txt beside .*; set data.classnames to a file .*, or data.targets=none where the method reads embeddings alone"):
+    with pytest.raises(
+        UserError,
+        match="no classnames.txt beside .*; set data.classnames to a file .*, or data.targets=none where the method reads embeddings alone",
+    ):
         train(given, Never())

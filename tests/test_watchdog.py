@@ -6,10 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from mmtard import config, history, watchdog
-from mmtard.errors import Lost, RunError
+from mmtard import config
+from mmtard.errors import ProcessLostError, RunError
+from mmtard.runs import history
+from mmtard.training import watchdog
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a thread that exits as the process would
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # a thread that exits as the process would
 
 
 @pytest.fixture
@@ -27,15 +31,17 @@ def hang(tree, write, tmp_path, monkeypatch):
 
     def call(said):
         run.mkdir()
-        history.started(run, {"step": 0})
-        with watchdog.Watchdog(config.load(write(tree), ["resume.watchdog_minutes=0.01"]), SimpleNamespace(rank=0, world_size=2)) as watch:
+        history.record_start(run, {"step": 0})
+        with watchdog.Watchdog(
+            config.load(write(tree), ["resume.watchdog_minutes=0.01"]), SimpleNamespace(rank=0, world_size=2)
+        ) as watch:
             watch.at(3, "set-up")
             other = {"rank": 1, "host": "node2", "pid": 7, "step": 3, "phase": "update", "beat": 5, "said": said}
             (run / watchdog.FOLDER / "rank-1.json").write_text(json.dumps(other))
             watch.at(3, "update")
             assert ended.wait(10)
         (start,) = history.read(run)
-        return statuses, history.kind(start), history.reason(start)
+        return statuses, history.end_kind(start), history.end_reason(start)
 
     return call
 
@@ -53,17 +59,22 @@ def test_a_rank_that_waits_for_one_that_was_lost_says_what_that_met_and_asks_for
 def test_a_silent_rank_is_named(hang):
     statuses, kind, reason = hang(None)
     assert (statuses, kind) == ([75], history.LOST)
-    assert reason == "step 3: no progress in its update for 0.01 minutes, rank 1 (node2, process 7, last heard of in the update of step 3) did not arrive"
+    assert (
+        reason
+        == "step 3: no progress in its update for 0.01 minutes, rank 1 (node2, process 7, last heard of in the update of step 3) did not arrive"
+    )
 
 
 def test_a_loader_process_that_was_killed_counts_as_a_loss_and_the_run_may_go_on(tree, write, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     for status in (75, 1):
-        history.started(run, {"step": 0})
+        history.record_start(run, {"step": 0})
         with pytest.raises(RunError, match="rank 0, step 3: a loader process was lost") as error:
-            with watchdog.Watchdog(config.load(write(tree), ["resume.max_losses=1"]), SimpleNamespace(rank=0, world_size=1)) as watch:
+            with watchdog.Watchdog(
+                config.load(write(tree), ["resume.max_losses=1"]), SimpleNamespace(rank=0, world_size=1)
+            ) as watch:
                 watch.at(3, "set-up")
-                raise Lost("a loader process was lost")
-        assert error.value.status == status and history.kind(history.read(run)[-1]) == history.LOST
+                raise ProcessLostError("a loader process was lost")
+        assert error.value.status == status and history.end_kind(history.read(run)[-1]) == history.LOST
     assert "resume.max_losses" in str(error.value)

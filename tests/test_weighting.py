@@ -4,10 +4,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmtard import config, weighting
+from mmtard import config
+from mmtard.distillation import weighting
+from mmtard.distillation.weighting import balanced_next, balanced_start, teacher_weights
 from mmtard.errors import UserError
-from mmtard.methods import Prediction
-from mmtard.weighting import balanced_next, balanced_start, teacher_weights
+from mmtard.zero_shot import Prediction
 
 LABELS = torch.tensor([0, 2])
 COS_R = torch.tensor([[0.25, 0.1, 0.0], [0.3, 0.2, -0.125]])
@@ -23,7 +24,9 @@ def weights(name, views=TWO, labels=LABELS, state=None, **settings):
     given = {"robust_weight": 50.0, "clean_weight": 5.0, "slope": 4.0, "bias": 0.0, "budget": 1.0, **settings}
     logits = {"robust": P_R.log(), "clean": P_C.log(), "third": P_3.log()}
     cosines = {"robust": COS_R, "clean": COS_C, "third": COS_R + 0.125}
-    teachers = {m: Prediction(None, cosines[m].clone().requires_grad_(), logits[m].clone().requires_grad_()) for m in views}
+    teachers = {
+        m: Prediction(None, cosines[m].clone().requires_grad_(), logits[m].clone().requires_grad_()) for m in views
+    }
     found = teacher_weights(SimpleNamespace(weighting=name, views=views, **given), teachers, labels, state)
     assert found.keys() == views.keys() and not any(w.requires_grad for w in found.values())
     return {m: w.tolist() for m, w in found.items()}
@@ -61,9 +64,13 @@ def test_entropy_prefers_the_teacher_that_is_surer_of_whatever_class():
 
 
 def test_hardness_gives_more_to_a_sample_the_robust_teachers_doubt():
-    assert weights("hardness", slope=2.0, budget=3.0)["clean"] == pytest.approx([1.5 * 1.2, 1.5 * 2.4], rel=1e-6)  # 1 - .9 and 1 - .3
+    assert weights("hardness", slope=2.0, budget=3.0)["clean"] == pytest.approx(
+        [1.5 * 1.2, 1.5 * 2.4], rel=1e-6
+    )  # 1 - .9 and 1 - .3
     three = weights("hardness", THREE, slope=2.0, budget=3.0)
-    assert three["third"] == three["clean"] == pytest.approx([1 + 2 * 0.45, 1 + 2 * 0.55], rel=1e-6)  # means .55 and .45
+    assert (
+        three["third"] == three["clean"] == pytest.approx([1 + 2 * 0.45, 1 + 2 * 0.55], rel=1e-6)
+    )  # means .55 and .45
 
 
 def test_constant_is_the_factor_alone():
@@ -75,7 +82,10 @@ def test_uniform_shares_the_budget():
 
 
 def test_mtard_weighs_as_its_state_says():
-    assert weights("mtard", budget=2.0, state={"w_robust": 0.75, "w_clean": 0.25}) == {"robust": [1.5, 1.5], "clean": [0.5, 0.5]}
+    assert weights("mtard", budget=2.0, state={"w_robust": 0.75, "w_clean": 0.25}) == {
+        "robust": [1.5, 1.5],
+        "clean": [0.5, 0.5],
+    }
 
 
 def test_balanced_losses_by_hand():
@@ -85,7 +95,9 @@ def test_balanced_losses_by_hand():
     state = balanced_next(0.1, state, {"robust": 4.0, "clean": 2.0})
     assert state == pytest.approx({"w_robust": 0.5, "w_clean": 0.5, "first_robust": 4.0, "first_clean": 2.0})
     state = balanced_next(0.1, state, {"robust": 3.0, "clean": 0.5})  # relative .75 and .25
-    assert state == pytest.approx({"w_robust": 0.1 * 0.75 + 0.9 * 0.5, "w_clean": 0.1 * 0.25 + 0.9 * 0.5, "first_robust": 4.0, "first_clean": 2.0})
+    assert state == pytest.approx(
+        {"w_robust": 0.1 * 0.75 + 0.9 * 0.5, "w_clean": 0.1 * 0.25 + 0.9 * 0.5, "first_robust": 4.0, "first_clean": 2.0}
+    )
     state = balanced_next(0.1, state, {"robust": 1.0, "clean": 1.5})  # relative .25 and .75
     assert (state["w_robust"], state["w_clean"]) == pytest.approx((0.1 * 0.25 + 0.9 * 0.525, 0.1 * 0.75 + 0.9 * 0.475))
 
@@ -105,5 +117,8 @@ def test_a_weighting_reads_labels_if_the_schema_says_so(name):
 
 def test_the_weightings_are_those_of_the_schema_and_an_unknown_one_is_answered_with_them():
     assert weighting.WEIGHTINGS.keys() == config.WEIGHTINGS.keys()
-    with pytest.raises(UserError, match="unknown weighting 'entrpy'; known: confidence_sigmoid, constant, entropy, hardness, mtard, official, uniform"):
+    with pytest.raises(
+        UserError,
+        match="unknown weighting 'entrpy'; known: confidence_sigmoid, constant, entropy, hardness, mtard, official, uniform",
+    ):
         teacher_weights(SimpleNamespace(weighting="entrpy"), {}, LABELS, {})

@@ -84,7 +84,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def _siblings(path: Path) -> str:
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1) if path.parent.is_dir() else []
+    near = (
+        difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        if path.parent.is_dir()
+        else []
+    )
     return f"; did you mean '{path.parent / near[0]}'?" if near else ""
 
 
@@ -92,7 +96,13 @@ def _merge(base: Any, over: Any) -> Any:
     # Null empties a block; another method replaces the base's, whose settings would not fit it.
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
-    return {**base, **{k: _merge(base[k], v) if k in base and not (k == "method" and _another_method(base[k], v)) else v for k, v in over.items()}}
+    return {
+        **base,
+        **{
+            k: _merge(base[k], v) if k in base and not (k == "method" and _another_method(base[k], v)) else v
+            for k, v in over.items()
+        },
+    }
 
 
 def _another_method(base: Any, over: Any) -> bool:
@@ -119,7 +129,9 @@ def _set(tree: dict, keys: list[str], value: Any, text: str) -> None:
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flatten(sub, f"{prefix}.{name}" if prefix else name).items()}
+    return {
+        k: v for name, sub in tree.items() for k, v in _flatten(sub, f"{prefix}.{name}" if prefix else name).items()
+    }
 
 
 def _explain(error: dict) -> str:
@@ -131,7 +143,11 @@ def _explain(error: dict) -> str:
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(loc[-1], _known_keys(error["loc"][:-1]), n=1)
         where = f" in {'.'.join(loc[:-1])}" if loc[:-1] else ""
-        return f"unknown key '{key}'" + (f"; did you mean '{'.'.join([*loc[:-1], near[0]])}'?" if near else f"; known keys{where}: {', '.join(_known_keys(error['loc'][:-1]))}")
+        return f"unknown key '{key}'" + (
+            f"; did you mean '{'.'.join([*loc[:-1], near[0]])}'?"
+            if near
+            else f"; known keys{where}: {', '.join(_known_keys(error['loc'][:-1]))}"
+        )
     if kind == "missing":
         return f"{key}: this setting is required"
     if kind in ("union_tag_invalid", "union_tag_not_found"):

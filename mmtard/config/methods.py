@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-from typing import Annotated, ClassVar, Literal, NamedTuple, Union, get_args
+from typing import Annotated, ClassVar, Literal, Union, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from .values import Int, Number, Pixels, Section
+from .values import Number, Section
 
 START = "start"  # the teacher that is the student before training; also the folder of a run that holds it
 
@@ -91,7 +90,9 @@ class RSLAD(MethodSettings):
     attack: ClassVar[str | None] = "kl_robust"
     labels: ClassVar[bool] = False
     name: Literal["rslad"]
-    alpha: Number = Field(5 / 6, ge=0, le=1, description="weight of the adversarial image's term against the clean image's")
+    alpha: Number = Field(
+        5 / 6, ge=0, le=1, description="weight of the adversarial image's term against the clean image's"
+    )
 
 
 class IAD(MethodSettings):
@@ -106,7 +107,9 @@ class AdaAD(MethodSettings):
     attack: ClassVar[str | None] = "kl_adaptive"
     labels: ClassVar[bool] = False
     name: Literal["adaad"]
-    alpha: Number = Field(1.0, ge=0, le=1, description="weight of the adversarial image's term against the clean image's")
+    alpha: Number = Field(
+        1.0, ge=0, le=1, description="weight of the adversarial image's term against the clean image's"
+    )
 
 
 class MTARD(MethodSettings):
@@ -114,7 +117,9 @@ class MTARD(MethodSettings):
     attack: ClassVar[str | None] = "ce"
     labels: ClassVar[bool] = False
     name: Literal["mtard"]
-    rate: Number = Field(0.025, ge=0, le=1, description="rate at which the teachers' weights follow their relative losses")
+    rate: Number = Field(
+        0.025, ge=0, le=1, description="rate at which the teachers' weights follow their relative losses"
+    )
 
 
 # Whether a weighting of `mmtard` reads the samples' labels; `mmtard/weighting.py` holds them.
@@ -133,16 +138,32 @@ class MMTARD(MethodSettings):
     attack: ClassVar[str | None] = "kl_clean"
     name: Literal["mmtard"]
     views: dict[str, Literal["clean", "adv"]] = Field(
-        {"robust": "adv", "clean": "clean"}, min_length=1, description="each teacher's image, which is also the student's for its term"
+        {"robust": "adv", "clean": "clean"},
+        min_length=1,
+        description="each teacher's image, which is also the student's for its term",
     )
     weighting: Literal[tuple(WEIGHTINGS)] = "official"
-    robust_weight: Number = Field(50.0, ge=0, description="official, constant: factor of a teacher that sees the adversarial image")
-    clean_weight: Number = Field(5.0, ge=0, description="official, constant: factor of a teacher that sees the clean image")
-    slope: Number = Field(4.0, description="confidence_sigmoid, entropy, hardness: how strongly the weights follow confidence")
-    bias: Number = Field(0.0, description="confidence_sigmoid, entropy: added for a teacher that sees the adversarial image")
-    budget: Number = Field(1.0, gt=0, description="all but official and constant: what a sample's weights add up to (hardness: at confidence 1)")
+    robust_weight: Number = Field(
+        50.0, ge=0, description="official, constant: factor of a teacher that sees the adversarial image"
+    )
+    clean_weight: Number = Field(
+        5.0, ge=0, description="official, constant: factor of a teacher that sees the clean image"
+    )
+    slope: Number = Field(
+        4.0, description="confidence_sigmoid, entropy, hardness: how strongly the weights follow confidence"
+    )
+    bias: Number = Field(
+        0.0, description="confidence_sigmoid, entropy: added for a teacher that sees the adversarial image"
+    )
+    budget: Number = Field(
+        1.0,
+        gt=0,
+        description="all but official and constant: what a sample's weights add up to (hardness: at confidence 1)",
+    )
     rate: Number = Field(0.025, ge=0, le=1, description="mtard: rate at which the weights follow the relative losses")
-    cross_modal_weight: Number = Field(0.0, ge=0, description="weight of the term that keeps image-text similarities near the teachers'")
+    cross_modal_weight: Number = Field(
+        0.0, ge=0, description="weight of the term that keeps image-text similarities near the teachers'"
+    )
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -154,54 +175,9 @@ class MMTARD(MethodSettings):
 
 
 Method = Annotated[
-    Union[Clean, TeCoA, FARE, PMGAFT, TGAZSR, SimCLIP, TRADES, ARD, RSLAD, IAD, AdaAD, MTARD, MMTARD], Field(discriminator="name")
+    Union[Clean, TeCoA, FARE, PMGAFT, TGAZSR, SimCLIP, TRADES, ARD, RSLAD, IAD, AdaAD, MTARD, MMTARD],
+    Field(discriminator="name"),
 ]
 METHODS: dict[str, type[MethodSettings]] = {
     get_args(m.model_fields["name"].annotation)[0]: m for m in get_args(get_args(Method)[0])
 }
-
-
-class AttackObjective(NamedTuple):
-    """What an attack objective needs: `teacher`, the one it is measured against, and whether it reads labels, or any classes."""
-
-    teacher: str | None = None
-    labels: bool = False
-    classes: bool = True
-
-
-# The loss each attack objective maximises is in `mmtard/objectives.py`.
-ATTACK_OBJECTIVES: dict[str, AttackObjective] = {
-    "ce": AttackObjective(labels=True),
-    "ce_targeted": AttackObjective(labels=True),
-    "kl_clean": AttackObjective("clean"),
-    "kl_robust": AttackObjective("robust"),
-    "kl_fused": AttackObjective(),  # every teacher with a weight in attack.fusion
-    "kl_self": AttackObjective(),
-    "kl_adaptive": AttackObjective("robust"),
-    "l2_embedding": AttackObjective(START, classes=False),
-}
-
-
-class Attack(Section):
-    algorithm: Literal["pgd", "apgd"] = "pgd"
-    objective: str | None = Field(None, description="the loss to maximise; null: the method's own")
-    fusion: dict[str, Annotated[Number, Field(gt=0)]] | None = Field(
-        None, min_length=1, description="kl_fused: relative weight of each teacher; null: all listed teachers alike"
-    )
-    norm: Literal["linf", "l2"] = "linf"
-    eps: Pixels = Field(Fraction(2, 255), ge=0)
-    step_size: Pixels = Field(Fraction(1, 255), gt=0, description="pgd's step; apgd sets its own")
-    steps: Int = Field(10, ge=1)
-    restarts: Int = Field(1, ge=1, description="attacks from so many random starts, of which each sample keeps the worst")
-    momentum: Number = Field(0.0, ge=0, lt=1, description="pgd: momentum of the normalised gradient")
-    random_start: bool = True
-    alarm_every: Int | None = Field(100, ge=1, description="steps: 1 alone: how often its student is tried with 10 steps; null: never")
-    alarm_ratio: Number = Field(0.25, gt=0, le=1, description="of the one-step accuracy; a multi-step accuracy below it sets off the alarm")
-
-    @model_validator(mode="after")
-    def _within_pixels(self):
-        for name in ("eps", "step_size"):
-            if self.norm == "linf" and getattr(self, name) >= 1:
-                value = getattr(self, name)
-                raise ValueError(f"attack.{name}: {value} is in units of [0,1], the whole range of a pixel; write {value}/255 for {value} of 255 levels")
-        return self

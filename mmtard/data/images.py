@@ -15,7 +15,18 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 MAX_PIXELS = 178_956_970  # Pillow's own bound, which other libraries switch off
 # What Pillow's readers raise on damaged files.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, struct.error, zlib.error, Image.DecompressionBombError)
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 class DecodeError(Exception):
@@ -71,12 +82,16 @@ class Transform:
         """As open_clip brings images to a model of this `preprocess_cfg`. Raises UserError naming `where` for a way that is not known."""
         mode, interpolation = preprocess.get("resize_mode") or "shortest", preprocess.get("interpolation") or "bicubic"
         if mode not in ("shortest", "squash"):
-            raise UserError(f"{where}: its images are resized by resize_mode '{mode}'; shortest and squash are known, take a model of these")
+            raise UserError(
+                f"{where}: its images are resized by resize_mode '{mode}'; shortest and squash are known, take a model of these"
+            )
         if interpolation == "random":  # in training; open_clip measures with bicubic
             interpolation = "bicubic"
         if interpolation not in INTERPOLATIONS:
             known = " and ".join(INTERPOLATIONS)
-            raise UserError(f"{where}: its images are resized by interpolation '{interpolation}'; {known} are known, take a model of these")
+            raise UserError(
+                f"{where}: its images are resized by interpolation '{interpolation}'; {known} are known, take a model of these"
+            )
         return cls(size, squash=mode == "squash", interpolation=interpolation)
 
     @property
@@ -86,7 +101,13 @@ class Transform:
 
     def __call__(self, image: Image.Image, seed: int) -> np.ndarray:
         u = _uniforms(seed) if self.crop_scale or self.flip else None
-        square = self._random_crop(image, u) if self.crop_scale else self._squashed(image) if self.squash else self._centre_crop(image)
+        square = (
+            self._random_crop(image, u)
+            if self.crop_scale
+            else self._squashed(image)
+            if self.squash
+            else self._centre_crop(image)
+        )
         pixels = np.asarray(square).transpose(2, 0, 1)
         if self.flip and u[-1] < 0.5:
             pixels = pixels[:, :, ::-1]
@@ -103,7 +124,9 @@ class Transform:
             else:
                 width, height = int(self.resize * width / height), self.resize
             if width * height > MAX_PIXELS:
-                raise DecodeError(f"{width}x{height} pixels when its shorter side is {self.resize}, more than {MAX_PIXELS}")
+                raise DecodeError(
+                    f"{width}x{height} pixels when its shorter side is {self.resize}, more than {MAX_PIXELS}"
+                )
             image = image.resize((width, height), self.interpolation)
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         return image.crop((left, top, left + self.size, top + self.size))
@@ -133,7 +156,9 @@ class Native:
     def __call__(self, image: Image.Image, seed: int) -> np.ndarray:
         if (image.height, image.width) != self.shape:
             at, others = f"{image.width}x{image.height}", f"{self.shape[1]}x{self.shape[0]}"
-            raise UserError(f"is {at} pixels, others are {others}: images of several sizes have no common native size; use --perturb-at input")
+            raise UserError(
+                f"is {at} pixels, others are {others}: images of several sizes have no common native size; use --perturb-at input"
+            )
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 

@@ -12,9 +12,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..config import is_remote
 from ..errors import UserError
-from .files import opened, publish, spread
+from ..files import publish
+from .openers import open_shard
+from .paths import is_remote
+from .worker_pool import map_in_processes
 
 FORMAT = 1
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -61,9 +63,15 @@ class Index:
     def summary(self) -> str:
         """One line: samples, shards, and what is not as it should be."""
         missing, bad = (int((self.label_status == s).sum()) for s in (LABEL_MISSING, LABEL_BAD))
-        notes = [f"{n} {what}" for n, what in (
-            (int(self.imageless.sum()), "left out without an image"), (missing, "without a label"), (bad, "with a label that is not an integer"),
-        ) if n]
+        notes = [
+            f"{n} {what}"
+            for n, what in (
+                (int(self.imageless.sum()), "left out without an image"),
+                (missing, "without a label"),
+                (bad, "with a label that is not an integer"),
+            )
+            if n
+        ]
         return f"{len(self)} samples in {len(self.shard_names)} shards" + (f" ({', '.join(notes)})" if notes else "")
 
 
@@ -72,14 +80,18 @@ def build_index(shards: list[str], out: Path, jobs: int | None = None, progress:
 
     Raises UserError naming the shard that is empty, truncated, not a plain tar, unreadable, or holds a key twice.
     """
-    parts = spread(scan_shard, list(shards), jobs, "index", progress)
+    parts = map_in_processes(scan_shard, list(shards), jobs, "index", progress)
     index = Index(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Index)})
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         with publish(Path(out)) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, format=np.int64(FORMAT), **{f.name: getattr(index, f.name) for f in fields(Index)})
+            np.savez_compressed(
+                file, format=np.int64(FORMAT), **{f.name: getattr(index, f.name) for f in fields(Index)}
+            )
     except OSError as error:
-        raise UserError(f"cannot write the index '{out}': {error.strerror}; name another file (`mmtard index SHARDS --out FILE`, data.index)") from None
+        raise UserError(
+            f"cannot write the index '{out}': {error.strerror}; name another file (`mmtard index SHARDS --out FILE`, data.index)"
+        ) from None
     return index
 
 
@@ -88,7 +100,9 @@ def load_index(path: Path) -> Index:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if (found := int(arrays["format"])) != FORMAT:
-                raise UserError(f"index '{path}' has format {found}, this version reads {FORMAT}; run `mmtard index SHARDS --out {path}` again")
+                raise UserError(
+                    f"index '{path}' has format {found}, this version reads {FORMAT}; run `mmtard index SHARDS --out {path}` again"
+                )
             return Index(**{f.name: arrays[f.name] for f in fields(Index)})
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"'{path}' is not an index ({error}); run `mmtard index SHARDS --out {path}` again") from None
@@ -128,7 +142,7 @@ def scan_shard(shard: str) -> Index:
     """The index of one shard, read from its first byte to its last. Raises UserError as `build_index` does."""
     samples: dict[bytes, dict] = {}
     try:
-        with opened(shard) as stream:
+        with open_shard(shard) as stream:
             counted = _Counted(stream)
             with tarfile.open(fileobj=counted, mode="r|", tarinfo=_Member) as tar:
                 for member in tar:
@@ -145,7 +159,9 @@ def scan_shard(shard: str) -> Index:
         raise UserError(f"shard '{shard}' cannot be read: {error.strerror or error}; correct data.shards") from None
     kept = {key: s for key, s in samples.items() if "image" in s}
     if not kept:
-        raise UserError(f"shard '{shard}' has no sample with an image ({', '.join(EXTENSIONS)}); remove it from data.shards")
+        raise UserError(
+            f"shard '{shard}' has no sample with an image ({', '.join(EXTENSIONS)}); remove it from data.shards"
+        )
     return _arrays(shard, counted.given, kept, len(samples) - len(kept))
 
 
@@ -161,7 +177,9 @@ def _add(member: tarfile.TarInfo, tar: tarfile.TarFile, samples: dict[bytes, dic
     if key not in samples:
         samples[key] = {"members": set()}
     elif key != last or extension in samples[key]["members"]:
-        raise UserError(f"shard '{shard}': key '{match[1]}' occurs twice; a key names one sample, its members side by side")
+        raise UserError(
+            f"shard '{shard}': key '{match[1]}' occurs twice; a key names one sample, its members side by side"
+        )
     sample = samples[key]
     sample["members"].add(extension)
     if extension in EXTENSIONS and "image" not in sample:
@@ -179,9 +197,17 @@ def _arrays(shard: str, size: int, samples: dict[bytes, dict], imageless: int) -
     labels = np.array([s.get("label", (-1, LABEL_MISSING)) for s in samples.values()], dtype=np.int64)
     texts = np.array([s.get("text", (0, -1)) for s in samples.values()], dtype=np.int64)
     return Index(
-        shard_names=np.array([shard_name(shard)]), shard_sizes=np.array([size], dtype=np.int64),
-        shard_counts=np.array([len(samples)], dtype=np.int64), imageless=np.array([imageless], dtype=np.int64),
+        shard_names=np.array([shard_name(shard)]),
+        shard_sizes=np.array([size], dtype=np.int64),
+        shard_counts=np.array([len(samples)], dtype=np.int64),
+        imageless=np.array([imageless], dtype=np.int64),
         keys=np.array(list(samples), dtype=np.bytes_),
-        image_offset=images[:, 0], image_size=images[:, 1], image_crc=images[:, 2].astype(np.uint32), extension=images[:, 3].astype(np.uint8),
-        labels=labels[:, 0], label_status=labels[:, 1].astype(np.uint8), text_offset=texts[:, 0], text_size=texts[:, 1],
+        image_offset=images[:, 0],
+        image_size=images[:, 1],
+        image_crc=images[:, 2].astype(np.uint32),
+        extension=images[:, 3].astype(np.uint8),
+        labels=labels[:, 0],
+        label_status=labels[:, 1].astype(np.uint8),
+        text_offset=texts[:, 0],
+        text_size=texts[:, 1],
     )

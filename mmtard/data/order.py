@@ -10,6 +10,7 @@ from collections import OrderedDict
 import numpy as np
 
 from ..errors import UserError
+from ..seeding import permutation
 
 _SHARDS, _WINDOW = 1, 2  # lead the seed of each kind of shuffle, so that no two kinds share a stream
 
@@ -25,7 +26,9 @@ class Order:
         self.seed, self.lanes, self.window = int(seed), int(lanes), int(window)
         self.lane_length = int(self.counts.sum()) // self.lanes
         if self.lane_length == 0:
-            raise UserError(f"data.lanes: {lanes} lanes for {int(self.counts.sum())} samples; use at most as many lanes as samples")
+            raise UserError(
+                f"data.lanes: {lanes} lanes for {int(self.counts.sum())} samples; use at most as many lanes as samples"
+            )
         self._first_id = np.cumsum(self.counts) - self.counts
         self._epochs: OrderedDict[int, tuple] = OrderedDict()
         self._windows: OrderedDict[tuple, np.ndarray] = OrderedDict()
@@ -46,7 +49,9 @@ class Order:
         """
         start = self._lane_position(consumed, rank, world)
         if batch_size % self.lanes:
-            raise UserError(f"data.lanes: {self.lanes} lanes do not divide the batch of {batch_size}; make it a divisor of the batch size")
+            raise UserError(
+                f"data.lanes: {self.lanes} lanes do not divide the batch of {batch_size}; make it a divisor of the batch size"
+            )
         each = batch_size // self.lanes
         runs = [run for lane in range(rank, self.lanes, world) for run in self._lane_runs(lane, start, each)]
         epochs = np.concatenate([np.full(len(places), epoch, dtype=np.int64) for epoch, places in runs])
@@ -79,9 +84,13 @@ class Order:
 
     def _lane_position(self, consumed: int, rank: int, world: int) -> int:
         if self.lanes % world or not 0 <= rank < world:
-            raise UserError(f"data.lanes: {self.lanes} lanes cannot be shared by {world} ranks (rank {rank}); make it a multiple of {world}")
+            raise UserError(
+                f"data.lanes: {self.lanes} lanes cannot be shared by {world} ranks (rank {rank}); make it a multiple of {world}"
+            )
         if consumed % self.lanes:
-            raise UserError(f"data.lanes: {consumed} samples consumed do not divide over {self.lanes} lanes; keep the lanes the run began with")
+            raise UserError(
+                f"data.lanes: {consumed} samples consumed do not divide over {self.lanes} lanes; keep the lanes the run began with"
+            )
         return consumed // self.lanes
 
     def _lane_runs(self, lane: int, position: int, count: int):
@@ -127,28 +136,3 @@ class Order:
         shards, ends = self._epoch_layout(epoch + more)
         a, b = np.searchsorted(ends, [first, last], side="right")
         return [int(s) for s in shards[a : b + 1] if self.counts[s]]
-
-
-def permutation(size: int, *seed: int) -> np.ndarray:
-    """A permutation of 0..size-1, int64 [size], decided by the integers of `seed`.
-
-    Sorts raw Philox output: numpy promises bit generators' raw streams for all versions, but not its own shuffles.
-    """
-    raw = np.random.Philox(np.random.SeedSequence(seed)).random_raw(size)
-    return np.argsort(raw, kind="stable")
-
-
-def sample_seeds(seed: int, epochs, sample_ids) -> np.ndarray:
-    """One seed for each (epoch, sample id) [B] -> uint64 [B]: m(m(m(seed) ^ epoch) ^ id) with m the step of SplitMix64.
-
-    Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".
-    """
-    start = _splitmix64(np.array([seed & (2**64 - 1)], dtype=np.uint64))
-    return _splitmix64(_splitmix64(start ^ np.asarray(epochs).astype(np.uint64)) ^ np.asarray(sample_ids).astype(np.uint64))
-
-
-def _splitmix64(x: np.ndarray) -> np.ndarray:
-    z = x + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))

@@ -12,11 +12,13 @@ import threading
 import time
 from pathlib import Path
 
-from ..config import Cache, is_remote
+from ..config import Cache
 from ..errors import UserError
+from ..files import exclusive, held
 from .dataset import Dataset
-from .files import exclusive, held, opened
+from .openers import open_shard
 from .order import Order
+from .paths import is_remote
 
 # A scheduler sends these to a whole job; only the training loop may react to them.
 SHIELDED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
@@ -36,11 +38,15 @@ class Staging:
         self.limit = int(cache.max_gb * 1e9)
         for path, size in zip(dataset.paths, dataset.shard_sizes):
             if is_remote(path) and size > self.limit:
-                raise UserError(f"data.cache.max_gb: shard '{path}' of {size / 1e9:.3g} GB does not fit in {cache.max_gb} GB; raise it")
+                raise UserError(
+                    f"data.cache.max_gb: shard '{path}' of {size / 1e9:.3g} GB does not fit in {cache.max_gb} GB; raise it"
+                )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"data.cache.dir: cannot make '{self.folder}' ({error.strerror}); name a folder on this node's disk") from None
+            raise UserError(
+                f"data.cache.dir: cannot make '{self.folder}' ({error.strerror}); name a folder on this node's disk"
+            ) from None
 
     def ensure(self, shard: int) -> Path:
         """The local file of shard number `shard`, fetched now if need be.
@@ -62,7 +68,9 @@ class Staging:
                     self._fetch(path, size, file)
         except OSError as error:
             why = error.strerror or error
-            raise UserError(f"data.cache.dir: cannot stage shard '{path}' in '{self.folder}' ({why}); free space or name another folder") from None
+            raise UserError(
+                f"data.cache.dir: cannot stage shard '{path}' in '{self.folder}' ({why}); free space or name another folder"
+            ) from None
         return file
 
     def open(self, shard: int) -> int:
@@ -91,7 +99,9 @@ class Staging:
                     break
                 except OSError as error:
                     if attempt == self.ATTEMPTS:
-                        raise UserError(f"shard '{path}' cannot be fetched ({error}); check that its opener works on this node") from None
+                        raise UserError(
+                            f"shard '{path}' cannot be fetched ({error}); check that its opener works on this node"
+                        ) from None
                     time.sleep(self.PAUSE_S * attempt)
             if got != size:
                 raise _other_size(path, f"{got}", size)
@@ -134,7 +144,7 @@ class Staging:
 def _copy(path: str, part: Path, size: int) -> int:
     """How many bytes the opener of `path` gave, written to `part`; UserError when more than `size`."""
     got = 0
-    with opened(path) as source, open(part, "r+b") as target:
+    with open_shard(path) as source, open(part, "r+b") as target:
         while data := source.read(1 << 20):
             got += len(data)
             if got > size:
@@ -144,7 +154,9 @@ def _copy(path: str, part: Path, size: int) -> int:
 
 
 def _other_size(path: str, got: str, size: int) -> UserError:
-    return UserError(f"shard '{path}' gave {got} bytes, indexed were {size}: mend its opener, or run `mmtard index` again if the shard changed")
+    return UserError(
+        f"shard '{path}' gave {got} bytes, indexed were {size}: mend its opener, or run `mmtard index` again if the shard changed"
+    )
 
 
 class Stager:
@@ -163,7 +175,9 @@ class Stager:
         sizes = [int(self.staging.dataset.shard_sizes[s]) for s in now if is_remote(self.staging.dataset.paths[s])]
         if sum(sizes) > self.staging.limit:
             need = f"the {len(sizes)} shards a rank reads at once ({sum(sizes) / 1e9:.3g} GB)"
-            raise UserError(f"data.cache.max_gb: {self.staging.cache.max_gb} GB cannot hold {need}; raise it or lower data.lanes")
+            raise UserError(
+                f"data.cache.max_gb: {self.staging.cache.max_gb} GB cannot hold {need}; raise it or lower data.lanes"
+            )
 
     def advance(self, consumed: int) -> None:
         """Tell the stager how many samples were consumed; starts it the first time."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .. import checkpoint, config, lora, towers
+from .. import config
 from ..config import Model
+from ..models import clip, lora
+from ..runs import checkpoints
 
 
 class Adapter:
@@ -13,10 +15,10 @@ class Adapter:
 
     def __init__(self, source: Model):
         folder = Path(source.weights)
-        self.found = folder.is_dir() and not (folder / towers.CONFIG_FILE).is_file()
+        self.found = folder.is_dir() and not (folder / clip.CONFIG_FILE).is_file()
         if self.found:
-            run, newest = checkpoint.resolve(folder)
-            self.weights = checkpoint.read_weights(newest, source.ema)
+            run, newest = checkpoints.resolve(folder)
+            self.weights = checkpoints.read_weights(newest, source.ema)
             self.found = lora.is_adapter(self.weights)
         if self.found:
             self.student = config.load(run / "config.yaml").student

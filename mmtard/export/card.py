@@ -7,13 +7,14 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from .. import __version__, checkpoint, config as settings
+from .. import __version__, config as settings
 from ..config import Model
 from ..errors import UserError
-from ..evaluate.subject import tensors_sha256
+from ..models.clip import Clip
+from ..models.weights import tensors_sha256
 from ..report import sources
 from ..report.records import Accuracy, Evaluation
-from ..towers import Clip
+from ..runs import checkpoints
 
 TEMPLATE = "card.md.j2"
 
@@ -22,7 +23,7 @@ TEMPLATE = "card.md.j2"
 class Origin:
     """The run that weights come from: its files, its configuration, and the state of the checkpoint they were taken from."""
 
-    source: sources.Source
+    source: sources.ReportSource
     config: settings.Config | None
     state: dict
 
@@ -37,8 +38,14 @@ def model_card(clip: Clip, source: Model, hf: bool = False, adapter: bool = Fals
     sha256 = tensors_sha256(clip.model.visual.state_dict())
     evaluations = origin.source.evaluations if origin else []
     own = [e for e in evaluations if e.model.sha256 == sha256]
-    environment = Environment(loader=PackageLoader("mmtard.export", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"acc": _accuracy, "percent": lambda fraction: f"{100 * fraction:.2f}", "pixels": settings.show_pixels}
+    environment = Environment(
+        loader=PackageLoader("mmtard.export", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "acc": _accuracy,
+        "percent": lambda fraction: f"{100 * fraction:.2f}",
+        "pixels": settings.show_pixels,
+    }
     return environment.get_template(TEMPLATE).render(
         name=origin.source.name if origin else Path(source.weights).name,
         weights=source,
@@ -61,13 +68,13 @@ def _origin(source: Model) -> Origin | None:
     folder = Path(source.weights)
     if not folder.is_dir() or (folder / "open_clip_config.json").is_file():
         return None
-    run, newest = checkpoint.resolve(folder)
+    run, newest = checkpoints.resolve(folder)
     found = sources.read_run(run)
     try:
         config = settings.load(run / sources.CONFIG)
     except UserError:  # of another version, or gone: the card has its text at most
         config = None
-    return Origin(found, config, checkpoint.read_state(newest))
+    return Origin(found, config, checkpoints.read_state(newest))
 
 
 def _checks(evaluations: list[Evaluation]) -> dict[str, list[str]]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from .. import towers
 from ..config import Model
 from ..errors import UserError
-from ..lora import ADAPTER_CONFIG
+from ..models import loading
+from ..models.clip import CONFIG_FILE
+from ..models.lora import ADAPTER_CONFIG
 from .adapter import Adapter
 from .card import model_card
 from .hf import FOLDER as HF_FOLDER, save_transformers
@@ -27,15 +28,22 @@ def export(source: Model, out: Path, hf: bool = False, merge_lora: bool = False)
     folder instead, unless `merge_lora` folds them into the weights. Raises UserError when `out` holds something else, when
     the model cannot be loaded, and with `hf` when transformers has no such architecture.
     """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not any((out / name).is_file() for name in (towers.CONFIG_FILE, ADAPTER_CONFIG)))):
+    if out.exists() and (
+        not out.is_dir()
+        or (any(out.iterdir()) and not any((out / name).is_file() for name in (CONFIG_FILE, ADAPTER_CONFIG)))
+    ):
         raise UserError(f"'{out}' exists and is no exported folder; choose another OUT")
     adapter = Adapter(source)
     if merge_lora and not adapter.found:
-        raise UserError(f"--merge-lora: '{source.weights}' holds no adapter, its student was trained whole; leave the flag out")
+        raise UserError(
+            f"--merge-lora: '{source.weights}' holds no adapter, its student was trained whole; leave the flag out"
+        )
     if hf and adapter.found and not merge_lora:
-        raise UserError("--hf: transformers loads whole models alone; add --merge-lora to fold the adapter into the weights")
+        raise UserError(
+            "--hf: transformers loads whole models alone; add --merge-lora to fold the adapter into the weights"
+        )
     as_adapter = adapter.found and not merge_lora
-    clip = towers.load(source, where="export")  # with an adapter folded in, which the card describes
+    clip = loading.load_clip(source, where="export")  # with an adapter folded in, which the card describes
     scratch = out.with_name(f".{out.name}.exporting")
     shutil.rmtree(scratch, ignore_errors=True)
     try:

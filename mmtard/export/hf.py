@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint import save_tensors
 from ..errors import UserError
-from ..towers import Clip
+from ..models.clip import Clip
+from ..runs.checkpoints import save_tensors
 
 FOLDER = "transformers"
 ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
@@ -34,15 +34,21 @@ def save_transformers(clip: Clip, folder: Path) -> None:
         raise UserError("--hf: needs transformers; pip install transformers, or leave --hf out") from None
     reason = _obstacle(clip)
     if reason:
-        raise UserError(f"--hf: transformers' CLIPModel has no such architecture: {reason}; leave --hf out, the open_clip folder holds the model")
+        raise UserError(
+            f"--hf: transformers' CLIPModel has no such architecture: {reason}; leave --hf out, the open_clip folder holds the model"
+        )
     tokenizer = open_clip.get_tokenizer(clip.name)
     model = transformers.CLIPModel(_config(clip, tokenizer, transformers)).eval()
     missing, unexpected = model.load_state_dict(convert(clip.model.state_dict()), strict=False)
     if missing or unexpected:
-        raise UserError(f"--hf: weights of {clip.name} that transformers' CLIPModel has no place for: {', '.join([*missing, *unexpected][:3])}; leave --hf out")
+        raise UserError(
+            f"--hf: weights of {clip.name} that transformers' CLIPModel has no place for: {', '.join([*missing, *unexpected][:3])}; leave --hf out"
+        )
     error = _largest_error(clip.model, model)
     if not error <= LARGEST_ERROR:
-        raise UserError(f"--hf: the converted model's embeddings differ by {error:.2g}; leave --hf out, the open_clip folder holds the model")
+        raise UserError(
+            f"--hf: the converted model's embeddings differ by {error:.2g}; leave --hf out, the open_clip folder holds the model"
+        )
     folder.mkdir(parents=True)
     model.config.architectures = ["CLIPModel"]
     model.config.save_pretrained(folder)
@@ -55,7 +61,9 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The names and layouts of transformers' CLIPModel for an open_clip state_dict (CLIP or CustomTextCLIP with a ViT)."""
     out = {}
     for name, value in state.items():
-        tower, rest = ("vision_model", name[7:]) if name.startswith("visual.") else ("text_model", name.removeprefix("text."))
+        tower, rest = (
+            ("vision_model", name[7:]) if name.startswith("visual.") else ("text_model", name.removeprefix("text."))
+        )
         if rest in ("proj", "text_projection"):
             out[f"{'visual' if tower == 'vision_model' else 'text'}_projection.weight"] = value.T
         elif name == "logit_scale":
@@ -76,11 +84,21 @@ _OUTSIDE_BLOCKS = {
     # "pre_layrnorm" is how transformers spells it.
     **{
         f"{ours}.{kind}": f"{theirs}.{kind}"
-        for ours, theirs in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm"), ("ln_final", "final_layer_norm"))
+        for ours, theirs in (
+            ("ln_pre", "pre_layrnorm"),
+            ("ln_post", "post_layernorm"),
+            ("ln_final", "final_layer_norm"),
+        )
         for kind in ("weight", "bias")
     },
 }
-_IN_BLOCKS = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+_IN_BLOCKS = {
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
 
 
 def _block(at: str, part: str, value: Tensor) -> dict[str, Tensor]:
@@ -138,7 +156,12 @@ def _config(clip: Clip, tokenizer, transformers):
         "eos_token_id": tokenizer.eot_token_id,
     }
     scale = float(model.logit_scale.detach())
-    return transformers.CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=vision.proj.shape[1], logit_scale_init_value=scale)
+    return transformers.CLIPConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        projection_dim=vision.proj.shape[1],
+        logit_scale_init_value=scale,
+    )
 
 
 def _sizes(transformer: nn.Module) -> dict[str, int]:
@@ -168,7 +191,10 @@ def _largest_error(model: nn.Module, converted) -> float:
         (model.encode_image(images), converted.get_image_features(pixel_values=images)),
         (model.encode_text(tokens), converted.get_text_features(input_ids=tokens)),
     )
-    errors = [(F.normalize(a, dim=-1) - F.normalize(getattr(b, "pooler_output", b), dim=-1)).abs().max().item() for a, b in pairs]
+    errors = [
+        (F.normalize(a, dim=-1) - F.normalize(getattr(b, "pooler_output", b), dim=-1)).abs().max().item()
+        for a, b in pairs
+    ]
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
@@ -200,5 +226,7 @@ def _tokenizer(ours, transformers):
     for prompt in PROMPTS:
         expected = [ours.sot_token_id, *ours.encode(prompt), ours.eot_token_id]
         if theirs(prompt)["input_ids"] != expected:
-            raise UserError(f"--hf: this transformers version tokenizes '{prompt}' otherwise than open_clip; leave --hf out")
+            raise UserError(
+                f"--hf: this transformers version tokenizes '{prompt}' otherwise than open_clip; leave --hf out"
+            )
     return theirs

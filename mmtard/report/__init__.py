@@ -1,5 +1,3 @@
 """A page that shows runs and how robust they became: one self-contained HTML file, and its figures as PNGs."""
 
-from .page import report
-
 __all__ = ["report"]

@@ -7,9 +7,9 @@ import re
 
 import numpy as np
 
-from ..evaluate.statistics import wilson_interval
+from ..evaluation.statistics import wilson_interval
 from . import style
-from .sources import Source
+from .sources import ReportSource
 from .style import Figure
 
 # What else stands in a row of metrics.jsonl: these are no terms of the loss.
@@ -26,23 +26,29 @@ WEIGHT, QUANTILE = "w_", re.compile(r"(?P<of>w_.+?)_[pq](?P<percent>\d{1,2})$")
 POINTS = 300  # a longer run is averaged over that many equal parts
 
 
-def losses(sources: list[Source]) -> list[Figure]:
+def losses(sources: list[ReportSource]) -> list[Figure]:
     """A figure for each column that no other figure shows: the loss first, then its terms by name."""
     known = {*OPTIMISATION, *SPEED, *COUNTS}
-    terms = {name for source in sources for row in source.metrics for name in row if name not in known and not name.startswith(WEIGHT)}
+    terms = {
+        name
+        for source in sources
+        for row in source.metrics
+        for name in row
+        if name not in known and not name.startswith(WEIGHT)
+    }
     ordered = sorted(terms, key=lambda name: (name != "loss", name))
     return [figure for name in ordered if (figure := _column(sources, name, name))]
 
 
-def optimisation(sources: list[Source]) -> list[Figure]:
+def optimisation(sources: list[ReportSource]) -> list[Figure]:
     return [figure for name, label in OPTIMISATION.items() if (figure := _column(sources, name, label))]
 
 
-def speed(sources: list[Source]) -> list[Figure]:
+def speed(sources: list[ReportSource]) -> list[Figure]:
     return [figure for name, label in SPEED.items() if (figure := _column(sources, name, label, from_zero=True))]
 
 
-def _column(sources: list[Source], name: str, label: str, from_zero: bool = False) -> Figure | None:
+def _column(sources: list[ReportSource], name: str, label: str, from_zero: bool = False) -> Figure | None:
     said = []
     with style.canvas() as canvas:
         axes = canvas.subplots()
@@ -58,31 +64,42 @@ def _column(sources: list[Source], name: str, label: str, from_zero: bool = Fals
             axes.set_ylim(0, 1.1 * axes.dataLim.ymax or 1)
         if len(said) > 1:
             axes.legend()
-        return Figure(f"training-{_file(name)}", f"{label} over the training steps: {'; '.join(said)}.", style.png(canvas))
+        return Figure(
+            f"training-{_file(name)}", f"{label} over the training steps: {'; '.join(said)}.", style.png(canvas)
+        )
 
 
 def _line(axes, steps, values, name: str, look: dict) -> None:
     """A curve; of a long run the means of equal parts, in the band of each part's least and greatest."""
     if len(steps) > POINTS:
         parts = [np.array(part) for part in np.array_split(np.stack([steps, values]), POINTS, axis=1)]
-        axes.fill_between([p[0].mean() for p in parts], [p[1].min() for p in parts], [p[1].max() for p in parts], color=look["color"], alpha=0.2, linewidth=0)
+        axes.fill_between(
+            [p[0].mean() for p in parts],
+            [p[1].min() for p in parts],
+            [p[1].max() for p in parts],
+            color=look["color"],
+            alpha=0.2,
+            linewidth=0,
+        )
         steps, values = (np.array([p[row].mean() for p in parts]) for row in (0, 1))
     axes.plot(steps, values, label=name, **look, **({"marker": "."} if len(steps) == 1 else {}))
 
 
 def column(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the rows that have a finite number there."""
-    pairs = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])]
+    pairs = [
+        (row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])
+    ]
     steps, values = zip(*pairs) if pairs else ((), ())
     return np.array(steps, dtype=float), np.array(values, dtype=float)
 
 
-def teacher_weights(sources: list[Source]) -> list[Figure]:
+def teacher_weights(sources: list[ReportSource]) -> list[Figure]:
     """A figure for each run whose samples weight their teachers: means over the batch, and where stored the range of its quantiles."""
     return [figure for source in sources if (figure := _weights(source))]
 
 
-def _weights(source: Source) -> Figure | None:
+def _weights(source: ReportSource) -> Figure | None:
     names = sorted({name for row in source.metrics for name in row if name.startswith(WEIGHT)})
     quantiles: dict[str, dict[int, str]] = {}
     for name in names:
@@ -103,7 +120,9 @@ def _weights(source: Source) -> Figure | None:
             said.append(f"{teacher} from {values[0]:.4g} to {values[-1]:.4g}")
             if len(stored) > 1:
                 (below, low), (above, high) = (column(source.metrics, stored[q]) for q in (min(stored), max(stored)))
-                axes.fill_between(below, low, np.interp(below, above, high), color=style.line(i)["color"], alpha=0.15, linewidth=0)
+                axes.fill_between(
+                    below, low, np.interp(below, above, high), color=style.line(i)["color"], alpha=0.15, linewidth=0
+                )
         axes.set(xlabel="step", ylabel="weight, mean over the batch", title=f"teacher weights, {source.name}")
         axes.legend()
         shown = sorted({q for stored in quantiles.values() for q in stored})
@@ -112,12 +131,12 @@ def _weights(source: Source) -> Figure | None:
         return Figure(f"weights-{_file(source.name)}", alt, style.png(canvas), band)
 
 
-def probes(sources: list[Source]) -> list[Figure]:
+def probes(sources: list[ReportSource]) -> list[Figure]:
     """Clean and robust accuracy on the fixed probe samples during training, in the 95 % interval of that many samples."""
     return [figure for kind in ("clean", "robust") if (figure := _probe(sources, kind))]
 
 
-def _probe(sources: list[Source], kind: str) -> Figure | None:
+def _probe(sources: list[ReportSource], kind: str) -> Figure | None:
     said = []
     with style.canvas() as canvas:
         axes = canvas.subplots()
@@ -127,8 +146,17 @@ def _probe(sources: list[Source], kind: str) -> Figure | None:
                 continue
             counts = [row["n"] for row in source.probes if isinstance(row.get(kind), (int, float))]
             bounds = [wilson_interval(round(v * n), n) for v, n in zip(values, counts)]
-            axes.plot(steps, 100 * values, label=source.name, markersize=4, **style.line(i), marker=style.marker(i)["marker"])
-            axes.fill_between(steps, [100 * low for low, _ in bounds], [100 * high for _, high in bounds], color=style.line(i)["color"], alpha=0.15, linewidth=0)
+            axes.plot(
+                steps, 100 * values, label=source.name, markersize=4, **style.line(i), marker=style.marker(i)["marker"]
+            )
+            axes.fill_between(
+                steps,
+                [100 * low for low, _ in bounds],
+                [100 * high for _, high in bounds],
+                color=style.line(i)["color"],
+                alpha=0.15,
+                linewidth=0,
+            )
             said.append(f"{source.name} from {100 * values[0]:.1f} to {100 * values[-1]:.1f} % on {counts[-1]} samples")
         if not said:
             return None

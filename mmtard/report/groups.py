@@ -6,12 +6,17 @@ import json
 from dataclasses import dataclass, field
 
 from ..config import parse_fraction
-from ..evaluate.statistics import paired_difference
+from ..evaluation.statistics import paired_difference
 from .records import Measured, Retrieval, Zeroshot
-from .sources import Source
+from .sources import ReportSource
 
 FREE = ("batch_size", "sanity", "eps", "eps_of")  # settings that do not change what a number at one radius means
-WAYS = {"fingerprint": "data", "perturb_at": "perturbed at", "classes": "class names", "templates": "prompts"}  # of `way`, in a row's name
+WAYS = {
+    "fingerprint": "data",
+    "perturb_at": "perturbed at",
+    "classes": "class names",
+    "templates": "prompts",
+}  # of `way`, in a row's name
 LEFT_OUT_OF_MEANS = "ImageNet"
 
 
@@ -44,14 +49,18 @@ class Group:
         return [name for name in self.datasets if all(name in model for model in having)]
 
 
-def group(sources: list[Source]) -> list[Group]:
+def group(sources: list[ReportSource]) -> list[Group]:
     """The groups in the order in which their first evaluation is met."""
     groups: dict[str, Group] = {}
-    taken: dict[str, dict[tuple[int, str], tuple[Measured, str]]] = {}  # of each group: (model, row) -> the newest, and its file
+    taken: dict[
+        str, dict[tuple[int, str], tuple[Measured, str]]
+    ] = {}  # of each group: (model, row) -> the newest, and its file
     for i, source in enumerate(sources):
         for evaluation in reversed(source.evaluations):
             settings = evaluation.settings.model_dump(mode="json")
-            key = json.dumps([evaluation.protocol, {k: v for k, v in settings.items() if k not in FREE}], sort_keys=True)
+            key = json.dumps(
+                [evaluation.protocol, {k: v for k, v in settings.items() if k not in FREE}], sort_keys=True
+            )
             if key not in groups:
                 title = f"protocol {evaluation.protocol}: {evaluation.settings.norm}, {', '.join(evaluation.settings.attacks)}, {evaluation.settings.iters} iterations"
                 groups[key] = Group(title, evaluation.settings.norm, [{} for _ in sources], [{} for _ in sources])
@@ -87,12 +96,20 @@ def difference(first: Zeroshot, other: Zeroshot, eps: str | None) -> dict | None
     `p`: McNemar's, of the samples that both models were attacked on; None where they are not the same samples.
     """
     if eps is None:
-        return {"difference": other.clean_all.accuracy - first.clean_all.accuracy, "p": None, "paired": first.way == other.way}
+        return {
+            "difference": other.clean_all.accuracy - first.clean_all.accuracy,
+            "p": None,
+            "paired": first.way == other.way,
+        }
     if eps not in first.eps or eps not in other.eps:
         return None
     a, b = first.samples, other.samples
     if (first.way, a.ids, a.labels) != (other.way, b.ids, b.labels):
-        return {"difference": other.eps[eps].robust.accuracy - first.eps[eps].robust.accuracy, "p": None, "paired": False}
+        return {
+            "difference": other.eps[eps].robust.accuracy - first.eps[eps].robust.accuracy,
+            "p": None,
+            "paired": False,
+        }
     return {**paired_difference(a.eps[eps].robust, b.eps[eps].robust), "paired": True}
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from .. import __version__, history
+from .. import __version__
 from ..errors import UserError
+from ..runs import history
 from . import accuracy, curves, sources, tables
+from .attacked_images import Strip, strip
 from .groups import Group, group
 from .records import Check
-from .sources import Source
-from .strip import Strip, strip
+from .sources import ReportSource
 from .style import COLOURS, Figure
 
 PAGE, TEMPLATE = "report.html", "page.html.j2"
@@ -53,29 +54,53 @@ def report(paths: list[Path], out: Path, images: int = 6, command: str = "") -> 
     return out / PAGE
 
 
-def _sections(found: list[Source], groups: list[Group]) -> dict[str, list[Section]]:
+def _sections(found: list[ReportSource], groups: list[Group]) -> dict[str, list[Section]]:
     robustness = [section for n, g in enumerate(groups) for section in _of_group(g, n, found) if any(g.models)]
     trajectory = accuracy.trajectory(found)
     training = [
         ("Loss terms", curves.losses(found), "no run has a metrics.jsonl with a loss"),
         ("Teacher weights", curves.teacher_weights(found), "no method here weights its teachers by sample"),
-        ("Accuracy during training", [*curves.probes(found), *([trajectory] if trajectory else [])], "no run has a probes.jsonl"),
+        (
+            "Accuracy during training",
+            [*curves.probes(found), *([trajectory] if trajectory else [])],
+            "no run has a probes.jsonl",
+        ),
         ("Optimisation", curves.optimisation(found), "no run has a metrics.jsonl with a learning rate"),
         ("Throughput and memory", curves.speed(found), "no run has a metrics.jsonl with its speed"),
     ]
     return {"robustness": robustness, "training": [Section(*entry) for entry in training]}
 
 
-def _of_group(g: Group, number: int, found: list[Source]) -> list[Section]:
-    marks = "Large: mean over the model's datasets; small: each dataset." if any(len(model) > 1 for model in g.models) else ""
+def _of_group(g: Group, number: int, found: list[ReportSource]) -> list[Section]:
+    marks = (
+        "Large: mean over the model's datasets; small: each dataset."
+        if any(len(model) > 1 for model in g.models)
+        else ""
+    )
     return [
-        Section("Clean against robust accuracy", accuracy.scatter(g, number, found), "no dataset was attacked", f"{g.title}. {marks} Dotted: nothing lost to the attack."),
-        Section("Accuracy against eps", accuracy.against_eps(g, number, found), "no dataset was attacked", f"{g.title}. Bars: 95 % interval; at 0 the clean accuracy of the attacked samples."),
+        Section(
+            "Clean against robust accuracy",
+            accuracy.scatter(g, number, found),
+            "no dataset was attacked",
+            f"{g.title}. {marks} Dotted: nothing lost to the attack.",
+        ),
+        Section(
+            "Accuracy against eps",
+            accuracy.against_eps(g, number, found),
+            "no dataset was attacked",
+            f"{g.title}. Bars: 95 % interval; at 0 the clean accuracy of the attacked samples.",
+        ),
     ]
 
 
-def _render(found: list[Source], groups: list[Group], sections: dict, strips: list[Strip], command: str) -> str:
-    environment = Environment(loader=PackageLoader("mmtard.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+def _render(found: list[ReportSource], groups: list[Group], sections: dict, strips: list[Strip], command: str) -> str:
+    environment = Environment(
+        loader=PackageLoader("mmtard.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {"data_uri": _data_uri, "json": _json, "line": json.dumps, "how_it_ended": _how_it_ended}
     return environment.get_template(TEMPLATE).render(
         sources=[(source, COLOURS[i % len(COLOURS)]) for i, source in enumerate(found)],
@@ -98,14 +123,20 @@ def _render(found: list[Source], groups: list[Group], sections: dict, strips: li
     )
 
 
-def _health(found: list[Source]) -> list[tuple[str, str, Check]]:
+def _health(found: list[ReportSource]) -> list[tuple[str, str, Check]]:
     """(model, dataset, check) of every evaluation, what failed first."""
-    lines = [(source.name, dataset.name, check) for source in found for evaluation in source.evaluations for dataset in evaluation.datasets for check in dataset.health]
+    lines = [
+        (source.name, dataset.name, check)
+        for source in found
+        for evaluation in source.evaluations
+        for dataset in evaluation.datasets
+        for check in dataset.health
+    ]
     return sorted(lines, key=lambda line: STATUSES.index(line[2].status))
 
 
 def _how_it_ended(start: dict) -> str:
-    return f"{history.kind(start)}: {history.reason(start)}"
+    return f"{history.end_kind(start)}: {history.end_reason(start)}"
 
 
 def _json(value) -> str:
@@ -127,6 +158,8 @@ def _publish(out: Path, page: str, figures: list[Figure]) -> None:
         shutil.rmtree(out, ignore_errors=True)
         scratch.rename(out)
     except OSError as error:
-        raise UserError(f"--out: cannot write '{out}': {error.strerror or error}; free space or choose another folder") from None
+        raise UserError(
+            f"--out: cannot write '{out}': {error.strerror or error}; free space or choose another folder"
+        ) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

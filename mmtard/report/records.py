@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UserError
-from ..evaluate import results
-from ..evaluate.naming import digest
+from ..evaluation import results
+from ..files import settings_digest
 
 
 class Record(BaseModel):
@@ -78,7 +78,7 @@ class Measured(Record):
     def way(self) -> dict[str, str]:
         """What of the data and of how they were asked decides the numbers: equal for results that may be compared."""
         found = {key: getattr(self, key, None) for key in ("fingerprint", "perturb_at", "classes", "templates")}
-        return {key: value if isinstance(value, str) else digest({key: value}) for key, value in found.items()}
+        return {key: value if isinstance(value, str) else settings_digest({key: value}) for key, value in found.items()}
 
 
 class Zeroshot(Measured):

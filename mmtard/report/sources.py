@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .. import history
 from ..errors import UserError
-from ..metrics import EVENTS, METRICS
+from ..runs import history
+from ..runs.layout import EVENTS, METRICS
 from .records import About, Evaluation, read as read_results
 
 PROBES, CONFIG, ENVIRONMENT, RESULTS = "probes.jsonl", "config.yaml", "environment.json", "results.json"
 
 
 @dataclass
-class Source:
+class ReportSource:
     """A run or a model: what was found of it, and in `missing` what was not, in words."""
 
     name: str
@@ -35,7 +35,7 @@ class Source:
         return self.config is not None or bool(self.starts)
 
 
-def read(paths: list[Path]) -> list[Source]:
+def read(paths: list[Path]) -> list[ReportSource]:
     """The sources in the order given, each with a name of its own. Raises UserError for a path that is neither run nor results."""
     found = [source for path in paths for source in _read(path)]
     for i, source in enumerate(found):
@@ -45,7 +45,7 @@ def read(paths: list[Path]) -> list[Source]:
     return found
 
 
-def _longer_names(source: Source) -> Iterator[str]:
+def _longer_names(source: ReportSource) -> Iterator[str]:
     above = (source.path.parent if source.path.name == RESULTS else source.path).resolve().parts[:-1]
     yield from ("/".join((*above[-n:], source.name)) for n in range(1, len(above) + 1))
     n = 2
@@ -54,34 +54,51 @@ def _longer_names(source: Source) -> Iterator[str]:
         n += 1
 
 
-def _read(path: Path) -> list[Source]:
+def _read(path: Path) -> list[ReportSource]:
     if not path.exists():
         raise UserError(f"'{path}' does not exist; give a run's folder, or a results.json or its folder")
     if path.is_file():
         evaluation = read_results(path)
-        return [Source(_stem(path), path, evaluations=[evaluation], missing=["training: these are evaluation results alone"])]
+        return [
+            ReportSource(
+                _stem(path), path, evaluations=[evaluation], missing=["training: these are evaluation results alone"]
+            )
+        ]
     if any((path / name).is_file() for name in (CONFIG, METRICS, history.FILE)):
         return _columns(read_run(path))
     evaluations, damaged = _evaluations(path)
     if not evaluations:
         why = f" ({damaged[0]})" if damaged else ""
-        raise UserError(f"'{path}' is neither a run's folder nor holds a {RESULTS}{why}; run `mmtard evaluate` first, or correct the path")
+        raise UserError(
+            f"'{path}' is neither a run's folder nor holds a {RESULTS}{why}; run `mmtard evaluate` first, or correct the path"
+        )
     by_model = _by_model(evaluations)
     names = _names(path, by_model) if len(by_model) > 1 else dict.fromkeys(by_model, path.resolve().name)
     missing = ["training: these are evaluation results alone", *damaged]
-    return [Source(names[model], path, evaluations=of_one, missing=list(missing)) for model, of_one in by_model.items()]
+    return [
+        ReportSource(names[model], path, evaluations=of_one, missing=list(missing))
+        for model, of_one in by_model.items()
+    ]
 
 
-def _columns(run: Source) -> list[Source]:
+def _columns(run: ReportSource) -> list[ReportSource]:
     """The run with the evaluations of its own weights, the newest that were measured under its name; a source for each of the others."""
     own = next((e.model.identity for e in reversed(run.evaluations) if _name(e.model, run.path) == run.name), None)
     by_model = _by_model(run.evaluations)
     names = _names(run.path, by_model, {own: run.name})
     run.evaluations = by_model.pop(own, [])
     if by_model and not run.evaluations:
-        run.missing.append("accuracy under attack: no evaluation of its newest weights; those of others have columns of their own")
+        run.missing.append(
+            "accuracy under attack: no evaluation of its newest weights; those of others have columns of their own"
+        )
     missing = f"training: these are other weights than the newest of the run '{run.path}'"
-    return [run, *(Source(names[model], run.path, evaluations=of_one, missing=[missing]) for model, of_one in by_model.items())]
+    return [
+        run,
+        *(
+            ReportSource(names[model], run.path, evaluations=of_one, missing=[missing])
+            for model, of_one in by_model.items()
+        ),
+    ]
 
 
 def _by_model(evaluations: list[Evaluation]) -> dict[tuple, list[Evaluation]]:
@@ -92,7 +109,9 @@ def _by_model(evaluations: list[Evaluation]) -> dict[tuple, list[Evaluation]]:
     return found
 
 
-def _names(folder: Path, by_model: dict[tuple, list[Evaluation]], given: dict[tuple | None, str] | None = None) -> dict[tuple | None, str]:
+def _names(
+    folder: Path, by_model: dict[tuple, list[Evaluation]], given: dict[tuple | None, str] | None = None
+) -> dict[tuple | None, str]:
     """A name for each model, beside those given: of its newest evaluation, where a newer model has that name with the hash of its weights."""
     names = dict(given or {})
     for model, of_one in reversed(by_model.items()):
@@ -112,9 +131,9 @@ def _stem(path: Path) -> str:
     return path.resolve().parent.name if path.name == RESULTS else path.stem
 
 
-def read_run(path: Path) -> Source:
+def read_run(path: Path) -> ReportSource:
     """What a run's folder holds."""
-    source = Source(path.resolve().name, path, starts=history.read(path))
+    source = ReportSource(path.resolve().name, path, starts=history.read(path))
     source.metrics, source.probes, source.events = (rows_of(path / name) for name in (METRICS, PROBES, EVENTS))
     source.evaluations, damaged = _evaluations(path / "evaluations")
     source.missing += damaged

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ..config import parse_fraction
 from .groups import LEFT_OUT_OF_MEANS, Group, difference, mean
 from .records import Accuracy, Retrieval, Zeroshot
-from .sources import Source
+from .sources import ReportSource
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Table:
 NONE = Cell("–")
 
 
-def pivot(group: Group, sources: list[Source]) -> Table:
+def pivot(group: Group, sources: list[ReportSource]) -> Table:
     """Datasets down, models across: clean and robust accuracy, with differences to the first model that has a number there."""
     shown = [i for i, model in enumerate(group.models) if model]
     measures = [None, *group.eps]
@@ -83,7 +83,9 @@ def _mean_row(group: Group, shown: list[int], measures: list, names: list[str]) 
     for i in shown:
         for eps in measures:
             value, first = (mean([group.models[j][name] for name in names], eps) for j in (i, shown[0]))
-            change = f"Δ {100 * (value - first):+.1f}" if value is not None and first is not None and i != shown[0] else ""
+            change = (
+                f"Δ {100 * (value - first):+.1f}" if value is not None and first is not None and i != shown[0] else ""
+            )
             cells.append(NONE if value is None else Cell(percent(value), change=change))
     return [*cells, Cell("")]
 
@@ -97,7 +99,7 @@ def _change(compared: dict | None) -> str:
     return points if compared["p"] is None else f"{points}, p {compared['p']:.2g}"
 
 
-def retrieval(group: Group, sources: list[Source]) -> Table:
+def retrieval(group: Group, sources: list[ReportSource]) -> Table:
     """Recall at k of both directions, a row each; models across, with differences to the first."""
     shown = [i for i, model in enumerate(group.retrieval) if model]
     eps = sorted({e for model in group.retrieval for d in model.values() for e in d.eps}, key=parse_fraction)
@@ -113,9 +115,15 @@ def retrieval(group: Group, sources: list[Source]) -> Table:
         for direction, by_k in asked.clean_all.items():
             for k in by_k:
                 found = [[_recall(group.retrieval[i].get(name), e, direction, k) for e in measures] for i in shown]
-                cells = [_recall_cell(value, found[0][j] if row else None) for row, values in enumerate(found) for j, value in enumerate(values)]
+                cells = [
+                    _recall_cell(value, found[0][j] if row else None)
+                    for row, values in enumerate(found)
+                    for j, value in enumerate(values)
+                ]
                 rows.append((f"{name}, {direction.replace('_', ' ')}, recall@{k}", cells))
-    notes = ["In %; small: 95 % interval. Clean recall is among all samples, robust recall among those attacked: fewer candidates, so not one scale."]
+    notes = [
+        "In %; small: 95 % interval. Clean recall is among all samples, robust recall among those attacked: fewer candidates, so not one scale."
+    ]
     return Table(head, rows, f"Retrieval, {group.title}", notes)
 
 
@@ -128,19 +136,43 @@ def _recall(dataset: Retrieval | None, eps: str | None, direction: str, k: str) 
 def _recall_cell(value: Accuracy | None, first: Accuracy | None) -> Cell:
     if value is None:
         return NONE
-    return Cell(percent(value.accuracy), interval(value), f"Δ {100 * (value.accuracy - first.accuracy):+.1f}" if first else "")
+    return Cell(
+        percent(value.accuracy), interval(value), f"Δ {100 * (value.accuracy - first.accuracy):+.1f}" if first else ""
+    )
 
 
 def details(datasets: list[Zeroshot], caption: str) -> Table:
     """All of one evaluation: a row for each dataset and radius, what stands after each attack, and the worst class."""
     attacks = list(dict.fromkeys(name for d in datasets for e in d.eps.values() for name in e.attacks))
-    columns = ["dataset", "eps", "clean, all", "clean, same samples", *(f"after {name}" for name in attacks), "robust", "worst class", "chance", "pixels"]
+    columns = [
+        "dataset",
+        "eps",
+        "clean, all",
+        "clean, same samples",
+        *(f"after {name}" for name in attacks),
+        "robust",
+        "worst class",
+        "chance",
+        "pixels",
+    ]
     rows = []
     for d in datasets:
         for eps, at in d.eps.items():
             after = [percent(at.attacks[name].accuracy) if name in at.attacks else "–" for name in attacks]
-            worst = Cell(percent(at.worst_class.accuracy), f"{at.worst_class.name}, n {at.worst_class.n}") if at.worst_class else NONE
-            cells = [Cell(eps), accuracy(d.clean_all), accuracy(d.clean), *map(Cell, after), accuracy(at.robust), worst, Cell(percent(d.chance))]
+            worst = (
+                Cell(percent(at.worst_class.accuracy), f"{at.worst_class.name}, n {at.worst_class.n}")
+                if at.worst_class
+                else NONE
+            )
+            cells = [
+                Cell(eps),
+                accuracy(d.clean_all),
+                accuracy(d.clean),
+                *map(Cell, after),
+                accuracy(at.robust),
+                worst,
+                Cell(percent(d.chance)),
+            ]
             rows.append((d.name, [*cells, Cell("x".join(map(str, d.perturbed_size)), d.perturb_at)]))
     return Table([[(name, 1) for name in columns]], rows, caption)
 

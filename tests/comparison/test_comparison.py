@@ -12,11 +12,12 @@ import yaml
 from PIL import Image
 
 from mmtard import config as settings
-from mmtard.comparison import __main__ as comparison
-from mmtard.comparison.shards import make_shards
-from mmtard.data import Reader, decode, open_dataset
+from mmtard.data.dataset import open_dataset
+from mmtard.data.images import decode
+from mmtard.data.reader import Reader
 from mmtard.errors import UserError
-from mmtard.quickstart import stages
+from mmtard.examples import cifar10 as comparison, stages
+from mmtard.examples.cifar10_shards import make_shards
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "cifar10"
 CLASSES = ["cat", "dog", "frog"]
@@ -37,7 +38,13 @@ def archives(tmp_path):
         images = [encoded(i) for i in range(first, first + n)]
         offset = np.cumsum([0, *map(len, images)])
         label = np.arange(first, first + n) % len(CLASSES)
-        np.savez(folder / f"{name}.npz", blob=np.frombuffer(b"".join(images), np.uint8), offset=offset, label=label, classes=np.array(CLASSES))
+        np.savez(
+            folder / f"{name}.npz",
+            blob=np.frombuffer(b"".join(images), np.uint8),
+            offset=offset,
+            label=label,
+            classes=np.array(CLASSES),
+        )
     return folder
 
 
@@ -77,7 +84,11 @@ def test_every_student_has_the_same_budget_start_and_attack():
     assert [c.method.name for c in students] == list(comparison.STUDENTS)
     for c in students:
         assert (c.train, c.student, c.data) == (students[0].train, students[0].student, students[0].data)
-        assert (c.attack.eps, c.attack.steps, c.attack.step_size) == (students[0].attack.eps, students[0].attack.steps, students[0].attack.step_size)
+        assert (c.attack.eps, c.attack.steps, c.attack.step_size) == (
+            students[0].attack.eps,
+            students[0].attack.steps,
+            students[0].attack.step_size,
+        )
         assert c.attack.eps == comparison.EPS
         assert c.run_dir == str(comparison.ROOT / c.method.name)
     assert {p.stem for p in CONFIGS.glob("*.yaml")} == {"base", *comparison.STUDENTS, *comparison.TEACHERS}
@@ -128,7 +139,10 @@ def test_a_setting_that_fits_no_training_is_told_before_anything_is_done(trained
 
 
 def test_the_architectures_differ_in_size_alone():
-    student, teacher = (json.loads((Path(comparison.__file__).with_name(f"cifar10-{name}.json")).read_text()) for name in ("student", "teacher"))
+    student, teacher = (
+        json.loads((Path(comparison.__file__).with_name(f"cifar10-{name}.json")).read_text())
+        for name in ("student", "teacher")
+    )
     assert student["text_cfg"] == teacher["text_cfg"] and student["embed_dim"] == teacher["embed_dim"]
     assert student["vision_cfg"]["layers"] < teacher["vision_cfg"]["layers"]
     assert yaml.safe_load((CONFIGS / "base.yaml").read_text())["student"]["arch"].endswith("cifar10-student.json")

@@ -4,7 +4,7 @@ import pytest
 from tiny_shards import samples, write_tar
 
 from mmtard.config import Data
-from mmtard.data import open_dataset
+from mmtard.data.dataset import open_dataset
 
 
 @pytest.fixture

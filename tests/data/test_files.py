@@ -7,19 +7,20 @@ import time
 
 from processes import alive
 
-from mmtard.data.files import held
+from mmtard.files import held
 
 WORK = """
 import os, sys, time
 from pathlib import Path
-from mmtard.data.files import exclusive, spread
+from mmtard.data.worker_pool import map_in_processes
+from mmtard.files import exclusive
 
 def wait(i):
     Path(sys.argv[1], str(os.getpid())).touch()
     time.sleep(600)
 
 with exclusive(Path(sys.argv[1]) / "lock"):
-    spread(wait, [0, 1], 2, "work", False)
+    map_in_processes(wait, [0, 1], 2, "work", False)
 """
 
 

@@ -1,11 +1,11 @@
 import numpy as np
 import open_clip
 import pytest
-from tiny_shards import encode, picture
 from PIL import Image
+from tiny_shards import encode, picture
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from mmtard.data import DecodeError, Transform, decode
+from mmtard.data.images import DecodeError, Transform, decode
 from mmtard.errors import UserError
 
 
@@ -123,7 +123,9 @@ def test_random_crop_has_the_area_and_ratio_asked_for():
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random", None])
 def test_a_models_own_way_is_open_clips(size, mode, interpolation):
     image, cfg = picture(5, size), {"resize_mode": mode, "interpolation": interpolation, "mean": [0.5] * 3}
-    theirs = open_clip.image_transform(24, is_train=False, mean=(0,) * 3, std=(1,) * 3, resize_mode=mode, interpolation=interpolation)(image)
+    theirs = open_clip.image_transform(
+        24, is_train=False, mean=(0,) * 3, std=(1,) * 3, resize_mode=mode, interpolation=interpolation
+    )(image)
     assert (Transform.of_model(24, cfg, "m")(image, 0) == (theirs * 255).round().byte().numpy()).all()
 
 

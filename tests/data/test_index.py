@@ -10,9 +10,12 @@ import pytest
 import webdataset
 from tiny_shards import encode, picture, samples, write_tar
 
-from mmtard.config import Data, expand_shards
-from mmtard.data import Reader, build_index, classnames, default_index, load_index, open_dataset, templates
-from mmtard.data.index import shard_name
+from mmtard.config import Data
+from mmtard.data.class_names import classnames, templates
+from mmtard.data.dataset import open_dataset
+from mmtard.data.index import build_index, load_index, shard_name
+from mmtard.data.paths import default_index, expand_shards
+from mmtard.data.reader import Reader
 from mmtard.errors import UserError
 
 IMAGE = encode(picture(0))
@@ -21,7 +24,11 @@ IMAGE = encode(picture(0))
 def test_reading_equals_webdatasets_own(folder, dataset):
     reader, seen = Reader(dataset), 0
     for sample in webdataset.WebDataset([str(folder / f"{i}.tar") for i in range(3)], shardshuffle=False):
-        assert dataset.keys[seen] == sample["__key__"] and reader.image(seen) == sample["jpg"] and dataset.labels[seen] == int(sample["cls"])
+        assert (
+            dataset.keys[seen] == sample["__key__"]
+            and reader.image(seen) == sample["jpg"]
+            and dataset.labels[seen] == int(sample["cls"])
+        )
         seen += 1
     assert seen == len(dataset) == 32 and dataset.shard_counts.tolist() == [11, 7, 14]
     assert dataset.name(12) == "1.tar/s0012"
@@ -42,7 +49,10 @@ def test_layouts_of_public_sets(tmp_path):
     assert dataset.keys == ["n01/a", "b"] and dataset.labels.tolist() == [7, 12] and dataset.file_name(1) == "b.png"
     assert [reader.caption(i) for i in range(2)] == ["ein Käfer", ""] and reader.image(1) == IMAGE
     assert "1 left out without an image" in dataset.index.summary()
-    with pytest.raises(UserError, match="classnames.txt' has 2 names, and the shards have a sample of label 12; give the file of their classes"):
+    with pytest.raises(
+        UserError,
+        match="classnames.txt' has 2 names, and the shards have a sample of label 12; give the file of their classes",
+    ):
         classnames(data, dataset)
     (tmp_path / "classnames.txt").write_text("tench\nhammerhead shark\n" + "another\n" * 11)
     assert classnames(data, dataset)[:2] == ["tench", "hammerhead shark"]
@@ -116,12 +126,16 @@ def test_index_and_fingerprint_do_not_depend_on_jobs_or_folder(tmp_path, folder)
     shutil.copytree(folder, tmp_path / "elsewhere")
     made = []
     for where, jobs in ((folder, 1), (tmp_path / "elsewhere", 3)):
-        made.append(build_index([str(where / f"{i}.tar") for i in range(3)], tmp_path / f"{jobs}.npz", jobs, progress=False))
+        made.append(
+            build_index([str(where / f"{i}.tar") for i in range(3)], tmp_path / f"{jobs}.npz", jobs, progress=False)
+        )
     assert (tmp_path / "1.npz").read_bytes() == (tmp_path / "3.npz").read_bytes()
     assert made[0].fingerprint == made[1].fingerprint == load_index(tmp_path / "1.npz").fingerprint
 
 
-@pytest.mark.parametrize("change", [("s0005.cls", b"6"), ("s0005.jpg", encode(picture(99))), ("s0099.jpg", encode(picture(5)))])
+@pytest.mark.parametrize(
+    "change", [("s0005.cls", b"6"), ("s0005.jpg", encode(picture(99))), ("s0099.jpg", encode(picture(5)))]
+)
 def test_fingerprint_sees_every_change(tmp_path, change):
     members = samples(0, 8)
     at = 10 + ("cls" in change[0])
@@ -130,7 +144,10 @@ def test_fingerprint_sees_every_change(tmp_path, change):
         members[10], members[11] = change, ("s0099.cls", members[11][1])
     else:
         members[at] = change
-    assert build_index([str(write_tar(tmp_path / "b" / "0.tar", members))], tmp_path / "b.npz", 1, False).fingerprint != before
+    assert (
+        build_index([str(write_tar(tmp_path / "b" / "0.tar", members))], tmp_path / "b.npz", 1, False).fingerprint
+        != before
+    )
 
 
 def test_a_shard_that_changed(folder, dataset):
@@ -198,7 +215,14 @@ def test_linked_shards_belong_to_the_folder_of_the_links(folder, tmp_path):
 def test_numbers_in_the_names_of_shards_count_as_numbers(tmp_path):
     for name in ("train-10.tar", "train-2.tar", "val.tar", "val.tar3.tar", "7.tar", "train-0010.tar"):
         (tmp_path / name).touch()
-    assert [Path(s).name for s in expand_shards(str(tmp_path))] == ["7.tar", "train-2.tar", "train-0010.tar", "train-10.tar", "val.tar", "val.tar3.tar"]
+    assert [Path(s).name for s in expand_shards(str(tmp_path))] == [
+        "7.tar",
+        "train-2.tar",
+        "train-0010.tar",
+        "train-10.tar",
+        "val.tar",
+        "val.tar3.tar",
+    ]
 
 
 def test_a_file_that_is_no_index(folder, tmp_path):
@@ -211,10 +235,10 @@ def test_a_file_that_is_no_index(folder, tmp_path):
 
 
 def open_and_tell(shards, counted):
-    import mmtard.data.dataset as module
+    from mmtard.data import dataset
 
-    build = module.build_index
-    module.build_index = lambda *a: (counted.put(1), build(*a, progress=False))[1]
+    build = dataset.build_index
+    dataset.build_index = lambda *a: (counted.put(1), build(*a, progress=False))[1]
     counted.put(open_dataset(Data(shards=shards)).fingerprint)
 
 
@@ -234,7 +258,10 @@ def test_remote_shards_are_indexed_through_their_opener(folder, tmp_path, spec):
     remote, local = ([form.format(folder / f"{i}.tar") for i in range(3)] for form in (spec, "{}"))
     with pytest.raises(UserError, match="mmtard index SHARDS --out FILE"):
         open_dataset(Data(shards=remote, index=str(tmp_path / "i.npz")))
-    assert build_index(remote, tmp_path / "i.npz", 2, False).fingerprint == build_index(local, tmp_path / "l.npz", 1, False).fingerprint
+    assert (
+        build_index(remote, tmp_path / "i.npz", 2, False).fingerprint
+        == build_index(local, tmp_path / "l.npz", 1, False).fingerprint
+    )
     assert len(open_dataset(Data(shards=remote, index=str(tmp_path / "i.npz")))) == 32
 
 

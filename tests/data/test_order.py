@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from mmtard.data import Order, sample_seeds
+from mmtard.data.order import Order
 from mmtard.errors import UserError
+from mmtard.seeding import sample_seeds
 
 COUNTS = [11, 7, 14, 5, 9]  # 46 samples
 
@@ -16,7 +17,9 @@ def test_an_epoch_has_every_sample_once_but_the_tail_and_epochs_differ():
         assert set(numbers) == {e} and len(set(ids)) == 44 and set(ids) <= set(range(46))
         epochs.append(ids)
     assert not any((a == b).all() for a, b in zip(epochs, epochs[1:]))
-    assert len({frozenset(range(46)) - frozenset(e.tolist()) for e in epochs}) > 1, "the same samples are left out each time"
+    assert len({frozenset(range(46)) - frozenset(e.tolist()) for e in epochs}) > 1, (
+        "the same samples are left out each time"
+    )
 
 
 def test_a_batch_crosses_from_one_epoch_into_the_next():
@@ -41,7 +44,10 @@ def test_ranks_together_read_the_global_batch(world):
     order = Order(COUNTS, seed=5, lanes=8, window=3)
     for consumed in (0, 16, 48):
         whole, _ = order.batch(consumed, 16)
-        parts = [Order(COUNTS, seed=5, lanes=8, window=3).rank_batch(consumed, 16, r, world)[0].reshape(-1, 2) for r in range(world)]
+        parts = [
+            Order(COUNTS, seed=5, lanes=8, window=3).rank_batch(consumed, 16, r, world)[0].reshape(-1, 2)
+            for r in range(world)
+        ]
         assert np.stack(parts, 1).reshape(-1).tolist() == whole.tolist()
 
 
@@ -55,7 +61,10 @@ def test_position_alone_decides():
 
 def test_the_order_is_the_documented_one():
     """One lane, one window, from numpy's raw Philox output and sorting alone."""
-    raw = [np.random.Philox(np.random.SeedSequence(s)).random_raw(n).tolist() for s, n in (((1, 9, 0), 3), ((2, 9, 0, 0, 0), 6))]
+    raw = [
+        np.random.Philox(np.random.SeedSequence(s)).random_raw(n).tolist()
+        for s, n in (((1, 9, 0), 3), ((2, 9, 0, 0, 0), 6))
+    ]
     shards, places = (sorted(range(len(r)), key=r.__getitem__) for r in raw)
     laid = [i for s in shards for i in ([0, 1], [2], [3, 4, 5])[s]]
     assert Order([2, 1, 3], seed=9, lanes=1, window=100).batch(0, 6)[0].tolist() == [laid[p] for p in places]
@@ -67,7 +76,9 @@ def test_shards_ahead_names_what_is_read_in_time():
         for consumed in range(0, 200, 20):
             now, later = order.shards_ahead(consumed, rank, 2, 3)
             assert len(later) >= 3 and not set(now) & set(later) and len(set(later)) == len(later)
-            read = {int(i) // 10 for i in order.rank_batch(consumed, 40, rank, 2)[0]}  # the rest of this window and all of the next
+            read = {
+                int(i) // 10 for i in order.rank_batch(consumed, 40, rank, 2)[0]
+            }  # the rest of this window and all of the next
             assert read <= set(now) | set(later)
     assert order.shards_ahead(0, 0, 2, 0)[1] == []
     assert len(sum(order.shards_ahead(0, 0, 1, 99), [])) == 12

@@ -9,8 +9,13 @@ from PIL import Image
 from tiny_shards import encode, picture
 
 from mmtard.config import Data
-from mmtard.data import Reader, Transform, classnames, eval_batches, open_dataset, write_shards
-from mmtard.data import shards as module
+from mmtard.data import shard_writer as module
+from mmtard.data.class_names import classnames
+from mmtard.data.dataset import open_dataset
+from mmtard.data.images import Transform
+from mmtard.data.reader import Reader
+from mmtard.data.shard_writer import write_shards
+from mmtard.data.stream import eval_batches
 from mmtard.errors import UserError
 
 CLASSES = {"n02": 7, "n01": 9, "n10": 5}
@@ -21,7 +26,9 @@ def images(tmp_path):
     for number, (name, count) in enumerate(CLASSES.items()):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(count):
-            (tmp_path / "images" / name / f"{name}_{i}.v1.JPEG").write_bytes(encode(picture(100 * number + i, (60, 40 + i))))
+            (tmp_path / "images" / name / f"{name}_{i}.v1.JPEG").write_bytes(
+                encode(picture(100 * number + i, (60, 40 + i)))
+            )
     (tmp_path / "images" / "n01" / "n01_3.v1.txt").write_text("the third")
     (tmp_path / "images" / "n01" / "notes.md").write_text("no image")
     return tmp_path / "images"
@@ -42,12 +49,17 @@ def test_image_folder_to_data_set(images, tmp_path):
     data = Data(shards=str(tmp_path / "out"))
     dataset = open_dataset(data)
     assert classnames(data, dataset) == ["n01", "n02", "n10"] and np.bincount(dataset.labels).tolist() == [9, 7, 5]
-    assert dataset.shard_counts.tolist() == [8, 8, 5] and all(len(set(dataset.labels[a : a + 8])) > 1 for a in (0, 8)), "classes are mixed"
+    assert dataset.shard_counts.tolist() == [8, 8, 5] and all(
+        len(set(dataset.labels[a : a + 8])) > 1 for a in (0, 8)
+    ), "classes are mixed"
     reader = Reader(dataset)
     sources = {p.read_bytes(): p for p in images.rglob("*.JPEG")}
     for i in range(21):
         path = sources.pop(reader.image(i))
-        assert path.parent.name == ["n01", "n02", "n10"][dataset.labels[i]] and f"{path.parent.name}-{path.name[:5]}" in dataset.keys[i]
+        assert (
+            path.parent.name == ["n01", "n02", "n10"][dataset.labels[i]]
+            and f"{path.parent.name}-{path.name[:5]}" in dataset.keys[i]
+        )
         assert reader.caption(i) == ("the third" if path.name == "n01_3.v1.JPEG" else "")
     theirs = list(webdataset.WebDataset([str(tmp_path / "out" / f"{i:06d}.tar") for i in range(3)], shardshuffle=False))
     assert [s["__key__"] for s in theirs] == dataset.keys and [int(s["cls"]) for s in theirs] == dataset.labels.tolist()
@@ -156,7 +168,9 @@ def test_folders_that_are_no_image_folders(images, tmp_path):
 def test_names_that_are_no_text_and_links_to_nothing_are_refused_before_any_work(images, tmp_path):
     latin1 = os.fsencode(images) + b"/caf\xe9"
     os.mkdir(latin1)
-    with pytest.raises(UserError, match="the class folder 'caf.udce9' has a name that cannot be written as text; rename it"):
+    with pytest.raises(
+        UserError, match="the class folder 'caf.udce9' has a name that cannot be written as text; rename it"
+    ):
         write(images, tmp_path / "out")
     os.rmdir(latin1)
     (images / "n01" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")

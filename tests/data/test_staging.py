@@ -7,9 +7,15 @@ import torch
 from tiny_shards import samples, write_tar
 
 from mmtard.config import Cache, Data
-from mmtard.data import Order, Reader, Stager, Staging, Stream, Transform, build_index, open_dataset
-from mmtard.data.files import exclusive
+from mmtard.data.dataset import open_dataset
+from mmtard.data.images import Transform
+from mmtard.data.index import build_index
+from mmtard.data.order import Order
+from mmtard.data.reader import Reader
+from mmtard.data.staging import Stager, Staging
+from mmtard.data.stream import TrainStream
 from mmtard.errors import UserError
+from mmtard.files import exclusive
 
 SHARDS = 6
 
@@ -84,10 +90,23 @@ def test_streaming_remote_shards_equals_local(source, tmp_path, spec, workers):
     dataset, staging = remote(source, tmp_path, spec)
     local = open_dataset(Data(shards=str(source)))
     one, other = (
-        list(Stream(d, Order(d.shard_counts, 0, 2, 6), Transform(16), seed=0, batch_size=4, stop=30, workers=workers, staging=s))
+        list(
+            TrainStream(
+                d,
+                Order(d.shard_counts, 0, 2, 6),
+                Transform(16),
+                seed=0,
+                batch_size=4,
+                stop=30,
+                workers=workers,
+                staging=s,
+            )
+        )
         for d, s in ((dataset, staging), (local, None))
     )
-    assert len(one) == len(other) == 30 and all(torch.equal(a.images, b.images) and torch.equal(a.sample_ids, b.sample_ids) for a, b in zip(one, other))
+    assert len(one) == len(other) == 30 and all(
+        torch.equal(a.images, b.images) and torch.equal(a.sample_ids, b.sample_ids) for a, b in zip(one, other)
+    )
     assert dataset.fingerprint == local.fingerprint
 
 
@@ -164,7 +183,18 @@ def test_openers_that_fail_name_the_shard(source, tmp_path, spec, words, monkeyp
     assert "2.tar" in str(caught.value) and list(staging.folder.iterdir()) == []
     for workers in (0, 1):
         with pytest.raises(UserError, match=words):
-            list(Stream(dataset, Order(dataset.shard_counts, 0, 2, 6), Transform(16), seed=0, batch_size=4, stop=9, workers=workers, staging=staging))
+            list(
+                TrainStream(
+                    dataset,
+                    Order(dataset.shard_counts, 0, 2, 6),
+                    Transform(16),
+                    seed=0,
+                    batch_size=4,
+                    stop=9,
+                    workers=workers,
+                    staging=staging,
+                )
+            )
 
 
 def test_a_fetch_that_fails_now_and_then_is_tried_again(source, tmp_path, monkeypatch):
@@ -178,7 +208,17 @@ def test_a_cache_too_small_is_refused(source, tmp_path):
     with pytest.raises(UserError, match="data.cache.max_gb: shard 'pipe:cat .*0.tar"):
         Staging(dataset, Cache(dir=str(tmp_path / "near"), max_gb=1e-5))
     with pytest.raises(UserError, match="data.cache.max_gb: .* cannot hold the 6 shards"):
-        list(Stream(dataset, Order(dataset.shard_counts, 0, 6, 6), Transform(16), seed=0, batch_size=6, stop=9, staging=staging))
+        list(
+            TrainStream(
+                dataset,
+                Order(dataset.shard_counts, 0, 6, 6),
+                Transform(16),
+                seed=0,
+                batch_size=6,
+                stop=9,
+                staging=staging,
+            )
+        )
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="data.cache.dir: cannot make"):
         Staging(dataset, Cache(dir=str(tmp_path / "file" / "x")))

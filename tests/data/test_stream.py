@@ -13,15 +13,22 @@ from processes import alive
 from tiny_shards import encode, picture, samples
 
 from mmtard.config import Data
-from mmtard.data import Order, Stream, Transform, build_index, classnames, eval_batches, open_dataset
-from mmtard.errors import Lost, UserError
+from mmtard.data.class_names import classnames
+from mmtard.data.dataset import open_dataset
+from mmtard.data.images import Transform
+from mmtard.data.index import build_index
+from mmtard.data.order import Order
+from mmtard.data.stream import TrainStream, eval_batches
+from mmtard.errors import ProcessLostError, UserError
 
 CROP = Transform(16, crop_scale=(0.5, 1.0), flip=True)
 IMAGE = encode(picture(0))
 
 
 def stream(dataset, *, lanes=4, batch_size=8, stop=9, transform=CROP, **more):
-    return Stream(dataset, Order(dataset.shard_counts, 1, lanes, 5), transform, seed=1, batch_size=batch_size, stop=stop, **more)
+    return TrainStream(
+        dataset, Order(dataset.shard_counts, 1, lanes, 5), transform, seed=1, batch_size=batch_size, stop=stop, **more
+    )
 
 
 def whole(dataset, world=1, workers=0, start=0, stop=9):
@@ -55,7 +62,9 @@ def test_images_are_those_of_their_ids(dataset):
     for batch in stream(dataset, transform=Transform(30)):
         assert batch.images.dtype == torch.uint8 and batch.seeds.dtype == torch.int64 and batch.replaced == []
         for image, i in zip(batch.images, batch.sample_ids.tolist()):
-            assert np.abs(image.numpy().astype(int) - Transform(30)(picture(i), 0)).mean() < 6, "not the image of this id"
+            assert np.abs(image.numpy().astype(int) - Transform(30)(picture(i), 0)).mean() < 6, (
+                "not the image of this id"
+            )
 
 
 def test_an_epoch_sees_other_crops(dataset):
@@ -69,7 +78,9 @@ def test_eval_batches_give_the_samples_asked_for(dataset):
     for workers in (0, 2):
         batches = list(eval_batches(dataset, Transform(16), ids, 2, workers=workers))
         assert [len(b) for b in batches] == [2, 2, 1]
-        assert torch.cat([b.sample_ids for b in batches]).tolist() == ids and torch.cat([b.labels for b in batches]).tolist() == [i % 7 for i in ids]
+        assert torch.cat([b.sample_ids for b in batches]).tolist() == ids and torch.cat(
+            [b.labels for b in batches]
+        ).tolist() == [i % 7 for i in ids]
 
 
 def damaged(open_members, bad: dict[int, bytes], count=20):
@@ -82,11 +93,15 @@ def damaged(open_members, bad: dict[int, bytes], count=20):
 def test_a_truncated_jpeg_is_replaced_by_its_neighbour(open_members):
     dataset = damaged(open_members, {7: IMAGE[:-30], 8: b"nothing", 19: IMAGE[:-30]})
     for workers in (0, 2):
-        batch, = eval_batches(dataset, CROP, [6, 7, 19, 8], 4, seed=5, workers=workers)
+        (batch,) = eval_batches(dataset, CROP, [6, 7, 19, 8], 4, seed=5, workers=workers)
         assert batch.sample_ids.tolist() == [6, 9, 0, 9] and batch.labels.tolist() == [6, 2, 0, 2]
-        assert [(a, b) for a, b, _ in batch.replaced] == [("0.tar/s0007", "0.tar/s0009"), ("0.tar/s0019", "0.tar/s0000"), ("0.tar/s0008", "0.tar/s0009")]
+        assert [(a, b) for a, b, _ in batch.replaced] == [
+            ("0.tar/s0007", "0.tar/s0009"),
+            ("0.tar/s0019", "0.tar/s0000"),
+            ("0.tar/s0008", "0.tar/s0009"),
+        ]
         assert "truncated" in batch.replaced[0][2] and "not an image of a known format" in batch.replaced[2][2]
-    asked, = eval_batches(damaged(open_members, {}), CROP, [6, 7, 19, 8], 4, seed=5)
+    (asked,) = eval_batches(damaged(open_members, {}), CROP, [6, 7, 19, 8], 4, seed=5)
     assert torch.equal(batch.seeds, asked.seeds), "a replacement keeps the seed of the sample asked for"
 
 
@@ -96,16 +111,27 @@ def test_what_cannot_be_read_is_left_out_where_nothing_may_stand_for_it(open_mem
     first, second = eval_batches(dataset, CROP, [6, 7, 9, 19, 8], 3, seed=5, workers=workers, replace=False)
     assert first.sample_ids.tolist() == [6, 9] and first.labels.tolist() == [6, 2] and first.replaced == []
     assert [name for name, _ in first.left_out] == ["0.tar/s0007"] and "truncated" in first.left_out[0][1]
-    whole, = eval_batches(damaged(open_members, {}), CROP, [6, 9], 2, seed=5)
-    assert torch.equal(first.images, whole.images) and torch.equal(first.seeds, whole.seeds) and first.captions == whole.captions
-    assert len(second) == 0 and second.images.shape == (0, 3, 16, 16) and [name for name, _ in second.left_out] == ["0.tar/s0019", "0.tar/s0008"]
+    (whole,) = eval_batches(damaged(open_members, {}), CROP, [6, 9], 2, seed=5)
+    assert (
+        torch.equal(first.images, whole.images)
+        and torch.equal(first.seeds, whole.seeds)
+        and first.captions == whole.captions
+    )
+    assert (
+        len(second) == 0
+        and second.images.shape == (0, 3, 16, 16)
+        and [name for name, _ in second.left_out] == ["0.tar/s0019", "0.tar/s0008"]
+    )
 
 
 def test_missing_labels_are_replaced_only_where_labels_are_needed(open_members):
     dataset = open_members([("a.jpg", IMAGE), ("b.jpg", IMAGE), ("b.cls", b"x"), ("c.jpg", IMAGE), ("c.cls", b"3")])
-    needed, = eval_batches(dataset, CROP, [0, 1, 2], 3)
-    assert needed.sample_ids.tolist() == [2, 2, 2] and [r for *_, r in needed.replaced] == ["no .cls member", ".cls is not a class number"]
-    free, = eval_batches(dataset, CROP, [0, 1, 2], 3, need_labels=False)
+    (needed,) = eval_batches(dataset, CROP, [0, 1, 2], 3)
+    assert needed.sample_ids.tolist() == [2, 2, 2] and [r for *_, r in needed.replaced] == [
+        "no .cls member",
+        ".cls is not a class number",
+    ]
+    (free,) = eval_batches(dataset, CROP, [0, 1, 2], 3, need_labels=False)
     assert free.labels.tolist() == [-1, -1, 3] and free.replaced == []
 
 
@@ -113,7 +139,9 @@ def test_missing_labels_are_replaced_only_where_labels_are_needed(open_members):
 def test_too_many_replaced_samples_stop_the_run(open_members, workers):
     dataset = damaged(open_members, {7: b"nothing"})
     assert len(list(stream(dataset, batch_size=4, stop=50, workers=workers))) == 50, "10 of the first 1000 are allowed"
-    with pytest.raises(UserError, match=r"data.max_replaced: 11 of the first \d+ samples.*0.tar/s0007: cannot be decoded.*repair") as caught:
+    with pytest.raises(
+        UserError, match=r"data.max_replaced: 11 of the first \d+ samples.*0.tar/s0007: cannot be decoded.*repair"
+    ) as caught:
         list(stream(dataset, batch_size=4, stop=100, workers=workers))
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="data.max_replaced: 1 of the first"):
@@ -140,8 +168,10 @@ def test_a_shard_changed_or_gone_stops_the_run_with_one_line(folder, dataset, wo
 
 
 def test_captions(open_members):
-    dataset = open_members([("a.jpg", IMAGE), ("a.cls", b"0"), ("a.txt", b"a red square"), ("b.jpg", IMAGE), ("b.cls", b"1")])
-    batch, = eval_batches(dataset, CROP, [1, 0], 2)
+    dataset = open_members(
+        [("a.jpg", IMAGE), ("a.cls", b"0"), ("a.txt", b"a red square"), ("b.jpg", IMAGE), ("b.cls", b"1")]
+    )
+    (batch,) = eval_batches(dataset, CROP, [1, 0], 2)
     assert batch.captions == ["", "a red square"]
 
 
@@ -151,7 +181,9 @@ def test_a_killed_loader_process_is_told_in_one_line(dataset):
     next(batches)
     (worker,) = set(multiprocessing.active_children()) - others
     worker.kill()
-    with pytest.raises(Lost, match=r"a loader process was lost: DataLoader worker .pid.* lower data.workers \(now 1\)"):
+    with pytest.raises(
+        ProcessLostError, match=r"a loader process was lost: DataLoader worker .pid.* lower data.workers \(now 1\)"
+    ):
         list(batches)
 
 
@@ -169,7 +201,11 @@ def test_real_shards(tmp_path):
     data = Data(shards=str(shard), index=str(tmp_path / "i.npz"))
     build_index([str(shard)], tmp_path / "i.npz", 1, False)
     dataset = open_dataset(data)
-    assert len(dataset) == 1000 and sorted(dataset.labels) == list(range(1000)) and classnames(data, dataset)[:2] == ["tench", "goldfish"]
+    assert (
+        len(dataset) == 1000
+        and sorted(dataset.labels) == list(range(1000))
+        and classnames(data, dataset)[:2] == ["tench", "goldfish"]
+    )
     batches = list(eval_batches(dataset, Transform(64), range(0, 1000, 10), 50, max_replaced=0))
     assert sum(len(b) for b in batches) == 100 and 60 < torch.cat([b.images for b in batches]).double().mean() < 180
 
@@ -177,11 +213,14 @@ def test_real_shards(tmp_path):
 LOADER = """
 import os, signal, sys, time
 from mmtard.config import Data
-from mmtard.data import Order, Stream, Transform, open_dataset
+from mmtard.data.dataset import open_dataset
+from mmtard.data.images import Transform
+from mmtard.data.order import Order
+from mmtard.data.stream import TrainStream
 import multiprocessing
 dataset = open_dataset(Data(shards=sys.argv[1]))
 def run(stop):
-    return Stream(dataset, Order(dataset.shard_counts, 1, 4, 5), Transform(16), seed=1, batch_size=8, stop=stop, workers=2)
+    return TrainStream(dataset, Order(dataset.shard_counts, 1, 4, 5), Transform(16), seed=1, batch_size=8, stop=stop, workers=2)
 """
 
 
@@ -277,10 +316,27 @@ time.sleep(1000)
 
 def test_a_sample_without_a_caption_is_replaced_where_captions_are_needed(open_members):
     """Missing, empty and white space alone are all none; labels are then not needed."""
-    members = [m for key, more in (("a", []), ("b", [("b.txt", b"")]), ("c", [("c.txt", b" \n")]), ("d", [("d.txt", b"an owl"), ("d.cls", b"x")])) for m in [(f"{key}.jpg", IMAGE), *more]]
+    members = [
+        m
+        for key, more in (
+            ("a", []),
+            ("b", [("b.txt", b"")]),
+            ("c", [("c.txt", b" \n")]),
+            ("d", [("d.txt", b"an owl"), ("d.cls", b"x")]),
+        )
+        for m in [(f"{key}.jpg", IMAGE), *more]
+    ]
     dataset = open_members(members)
-    batches = list(stream(dataset, lanes=1, batch_size=4, stop=1, need_labels=False, need_captions=True, max_replaced=1))
+    batches = list(
+        stream(dataset, lanes=1, batch_size=4, stop=1, need_labels=False, need_captions=True, max_replaced=1)
+    )
     assert batches[0].captions == ["an owl"] * 4 and sorted(r[0][-1] for r in batches[0].replaced) == ["a", "b", "c"]
     assert {r[1:] for r in batches[0].replaced} == {(dataset.name(3), "no .txt member, or an empty one")}
     with pytest.raises(UserError, match="no .txt member.*nor has its shard any other usable"):
-        next(iter(stream(open_members([("a.jpg", IMAGE), ("a.cls", b"0")]), lanes=1, batch_size=1, stop=1, need_captions=True)))
+        next(
+            iter(
+                stream(
+                    open_members([("a.jpg", IMAGE), ("a.cls", b"0")]), lanes=1, batch_size=1, stop=1, need_captions=True
+                )
+            )
+        )

@@ -30,4 +30,8 @@ def write_tar(path, members: list[tuple[str, bytes]]):
 
 
 def samples(first: int, count: int) -> list[tuple[str, bytes]]:
-    return [m for i in range(first, first + count) for m in ((f"s{i:04d}.jpg", encode(picture(i))), (f"s{i:04d}.cls", str(i % 7).encode()))]
+    return [
+        m
+        for i in range(first, first + count)
+        for m in ((f"s{i:04d}.jpg", encode(picture(i))), (f"s{i:04d}.cls", str(i % 7).encode()))
+    ]

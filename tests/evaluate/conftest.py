@@ -6,20 +6,20 @@ from fractions import Fraction
 import pytest
 from tiny_datasets import write
 
-from mmtard import towers
 from mmtard.config import Model
-from mmtard.evaluate import datasets
-from mmtard.evaluate.evaluation import evaluate
-from mmtard.evaluate.protocols import PROTOCOLS
-from mmtard.evaluate.request import Evaluation
-from mmtard.quickstart.pretrain import ARCHITECTURE
+from mmtard.evaluation import datasets
+from mmtard.evaluation.evaluate import evaluate
+from mmtard.evaluation.protocols import PROTOCOLS
+from mmtard.evaluation.request import EvaluationRequest
+from mmtard.examples.pretrain import ARCHITECTURE
+from mmtard.models import loading
 
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """The folder of an untrained CLIP on 32 px images."""
     folder = tmp_path_factory.mktemp("model") / "exported"
-    towers.load(Model(arch=str(ARCHITECTURE), weights="random"), seed=3).save(folder)
+    loading.load_clip(Model(arch=str(ARCHITECTURE), weights="random"), seed=3).save(folder)
     return folder
 
 
@@ -38,7 +38,9 @@ def measure(exported, ranks, tmp_path):
         settings = {"eps": (Fraction(4, 255),), "iters": 4, "n_samples": None, "attacks": ("pgd", "apgd-ce"), **changes}
         protocol = replace(PROTOCOLS["quick"], **settings)
         model = model if isinstance(model, Model) else Model(weights=str(model))
-        asked = Evaluation(model, datasets.find(str(root), wanted), protocol, out or tmp_path / "out", workers=0, **own)
+        asked = EvaluationRequest(
+            model, datasets.find_datasets(str(root), wanted), protocol, out or tmp_path / "out", workers=0, **own
+        )
         return evaluate(asked, ranks, say, interruption)
 
     return run

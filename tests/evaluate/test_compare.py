@@ -9,8 +9,8 @@ import pytest
 from scipy.stats import binomtest
 
 from mmtard.errors import UserError
-from mmtard.evaluate.compare import compare
-from mmtard.evaluate.statistics import mcnemar, newcombe_interval, paired_difference
+from mmtard.evaluation.compare import compare
+from mmtard.evaluation.statistics import mcnemar, newcombe_interval, paired_difference
 
 
 @pytest.mark.parametrize("only_a, only_b", [(0, 0), (0, 1), (3, 3), (1, 9), (40, 12), (0, 5000), (510, 600)])
@@ -43,17 +43,25 @@ def test_a_difference_that_unpaired_intervals_hide():
 ])  # fmt: skip
 def test_the_interval_of_a_paired_difference_is_newcombes(both, only_a, only_b, neither, low, high):
     counts = (both, only_a, only_b, neither)
-    a, b = ([side for side, n in zip(sides, counts) for _ in range(n)] for sides in ([True, True, False, False], [True, False, True, False]))
+    a, b = (
+        [side for side, n in zip(sides, counts) for _ in range(n)]
+        for sides in ([True, True, False, False], [True, False, True, False])
+    )
     assert paired_difference(a, b)["interval95"] == pytest.approx([low, high], abs=5e-4 if only_a else 1e-12)
     assert paired_difference(b, a)["interval95"] == pytest.approx([-high, -low], abs=5e-4 if only_a else 1e-12)
 
 
-@pytest.mark.parametrize("both, neither, a_alone, b_alone", [(0.5, 0.4, 0.05, 0.05), (0.3, 0.68, 0.0, 0.02), (0.9, 0.1, 0.0, 0.0), (0.2, 0.2, 0.2, 0.4)])
+@pytest.mark.parametrize(
+    "both, neither, a_alone, b_alone",
+    [(0.5, 0.4, 0.05, 0.05), (0.3, 0.68, 0.0, 0.02), (0.9, 0.1, 0.0, 0.0), (0.2, 0.2, 0.2, 0.4)],
+)
 def test_the_interval_of_a_paired_difference_holds_the_true_one_as_often_as_it_says(both, neither, a_alone, b_alone):
     """Of 2000 drawn tables of 100 pairs; Wald's is of no width in each where nothing differs."""
     tables = np.random.default_rng(0).multinomial(100, [both, a_alone, b_alone, neither], size=2000)
     intervals = [newcombe_interval(*map(int, table[:3]), 100) for table in tables]
-    assert np.mean([low <= b_alone - a_alone <= high for low, high in intervals]) > 0.94 and all(high - low > 0.01 for low, high in intervals)
+    assert np.mean([low <= b_alone - a_alone <= high for low, high in intervals]) > 0.94 and all(
+        high - low > 0.01 for low, high in intervals
+    )
 
 
 RESULTS = {
@@ -90,7 +98,14 @@ def test_each_dataset_and_eps_has_its_row(pair, command, capsys):
     a, b = pair(change)
     clean, robust = compare(a, b)
     assert (clean["eps"], clean["difference"], clean["p"]) == (None, 0, 1.0)
-    assert (robust["eps"], robust["a"], robust["b"], robust["only_a"], robust["only_b"], robust["p"]) == ("2/255", 1 / 3, 2 / 3, 1, 2, 1.0)
+    assert (robust["eps"], robust["a"], robust["b"], robust["only_a"], robust["only_b"], robust["p"]) == (
+        "2/255",
+        1 / 3,
+        2 / 3,
+        1,
+        2,
+        1.0,
+    )
     assert command("compare", a, b) == 0 and "+33.33" in capsys.readouterr().out
 
 

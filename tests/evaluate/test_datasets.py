@@ -9,14 +9,27 @@ import pytest
 from PIL import Image
 from tiny_datasets import COLOURS, write
 
-from mmtard import data
+from mmtard.attacks import ensemble
 from mmtard.config import Data, Model
+from mmtard.data.dataset import open_dataset
+from mmtard.data.images import Native, decode
+from mmtard.data.reader import Reader
+from mmtard.data.stream import eval_batches
 from mmtard.errors import UserError
-from mmtard.evaluate import datasets, evaluation, suite, table
-from mmtard.evaluate.protocols import FARE_SETS, PROTOCOLS
-from mmtard.evaluate.request import default_out, protocol
+from mmtard.evaluation import datasets, session, table
+from mmtard.evaluation.protocols import FARE_SETS, PROTOCOLS
+from mmtard.evaluation.request import default_out, protocol
 
-FOLDERS = ["wds/vtab/cifar10", "wds/vtab-cifar100", "wds/stl10", "wds_imagenet-r", "wds/fgvc_aircraft", "imagenet1k", "wds/imagenetv2", "my-own_set"]
+FOLDERS = [
+    "wds/vtab/cifar10",
+    "wds/vtab-cifar100",
+    "wds/stl10",
+    "wds_imagenet-r",
+    "wds/fgvc_aircraft",
+    "imagenet1k",
+    "wds/imagenetv2",
+    "my-own_set",
+]
 
 
 @pytest.fixture
@@ -28,13 +41,24 @@ def root(tmp_path):
 
 
 def test_names_as_clip_benchmark_lays_them_out(root):
-    found = {s.name: s for s in datasets.find(str(root))}
-    assert found.keys() == {"CIFAR10", "CIFAR100", "STL-10", "ImageNet-R", "FGVC", "ImageNet", "ImageNet-V2", "my-own_set"}
+    found = {s.name: s for s in datasets.find_datasets(str(root))}
+    assert found.keys() == {
+        "CIFAR10",
+        "CIFAR100",
+        "STL-10",
+        "ImageNet-R",
+        "FGVC",
+        "ImageNet",
+        "ImageNet-V2",
+        "my-own_set",
+    }
     assert found["CIFAR10"].data.shards == str(root / "wds" / "vtab" / "cifar10" / "test")
-    assert [s.name for s in datasets.find(str(root), ["cifar-10", "wds/fgvc_aircraft", "ImageNet-R", "my-own_set"])] == ["CIFAR10", "FGVC", "ImageNet-R", "my-own_set"]
-    assert [s.name for s in datasets.find(str(root / "imagenet1k" / "test"))] == ["ImageNet"]
+    assert [
+        s.name for s in datasets.find_datasets(str(root), ["cifar-10", "wds/fgvc_aircraft", "ImageNet-R", "my-own_set"])
+    ] == ["CIFAR10", "FGVC", "ImageNet-R", "my-own_set"]
+    assert [s.name for s in datasets.find_datasets(str(root / "imagenet1k" / "test"))] == ["ImageNet"]
     with pytest.raises(UserError, match=f"unknown dataset in '{re.escape(str(root))}' 'pets'; known: CIFAR10"):
-        datasets.find(str(root), ["pets"])
+        datasets.find_datasets(str(root), ["pets"])
 
 
 def test_a_split_is_no_name(tmp_path):
@@ -43,7 +67,12 @@ def test_a_split_is_no_name(tmp_path):
         write(tmp_path / name / split, 1)
         (tmp_path / name / split / "test" / "0.tar").rename(tmp_path / name / split / "0.tar")
     given = ["birds/test", "birds/test/{0..0}.tar", "fish/val", "fish/other"]
-    assert [s.name for g in given for s in datasets.find(str(tmp_path / g))] == ["birds", "birds", "fish", "other"]
+    assert [s.name for g in given for s in datasets.find_datasets(str(tmp_path / g))] == [
+        "birds",
+        "birds",
+        "fish",
+        "other",
+    ]
 
 
 @pytest.mark.parametrize("where, index, name", [
@@ -60,13 +89,20 @@ def test_a_split_is_no_name(tmp_path):
     ("https://huggingface.co/datasets/timm/imagenet-1k-wds/resolve/main/imagenet1k-validation-{00..63}.tar", None, "ImageNet"),
 ])  # fmt: skip
 def test_remote_shards_are_named_after_their_folder_files_or_index(where, index, name):
-    (source,) = datasets.find(where, index=index)
-    assert source.name == name and source.kind.name == (name if name in ("CIFAR10", "ImageNet") else "") and source.data.index == index
+    (source,) = datasets.find_datasets(where, index=index)
+    assert (
+        source.name == name
+        and source.kind.name == (name if name in ("CIFAR10", "ImageNet") else "")
+        and source.data.index == index
+    )
 
 
 def test_every_dataset_of_fare_and_imagenets_variants_has_an_entry():
     names = {k.name for k in datasets.KNOWN}
-    assert len(FARE_SETS) == 13 and set(FARE_SETS) | {"ImageNet", "ImageNet-V2", "ImageNet-A", "ImageNet-R", "ImageNet-Sketch"} == names
+    assert (
+        len(FARE_SETS) == 13
+        and set(FARE_SETS) | {"ImageNet", "ImageNet-V2", "ImageNet-A", "ImageNet-R", "ImageNet-Sketch"} == names
+    )
     assert {k.name for k in datasets.KNOWN if k.native} == {"CIFAR10", "CIFAR100", "STL-10"}
     assert all(datasets.known(k.name) is k for k in datasets.KNOWN)
 
@@ -81,7 +117,7 @@ def test_a_root_that_holds_no_dataset(tmp_path, make, message):
     for name in ("cifar10", "vtab/cifar10"):
         write(tmp_path / "twice" / name, 1)
     with pytest.raises(UserError, match=message):
-        datasets.find(make(tmp_path))
+        datasets.find_datasets(make(tmp_path))
 
 
 def test_eurosats_names_are_put_into_words(measure, tmp_path):
@@ -100,7 +136,10 @@ def test_two_classes_have_no_targeted_attack_and_a_chance_of_half(measure, tmp_p
     table.show(found)
     printed = capsys.readouterr().out
     assert re.search(r"│ +50\.00 │\n", printed)
-    assert "WARN PCAM: every attack ran: eps 0.01569: apgd-t left out: the targeted DLR loss needs 4 classes, there are 2\n" in printed
+    assert (
+        "WARN PCAM: every attack ran: eps 0.01569: apgd-t left out: the targeted DLR loss needs 4 classes, there are 2\n"
+        in printed
+    )
     assert entry["chance"] == 0.5 and list(entry["eps"]["4/255"]["attacks"]) == ["apgd-ce"]
     assert entry["eps"]["4/255"]["skipped"] == {"apgd-t": "the targeted DLR loss needs 4 classes, there are 2"}
     with pytest.raises(UserError, match="PCAM: no attack is left .*; add --attacks apgd-ce"):
@@ -124,13 +163,19 @@ def test_cifar_is_perturbed_at_its_own_size_and_resized_inside_the_model(measure
     """A perturbation of the resized image has more pixels, and breaks more, than one of the stored image."""
     write(tmp_path / "root" / "cifar10", 8, size=(16, 12))
     write(tmp_path / "root" / "dtd", 8, size=(16, 12))
-    sizes, run = {}, suite.run
-    monkeypatch.setattr(suite, "run", lambda model, images, *args: sizes.setdefault(tuple(images.shape[2:])) or run(model, images, *args))
+    sizes, run = {}, ensemble.run_attacks
+    monkeypatch.setattr(
+        ensemble,
+        "run_attacks",
+        lambda model, images, *args: sizes.setdefault(tuple(images.shape[2:])) or run(model, images, *args),
+    )
     found = {d["name"]: d for d in measure(tmp_path / "root", iters=1)["datasets"]}
     assert found["CIFAR10"]["perturb_at"] == "native" and found["CIFAR10"]["perturbed_size"] == [16, 12]
     assert found["DTD"]["perturb_at"] == "input" and found["DTD"]["perturbed_size"] == [32, 32]
     assert set(sizes) == {(16, 12), (32, 32)}
-    found = {d["name"]: d for d in measure(tmp_path / "root", tmp_path / "input", iters=1, perturb_at="input")["datasets"]}
+    found = {
+        d["name"]: d for d in measure(tmp_path / "root", tmp_path / "input", iters=1, perturb_at="input")["datasets"]
+    }
     assert found["CIFAR10"]["perturbed_size"] == [32, 32]
 
 
@@ -139,7 +184,10 @@ def test_images_of_several_sizes_have_no_native_size(measure, tmp_path):
     folder.mkdir(parents=True)
     for i, size in enumerate([(20, 20), (24, 20)]):
         Image.fromarray(np.full((*size, 3), 90, np.uint8)).save(folder / f"{i}.png")
-    with pytest.raises(UserError, match="'.*' is 2.x2. pixels, others are 2.x2.: images of several sizes have no common native size; use --perturb-at input"):
+    with pytest.raises(
+        UserError,
+        match="'.*' is 2.x2. pixels, others are 2.x2.: images of several sizes have no common native size; use --perturb-at input",
+    ):
         measure(tmp_path / "photos", perturb_at="native")
 
 
@@ -156,8 +204,13 @@ def test_class_folders_are_read_as_they_are(measure, tmp_path):
         for i in range(3):
             Image.fromarray(np.full((40, 50, 3), 40 * i, np.uint8)).save(folder / f"{i}.png")
     (entry,) = measure(tmp_path / "photos", attacks=("pgd",), iters=1, say=said.append)["datasets"]
-    assert entry["name"] == "photos" and entry["classes"] == ["blue", "red"] and entry["data"] == str(tmp_path / "photos")
-    assert sorted(entry["samples"]["labels"]) == [0, 0, 0, 1, 1, 1] and "is read from shards, which are written to" in said[0]
+    assert (
+        entry["name"] == "photos" and entry["classes"] == ["blue", "red"] and entry["data"] == str(tmp_path / "photos")
+    )
+    assert (
+        sorted(entry["samples"]["labels"]) == [0, 0, 0, 1, 1, 1]
+        and "is read from shards, which are written to" in said[0]
+    )
 
 
 def test_prompts_are_the_datasets_own_then_imagenets_then_the_simple_one(tmp_path):
@@ -165,19 +218,22 @@ def test_prompts_are_the_datasets_own_then_imagenets_then_the_simple_one(tmp_pat
         folder = write(tmp_path / name, 1)
         if file:
             (folder / "zeroshot_classification_templates.txt").write_text(file)
-        (source,) = datasets.find(str(folder))
-        return evaluation._prompts(source, PROTOCOLS[protocol])
+        (source,) = datasets.find_datasets(str(folder))
+        return session._prompts(source, PROTOCOLS[protocol])
 
     assert prompts("pets", "a photo of a {c}, a type of pet.\n") == ["a photo of a {}, a type of pet."]
-    assert prompts("imagenet-a") == [t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES] and len(open_clip.OPENAI_IMAGENET_TEMPLATES) == 80
+    assert (
+        prompts("imagenet-a") == [t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]
+        and len(open_clip.OPENAI_IMAGENET_TEMPLATES) == 80
+    )
     assert prompts("imagenet-r", "the {c}\n") == ["the {}"]
     assert prompts("own") == ["This is a photo of a {}"] == prompts("cars", "a {c}\n", protocol="tecoa")
 
 
 def test_imagenets_subsets_have_their_own_class_names(tmp_path):
     def names(folder):
-        (source,) = datasets.find(str(folder))
-        return evaluation._names(source, data.open_dataset(source.data))
+        (source,) = datasets.find_datasets(str(folder))
+        return session._names(source, open_dataset(source.data))
 
     assert names(write(tmp_path / "imagenet-a", 2, classes=COLOURS)) == list(COLOURS)
     folder = write(tmp_path / "imagenetv2", 1000, size=(1, 1), classes=[str(i) for i in range(1000)])
@@ -187,7 +243,10 @@ def test_imagenets_subsets_have_their_own_class_names(tmp_path):
     (few / "classnames.txt").rename(few / "test" / "classnames.txt")
     assert names(few) == list(COLOURS)
     (few / "test" / "classnames.txt").unlink()
-    with pytest.raises(UserError, match="imagenet1k.*' has 2 classes, ImageNet has 1000: .* in a classnames.txt beside them or with --classnames"):
+    with pytest.raises(
+        UserError,
+        match="imagenet1k.*' has 2 classes, ImageNet has 1000: .* in a classnames.txt beside them or with --classnames",
+    ):
         names(few)
 
 
@@ -199,8 +258,10 @@ def test_imagenet_v2s_folders_are_numbers(measure, tmp_path):
         Image.fromarray(np.full((8, 8, 3), i % 250, np.uint8)).save(root / str(i) / f"{i}.png")
     (entry,) = measure(root, attacks=("pgd",), iters=1, templates=("a {}",), n_samples=1)["datasets"]
     assert entry["name"] == "ImageNet-V2" and entry["classes"] == list(open_clip.IMAGENET_CLASSNAMES)
-    stored = data.open_dataset(Data(shards=str(next((tmp_path / "cache" / "mmtard").glob("shards-*")))))
-    assert {key.partition("-")[2]: label for key, label in zip(stored.keys, stored.labels.tolist())} == {f"{i}-{i}": i for i in range(1000)}
+    stored = open_dataset(Data(shards=str(next((tmp_path / "cache" / "mmtard").glob("shards-*")))))
+    assert {key.partition("-")[2]: label for key, label in zip(stored.keys, stored.labels.tolist())} == {
+        f"{i}-{i}": i for i in range(1000)
+    }
     (root / "999").rename(tmp_path / "999")
     root.rename(tmp_path / "imagenet")
     with pytest.raises(UserError, match=f"'{tmp_path / 'imagenet'}' has 999 classes, ImageNet has 1000"):
@@ -209,12 +270,22 @@ def test_imagenet_v2s_folders_are_numbers(measure, tmp_path):
 
 def test_a_protocol_is_what_papers_agreed_on_and_gives_way_to_what_is_asked():
     fare = protocol("fare")
-    assert (fare.eps, fare.attacks, fare.iters, fare.n_samples) == ((Fraction(2, 255), Fraction(4, 255)), ("apgd-ce", "apgd-t"), 100, 1000)
+    assert (fare.eps, fare.attacks, fare.iters, fare.n_samples) == (
+        (Fraction(2, 255), Fraction(4, 255)),
+        ("apgd-ce", "apgd-t"),
+        100,
+        1000,
+    )
     robustbench = protocol("robustbench")
     assert robustbench.radii("CIFAR10") == (Fraction(8, 255),) and robustbench.radii("ImageNet") == (Fraction(4, 255),)
     assert protocol("robustbench", [Fraction(1, 255)]).radii("CIFAR10") == (Fraction(1, 255),)
     tecoa = protocol("tecoa", all_samples=True, iters=None)
-    assert (tecoa.step_size, tecoa.templates, tecoa.n_samples, tecoa.iters) == (Fraction(1, 255), ("This is a photo of a {}",), None, 10)
+    assert (tecoa.step_size, tecoa.templates, tecoa.n_samples, tecoa.iters) == (
+        Fraction(1, 255),
+        ("This is a photo of a {}",),
+        None,
+        10,
+    )
     assert protocol("quick", transfer=True).attacks[-1] == "transfer"
 
 
@@ -232,25 +303,37 @@ def test_a_threat_that_does_not_fit_is_refused_when_it_is_asked_for(asked, messa
 
 def test_radii_and_attacks_that_fit_l2_are_taken():
     found = protocol("robustbench", [Fraction(1, 2), Fraction(3)], norm="l2", attacks=("apgd-ce", "fab-t"))
-    assert (found.norm, found.radii("CIFAR10"), found.attacks) == ("l2", (Fraction(1, 2), Fraction(3)), ("apgd-ce", "fab-t"))
+    assert (found.norm, found.radii("CIFAR10"), found.attacks) == (
+        "l2",
+        (Fraction(1, 2), Fraction(3)),
+        ("apgd-ce", "fab-t"),
+    )
     assert protocol("fare", norm="linf").norm == "linf"
 
 
 def test_evaluations_of_other_settings_have_other_folders(root):
     """Names keyed by a rounded eps collide, and the second evaluation is then the first one's."""
-    sources, model = datasets.find(str(root / "my-own_set")), Model(weights=str(root / "run"))
+    sources, model = datasets.find_datasets(str(root / "my-own_set")), Model(weights=str(root / "run"))
     (root / "run" / "checkpoints").mkdir(parents=True)
-    asked = [protocol("quick", [Fraction(e)], **more) for e in ("1/255", "3/510") for more in ({}, {"norm": "l2"}, {"iters": 7}, {"seed": 1})]
+    asked = [
+        protocol("quick", [Fraction(e)], **more)
+        for e in ("1/255", "3/510")
+        for more in ({}, {"norm": "l2"}, {"iters": 7}, {"seed": 1})
+    ]
     outs = [default_out(model, p, sources, str(root / "my-own_set")) for p in asked]
-    assert len(set(outs)) == 8 and outs[0].parent == root / "run" / "evaluations" and outs[0].name.startswith("quick-my-own_set-linf-1_255-")
+    assert (
+        len(set(outs)) == 8
+        and outs[0].parent == root / "run" / "evaluations"
+        and outs[0].name.startswith("quick-my-own_set-linf-1_255-")
+    )
     checkpoint = default_out(Model(weights=str(root / "run" / "checkpoints" / "step-5")), asked[0], sources, str(root))
     assert checkpoint.parent == outs[0].parent and checkpoint.name.startswith("step-5-quick-")
 
 
 def test_native_pixels_are_the_stored_ones(tmp_path):
     folder = write(tmp_path / "d", 3, size=(10, 14))
-    dataset = data.open_dataset(Data(shards=str(folder / "test")))
-    (batch,) = data.eval_batches(dataset, data.Native((10, 14)), [2, 0], 4)
-    reader = data.Reader(dataset)
-    stored = [np.asarray(data.decode(reader.image(i))).transpose(2, 0, 1) for i in (2, 0)]
+    dataset = open_dataset(Data(shards=str(folder / "test")))
+    (batch,) = eval_batches(dataset, Native((10, 14)), [2, 0], 4)
+    reader = Reader(dataset)
+    stored = [np.asarray(decode(reader.image(i))).transpose(2, 0, 1) for i in (2, 0)]
     assert batch.images.shape == (2, 3, 10, 14) and (batch.images.numpy() == stored).all()

@@ -12,13 +12,14 @@ import torch
 import webdataset as wds
 from tiny_datasets import COLOURS, strip_seconds, write
 
-from mmtard import towers
+from mmtard.attacks import ensemble
 from mmtard.config import Model, parse_fraction
+from mmtard.distributed.interruption import EXIT_REQUEUE, Interruption
 from mmtard.errors import RunError, UserError
-from mmtard.evaluate import chunks, progress, results, suite, zeroshot
-from mmtard.preempt import REQUEUE, Interruption
-from mmtard.probe import __main__ as probe
-from mmtard.quickstart.pretrain import ARCHITECTURE
+from mmtard.evaluation import chunks, partial_results, results, zeroshot
+from mmtard.examples.pretrain import ARCHITECTURE
+from mmtard.models import clip, loading
+from mmtard.training import probe_process as probe
 
 TEMPLATES = ("a photo of a {}", "an image of a {}")
 
@@ -32,7 +33,9 @@ def test_clean_accuracy_is_that_of_open_clips_own_zero_shot_classifier(exported,
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{exported}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{exported}")
     model.eval()
-    classifier = open_clip.build_zero_shot_classifier(model, tokenizer, list(COLOURS), [lambda c, t=t: t.format(c) for t in TEMPLATES])
+    classifier = open_clip.build_zero_shot_classifier(
+        model, tokenizer, list(COLOURS), [lambda c, t=t: t.format(c) for t in TEMPLATES]
+    )
     shards = [str(p) for p in (colours / "test").glob("*.tar")]
     images, labels = zip(*wds.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple("png", "cls"))
     with torch.no_grad():
@@ -48,29 +51,43 @@ def test_clean_accuracy_is_that_of_open_clips_own_zero_shot_classifier(exported,
 def edited(folder, to, **preprocess):
     """A copy of an exported folder, over an earlier one, with other settings of its preprocessing."""
     shutil.copytree(folder, to, dirs_exist_ok=True)
-    cfg = json.loads((to / towers.CONFIG_FILE).read_text())
+    cfg = json.loads((to / clip.CONFIG_FILE).read_text())
     cfg["preprocess_cfg"] |= preprocess
-    (to / towers.CONFIG_FILE).write_text(json.dumps(cfg))
+    (to / clip.CONFIG_FILE).write_text(json.dumps(cfg))
     return to
 
 
-@pytest.mark.parametrize("way", [{"resize_mode": "squash"}, {"resize_mode": "squash", "interpolation": "bilinear"}, {"interpolation": "bilinear"}])
+@pytest.mark.parametrize(
+    "way",
+    [{"resize_mode": "squash"}, {"resize_mode": "squash", "interpolation": "bilinear"}, {"interpolation": "bilinear"}],
+)
 def test_images_are_resized_as_the_model_was_trained_to_see_them(exported, measure, tmp_path, monkeypatch, way):
     """SigLIP squashes, CLIPA squashes bilinearly: a bicubic centre crop is not what open_clip measures."""
-    folder, dataset, seen, run = edited(exported, tmp_path / "model", **way), write(tmp_path / "wide", 12, size=(40, 70)), [], suite.run
-    monkeypatch.setattr(suite, "run", lambda model, images, *args: seen.append(images) or run(model, images, *args))
+    folder, dataset, seen, run = (
+        edited(exported, tmp_path / "model", **way),
+        write(tmp_path / "wide", 12, size=(40, 70)),
+        [],
+        ensemble.run_attacks,
+    )
+    monkeypatch.setattr(
+        ensemble, "run_attacks", lambda model, images, *args: seen.append(images) or run(model, images, *args)
+    )
     (entry,) = measure(dataset, model=folder, attacks=("pgd",), iters=1)["datasets"]
     preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")[2]
     shard = wds.WebDataset([str(dataset / "test" / "0.tar")], shardshuffle=False).decode("pil")
     normalised = {key: preprocess(image) for key, image in shard.to_tuple("__key__", "png")}
-    theirs = torch.stack([normalised[key] for key, right in zip(entry["samples"]["keys"], entry["samples"]["clean"]) if right])
+    theirs = torch.stack(
+        [normalised[key] for key, right in zip(entry["samples"]["keys"], entry["samples"]["clean"]) if right]
+    )
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preprocess.transforms[-1].mean, preprocess.transforms[-1].std))
     assert len(theirs) and torch.allclose(torch.cat(seen), theirs * std + mean, atol=1e-6)
 
 
 def test_a_way_of_resizing_that_is_not_known_ends_it_with_its_name(exported, colours, measure, tmp_path):
     folder = edited(exported, tmp_path / "model", resize_mode="longest")
-    with pytest.raises(UserError, match="model: its images are resized by resize_mode 'longest'; shortest and squash are known"):
+    with pytest.raises(
+        UserError, match="model: its images are resized by resize_mode 'longest'; shortest and squash are known"
+    ):
         measure(colours, model=folder)
 
 
@@ -87,10 +104,19 @@ def tf32():
 
 
 def test_nothing_is_rounded_to_tf32_while_it_is_measured(colours, measure, exported, tf32, monkeypatch):
-    seen, run = [], suite.run
-    monkeypatch.setattr(suite, "run", lambda *args: seen.append([kind.allow_tf32 for kind in tf32]) or run(*args))
+    seen, run = [], ensemble.run_attacks
+    monkeypatch.setattr(
+        ensemble, "run_attacks", lambda *args: seen.append([kind.allow_tf32 for kind in tf32]) or run(*args)
+    )
     measure(colours, attacks=("pgd",), iters=1)
-    asked = {"eps": "4/255", "norm": "linf", "steps": 1, "data": {"shards": str(colours / "test")}, "checkpoint": str(exported), "ema": False}
+    asked = {
+        "eps": "4/255",
+        "norm": "linf",
+        "steps": 1,
+        "data": {"shards": str(colours / "test")},
+        "checkpoint": str(exported),
+        "ema": False,
+    }
     probe.measure({**asked, "device": "cpu", "n_samples": 8, "batch_size": 8})
     assert seen == [[False, False]] * 2 and [kind.allow_tf32 for kind in tf32] == [True, True], "as it was"
 
@@ -100,14 +126,22 @@ def test_what_stands_after_each_attack_adds_up_and_is_written_as_it_is_returned(
     (entry,) = found["datasets"]
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(found))
     samples = entry["samples"]
-    assert len(samples["ids"]) == len(set(samples["ids"])) == entry["clean"]["n"] == 24 and entry["n_total"] == entry["clean_all"]["n"] == 48
+    assert (
+        len(samples["ids"]) == len(set(samples["ids"])) == entry["clean"]["n"] == 24
+        and entry["n_total"] == entry["clean_all"]["n"] == 48
+    )
     assert np.bincount(samples["labels"]).tolist() == [6, 6, 6, 6]
     for eps in ("1/255", "64/255"):
         at, per_sample = entry["eps"][eps], samples["eps"][eps]
         clean, by = np.array(samples["clean"]), np.array(per_sample["broken_by"], dtype=object)
         assert not clean[by != None].tolist().count(False), "only what is right without attack can be broken"  # noqa: E711
         assert at["attacks"]["pgd"]["accuracy"] == np.mean(clean & (by != "pgd"))
-        assert at["attacks"]["apgd-ce"]["accuracy"] == at["robust"]["accuracy"] == np.mean(clean & (by == None)) == np.mean(per_sample["robust"])  # noqa: E711
+        assert (
+            at["attacks"]["apgd-ce"]["accuracy"]
+            == at["robust"]["accuracy"]
+            == np.mean(clean & (by == None))
+            == np.mean(per_sample["robust"])
+        )  # noqa: E711
         by_class = [np.mean(np.array(per_sample["robust"])[np.array(samples["labels"]) == k]) for k in range(4)]
         assert at["worst_class"] == {"name": list(COLOURS)[int(np.argmin(by_class))], "accuracy": min(by_class), "n": 6}
     assert entry["eps"]["64/255"]["robust"]["accuracy"] < entry["eps"]["1/255"]["robust"]["accuracy"]
@@ -117,7 +151,9 @@ def test_what_stands_after_each_attack_adds_up_and_is_written_as_it_is_returned(
 
 def test_batch_size_changes_no_sample(colours, measure, tmp_path):
     """A mean-reduced loss, or a lost logit scale, makes robust accuracy rise with the batch."""
-    by_size = [measure(colours, tmp_path / str(b), batch_size=b, n_samples=20)["datasets"][0]["samples"] for b in (1, 7, 64)]
+    by_size = [
+        measure(colours, tmp_path / str(b), batch_size=b, n_samples=20)["datasets"][0]["samples"] for b in (1, 7, 64)
+    ]
     assert by_size[0] == by_size[1] == by_size[2] and any(by_size[0]["clean"])
 
 
@@ -125,20 +161,34 @@ def test_class_ordered_shards_give_a_sample_of_every_class(exported, measure, tm
     """The first n, or a shuffle over a short buffer, would take the first classes alone."""
     ordered = write(tmp_path / "ordered", 40, label=lambda i, n: i * n // 40)
     entry = measure(ordered, n_samples=8, iters=1)["datasets"][0]
-    assert np.bincount(entry["samples"]["labels"], minlength=4).tolist() == [2, 2, 2, 2] and len(entry["samples"]["ids"]) == 8
+    assert (
+        np.bincount(entry["samples"]["labels"], minlength=4).tolist() == [2, 2, 2, 2]
+        and len(entry["samples"]["ids"]) == 8
+    )
 
 
-def test_results_of_other_weights_data_or_settings_are_never_taken_for_these(colours, measure, exported, tmp_path, monkeypatch):
+def test_results_of_other_weights_data_or_settings_are_never_taken_for_these(
+    colours, measure, exported, tmp_path, monkeypatch
+):
     first, said = measure(colours), []
-    monkeypatch.setattr(suite, "run", None)  # measuring again would fail
-    monkeypatch.setattr(towers.Clip, "class_embeddings", None)
-    assert measure(colours, say=said.append) == first and said == [f"'{tmp_path / 'out'}' holds these results already; remove it to measure them again"]
+    monkeypatch.setattr(ensemble, "run_attacks", None)  # measuring again would fail
+    monkeypatch.setattr(clip.Clip, "class_embeddings", None)
+    assert measure(colours, say=said.append) == first and said == [
+        f"'{tmp_path / 'out'}' holds these results already; remove it to measure them again"
+    ]
     monkeypatch.undo()
     other = tmp_path / "other"
-    towers.load(Model(arch=str(ARCHITECTURE), weights="random"), seed=4).save(other)
+    loading.load_clip(Model(arch=str(ARCHITECTURE), weights="random"), seed=4).save(other)
     changed = write(tmp_path / "changed" / "colours", 47)
     # 1/255 and 1.5/255 are the same whole number of pixels: results keyed by it would be taken for the other's.
-    for again in ({"model": other}, {"root": changed}, {"eps": (Fraction(3, 510),)}, {"eps": (parse_fraction("1/255"),)}, {"seed": 1}, {"norm": "l2"}):
+    for again in (
+        {"model": other},
+        {"root": changed},
+        {"eps": (Fraction(3, 510),)},
+        {"eps": (parse_fraction("1/255"),)},
+        {"seed": 1},
+        {"norm": "l2"},
+    ):
         said = []
         found = measure(**{"root": colours, "say": said.append, **again})
         assert any("colours" in line and "will be replaced" in line for line in said), again
@@ -149,7 +199,7 @@ def test_a_folder_that_was_copied_is_not_measured_again(colours, measure, export
     """Its path stands in open_clip's name of it, and decides no number; nor does that of a model whose gradients are followed."""
     copied = edited(exported, tmp_path / "copied")
     first = measure(colours, attacks=("transfer",), iters=1, transfer_from=Model(weights=str(exported)))
-    monkeypatch.setattr(suite, "run", None)
+    monkeypatch.setattr(ensemble, "run_attacks", None)
     again = measure(colours, attacks=("transfer",), iters=1, model=copied, transfer_from=Model(weights=str(copied)))
     assert again == first and again["model"]["weights"] == str(exported)
 
@@ -159,7 +209,10 @@ def test_results_of_another_preprocessing_are_never_taken_for_these(colours, mea
     folder, said = edited(exported, tmp_path / "model"), []
     first = measure(colours, model=folder, attacks=("pgd",), iters=1)
     found = measure(colours, model=edited(exported, folder, **way), attacks=("pgd",), iters=1, say=said.append)
-    assert any("will be replaced" in line for line in said) and found["model"]["preprocess"] == first["model"]["preprocess"] | way
+    assert (
+        any("will be replaced" in line for line in said)
+        and found["model"]["preprocess"] == first["model"]["preprocess"] | way
+    )
 
 
 def test_an_added_dataset_leaves_the_others_as_they_are(colours, measure, tmp_path, monkeypatch):
@@ -172,7 +225,11 @@ def test_an_added_dataset_leaves_the_others_as_they_are(colours, measure, tmp_pa
     run = zeroshot.measure
     monkeypatch.setattr(zeroshot, "measure", lambda *args: measured.append(args[5]) or run(*args))
     found = measure(root)
-    assert measured == ["more"] and [d["name"] for d in found["datasets"]] == ["colours", "more"] and found["datasets"][0] == first["datasets"][0]
+    assert (
+        measured == ["more"]
+        and [d["name"] for d in found["datasets"]] == ["colours", "more"]
+        and found["datasets"][0] == first["datasets"][0]
+    )
 
 
 def test_fewer_datasets_are_asked_for_and_none_is_lost(colours, measure, tmp_path, monkeypatch):
@@ -186,26 +243,30 @@ def test_fewer_datasets_are_asked_for_and_none_is_lost(colours, measure, tmp_pat
     assert results.read(tmp_path / "out") == json.loads(json.dumps(both))
 
 
-def test_an_interrupted_evaluation_keeps_what_it_measured_and_ends_with_the_same_numbers(colours, measure, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_keeps_what_it_measured_and_ends_with_the_same_numbers(
+    colours, measure, tmp_path, monkeypatch
+):
     undisturbed = measure(colours, tmp_path / "undisturbed", batch_size=8)
-    interruption, calls, said, run = Interruption(), [], [], suite.run
+    interruption, calls, said, run = Interruption(), [], [], ensemble.run_attacks
 
     def stopped_after_two(*args):
         calls.append(1)
         interruption.signal = "SIGTERM" if len(calls) == 2 else interruption.signal
         return run(*args)
 
-    monkeypatch.setattr(suite, "run", stopped_after_two)
-    with pytest.raises(RunError, match="stopped by SIGTERM; what is measured is kept in '.*out', start it again") as end:
+    monkeypatch.setattr(ensemble, "run_attacks", stopped_after_two)
+    with pytest.raises(
+        RunError, match="stopped by SIGTERM; what is measured is kept in '.*out', start it again"
+    ) as end:
         measure(colours, batch_size=8, interruption=interruption)
-    assert end.value.status == REQUEUE and not (tmp_path / "out" / "results.json").exists()
-    (partial,) = (tmp_path / "out" / progress.FOLDER).iterdir()
+    assert end.value.status == EXIT_REQUEUE and not (tmp_path / "out" / "results.json").exists()
+    (partial,) = (tmp_path / "out" / partial_results.FOLDER).iterdir()
     partial.write_text(partial.read_text() + '{"part": "colours 4/255", "chu')  # as a kill leaves it
     found = measure(colours, batch_size=8, say=said.append)
     attacked = -(-sum(flags(undisturbed)[0]) // 8)
     assert len(calls) == attacked and f"colours: goes on, {6 + 2} chunks are done" in said
     timeless = [strip_seconds(r["datasets"][0]) for r in (found, undisturbed)]
-    assert timeless[0] == timeless[1] and not (tmp_path / "out" / progress.FOLDER).exists()
+    assert timeless[0] == timeless[1] and not (tmp_path / "out" / partial_results.FOLDER).exists()
 
 
 UNREADABLE = (3, 40, 41, 42)
@@ -221,14 +282,24 @@ def test_an_image_that_cannot_be_read_is_in_no_number(damaged, measure, tmp_path
     """A neighbour's image would be counted twice, and pass every check."""
     found = measure(damaged, attacks=("pgd",), iters=1)
     (entry,) = found["datasets"]
-    (whole,) = measure(write(tmp_path / "whole", 400, size=(8, 8)), tmp_path / "other", attacks=("pgd",), iters=1)["datasets"]
+    (whole,) = measure(write(tmp_path / "whole", 400, size=(8, 8)), tmp_path / "other", attacks=("pgd",), iters=1)[
+        "datasets"
+    ]
 
     def per_sample(e):
         s = e["samples"]
-        return {key: outcome for key, *outcome in zip(s["keys"], s["labels"], s["clean"], s["eps"]["4/255"]["broken_by"])}
+        return {
+            key: outcome for key, *outcome in zip(s["keys"], s["labels"], s["clean"], s["eps"]["4/255"]["broken_by"])
+        }
 
     assert per_sample(entry) == {key: v for key, v in per_sample(whole).items() if int(key[1:]) not in UNREADABLE}
-    ns = (entry["n_total"], entry["clean_all"]["n"], entry["clean"]["n"], entry["eps"]["4/255"]["robust"]["n"], entry["left_out"])
+    ns = (
+        entry["n_total"],
+        entry["clean_all"]["n"],
+        entry["clean"]["n"],
+        entry["eps"]["4/255"]["robust"]["n"],
+        entry["left_out"],
+    )
     assert ns == (396, 396, 396, 396, 4) and (whole["n_total"], whole["left_out"]) == (400, 0)
     (line,) = [line for line in entry["health"] if line["check"] == "every image was read"]
     told = r"4 of 400 are left out of every number: 0.tar/s0003: cannot be decoded: .*; 0.tar/s0040: .*; \.\.\."
@@ -236,15 +307,17 @@ def test_an_image_that_cannot_be_read_is_in_no_number(damaged, measure, tmp_path
     assert "every image was read" not in {line["check"] for line in whole["health"]}
 
 
-def test_a_sample_of_the_readable_is_the_same_in_other_chunks_and_after_an_interruption(damaged, measure, tmp_path, monkeypatch):
+def test_a_sample_of_the_readable_is_the_same_in_other_chunks_and_after_an_interruption(
+    damaged, measure, tmp_path, monkeypatch
+):
     asked = {"attacks": ("pgd",), "iters": 1, "n_samples": 50}
     (whole,) = measure(damaged, tmp_path / "whole", **asked)["datasets"]
     assert len(whole["samples"]["ids"]) == 50 and not set(UNREADABLE) & set(whole["samples"]["ids"])
-    interruption, run = Interruption(), suite.run
-    monkeypatch.setattr(suite, "run", lambda *args: setattr(interruption, "signal", "SIGTERM") or run(*args))
+    interruption, run = Interruption(), ensemble.run_attacks
+    monkeypatch.setattr(ensemble, "run_attacks", lambda *args: setattr(interruption, "signal", "SIGTERM") or run(*args))
     with pytest.raises(RunError, match="stopped by SIGTERM"):
         measure(damaged, batch_size=3, interruption=interruption, **asked)
-    monkeypatch.setattr(suite, "run", run)
+    monkeypatch.setattr(ensemble, "run_attacks", run)
     (entry,) = measure(damaged, batch_size=3, **asked)["datasets"]
     assert entry["samples"] == whole["samples"] and entry["clean_all"] == whole["clean_all"] and entry["left_out"] == 4
     assert [line for line in entry["health"] if line["check"] == "every image was read"] == whole["health"][:1]
@@ -259,7 +332,15 @@ def test_too_many_that_cannot_be_read_end_it(measure, tmp_path, n, truncated):
 
 
 def test_a_probe_leaves_out_what_cannot_be_read(damaged, exported, ranks):
-    asked = {"eps": "4/255", "norm": "linf", "steps": 1, "checkpoint": str(exported), "ema": False, "device": "cpu", "batch_size": 3}
+    asked = {
+        "eps": "4/255",
+        "norm": "linf",
+        "steps": 1,
+        "checkpoint": str(exported),
+        "ema": False,
+        "device": "cpu",
+        "batch_size": 3,
+    }
     found = probe.measure({**asked, "data": {"shards": str(damaged / "test")}, "n_samples": 400})
     assert (found["clean"]["n"], found["robust"]["n"]) == (396, 396)
     with pytest.raises(UserError, match="probe.data: 4 of 400 samples cannot be read, and 0.5 % may be left out"):
@@ -267,12 +348,12 @@ def test_a_probe_leaves_out_what_cannot_be_read(damaged, exported, ranks):
 
 
 def test_partial_results_of_other_settings_are_dropped_with_a_line(ranks, tmp_path):
-    folder, said = tmp_path / progress.FOLDER, []
+    folder, said = tmp_path / partial_results.FOLDER, []
     folder.mkdir()
     row = json.dumps({"part": "colours clean", "chunk": 0})
     for name in (f"colours-{'0' * 16}", f"colours-{'1' * 16}", f"colours-2-{'0' * 16}"):
         (folder / f"{name}.0-host-1.jsonl").write_text(f"{row}\n")
-    found = progress.Progress(tmp_path, "colours", "1" * 16, ranks, said.append)
+    found = partial_results.PartialResults(tmp_path, "colours", "1" * 16, ranks, said.append)
     assert found.mine("colours clean", 3) == ([1, 2], 2)
     assert said == [
         f"colours: the partial results in '{folder}' are of another model, data or settings; they are removed, it starts anew",
@@ -288,36 +369,50 @@ def test_labels_beyond_the_class_names_are_refused(measure, tmp_path):
         measure(folder)
 
 
-def test_an_attack_that_leaves_its_ball_fails_the_command_after_it_wrote(colours, exported, tmp_path, monkeypatch, capsys, command):
-    run = suite.run
+def test_an_attack_that_leaves_its_ball_fails_the_command_after_it_wrote(
+    colours, exported, tmp_path, monkeypatch, capsys, command
+):
+    run = ensemble.run_attacks
 
     def outside(*args):
         outcome = run(*args)
         outcome.facts.largest_perturbation = 0.1
         return outcome
 
-    monkeypatch.setattr(suite, "run", outside)
+    monkeypatch.setattr(ensemble, "run_attacks", outside)
     words = ["--attacks", "pgd", "--iters", 2, "--workers", 0, "--device", "cpu", "--out", tmp_path / "out"]
     assert command("evaluate", exported, "--data", colours, *words) == 1
     printed = capsys.readouterr().out
-    assert "FAIL colours: largest perturbation" in printed and results.read(tmp_path / "out")["datasets"][0]["health"][0]["status"] == "FAIL"
+    assert (
+        "FAIL colours: largest perturbation" in printed
+        and results.read(tmp_path / "out")["datasets"][0]["health"][0]["status"] == "FAIL"
+    )
 
 
 def test_a_transfer_attack_follows_the_other_models_gradients(colours, measure, exported, tmp_path):
     other = tmp_path / "other"
-    towers.load(Model(arch=str(ARCHITECTURE), weights="random"), seed=4).save(other)
+    loading.load_clip(Model(arch=str(ARCHITECTURE), weights="random"), seed=4).save(other)
     asked = {"attacks": ("transfer",), "iters": 10, "eps": (parse_fraction("8/255"),)}
-    own, transferred = (measure(colours, tmp_path / str(i), transfer_from=Model(weights=str(m)), **asked) for i, m in enumerate((exported, other)))
-    broken = [sum(b is not None for b in found["datasets"][0]["samples"]["eps"]["8/255"]["broken_by"]) for found in (own, transferred)]
+    own, transferred = (
+        measure(colours, tmp_path / str(i), transfer_from=Model(weights=str(m)), **asked)
+        for i, m in enumerate((exported, other))
+    )
+    broken = [
+        sum(b is not None for b in found["datasets"][0]["samples"]["eps"]["8/255"]["broken_by"])
+        for found in (own, transferred)
+    ]
     assert broken[1] < broken[0], "another model's gradients are worse than one's own"
-    assert [found["settings"]["transfer_from"]["weights"] for found in (own, transferred)] == [str(exported), str(other)]
+    assert [found["settings"]["transfer_from"]["weights"] for found in (own, transferred)] == [
+        str(exported),
+        str(other),
+    ]
     assert own["datasets"][0]["key"] != transferred["datasets"][0]["key"]
 
 
 def test_the_activation_stands_in_the_results_and_another_is_refused(colours, measure, tmp_path):
     """The same weights under the other GELU are another, worse model, which looks more robust or less."""
     folder = tmp_path / "quick"
-    towers.load(Model(arch=str(ARCHITECTURE), weights="random", quick_gelu=True), seed=3).save(folder)
+    loading.load_clip(Model(arch=str(ARCHITECTURE), weights="random", quick_gelu=True), seed=3).save(folder)
     assert measure(colours, model=folder, attacks=("pgd",), iters=1)["model"]["quick_gelu"] is True
     with pytest.raises(UserError, match="quick_gelu: False, but .* was trained with quick_gelu True"):
         measure(colours, tmp_path / "other", model=Model(weights=str(folder), quick_gelu=False))
@@ -327,7 +422,9 @@ def test_the_speed_and_the_time_left_are_told(colours, measure, monkeypatch):
     monkeypatch.setattr(chunks, "SAY_EVERY_S", 0.0)
     said = []
     measure(colours, attacks=("pgd",), iters=1, batch_size=16, say=said.append)
-    assert re.fullmatch(r"colours clean: 16/48 samples  [\d.e+]+ images/s  left \d+ s", said[0]) and said[2].startswith("colours clean: 48/48")
+    assert re.fullmatch(r"colours clean: 16/48 samples  [\d.e+]+ images/s  left \d+ s", said[0]) and said[2].startswith(
+        "colours clean: 48/48"
+    )
 
 
 def test_an_unknown_attack_is_refused_before_anything_is_measured(colours, measure):

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_datasets import write
 
 from mmtard.errors import UserError
-from mmtard.evaluate import retrieval
+from mmtard.evaluation import retrieval
 
 
 def test_ranks_of_three_images_and_four_captions_by_hand():
@@ -31,10 +31,15 @@ def test_ranks_are_those_of_a_sort():
     similarity = z @ t.T
     best = [list(of[np.argsort(-row)]).index(i) + 1 for i, row in enumerate(similarity)]
     theirs = [list(np.argsort(-similarity[:, j])).index(of[j]) + 1 for j in range(90)]
-    of_image, of_caption = retrieval.ranks_of(torch.tensor(z).float(), torch.tensor(t).float(), torch.tensor(of), block=7)
+    of_image, of_caption = retrieval.ranks_of(
+        torch.tensor(z).float(), torch.tensor(t).float(), torch.tensor(of), block=7
+    )
     assert of_image.tolist() == best and of_caption.tolist() == theirs
     found = retrieval.recalls(of_image, of_caption)
-    assert found["image_to_text"]["5"]["accuracy"] == np.mean(np.array(best) <= 5) and found["text_to_image"]["10"]["n"] == 90
+    assert (
+        found["image_to_text"]["5"]["accuracy"] == np.mean(np.array(best) <= 5)
+        and found["text_to_image"]["10"]["n"] == 90
+    )
 
 
 def test_one_embedding_for_everything_finds_nothing():
@@ -73,10 +78,20 @@ def test_attacked_images_lose_their_captions_whatever_the_batch_size(measure, tm
     assert entry["kind"] == "retrieval" and entry["n_total"] == 24 and entry["captions"] == 36
     assert entry["clean_all"]["image_to_text"]["1"]["n"] == 24 and entry["clean_all"]["text_to_image"]["1"]["n"] == 36
     assert len(entry["samples"]["ids"]) == 16 == entry["clean"]["image_to_text"]["1"]["n"]
-    clean, attacked = (np.array(s["image_to_text_rank"]) for s in (entry["samples"]["clean"], entry["samples"]["eps"]["4/255"]))
-    assert attacked.mean() > clean.mean() + 2 and entry["eps"]["4/255"]["recall"]["image_to_text"]["1"]["accuracy"] == np.mean(attacked <= 1)
-    assert [(line["check"], line["status"]) for line in entry["health"]] == [("largest perturbation", "PASS"), ("range", "PASS"), ("NaN", "PASS")]
-    (other,) = measure(folder, tmp_path / "other", n_samples=16, attacks=("apgd-ce",), iters=10, batch_size=16, restarts=2)["datasets"]
+    clean, attacked = (
+        np.array(s["image_to_text_rank"]) for s in (entry["samples"]["clean"], entry["samples"]["eps"]["4/255"])
+    )
+    assert attacked.mean() > clean.mean() + 2 and entry["eps"]["4/255"]["recall"]["image_to_text"]["1"][
+        "accuracy"
+    ] == np.mean(attacked <= 1)
+    assert [(line["check"], line["status"]) for line in entry["health"]] == [
+        ("largest perturbation", "PASS"),
+        ("range", "PASS"),
+        ("NaN", "PASS"),
+    ]
+    (other,) = measure(
+        folder, tmp_path / "other", n_samples=16, attacks=("apgd-ce",), iters=10, batch_size=16, restarts=2
+    )["datasets"]
     assert other["samples"] == entry["samples"]
 
 
@@ -84,11 +99,18 @@ def test_an_image_that_cannot_be_read_and_its_captions_are_left_out(measure, tmp
     """Its neighbour's image would be scored against its captions."""
     found = {}
     for name, n, truncated in (("damaged", 120, (5,)), ("whole", 120, ())):
-        folder = write(tmp_path / name, n, size=(8, 8), captions=lambda i: f"picture {i}\nnumber {i}", truncated=truncated)
+        folder = write(
+            tmp_path / name, n, size=(8, 8), captions=lambda i: f"picture {i}\nnumber {i}", truncated=truncated
+        )
         (folder / "dataset_type.txt").write_text("retrieval\n")
-        (found[name],) = measure(folder, tmp_path / f"{name}.out", attacks=("apgd-ce",), iters=1, n_samples=20)["datasets"]
+        (found[name],) = measure(folder, tmp_path / f"{name}.out", attacks=("apgd-ce",), iters=1, n_samples=20)[
+            "datasets"
+        ]
     entry, whole = found["damaged"], found["whole"]
-    assert (entry["n_total"], entry["captions"], entry["left_out"]) == (119, 238, 1) and (whole["n_total"], whole["captions"]) == (120, 240)
+    assert (entry["n_total"], entry["captions"], entry["left_out"]) == (119, 238, 1) and (
+        whole["n_total"],
+        whole["captions"],
+    ) == (120, 240)
     assert entry["clean_all"]["image_to_text"]["1"]["n"] == 119 and entry["clean_all"]["text_to_image"]["1"]["n"] == 238
     assert len(entry["samples"]["ids"]) == 20 and 5 not in entry["samples"]["ids"]
     assert entry["samples"]["keys"] == [f"s{i:04d}" for i in entry["samples"]["ids"]]
@@ -96,7 +118,9 @@ def test_an_image_that_cannot_be_read_and_its_captions_are_left_out(measure, tmp
 
 
 def test_recall_without_an_unreadable_image_is_that_of_the_others(exported, measure, tmp_path):
-    folder = write(tmp_path / "damaged", 120, size=(32, 32), captions=lambda i: f"picture {i}\nnumber {i}", truncated=(5,))
+    folder = write(
+        tmp_path / "damaged", 120, size=(32, 32), captions=lambda i: f"picture {i}\nnumber {i}", truncated=(5,)
+    )
     (folder / "dataset_type.txt").write_text("retrieval\n")
     (entry,) = measure(folder, attacks=("apgd-ce",), iters=1)["datasets"]
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{exported}")
@@ -110,7 +134,11 @@ def test_recall_without_an_unreadable_image_is_that_of_the_others(exported, meas
     order = (z @ t.T).argsort(1, descending=True) // 2
     theirs = [row.tolist().index(i) + 1 for i, row in enumerate(order)]
     ours = entry["samples"]["clean"]["image_to_text_rank"]
-    assert entry["samples"]["keys"] == [s["__key__"] for s in samples] and np.mean(np.array(ours) == theirs) > 0.95 and len(set(theirs)) > 10
+    assert (
+        entry["samples"]["keys"] == [s["__key__"] for s in samples]
+        and np.mean(np.array(ours) == theirs) > 0.95
+        and len(set(theirs)) > 10
+    )
 
 
 def test_an_image_without_a_caption_is_named(measure, tmp_path):

@@ -10,7 +10,9 @@ from PIL import Image
 COLOURS = {"red": 0, "green": 1, "blue": 2, "grey": None}
 
 
-def write(folder, n, size=(32, 32), classes=COLOURS, captions=None, label=lambda i, n_classes: i % n_classes, truncated=()):
+def write(
+    folder, n, size=(32, 32), classes=COLOURS, captions=None, label=lambda i, n_classes: i % n_classes, truncated=()
+):
     """`folder`/test/0.tar of noisy coloured images, in CLIP_benchmark's layout; those numbered in `truncated` lack their end."""
     (folder / "test").mkdir(parents=True)
     rng = np.random.default_rng(0)

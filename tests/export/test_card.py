@@ -5,11 +5,11 @@ import json
 import pytest
 import yaml
 
-from mmtard import towers
-from mmtard.checkpoint import Checkpoints
 from mmtard.config import Model
-from mmtard.evaluate.subject import tensors_sha256
-from mmtard.export import export
+from mmtard.export.folder import export
+from mmtard.models import clip, loading
+from mmtard.models.weights import tensors_sha256
+from mmtard.runs.checkpoints import Checkpoints
 
 ACC = {"accuracy": 0.5, "interval95": [0.401, 0.599], "n": 100}
 
@@ -18,9 +18,14 @@ ACC = {"accuracy": 0.5, "interval95": [0.401, 0.599], "n": 100}
 def run(vit, tmp_path):
     """A run folder with one checkpoint, of step 7 of 10, and what a start writes."""
     folder = tmp_path / "runs" / "b32"
-    towers.load(Model(arch=vit, weights="random"), seed=1).save(folder / towers.START_FOLDER)
+    loading.load_clip(Model(arch=vit, weights="random"), seed=1).save(folder / clip.START_FOLDER)
     saver = Checkpoints(folder, keep_last=1)
-    saver.save(7, dict(towers.load(Model(arch=vit, weights="random"), seed=2).tower().state_dict()), {}, {"step": 7, "data_fingerprint": "d" * 64})
+    saver.save(
+        7,
+        dict(loading.load_clip(Model(arch=vit, weights="random"), seed=2).tower().state_dict()),
+        {},
+        {"step": 7, "data_fingerprint": "d" * 64},
+    )
     saver.wait()
     config = {
         "run_dir": str(folder), "seed": 3, "student": {"arch": "ViT-B-32", "weights": "openai"}, "method": {"name": "mmtard"},
@@ -28,7 +33,11 @@ def run(vit, tmp_path):
         "attack": {"eps": "2/255", "steps": 10}, "data": {"shards": "shards/imagenet", "lanes": 4}, "train": {"steps": 10, "batch_size": 8},
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    environment = {"command": "mmtard train b32.yaml", "versions": {"torch": "2.14.1"}, "git": {"commit": "c0ffee", "changed": ["x"]}}
+    environment = {
+        "command": "mmtard train b32.yaml",
+        "versions": {"torch": "2.14.1"},
+        "git": {"commit": "c0ffee", "changed": ["x"]},
+    }
     (folder / "environment.json").write_text(json.dumps(environment))
     return folder
 
@@ -66,13 +75,30 @@ def card(run, tmp_path, **spec):
 
 
 def test_the_card_holds_the_numbers_of_these_weights(run, tmp_path):
-    evaluated(run, tensors_sha256(towers.load(Model(weights=str(run))).model.visual.state_dict()))
+    evaluated(run, tensors_sha256(loading.load_clip(Model(weights=str(run))).model.visual.state_dict()))
     text = card(run, tmp_path)
-    assert "| Pets | 62.50 (40.1–59.9), n 200 | 50.00 (40.1–59.9), n 100 | 2/255 | 31.00 (22.8–40.6), n 100 | 50.00 |" in text
-    assert "Protocol `fare`, linf, apgd-ce, 100 iterations, seed 0" in text and "mmtard evaluate runs/b32 --protocol fare" in text
-    assert "1 checks passed, 1 warned, 0 failed" in text and "- Pets, monotone: rises at 4/255" in text and "Not measured" not in text
-    assert "| steps | 7 of 10, 8 images each |" in text and "| attack | pgd, linf 2/255, 10 steps, maximises `kl_clean` |" in text
-    assert "| teacher `robust` | `hf-hub:chs20/fare2-clip` |" in text and "`c0ffee`, with changes" in text and "mmtard train b32.yaml" in text
+    assert (
+        "| Pets | 62.50 (40.1–59.9), n 200 | 50.00 (40.1–59.9), n 100 | 2/255 | 31.00 (22.8–40.6), n 100 | 50.00 |"
+        in text
+    )
+    assert (
+        "Protocol `fare`, linf, apgd-ce, 100 iterations, seed 0" in text
+        and "mmtard evaluate runs/b32 --protocol fare" in text
+    )
+    assert (
+        "1 checks passed, 1 warned, 0 failed" in text
+        and "- Pets, monotone: rises at 4/255" in text
+        and "Not measured" not in text
+    )
+    assert (
+        "| steps | 7 of 10, 8 images each |" in text
+        and "| attack | pgd, linf 2/255, 10 steps, maximises `kl_clean` |" in text
+    )
+    assert (
+        "| teacher `robust` | `hf-hub:chs20/fare2-clip` |" in text
+        and "`c0ffee`, with changes" in text
+        and "mmtard train b32.yaml" in text
+    )
     front = yaml.safe_load(text.split("---")[1])
     assert front["library_name"] == "open_clip" and front["license"] == "other" and "bound by their licences" in text
     configuration = text.partition("```yaml\n")[2].partition("```")[0]
@@ -80,18 +106,31 @@ def test_the_card_holds_the_numbers_of_these_weights(run, tmp_path):
 
 
 def test_the_card_of_a_retrieval_holds_its_recalls_and_no_empty_table(run, tmp_path):
-    evaluated(run, tensors_sha256(towers.load(Model(weights=str(run))).model.visual.state_dict()), CAPTIONS)
+    evaluated(run, tensors_sha256(loading.load_clip(Model(weights=str(run))).model.visual.state_dict()), CAPTIONS)
     text = card(run, tmp_path)
-    assert "| COCO | image to text | 5 | 25.00 (40.1–59.9), n 100 | 35.00 (40.1–59.9), n 100 | 2/255 | 5.00 (40.1–59.9), n 100 |" in text
-    assert "| COCO | text to image | 1 | 71.00 (40.1–59.9), n 100 | 81.00 (40.1–59.9), n 100 | 2/255 | 51.00 (40.1–59.9), n 100 |" in text
-    assert text.count("| COCO |") == 4 and "apgd on the captions" in text and "Zero-shot accuracy" not in text and "| chance |" not in text
+    assert (
+        "| COCO | image to text | 5 | 25.00 (40.1–59.9), n 100 | 35.00 (40.1–59.9), n 100 | 2/255 | 5.00 (40.1–59.9), n 100 |"
+        in text
+    )
+    assert (
+        "| COCO | text to image | 1 | 71.00 (40.1–59.9), n 100 | 81.00 (40.1–59.9), n 100 | 2/255 | 51.00 (40.1–59.9), n 100 |"
+        in text
+    )
+    assert (
+        text.count("| COCO |") == 4
+        and "apgd on the captions" in text
+        and "Zero-shot accuracy" not in text
+        and "| chance |" not in text
+    )
 
 
 def test_the_average_is_measured_as_the_average(run, vit, tmp_path):
     """Without --ema the advised command would measure the weights, and the card would say again that nothing was measured."""
-    tower, average = (towers.load(Model(arch=vit, weights="random"), seed=seed).tower() for seed in (2, 3))
+    tower, average = (loading.load_clip(Model(arch=vit, weights="random"), seed=seed).tower() for seed in (2, 3))
     saver = Checkpoints(run, keep_last=1)
-    saver.save(8, dict(tower.state_dict()), {f"ema.{k}": v.detach() for k, v in average.named_parameters()}, {"step": 8})
+    saver.save(
+        8, dict(tower.state_dict()), {f"ema.{k}": v.detach() for k, v in average.named_parameters()}, {"step": 8}
+    )
     saver.wait()
     text = card(run, tmp_path, ema=True)
     assert f"Not measured. `mmtard evaluate {run} --ema --protocol fare --data ROOT` measures it." in text
@@ -105,9 +144,12 @@ def test_numbers_of_other_weights_are_left_out_and_it_says_so(run, tmp_path):
 
 def test_a_run_that_was_not_measured_says_how_to(run, tmp_path):
     text = card(run, tmp_path)
-    assert f"Not measured. `mmtard evaluate {run} --protocol fare --data ROOT` measures it." in text and "other weights" not in text
+    assert (
+        f"Not measured. `mmtard evaluate {run} --protocol fare --data ROOT` measures it." in text
+        and "other weights" not in text
+    )
 
 
 def test_a_model_that_is_no_run_has_a_card_too(run, vit, tmp_path):
-    text = card(run / towers.START_FOLDER, tmp_path)
+    text = card(run / clip.START_FOLDER, tmp_path)
     assert "Not by a run of mmtard." in text and "Not measured." in text

@@ -4,23 +4,24 @@ import pytest
 import torch
 from PIL import Image
 
-from mmtard import towers
-from mmtard.checkpoint import Checkpoints
 from mmtard.config import Model
 from mmtard.errors import UserError
-from mmtard.export import export
+from mmtard.export.folder import export
+from mmtard.models import clip, loading
+from mmtard.models.clip import START_FOLDER
+from mmtard.runs.checkpoints import Checkpoints
 
 
 @pytest.fixture
 def run(vit, tmp_path):
     """A run folder: start (seed 1, its own normalisation) and checkpoints of steps 1 and 2 with towers of seeds 2 and 3."""
     folder = tmp_path / "run"
-    start = towers.load(Model(arch=vit, weights="random", quick_gelu=True), seed=1)
+    start = loading.load_clip(Model(arch=vit, weights="random", quick_gelu=True), seed=1)
     start.config["preprocess_cfg"].update(mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
-    start.save(folder / towers.START_FOLDER)
+    start.save(folder / clip.START_FOLDER)
     saver = Checkpoints(folder, keep_last=5)
     for step in (1, 2):
-        tower = towers.load(Model(arch=vit, weights="random"), seed=step + 1).tower()
+        tower = loading.load_clip(Model(arch=vit, weights="random"), seed=step + 1).tower()
         saver.save(step, dict(tower.state_dict()), {}, {"step": step})
         saver.wait()
     return folder
@@ -28,15 +29,22 @@ def run(vit, tmp_path):
 
 def trained(vit, run, seed):
     """The image tower the export must hold, put together here: seed's weights in the start's architecture."""
-    clip = towers.load(Model(weights=str(run / towers.START_FOLDER)))
-    clip.model.visual.load_state_dict(towers.load(Model(arch=vit, weights="random"), seed=seed).model.visual.state_dict())
+    clip = loading.load_clip(Model(weights=str(run / START_FOLDER)))
+    clip.model.visual.load_state_dict(
+        loading.load_clip(Model(arch=vit, weights="random"), seed=seed).model.visual.state_dict()
+    )
     return clip
 
 
 @pytest.mark.parametrize("source, seed", [("", 3), ("checkpoints/step-1", 2)])
 def test_open_clip_loads_the_folder_with_the_trained_embeddings(vit, run, tmp_path, source, seed):
     written = export(Model(weights=str(run / source)), tmp_path / "out")
-    assert {p.name for p in written} == {"open_clip_config.json", "open_clip_model.safetensors", "image_tower.pt", "README.md"}
+    assert {p.name for p in written} == {
+        "open_clip_config.json",
+        "open_clip_model.safetensors",
+        "image_tower.pt",
+        "README.md",
+    }
     clip = trained(vit, run, seed)
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)

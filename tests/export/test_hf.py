@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from mmtard import towers
 from mmtard.config import Model
 from mmtard.errors import UserError
 from mmtard.export import hf
+from mmtard.models import loading
 
 transformers = pytest.importorskip("transformers")
 
 
 def clip(arch, quick_gelu=True, seed=1):
-    return towers.load(Model(arch=arch, weights="random", quick_gelu=quick_gelu), seed=seed)
+    return loading.load_clip(Model(arch=arch, weights="random", quick_gelu=quick_gelu), seed=seed)
 
 
 @pytest.mark.parametrize("quick_gelu, activation", [(True, "quick_gelu"), (False, "gelu")])
@@ -32,8 +32,12 @@ def test_transformers_gives_the_same_embeddings_from_images_and_text(vit, tmp_pa
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (21, 30, 3), dtype=np.uint8))
     preprocess = open_clip.image_transform(16, is_train=False, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     prompts = ["a red square", "Don't  PANIC!"]
-    pixels = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")(image, return_tensors="pt")["pixel_values"]
-    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")(prompts, return_tensors="pt", padding="max_length")
+    pixels = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")(image, return_tensors="pt")[
+        "pixel_values"
+    ]
+    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")(
+        prompts, return_tensors="pt", padding="max_length"
+    )
     # An 8-bit resize by another library may round a pixel up or down.
     torch.testing.assert_close(pixels[0], preprocess(image), atol=2 / 255 / 0.5, rtol=0)
     with torch.no_grad():
@@ -58,7 +62,12 @@ def changed(vit, tmp_path, name, vision=None, text=None):
     "name, vision, text, words",
     [
         ("averaged", {"pool_type": "avg"}, {}, "its image tower does not end in the class token"),
-        ("attended", {"attentional_pool": True, "attn_pooler_heads": 2}, {}, "its image tower does not end in the class token"),
+        (
+            "attended",
+            {"attentional_pool": True, "attn_pooler_heads": 2},
+            {},
+            "its image tower does not end in the class token",
+        ),
         ("last", {}, {"pool_type": "last"}, "its text tower does not end in the end-of-text token"),
         ("bare", {"no_ln_pre": True}, {}, "vision_model.pre_layrnorm"),
         ("scaled", {"ls_init_value": 0.1}, {}, "layers.0.ls_1"),
@@ -75,7 +84,10 @@ def test_an_architecture_that_transformers_lacks_is_refused(vit, tmp_path, name,
 
 
 def test_a_resnet_is_refused(resnet, tmp_path):
-    with pytest.raises(UserError, match="--hf: transformers' CLIPModel has no such architecture: its image tower is a ModifiedResNet; leave --hf out"):
+    with pytest.raises(
+        UserError,
+        match="--hf: transformers' CLIPModel has no such architecture: its image tower is a ModifiedResNet; leave --hf out",
+    ):
         hf.save_transformers(clip(resnet), tmp_path / "hf")
 
 

@@ -37,7 +37,11 @@ def plain(tmp_path):
     """The text with this test's folder, the time and the Python replaced by FOLDER, TIME and PYTHON."""
 
     def make(text):
-        text = text.replace(str(tmp_path), "FOLDER").replace(sys.executable, "PYTHON").replace(str(tmp_path).strip("/").replace("/", "_"), "FOLDER")
+        text = (
+            text.replace(str(tmp_path), "FOLDER")
+            .replace(sys.executable, "PYTHON")
+            .replace(str(tmp_path).strip("/").replace("/", "_"), "FOLDER")
+        )
         return re.sub(r"\d{8}-\d{6}(-\d+)?", "TIME", text)
 
     return make

@@ -29,7 +29,14 @@ def install(tmp_path):
     def call(extras):
         (tmp_path / "calls").write_text("")
         words = ["bash", "-euc", f". ./environment.sh; environment '{extras}'"]
-        subprocess.run(words, cwd=tmp_path, env=os.environ | {"PYTHON": str(tmp_path / "python")}, check=True, capture_output=True, timeout=60)
+        subprocess.run(
+            words,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHON": str(tmp_path / "python")},
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
         return [line for line in (tmp_path / "calls").read_text().splitlines() if line.startswith("-m ")]
 
     return call

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtard.metrics import TIMINGS
+from mmtard.runs.metrics import TIMINGS
 
 SUBMIT = Path(__file__).parents[2] / "launch" / "submit.py"
 TWO_NODES = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1", "log.every=1")
@@ -44,7 +44,9 @@ def test_local_trains_here_on_two_ranks_with_the_copied_code(tiny):
     assert "2 processes here" in done.stdout and "step 6/6" in done.stdout
     assert [row["step"] for row in rows(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert rows(run / "resume.jsonl")[0]["world_size"] == 2
-    assert json.loads((run / "environment.json").read_text())["command"].startswith(f"{jobs_of(run).parent}/code/mmtard/")
+    assert json.loads((run / "environment.json").read_text())["command"].startswith(
+        f"{jobs_of(run).parent}/code/mmtard/"
+    )
     again = subprocess.run(command, env=env, cwd=config.parent, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0 and again.stdout.endswith("# nothing is left to do\n")
 
@@ -53,7 +55,10 @@ def test_local_trains_here_on_two_ranks_with_the_copied_code(tiny):
 def jobs(cluster, tiny):
     """These submissions at once, since each mostly waits: name -> what became of it."""
     with ThreadPoolExecutor() as lanes:
-        yield {story.__name__: lanes.submit(story, cluster, *tiny(story.__name__)) for story in (followed, told, bereft, alone)}
+        yield {
+            story.__name__: lanes.submit(story, cluster, *tiny(story.__name__))
+            for story in (followed, told, bereft, alone)
+        }
 
 
 def followed(cluster, config, run):
@@ -77,7 +82,9 @@ def bereft(cluster, config, run, shape=TWO_NODES, rank=1):
     """A job one rank of which is killed: (its fields at the end, its run folder)."""
     job = re.search(r"job (\d+): training", cluster.run(sys.executable, SUBMIT, "--config", config, *shape))[1]
     until(lambda: (run / "start").exists())
-    (killed,) = (p for p in trainings(run) if f"SLURM_PROCID={rank}".encode() in (p / "environ").read_bytes().split(b"\0"))
+    (killed,) = (
+        p for p in trainings(run) if f"SLURM_PROCID={rank}".encode() in (p / "environ").read_bytes().split(b"\0")
+    )
     os.kill(int(killed.name), signal.SIGKILL)
     return cluster.ended(job), run
 
@@ -103,7 +110,9 @@ def test_a_submitted_job_trains_over_two_nodes_to_the_end(jobs):
     assert [(start["step"], start["world_size"]) for start in rows(run / "resume.jsonl")] == [(0, 2)]
     for rank in (0, 1):
         assert pickle.loads((jobs_of(run) / f"{job}_{rank}_result.pkl").read_bytes()) == ("success", 0)
-    assert json.loads((run / "environment.json").read_text())["command"].startswith(f"{jobs_of(run).parent}/code/mmtard/")
+    assert json.loads((run / "environment.json").read_text())["command"].startswith(
+        f"{jobs_of(run).parent}/code/mmtard/"
+    )
 
 
 def test_where_requeue_is_forbidden_another_job_goes_on_and_what_waits_waits_for_that(cluster, jobs):
@@ -111,12 +120,21 @@ def test_where_requeue_is_forbidden_another_job_goes_on_and_what_waits_waits_for
     job, evaluation = re.findall(r"^job (\d+): ", printed, re.MULTILINE)
     ((then,),) = [re.findall(rf"job {job} may not be requeued \(.*\); submitted again as job (\d+)", printed)]
     first, second = rows(run / "resume.jsonl")
-    assert (first["job"], second["job"]) == (job, then) and 0 < second["step"] < 6 and first["end"]["kind"] == "preempted"
+    assert (
+        (first["job"], second["job"]) == (job, then) and 0 < second["step"] < 6 and first["end"]["kind"] == "preempted"
+    )
     assert losses(run) == losses(jobs["followed"].result()[1])
     assert (cluster.job(job)["JobState"], cluster.job(then)["JobState"]) == ("FAILED", "COMPLETED")
     # The log goes on in the first job's file, and who follows is told.
-    assert f"-- told goes on as job {then}\n" in printed and f"-- job {then} (told) is COMPLETED\n" in printed and "step 6/6" in printed
-    assert "start 2 on node" in (jobs_of(run) / f"{job}_0_log.out").read_text() and not (jobs_of(run) / f"{then}_0_log.out").exists()
+    assert (
+        f"-- told goes on as job {then}\n" in printed
+        and f"-- job {then} (told) is COMPLETED\n" in printed
+        and "step 6/6" in printed
+    )
+    assert (
+        "start 2 on node" in (jobs_of(run) / f"{job}_0_log.out").read_text()
+        and not (jobs_of(run) / f"{then}_0_log.out").exists()
+    )
     waited = cluster.job(evaluation)
     assert waited["JobState"] == "COMPLETED" and waited["StartTime"] >= cluster.job(then)["EndTime"], printed
     assert list((run / "evaluations").iterdir())
@@ -125,7 +143,9 @@ def test_where_requeue_is_forbidden_another_job_goes_on_and_what_waits_waits_for
 
 def test_a_killed_rank_costs_no_more_than_one_restart_in_the_queue(jobs):
     fields, run = jobs["bereft"].result()
-    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), next(jobs_of(run).glob("*_0_log.out")).read_text()
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), next(
+        jobs_of(run).glob("*_0_log.out")
+    ).read_text()
     assert losses(run) == losses(jobs["followed"].result()[1])
     (log,) = jobs_of(run).glob("*_0_log.out")
     assert log.read_text().count("goes back to the queue") == 1 and "start 2 on node" in log.read_text()
@@ -133,16 +153,33 @@ def test_a_killed_rank_costs_no_more_than_one_restart_in_the_queue(jobs):
 
 def test_a_killed_rank_that_was_the_only_one_costs_no_more(jobs):
     fields, run = jobs["alone"].result()
-    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), next(jobs_of(run).glob("*_0_log.out")).read_text()
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), next(
+        jobs_of(run).glob("*_0_log.out")
+    ).read_text()
     assert [start.get("end", {}).get("kind") for start in rows(run / "resume.jsonl")] == [None, "complete"]
 
 
-def test_a_pipeline_skips_the_teacher_that_is_done_stores_its_embeddings_and_trains_a_sweep_as_an_array(cluster, jobs, tiny):
+def test_a_pipeline_skips_the_teacher_that_is_done_stores_its_embeddings_and_trains_a_sweep_as_an_array(
+    cluster, jobs, tiny
+):
     teacher = jobs["followed"].result()[1]
-    config, run = tiny("piped", method={"name": "rslad"}, teachers={"robust": {"weights": str(teacher), "stored": True}})
+    config, run = tiny(
+        "piped", method={"name": "rslad"}, teachers={"robust": {"weights": str(teacher), "stored": True}}
+    )
     (config.parent / "teachers").mkdir()
     (config.parent / "teachers" / "followed.yaml").write_text((config.parent / "followed.yaml").read_text())
-    command = (sys.executable, SUBMIT, "--config", config, *TWO_NODES, "--pipeline", "--array", "seeds=0,1", "--evaluate", run.parents[1] / "data" / "test")
+    command = (
+        sys.executable,
+        SUBMIT,
+        "--config",
+        config,
+        *TWO_NODES,
+        "--pipeline",
+        "--array",
+        "seeds=0,1",
+        "--evaluate",
+        run.parents[1] / "data" / "test",
+    )
     printed = cluster.run(*command, "--follow")
     assert f"# teacher robust is complete: {teacher}\n" in printed
     stages = re.findall(r"^job (\S+): (\w+)", printed, re.MULTILINE)

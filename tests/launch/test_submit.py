@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmtard import config as settings, preempt
+from mmtard import config as settings
+from mmtard.distributed import interruption
+from mmtard.embeddings.settings import embedding_recipe, embeddings_folder
 
 HERE = Path(__file__).parent
 
@@ -61,7 +63,10 @@ def test_a_wrong_command_line_is_answered_with_one_line(submit, tmp_path, words,
 def test_without_slurm_it_names_the_ways_that_need_none(submit, tmp_path):
     done = submit("--gpus-per-node", "4")
     assert done.returncode == 2
-    assert done.stderr == "submit.py: no Slurm here (sbatch is not on the PATH); --local runs it on this machine, --dry-run shows what would be submitted\n"
+    assert (
+        done.stderr
+        == "submit.py: no Slurm here (sbatch is not on the PATH); --local runs it on this machine, --dry-run shows what would be submitted\n"
+    )
     assert not list(tmp_path.glob("run/submissions/*"))
 
 
@@ -83,9 +88,12 @@ def test_a_submission_keeps_the_code_the_settings_and_where_they_came_from(submi
     done = submit("--gpus-per-node", "4", "train.lr=1e-3", SLURM_NTASKS="7")
     assert (done.returncode, done.stderr) == (0, "")
     (folder,) = (tmp_path / "run" / "submissions").iterdir()
-    assert f"job 41: training, run folder {tmp_path / 'run'}\n  log of rank 0: {folder}/jobs/41_0_log.out" in done.stdout
+    assert (
+        f"job 41: training, run folder {tmp_path / 'run'}\n  log of rank 0: {folder}/jobs/41_0_log.out" in done.stdout
+    )
     assert "watch: squeue --jobs 41" in done.stdout and f"tail -F {folder}/jobs/41_0_log.out" in done.stdout
-    assert (folder / "code" / "mmtard" / "train.py").is_file() and (folder / "code" / "launch" / "task.py").is_file()
+    code = folder / "code"
+    assert (code / "mmtard" / "training" / "train.py").is_file() and (code / "mmtard" / "launch" / "task.py").is_file()
     assert not list(folder.rglob("__pycache__"))
     (stored,) = folder.glob("*.yaml")
     assert yaml.safe_load(stored.read_text())["train"]["lr"] == 1e-3
@@ -95,10 +103,15 @@ def test_a_submission_keeps_the_code_the_settings_and_where_they_came_from(submi
 
 def test_a_python_without_torch_needs_another_for_the_jobs(submit, tmp_path):
     """A site without torch, which a poisoned one is not."""
-    (tmp_path / "no_torch.py").write_text("import importlib.util as u\nfind = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'torch' else find(n, *a)\n")
+    (tmp_path / "no_torch.py").write_text(
+        "import importlib.util as u\nfind = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'torch' else find(n, *a)\n"
+    )
     (tmp_path / "poison" / "sitecustomize.py").write_text((tmp_path / "no_torch.py").read_text())
     done = submit("--gpus-per-node", "4")
-    assert done.returncode == 2 and f"'{sys.executable}' has no torch; name the Python of the jobs with --python" in done.stderr
+    assert (
+        done.returncode == 2
+        and f"'{sys.executable}' has no torch; name the Python of the jobs with --python" in done.stderr
+    )
     assert "no Slurm here" in submit("--gpus-per-node", "4", "--python", "/opt/torch/bin/python").stderr
 
 
@@ -106,7 +119,18 @@ def test_a_python_without_torch_needs_another_for_the_jobs(submit, tmp_path):
 
 
 def test_a_sweep_is_an_array_with_a_run_folder_for_each_combination(submit, tmp_path):
-    done = submit("--gpus-per-node", "4", "--array", "seeds=0,1", "--sweep", "attack.eps=2/255,4/255", "--at-once", "3", "--dry-run", "log.every=5")
+    done = submit(
+        "--gpus-per-node",
+        "4",
+        "--array",
+        "seeds=0,1",
+        "--sweep",
+        "attack.eps=2/255,4/255",
+        "--at-once",
+        "3",
+        "--dry-run",
+        "log.every=5",
+    )
     assert "#SBATCH --array=0-3%3\n" in done.stdout and "%A_%a_0_log.out\n" in done.stdout
     assert re.findall(r"# ---- array task (\d):", done.stdout) == ["0", "1", "2", "3"]
     found = [yaml.safe_load(part.split("\n", 1)[1]) for part in done.stdout.split("# ---- ")[1:]]
@@ -125,24 +149,33 @@ def test_a_sweep_is_an_array_with_a_run_folder_for_each_combination(submit, tmp_
         ("train.betas=[0.9,0.99],[0.9,0.999]", ["[0.9,0.99]", "[0.9,0.999]"]),
         ("data.shards=a/{0..1}.tar,b/{0,1}.tar", ["a/{0..1}.tar", "b/{0,1}.tar"]),
         ("method={name: clean},{name: tecoa}", ["{name: clean}", "{name: tecoa}"]),
-        ("x='a,b',\"c,'d\"", ["'a,b'", "\"c,'d\""]),
+        ("x='a,b',\"c,'d\"", ["'a,b'", '"c,\'d"']),
         ("x=1", ["1"]),
     ],
 )
 def test_a_sweep_is_split_at_the_commas_between_its_values(sweep, values):
-    from launch.plan import _axis
+    from mmtard.launch.plan import _axis
 
     assert _axis(sweep) == (sweep.partition("=")[0], values)
 
 
 @pytest.mark.parametrize(
     "time, minutes",
-    [("90", 90), ("90:30", 91), ("1:30:00", 90), ("24:00:00", 1440), ("2-0", 2880), ("1-12:30", 2190), ("0-00:00:01", 1), ("7-00:00:00", 10080)],
+    [
+        ("90", 90),
+        ("90:30", 91),
+        ("1:30:00", 90),
+        ("24:00:00", 1440),
+        ("2-0", 2880),
+        ("1-12:30", 2190),
+        ("0-00:00:01", 1),
+        ("7-00:00:00", 10080),
+    ],
 )
 def test_a_time_limit_is_read_as_slurm_reads_it(time, minutes):
-    from launch import cluster
+    from mmtard.launch import job
 
-    assert cluster.minutes(time) == minutes
+    assert job.minutes(time) == minutes
 
 
 # ---------------------------------------------------------------- pipeline
@@ -155,7 +188,14 @@ def teachers(tmp_path, tree, write):
     for name, method in (("clean", "clean"), ("robust", "tecoa")):
         run = tmp_path / "runs" / name
         tree["teachers"][name]["weights"] = str(run)
-        own = {**tree, "run_dir": str(run), "teachers": {}, "method": {"name": method}, "data": {**tree["data"], "lanes": 8}, "train": {"steps": 20, "batch_size": 8}}
+        own = {
+            **tree,
+            "run_dir": str(run),
+            "teachers": {},
+            "method": {"name": method},
+            "data": {**tree["data"], "lanes": 8},
+            "train": {"steps": 20, "batch_size": 8},
+        }
         write(own, f"teachers/{name}.yaml")
     write(tree)
     done(tmp_path / "runs" / "clean", 20)
@@ -178,7 +218,9 @@ def stages(printed):
 
 def test_the_pipeline_skips_a_teacher_that_is_complete(submit, teachers, tmp_path):
     (tmp_path / "val.tar").touch()
-    printed = submit("--gpus-per-node", "4", "--pipeline", "--evaluate", str(tmp_path / "val.tar"), "--dry-run", "--nodes", "1").stdout
+    printed = submit(
+        "--gpus-per-node", "4", "--pipeline", "--evaluate", str(tmp_path / "val.tar"), "--dry-run", "--nodes", "1"
+    ).stdout
     assert f"# teacher clean is complete: {teachers / 'clean'}\n" in printed
     assert stages(printed) == [
         ("teacher robust", "mmtard-robust", None),
@@ -186,26 +228,36 @@ def test_the_pipeline_skips_a_teacher_that_is_complete(submit, teachers, tmp_pat
         ("evaluation", "mmtard-evaluate-run", "afterok:JOB_OF_run"),
     ]
     assert printed.count("#SBATCH --kill-on-invalid-dep=yes\n") == 2
-    assert f"python -m mmtard evaluate {tmp_path}/run --data {tmp_path}/val.tar --device auto --out {tmp_path}/run/evaluations/" in printed
+    assert (
+        f"python -m mmtard evaluate {tmp_path}/run --data {tmp_path}/val.tar --device auto --out {tmp_path}/run/evaluations/"
+        in printed
+    )
 
 
 def test_the_pipeline_goes_on_where_it_stands(submit, teachers, tmp_path):
     done(teachers / "robust", 19)
-    assert [s[0] for s in stages(submit("--gpus-per-node", "4", "--pipeline", "--dry-run").stdout)] == ["teacher robust", "training"]
+    assert [s[0] for s in stages(submit("--gpus-per-node", "4", "--pipeline", "--dry-run").stdout)] == [
+        "teacher robust",
+        "training",
+    ]
     (teachers / "robust" / "checkpoints" / "latest" / "state.json").write_text('{"step": 20}')
-    assert stages(submit("--gpus-per-node", "4", "--pipeline", "--dry-run").stdout) == [("training", "mmtard-run", None)]
+    assert stages(submit("--gpus-per-node", "4", "--pipeline", "--dry-run").stdout) == [
+        ("training", "mmtard-run", None)
+    ]
     done(tmp_path / "run", 10)
     printed = submit("--gpus-per-node", "4", "--pipeline")
     assert printed.returncode == 0 and printed.stdout.endswith("# nothing is left to do\n")
-    assert [s[0] for s in stages(submit("--gpus-per-node", "4", "--pipeline", "--dry-run", "train.steps=11").stdout)] == ["training"]
+    assert [
+        s[0] for s in stages(submit("--gpus-per-node", "4", "--pipeline", "--dry-run", "train.steps=11").stdout)
+    ] == ["training"]
 
 
 def stored(tmp_path, overrides=()):
     """A finished store of the clean teacher's embeddings, as its manifest tells it."""
     config = settings.load(tmp_path / "run.yaml", ["teachers.clean.stored=true", *overrides])
-    folder = settings.embeddings_folder(config.data) / "0123456789abcdef"
+    folder = embeddings_folder(config.data) / "0123456789abcdef"
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"identity": {}, "made_from": settings.made_from(config, "clean")}))
+    (folder / "manifest.json").write_text(json.dumps({"identity": {}, "made_from": embedding_recipe(config, "clean")}))
     return folder
 
 
@@ -220,7 +272,10 @@ def test_the_pipeline_stores_embeddings_between_teachers_and_student(submit, tea
     assert re.search(r"python -m mmtard cache \S+/run/submissions/\S+_run.yaml\n", printed)
     folder = stored(tmp_path)
     printed = submit(*words).stdout
-    assert [s[0] for s in stages(printed)] == ["teacher robust", "training"] and f"# embeddings of teacher clean are stored: {folder}\n" in printed
+    assert [s[0] for s in stages(printed)] == [
+        "teacher robust",
+        "training",
+    ] and f"# embeddings of teacher clean are stored: {folder}\n" in printed
 
 
 def test_embeddings_of_other_settings_or_of_a_teacher_still_in_training_are_stored_anew(submit, teachers, tmp_path):
@@ -228,11 +283,24 @@ def test_embeddings_of_other_settings_or_of_a_teacher_still_in_training_are_stor
     words = ("--gpus-per-node", "4", "--pipeline", "--dry-run", "teachers.clean.stored=true")
     assert "stored embeddings" in [s[0] for s in stages(submit(*words, "data.resize=256").stdout)]
     (teachers / "clean" / "checkpoints" / "latest" / "state.json").write_text('{"step": 19}')
-    assert [s[0] for s in stages(submit(*words).stdout)] == ["teacher clean", "teacher robust", "stored embeddings", "training"]
+    assert [s[0] for s in stages(submit(*words).stdout)] == [
+        "teacher clean",
+        "teacher robust",
+        "stored embeddings",
+        "training",
+    ]
 
 
 def test_a_sweep_shares_the_embeddings_that_its_points_agree_in(submit, teachers):
-    words = ("--gpus-per-node", "4", "--pipeline", "--dry-run", "teachers.clean.stored=true", "data.flip=true", "data.views=2")
+    words = (
+        "--gpus-per-node",
+        "4",
+        "--pipeline",
+        "--dry-run",
+        "teachers.clean.stored=true",
+        "data.flip=true",
+        "data.views=2",
+    )
     assert submit(*words, "--sweep", "train.lr=1e-5,2e-5").stdout.count("python -m mmtard cache") == 1
     assert submit(*words, "--sweep", "data.views=2,3").stdout.count("python -m mmtard cache") == 2
     printed = submit("--gpus-per-node", "4", "--dry-run", "teachers.clean.stored=true").stdout
@@ -247,10 +315,26 @@ def test_without_pipeline_a_missing_teacher_is_pointed_out(submit, teachers):
 
 def test_in_a_pipeline_the_place_of_the_data_is_everybodys_and_the_rest_the_students(submit, teachers, tmp_path):
     (tmp_path / "other.tar").touch()
-    printed = submit("--gpus-per-node", "4", "--pipeline", "--dry-run", "data.shards=other.tar", "train.lr=1e-3", "data.window=8", "--slurm", "dependency=afterany:7").stdout
-    teacher, student = (yaml.safe_load(part.split("\n", 1)[1]) for part in re.split(r"\n# ==== ", printed.replace("# ---- ", "\n# ==== "))[2::2])
+    printed = submit(
+        "--gpus-per-node",
+        "4",
+        "--pipeline",
+        "--dry-run",
+        "data.shards=other.tar",
+        "train.lr=1e-3",
+        "data.window=8",
+        "--slurm",
+        "dependency=afterany:7",
+    ).stdout
+    teacher, student = (
+        yaml.safe_load(part.split("\n", 1)[1])
+        for part in re.split(r"\n# ==== ", printed.replace("# ---- ", "\n# ==== "))[2::2]
+    )
     assert teacher["data"]["shards"] == student["data"]["shards"] == "other.tar"
-    assert (teacher["train"]["lr"], student["train"]["lr"]) == (2e-5, 1e-3) and (teacher["data"]["window"], student["data"]["window"]) == (1024, 8)
+    assert (teacher["train"]["lr"], student["train"]["lr"]) == (2e-5, 1e-3) and (
+        teacher["data"]["window"],
+        student["data"]["window"],
+    ) == (1024, 8)
     assert [s[2] for s in stages(printed)] == ["afterany:7", "afterany:7,afterok:JOB_OF_robust"]
 
 
@@ -258,7 +342,10 @@ def test_a_stage_that_cannot_run_is_named(submit, teachers):
     done = submit("--nodes", "4", "--gpus-per-node", "1", "--pipeline", "teachers.robust.arch=x")
     assert "no Slurm here" in done.stderr
     done = submit("--nodes", "3", "--gpus-per-node", "1", "--pipeline")
-    assert done.stderr == "submit.py: teacher robust: data.lanes: 8 lanes cannot be shared by 3 ranks; make it a multiple of 3\n"
+    assert (
+        done.stderr
+        == "submit.py: teacher robust: data.lanes: 8 lanes cannot be shared by 3 ranks; make it a multiple of 3\n"
+    )
 
 
 def test_requeueing_can_be_left_out_where_it_is_forbidden(submit):
@@ -267,13 +354,15 @@ def test_requeueing_can_be_left_out_where_it_is_forbidden(submit):
 
 
 def test_the_status_that_asks_for_another_start_is_mmtards():
-    from launch import task
+    from mmtard.launch import task
 
-    assert task.REQUEUE == preempt.REQUEUE
-    assert set(task.SIGNALS) <= set(preempt.Interruption.SIGNALS)
+    assert task.REQUEUE == interruption.EXIT_REQUEUE
+    assert set(task.SIGNALS) <= set(interruption.Interruption.SIGNALS)
 
 
 def test_the_dry_run_can_be_cut_short(submit, tmp_path):
-    command = f"{sys.executable} {HERE.parents[1]}/launch/submit.py --config run.yaml --gpus-per-node 4 --dry-run | head -n 1"
+    command = (
+        f"{sys.executable} {HERE.parents[1]}/launch/submit.py --config run.yaml --gpus-per-node 4 --dry-run | head -n 1"
+    )
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("# dry run: nothing is written or submitted\n", "")

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from mmtard import history
+from mmtard.runs import history
 
 ROOT = Path(__file__).parents[2]
 CALL = """
 import os, sys
 from pathlib import Path
-from launch import task
+from mmtard.launch import task
 task.OTHERS_TURN_S = float(os.environ.get("OTHERS_TURN_S", task.OTHERS_TURN_S))
 task.Task(tuple(sys.argv[2:]), Path(sys.argv[1]))()
 """
@@ -32,17 +32,32 @@ open("started", "a").write("x")
 def task(tmp_path):
     """Call with what mmtard does, the state that squeue tells and whether the run may start again: the process of a task, which notes each `scontrol` in `requeued`."""
     (tmp_path / "mmtard").mkdir()
-    (tmp_path / "mmtard" / "__init__.py").write_text(f"__path__.append({str(ROOT / 'mmtard')!r})")  # all but __main__ is the real one
+    (tmp_path / "mmtard" / "__init__.py").write_text(
+        f"__path__.append({str(ROOT / 'mmtard')!r})"
+    )  # all but __main__ is the real one
     for name in ("squeue", "scontrol"):
-        (tmp_path / name).write_text(f'#!/bin/sh\n{"cat state" if name == "squeue" else "echo $@ >>requeued"}\n')
+        (tmp_path / name).write_text(f"#!/bin/sh\n{'cat state' if name == 'squeue' else 'echo $@ >>requeued'}\n")
         (tmp_path / name).chmod(0o755)
 
     def start(body, state="RUNNING", words=("train", "x.yaml"), may_start=True, **env):
         (tmp_path / "state").write_text(state + "\n")
         (tmp_path / "mmtard" / "__main__.py").write_text(MMTARD.format(body=body, may_not_start=not may_start))
-        own = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        own = {
+            "SLURM_PROCID": "0",
+            "SLURM_NTASKS": "1",
+            "SLURM_JOB_ID": "7",
+            "PYTHONPATH": f"{tmp_path}:{ROOT}",
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        }
         clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-        return subprocess.Popen([sys.executable, "-c", CALL, tmp_path, *words], cwd=tmp_path, env=clean | own | env, stdout=-1, stderr=-2, text=True)
+        return subprocess.Popen(
+            [sys.executable, "-c", CALL, tmp_path, *words],
+            cwd=tmp_path,
+            env=clean | own | env,
+            stdout=-1,
+            stderr=-2,
+            text=True,
+        )
 
     return start
 
@@ -117,7 +132,10 @@ def test_a_job_that_slurm_is_signalling_still_runs(task, tmp_path):
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])
 def test_a_cancelled_job_is_left_alone(task, tmp_path, state):
     process = task("raise SystemExit(75)", state)
-    assert f"job 7 is {state}: it is not requeued from here" in process.communicate(timeout=30)[0] and process.returncode == 0
+    assert (
+        f"job 7 is {state}: it is not requeued from here" in process.communicate(timeout=30)[0]
+        and process.returncode == 0
+    )
     assert requeued(tmp_path) == ""
 
 
@@ -127,14 +145,22 @@ WAITING = "8 afterok:7(unfulfilled),afterok:5(unfulfilled)\n9 afterany:7(unfulfi
 @pytest.fixture
 def forbidden(tmp_path, task):
     """Call with sbatch's answer (a number, or an error): Slurm refuses to requeue, and some jobs wait for job 7."""
-    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ $1 = update ] && echo $@ >>updated || { echo disabled >&2; exit 1; }\n')
+    (tmp_path / "scontrol").write_text(
+        "#!/bin/sh\n[ $1 = update ] && echo $@ >>updated || { echo disabled >&2; exit 1; }\n"
+    )
     (tmp_path / "waiting").write_text(WAITING)
-    (tmp_path / "squeue").write_text('#!/bin/sh\ncase "$*" in *%E*) cat waiting;; *--array*) cat tasks;; *) cat state;; esac\n')
-    (tmp_path / "7_submission.sh").write_text("#!/bin/bash\n#SBATCH --output=%j_0_log.out\n#SBATCH --dependency=afterok:3\n")
+    (tmp_path / "squeue").write_text(
+        '#!/bin/sh\ncase "$*" in *%E*) cat waiting;; *--array*) cat tasks;; *) cat state;; esac\n'
+    )
+    (tmp_path / "7_submission.sh").write_text(
+        "#!/bin/bash\n#SBATCH --output=%j_0_log.out\n#SBATCH --dependency=afterok:3\n"
+    )
     (tmp_path / "7_submitted.pkl").write_text("the work")
 
     def answer(text, status=0):
-        (tmp_path / "sbatch").write_text(f'#!/bin/sh\necho "$@ $MMTARD_SUBMITTED_AGAIN $SLURM_JOB_ID" >>submitted; cat >text; echo {text} >&{1 + bool(status)}; exit {status}\n')
+        (tmp_path / "sbatch").write_text(
+            f'#!/bin/sh\necho "$@ $MMTARD_SUBMITTED_AGAIN $SLURM_JOB_ID" >>submitted; cat >text; echo {text} >&{1 + bool(status)}; exit {status}\n'
+        )
         (tmp_path / "sbatch").chmod(0o755)
 
     return answer
@@ -149,16 +175,23 @@ def test_where_requeue_is_forbidden_one_other_job_goes_on_and_takes_over_those_t
     assert (tmp_path / "submitted").read_text() == "--parsable --dependency=afterany:7 --no-requeue 1 \n"
     assert "--output=7_0_log.out\n" in (tmp_path / "text").read_text() == (tmp_path / "41_submission.sh").read_text()
     assert (tmp_path / "41_submitted.pkl").read_text() == "the work"
-    assert (tmp_path / "updated").read_text() == "update JobId=8 Dependency=afterok:41,afterok:5\nupdate JobId=9 Dependency=afterany:41\n"
+    assert (
+        tmp_path / "updated"
+    ).read_text() == "update JobId=8 Dependency=afterok:41,afterok:5\nupdate JobId=9 Dependency=afterany:41\n"
 
 
 def test_the_run_is_told_which_job_goes_on(task, forbidden, tmp_path):
     forbidden("41")
     (tmp_path / "run").mkdir()
-    (tmp_path / "x.yaml").write_text(f"{{run_dir: {tmp_path}/run, student: {{weights: openai}}, method: {{name: tecoa}}, data: {{shards: s}}, train: {{steps: 9, batch_size: 64}}}}")
+    (tmp_path / "x.yaml").write_text(
+        f"{{run_dir: {tmp_path}/run, student: {{weights: openai}}, method: {{name: tecoa}}, data: {{shards: s}}, train: {{steps: 9, batch_size: 64}}}}"
+    )
     task("raise SystemExit(75)").wait(30)
     assert (tmp_path / "run" / "goes_on_as").read_text() == "7 41\n"
-    assert history.job(tmp_path / "run", {"job": "7"}) == "41" and history.job(tmp_path / "run", {"job": "50"}) == "50"
+    assert (
+        history.current_job(tmp_path / "run", {"job": "7"}) == "41"
+        and history.current_job(tmp_path / "run", {"job": "50"}) == "50"
+    )
 
 
 def test_a_task_of_an_array_goes_on_alone(task, forbidden, tmp_path):
@@ -167,10 +200,16 @@ def test_a_task_of_an_array_goes_on_alone(task, forbidden, tmp_path):
     (tmp_path / "waiting").write_text("8 afterok:7_*(unfulfilled)\n9 afterok:7_2(unfulfilled)\n")
     (tmp_path / "tasks").write_text("7_0 COMPLETED\n7_1 RUNNING\n7_2 RUNNING\n7_3 PENDING\n")
     forbidden("41")
-    task("raise SystemExit(75)", "RUNNING", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2", MMTARD_SUBMITTED_AGAIN="4").wait(30)
+    task(
+        "raise SystemExit(75)", "RUNNING", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2", MMTARD_SUBMITTED_AGAIN="4"
+    ).wait(30)
     assert (tmp_path / "submitted").read_text() == "--parsable --dependency=afterany:7_2 --no-requeue --array=2 5 \n"
-    assert (tmp_path / "text").read_text() == "#SBATCH --output=7_2_0_log.out\n" and (tmp_path / "41_2_submitted.pkl").is_file()
-    assert (tmp_path / "updated").read_text() == "update JobId=8 Dependency=afterok:7_1:7_3:41_2\nupdate JobId=9 Dependency=afterok:41_2\n"
+    assert (tmp_path / "text").read_text() == "#SBATCH --output=7_2_0_log.out\n" and (
+        tmp_path / "41_2_submitted.pkl"
+    ).is_file()
+    assert (
+        tmp_path / "updated"
+    ).read_text() == "update JobId=8 Dependency=afterok:7_1:7_3:41_2\nupdate JobId=9 Dependency=afterok:41_2\n"
 
 
 def test_a_job_that_can_go_on_in_no_way_fails_with_both_reasons(task, forbidden):
@@ -178,7 +217,10 @@ def test_a_job_that_can_go_on_in_no_way_fails_with_both_reasons(task, forbidden)
     process = task("raise SystemExit(75)")
     printed = process.communicate(timeout=30)[0]
     assert process.returncode == 1
-    assert "job 7 could neither be requeued (disabled) nor submitted again (sbatch: error: closed); submit it to go on" in printed
+    assert (
+        "job 7 could neither be requeued (disabled) nor submitted again (sbatch: error: closed); submit it to go on"
+        in printed
+    )
 
 
 def test_an_evaluation_is_requeued_twenty_times_at_most(task, tmp_path):

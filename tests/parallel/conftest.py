@@ -32,7 +32,10 @@ def job(tmp_path_factory):
                 pixels[8:24, 8:24, label] += 150
                 image = io.BytesIO()
                 Image.fromarray(pixels).save(image, "JPEG")
-                for name, content in ((f"{shard}{i:03d}.jpg", image.getvalue()), (f"{shard}{i:03d}.cls", str(label).encode())):
+                for name, content in (
+                    (f"{shard}{i:03d}.jpg", image.getvalue()),
+                    (f"{shard}{i:03d}.cls", str(label).encode()),
+                ):
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
@@ -63,13 +66,14 @@ def job(tmp_path_factory):
 @pytest.fixture
 def train_here():
     """Call with a configuration file: its run trained in this process, as the only rank; the exit status. Raises what ends the run."""
-    from mmtard import config, parallel, preempt
-    from mmtard.train import train
+    from mmtard import config
+    from mmtard.distributed import interruption, ranks
+    from mmtard.training.train import train
 
     before = dict(os.environ)
     os.environ["DS_ACCELERATOR"] = "cpu"
-    yield lambda path: train(config.load(path), preempt.Interruption())
-    parallel.stop()
+    yield lambda path: train(config.load(path), interruption.Interruption())
+    ranks.stop()
     os.environ.clear()
     os.environ.update(before)
 

@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 
-from mmtard import config, parallel
-from mmtard.distill import Distillation
-from mmtard.lifetime import leave
+from mmtard import config
+from mmtard.distillation.task import DistillationTask
+from mmtard.distributed import ranks
+from mmtard.distributed.processes import exit_process
+from mmtard.distributed.ranks import Ranks
 from mmtard.losses import kl
-from mmtard.methods import Head
-from mmtard.terms import Terms
-from mmtard.towers import ImageTower
+from mmtard.models.image_tower import ImageTower
+from mmtard.training.step_terms import TermSums
+from mmtard.zero_shot import ZeroShotHead
 
 STEPS, BATCH, CLASSES, LR = 3, 8, 5, 1e-3
 TOWERS = {  # seed, width, embedding, pixels
@@ -47,21 +49,30 @@ CASES = {  # method, attack, ZeRO stage, placement of the teachers
 def tower(name: str) -> ImageTower:
     seed, width, embedding, pixels = TOWERS[name]
     torch.manual_seed(seed)
-    visual = VisionTransformer(image_size=pixels, patch_size=8, width=width, layers=2, heads=2, mlp_ratio=2, output_dim=embedding)
+    visual = VisionTransformer(
+        image_size=pixels, patch_size=8, width=width, layers=2, heads=2, mlp_ratio=2, output_dim=embedding
+    )
     return ImageTower(visual, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
-def head(name: str) -> Head:
+def head(name: str) -> ZeroShotHead:
     embedding = TOWERS[name][2]
-    return Head(F.normalize(torch.randn(CLASSES, embedding, generator=torch.Generator().manual_seed(100 + embedding)), dim=-1), 20.0)
+    return ZeroShotHead(
+        F.normalize(torch.randn(CLASSES, embedding, generator=torch.Generator().manual_seed(100 + embedding)), dim=-1),
+        20.0,
+    )
 
 
 def settings(case: str) -> config.Config:
     method, attack, stage, placement = CASES[case]
-    names = method.get("views") or {"ard": ["robust"], "rslad": ["robust"], "iad": ["robust"], "adaad": ["robust"]}.get(method["name"], [])
+    names = method.get("views") or {"ard": ["robust"], "rslad": ["robust"], "iad": ["robust"], "adaad": ["robust"]}.get(
+        method["name"], []
+    )
     names = ["clean", "robust"] if method["name"] in ("mtard", "mmtard") and not names else names
     teachers = {name: {"weights": "random", "placement": placement} for name in names}
-    teachers |= {"start": {"placement": placement}} if method["name"] in ("fare", "sim_clip", "pmg_aft", "tga_zsr") else {}
+    teachers |= (
+        {"start": {"placement": placement}} if method["name"] in ("fare", "sim_clip", "pmg_aft", "tga_zsr") else {}
+    )
     return config.validate(
         {
             "run_dir": "unused",
@@ -79,14 +90,18 @@ def settings(case: str) -> config.Config:
 def batches():
     g = torch.Generator().manual_seed(200)
     for _ in range(STEPS):
-        yield torch.rand(BATCH, 3, 16, 16, generator=g), torch.randint(CLASSES, (BATCH,), generator=g), torch.randint(2**60, (BATCH,), generator=g)
+        yield (
+            torch.rand(BATCH, 3, 16, 16, generator=g),
+            torch.randint(CLASSES, (BATCH,), generator=g),
+            torch.randint(2**60, (BATCH,), generator=g),
+        )
 
 
 class Plain:
     """A student in plain PyTorch, and its optimiser."""
 
     def __init__(self, tower: ImageTower, lr: float):
-        from mmtard.engine import parameter_groups
+        from mmtard.training.optimizer import parameter_groups
 
         self.tower = tower
         self.adam = torch.optim.AdamW(parameter_groups(tower, 0.1), lr=lr)
@@ -95,7 +110,7 @@ class Plain:
         return self.tower(images, tokens=tokens)
 
     @contextmanager
-    def attack_view(self):
+    def attack_forward(self):
         yield self.tower
 
     def backward(self, loss):
@@ -110,7 +125,7 @@ class Plain:
 
 
 class PlainTeacher:
-    def __init__(self, tower: ImageTower, head: Head):
+    def __init__(self, tower: ImageTower, head: ZeroShotHead):
         self.tower, self.head = tower.requires_grad_(False), head
 
     @torch.no_grad()
@@ -128,16 +143,20 @@ def plain_teacher(name: str) -> PlainTeacher:
 
 def train(case: str, student, teachers: dict, ranks=None) -> dict:
     """Losses, the method's state and the weights after three steps; `ranks` share each batch."""
-    step = Distillation(settings(case), student, head("student"), teachers)
-    share = slice(None) if ranks is None else slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
+    step = DistillationTask(settings(case), student, head("student"), teachers)
+    share = (
+        slice(None)
+        if ranks is None
+        else slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
+    )
     losses, spread = [], {}
     for batch in batches():
         loss, terms = step(*(part[share] for part in batch))
         student.backward(loss.mean())
         student.end_micro_batch(LR)
-        told = Terms()
+        told = TermSums()
         told.add({"loss": loss.detach(), **terms})
-        totals = list(told.sums.values()) if ranks is None else ranks.total([*told.sums.values()])
+        totals = list(told.sums.values()) if ranks is None else ranks.sum([*told.sums.values()])
         means = {name: total / BATCH for name, total in zip(told.sums, totals)}
         spread = told.quantiles(ranks) if ranks is not None else {}
         step.end_step(means)
@@ -149,18 +168,20 @@ def plain(case: str) -> dict:
     return train(case, Plain(tower("student"), LR), {name: plain_teacher(name) for name in settings(case).ensemble})
 
 
-def zero(case: str, ranks: parallel.Ranks) -> dict:
-    from mmtard.engine import Engine
-    from mmtard.teachers import FrozenTeacher
+def zero(case: str, ranks: Ranks) -> dict:
+    from mmtard.models.teachers import FrozenTeacher
+    from mmtard.training.engine import Engine
 
     cfg = settings(case)
-    teachers = {name: FrozenTeacher(name, t, tower(name), head(name), ranks, torch.float32) for name, t in cfg.ensemble.items()}
+    teachers = {
+        name: FrozenTeacher(name, t, tower(name), head(name), ranks, torch.float32) for name, t in cfg.ensemble.items()
+    }
     return train(case, Engine(cfg, tower("student"), ranks), teachers, ranks)
 
 
-def through_a_teacher(placement: str, ranks: parallel.Ranks) -> dict[str, torch.Tensor]:
+def through_a_teacher(placement: str, ranks: Ranks) -> dict[str, torch.Tensor]:
     """A teacher's logits, and the gradient of KL(p_T(x) || p_S(x)) to the images through the teacher, twice: as in two attack steps."""
-    from mmtard.teachers import FrozenTeacher
+    from mmtard.models.teachers import FrozenTeacher
 
     spec = config.Teacher(weights="random", placement=placement)
     teacher = FrozenTeacher("robust", spec, tower("robust"), head("robust"), ranks, torch.float32)
@@ -175,12 +196,12 @@ def through_a_teacher(placement: str, ranks: parallel.Ranks) -> dict[str, torch.
 
 
 if __name__ == "__main__":
-    ranks = parallel.start("cpu")
+    ranks = ranks.start("cpu")
     results = {case: zero(case, ranks) for case in CASES}
     placements = {p: through_a_teacher(p, ranks) for p in ("replicated", "sharded")}
-    if ranks.first:
+    if ranks.is_first:
         torch.save({case: r["weights"] for case, r in results.items()} | placements, sys.argv[1])
         with open(f"{sys.argv[1]}.json", "w") as out:
             json.dump({case: {k: v for k, v in r.items() if k != "weights"} for case, r in results.items()}, out)
-    parallel.stop()
-    leave(0)
+    ranks.stop()
+    exit_process(0)

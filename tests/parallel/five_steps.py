@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 
-from mmtard import attacks, config, losses, parallel
-from mmtard.lifetime import leave
-from mmtard.methods import Head
-from mmtard.towers import ImageTower
+from mmtard import config, losses, seeding
+from mmtard.distributed import ranks
+from mmtard.distributed.processes import exit_process
+from mmtard.distributed.ranks import Ranks
+from mmtard.models.image_tower import ImageTower
+from mmtard.zero_shot import ZeroShotHead
 
 STEPS, BATCH, CLASSES, LR = 5, 8, 5, 1e-3
 
@@ -32,7 +34,11 @@ def text() -> torch.Tensor:
 def batches():
     g = torch.Generator().manual_seed(200)
     for _ in range(STEPS):
-        yield torch.rand(BATCH, 3, 16, 16, generator=g), torch.randint(CLASSES, (BATCH,), generator=g), torch.randint(2**60, (BATCH,), generator=g)
+        yield (
+            torch.rand(BATCH, 3, 16, 16, generator=g),
+            torch.randint(CLASSES, (BATCH,), generator=g),
+            torch.randint(2**60, (BATCH,), generator=g),
+        )
 
 
 def settings(stage: int, placement: str, precision: str, micro: int) -> config.Config:
@@ -65,7 +71,7 @@ def plain() -> dict:
     for x, y, seeds in batches():
         with torch.no_grad():
             q_clean = logits(clean, x).softmax(-1)
-        adv = (x + 8 / 255 * (2 * attacks.sample_uniform(seeds, x.shape[1:]) - 1)).clamp(0, 1)
+        adv = (x + 8 / 255 * (2 * seeding.sample_uniform(seeds, x.shape[1:]) - 1)).clamp(0, 1)
         velocity = torch.zeros_like(x)
         for _ in range(3):
             adv.requires_grad_(True)
@@ -85,19 +91,20 @@ def plain() -> dict:
     return {"losses": reported, "weights": student.state_dict()}
 
 
-def engine(ranks: parallel.Ranks, case: str) -> dict:
-    from mmtard.distill import Distillation
-    from mmtard.engine import DTYPES, Engine
-    from mmtard.teachers import FrozenTeacher
+def engine(ranks: Ranks, case: str) -> dict:
+    from mmtard.distillation.task import DistillationTask
+    from mmtard.models.image_tower import DTYPES
+    from mmtard.models.teachers import FrozenTeacher
+    from mmtard.training.engine import Engine
 
     stage, placement, precision, micro = case.split("-")
     cfg = settings(int(stage), placement, precision, int(micro))
-    student, head = Engine(cfg, tower(0), ranks), Head(text(), 20.0)
+    student, head = Engine(cfg, tower(0), ranks), ZeroShotHead(text(), 20.0)
     teachers = {
         name: FrozenTeacher(name, cfg.teachers[name], tower(seed), head, ranks, DTYPES[precision])
         for seed, name in enumerate(("clean", "robust"), 1)
     }
-    step = Distillation(cfg, student, head, teachers)
+    step = DistillationTask(cfg, student, head, teachers)
     reported, share = [], BATCH // ranks.world_size
     for batch in batches():
         total = 0.0
@@ -107,19 +114,19 @@ def engine(ranks: parallel.Ranks, case: str) -> dict:
             outcome = student.end_micro_batch(LR)
             total += loss.sum().item()
         assert outcome.applied
-        reported.append(ranks.total([total])[0] / BATCH)
-    held = ranks.gather({name: t.bytes_here for name, t in teachers.items()})
+        reported.append(ranks.sum([total])[0] / BATCH)
+    held = ranks.all_gather({name: t.bytes_here for name, t in teachers.items()})
     weights, _, updates = student.full_state()
-    assert not ranks.first or updates == STEPS
+    assert not ranks.is_first or updates == STEPS
     sizes = {"held": held, "whole": {name: t.bytes_whole for name, t in teachers.items()}}
     return {"losses": reported, "weights": weights, "bytes": json.dumps(sizes)}
 
 
 if __name__ == "__main__":
     out, *cases = sys.argv[1:]
-    ranks = parallel.start("cpu")
+    ranks = ranks.start("cpu")
     results = {case: plain() if case == "plain" else engine(ranks, case) for case in cases}
-    if ranks.first:
+    if ranks.is_first:
         torch.save(results, out)
-    parallel.stop()
-    leave(0)
+    ranks.stop()
+    exit_process(0)

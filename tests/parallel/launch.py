@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["deepspeed", "mmtard.train", "mmtard.evaluate.evaluation"])
+FORKS.set_forkserver_preload(["deepspeed", "mmtard.training.train", "mmtard.evaluation.evaluate"])
 AT_IMPORT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # read where torch and DeepSpeed are imported
 
 
@@ -79,7 +79,9 @@ def start_ranks(argv: list, world: int, meet: Path, log: Path) -> list[Rank]:
             patch.setenv(name, value)
         forkserver.ensure_running()
     meet.unlink(missing_ok=True)
-    return [Rank([*map(str, argv)], environment(rank, world, meet), log.with_suffix(f".{rank}")) for rank in range(world)]
+    return [
+        Rank([*map(str, argv)], environment(rank, world, meet), log.with_suffix(f".{rank}")) for rank in range(world)
+    ]
 
 
 def run_ranks(argv: list, world: int, folder: Path, name: str, timeout: float = 300) -> str:

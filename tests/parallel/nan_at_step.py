@@ -5,9 +5,10 @@ import sys
 
 import torch
 
-from mmtard import cli, parallel
-from mmtard.lifetime import leave
-from mmtard.methods import tecoa
+from mmtard.cli.main import main
+from mmtard.distillation.methods import tecoa
+from mmtard.distributed import ranks
+from mmtard.distributed.processes import exit_process
 
 step, configs = int(sys.argv[1]), sys.argv[2:]
 whole, calls = tecoa.loss, 0
@@ -23,10 +24,10 @@ def loss(settings, predictions, labels, state):
 
 
 tecoa.loss = loss
-parallel.stop = lambda: None  # the next run meets in the same group
+ranks.stop = lambda: None  # the next run meets in the same group
 for config in configs:
     calls = 0
-    status = cli.main(["train", config])
+    status = main(["train", config])
     if status:
         break
-leave(status)
+exit_process(status)

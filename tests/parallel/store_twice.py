@@ -2,11 +2,12 @@
 
 import sys
 
-from mmtard import config, parallel
-from mmtard.cache import cache
+from mmtard import config
+from mmtard.distributed import ranks
+from mmtard.distributed.interruption import Interruption
+from mmtard.distributed.processes import exit_process
+from mmtard.embeddings.build import cache
 from mmtard.errors import RunError
-from mmtard.lifetime import leave
-from mmtard.preempt import Interruption
 
 
 class After(Interruption):
@@ -24,12 +25,12 @@ class After(Interruption):
 
 if __name__ == "__main__":
     settings = config.load(sys.argv[1])
-    ranks = parallel.start("cpu")
-    parallel.stop, stop = lambda: None, parallel.stop
+    ranks = ranks.start("cpu")
+    ranks.stop, stop = lambda: None, ranks.stop
     try:
         cache(settings, After(8) if ranks.rank == ranks.world_size - 1 else Interruption())
     except RunError as error:
-        print(ranks.gather((error.status, str(error))), flush=True)
+        print(ranks.all_gather((error.status, str(error))), flush=True)
     cache(settings, Interruption())
     stop()
-    leave(0)
+    exit_process(0)

@@ -11,10 +11,15 @@ import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 
-from mmtard import batch_norm, config, lora, parallel, student
-from mmtard.engine import Engine, parameter_groups
-from mmtard.lifetime import leave
-from mmtard.towers import ImageTower, load_trained
+from mmtard import config
+from mmtard.distributed import ranks
+from mmtard.distributed.processes import exit_process
+from mmtard.distributed.ranks import Ranks
+from mmtard.models import batch_norm, lora, student
+from mmtard.models.image_tower import ImageTower
+from mmtard.models.weights import load_trained
+from mmtard.training.engine import Engine
+from mmtard.training.optimizer import parameter_groups
 
 STEPS, BATCH, SIZE, LR, DECAY = 4, 8, 32, 1e-2, 0.75
 SETTINGS = {
@@ -42,21 +47,27 @@ def start(kind: str, synced: bool = True, checkpointing: bool = True) -> ImageTo
             if name.endswith("bn3.weight"):
                 torch.nn.init.ones_(p)  # open_clip begins with no residual branch
     else:
-        visual = VisionTransformer(image_size=SIZE, patch_size=16, width=32, layers=2, heads=2, mlp_ratio=2, output_dim=16)
+        visual = VisionTransformer(
+            image_size=SIZE, patch_size=16, width=32, layers=2, heads=2, mlp_ratio=2, output_dim=16
+        )
     tower = ImageTower(visual, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     if kind.startswith("bn") and synced:
-        batch_norm.synchronise(visual, tower.views)
+        batch_norm.synchronise(visual, tower.layout)
     tower.frozen_batch_norm = not kind.startswith("bn")
     if settings(kind, 0).engine.checkpoint_activations and checkpointing:
         student.checkpoint_activations(tower)
     if kind == "lora":
-        lora.attach(visual, settings(kind, 0).student.lora, tower.views)
+        lora.attach(visual, settings(kind, 0).student.lora, tower.layout)
     return tower
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(step)
-    return torch.rand(BATCH, 3, SIZE, SIZE, generator=g), F.normalize(torch.randn(BATCH, 16, generator=g), dim=-1), torch.randint(2**60, (BATCH,), generator=g)
+    return (
+        torch.rand(BATCH, 3, SIZE, SIZE, generator=g),
+        F.normalize(torch.randn(BATCH, 16, generator=g), dim=-1),
+        torch.randint(2**60, (BATCH,), generator=g),
+    )
 
 
 def loss(forward, images: torch.Tensor, wanted: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
@@ -71,7 +82,7 @@ def plain(kind: str) -> dict[str, torch.Tensor]:
     adam = torch.optim.AdamW(parameter_groups(tower, 1e-4), lr=LR)
 
     def forward(images, seeds):
-        tower.views.show(len(images), seeds)
+        tower.layout.describe(len(images), seeds)
         if not kind.startswith("bn"):
             return tower(images)
         return torch.cat([tower(view) for view in images.chunk(2)])  # each with its own statistics
@@ -93,7 +104,7 @@ def plain(kind: str) -> dict[str, torch.Tensor]:
     return {k: v.detach() for k, v in tower.state_dict().items()}
 
 
-def train(engine: Engine, ranks: parallel.Ranks, steps: range, finite: bool = True) -> list[dict[str, torch.Tensor]]:
+def train(engine: Engine, ranks: Ranks, steps: range, finite: bool = True) -> list[dict[str, torch.Tensor]]:
     """The weights after each step; not finite: a step that is skipped."""
     share, after = BATCH // ranks.world_size, []
     for step in steps:
@@ -104,7 +115,7 @@ def train(engine: Engine, ranks: parallel.Ranks, steps: range, finite: bool = Tr
     return after
 
 
-def case(kind: str, stage: int, ranks: parallel.Ranks) -> dict:
+def case(kind: str, stage: int, ranks: Ranks) -> dict:
     """A run in one go, with a step in its middle that is skipped; and what a run in another stage makes of its half."""
     whole = Engine(settings(kind, stage), start(kind), ranks)
     first = train(whole, ranks, range(2))
@@ -112,21 +123,21 @@ def case(kind: str, stage: int, ranks: parallel.Ranks) -> dict:
     half = whole.full_state()
     after = first + train(whole, ranks, range(2, STEPS))
     _, states, updates = whole.full_state()
-    weights, half_states, half_updates = ranks.from_first(lambda: half)
+    weights, half_states, half_updates = ranks.run_on_first(lambda: half)
     tower = start(kind)
     load_trained(tower, weights, "half")
     resumed = Engine(settings(kind, (stage + 1) % 4), tower, ranks)
     resumed.restore(half_states, half_updates)
     train(resumed, ranks, range(2, STEPS))
-    buffers = [ranks.gather(dict(engine.ds.module.visual.named_buffers())) for engine in (whole, resumed)]
+    buffers = [ranks.all_gather(dict(engine.ds.module.visual.named_buffers())) for engine in (whole, resumed)]
     return {"weights": after, "states": states, "updates": updates, "resumed": resumed.full_state(), "buffers": buffers}
 
 
 if __name__ == "__main__":
     out, *cases = sys.argv[1:]
-    ranks = parallel.start("cpu")
+    ranks = ranks.start("cpu")
     results = {name: case(*(int(x) if x.isdigit() else x for x in name.split("-")), ranks) for name in cases}
-    if ranks.first:
+    if ranks.is_first:
         torch.save(results, out)
-    parallel.stop()
-    leave(0)
+    ranks.stop()
+    exit_process(0)

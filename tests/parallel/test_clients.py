@@ -13,8 +13,11 @@ import torch
 import webdataset as wds
 from chromium import PROGRAM, Chromium
 
-from mmtard import cli, data
+from mmtard.cli.main import main
 from mmtard.config import Data
+from mmtard.data.dataset import open_dataset
+from mmtard.data.images import Transform
+from mmtard.data.stream import eval_batches
 
 pytestmark = pytest.mark.slow
 
@@ -42,9 +45,28 @@ def dataset(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(job, dataset):
     """A run of 30 adversarial training steps, which tells the squares apart, evaluated by the command line."""
-    config, run = job("published", method={"name": "tecoa"}, teachers={}, train={"steps": 30, "batch_size": 16, "lr": 1e-3, "warmup_steps": 4})
+    config, run = job(
+        "published",
+        method={"name": "tecoa"},
+        teachers={},
+        train={"steps": 30, "batch_size": 16, "lr": 1e-3, "warmup_steps": 4},
+    )
     assert command("train", config) == 0
-    words = ["evaluate", run, "--data", dataset, "--eps", "8/255", "32/255", "--attacks", "apgd-ce", "--iters", "5", "--n-samples", "30"]
+    words = [
+        "evaluate",
+        run,
+        "--data",
+        dataset,
+        "--eps",
+        "8/255",
+        "32/255",
+        "--attacks",
+        "apgd-ce",
+        "--iters",
+        "5",
+        "--n-samples",
+        "30",
+    ]
     assert command(*words, "--device", "cpu", "--workers", "0") == 0
     return run
 
@@ -60,7 +82,7 @@ def command(*words):
     """`mmtard WORDS` in this process, whose environment it leaves as it was."""
     before = dict(os.environ)
     try:
-        return cli.main([str(word) for word in words])
+        return main([str(word) for word in words])
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -73,10 +95,28 @@ def results(run):
 
 def test_clip_benchmark_finds_the_same_clean_accuracy_to_the_digit(run, exported, dataset, tmp_path):
     pytest.importorskip("clip_benchmark")
-    words = ["eval", "--dataset", "wds/squares", "--dataset_root", dataset, "--model", f"local-dir:{exported}", "--pretrained", "", "--no_amp"]
+    words = [
+        "eval",
+        "--dataset",
+        "wds/squares",
+        "--dataset_root",
+        dataset,
+        "--model",
+        f"local-dir:{exported}",
+        "--pretrained",
+        "",
+        "--no_amp",
+    ]
     words += ["--task", "zeroshot_classification", "--num_workers", "0", "--output", tmp_path / "theirs.json"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([Path(sys.executable).with_name("clip_benchmark"), *map(str, words)], capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("clip_benchmark"), *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=env,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     theirs, ours = json.loads((tmp_path / "theirs.json").read_text())["metrics"]["acc1"], results(run)["clean_all"]
     assert ours["n"] == 90 and theirs == ours["accuracy"]
@@ -88,10 +128,12 @@ def test_pyautoattack_breaks_the_exported_model_and_stays_in_the_ball(run, expor
     pyautoattack = pytest.importorskip("pyautoattack")
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{exported}")
     tokenizer, found = open_clip.get_tokenizer(f"local-dir:{exported}"), results(run)
-    classes = open_clip.build_zero_shot_classifier(model.eval(), tokenizer, found["classes"], [lambda c, t=t: t.replace("{}", c) for t in found["templates"]])
+    classes = open_clip.build_zero_shot_classifier(
+        model.eval(), tokenizer, found["classes"], [lambda c, t=t: t.replace("{}", c) for t in found["templates"]]
+    )
     normalise, scale = preprocess.transforms[-1], float(model.logit_scale.detach().exp())
     ids = found["samples"]["ids"]
-    (batch,) = data.eval_batches(data.open_dataset(Data(shards=str(dataset / "test"))), data.Transform(32), ids, len(ids))
+    (batch,) = eval_batches(open_dataset(Data(shards=str(dataset / "test"))), Transform(32), ids, len(ids))
     x, y = batch.images.float() / 255, batch.labels
 
     def logits(images):
@@ -107,14 +149,24 @@ def test_pyautoattack_breaks_the_exported_model_and_stays_in_the_ball(run, expor
         theirs = (logits(adv).argmax(1) == y).numpy()
     ours = found["samples"]["eps"]["32/255"]["robust"]
     assert sum(ours) < sum(found["samples"]["clean"]) - 5
-    assert (theirs != ours).sum() <= 1  # one start of five iterations each; the attacks' agreement is tested in tests/evaluate
+    assert (
+        theirs != ours
+    ).sum() <= 1  # one start of five iterations each; the attacks' agreement is tested in tests/evaluate
 
 
 @pytest.mark.skipif(PROGRAM is None, reason="no Chromium here; on Debian: apt-get install chromium")
 def test_the_report_of_real_runs_in_a_browser(run, undisturbed, tmp_path):
     assert command("report", run, undisturbed, "--out", tmp_path / "out", "--images", "4") == 0
     pngs = {p.stem for p in (tmp_path / "out").glob("*.png")}
-    assert {"training-ce", "training-kl-robust", "weights-undisturbed", "training-memory-gib", "scatter-0-8-255", "eps-0-squares", "strip-0-3"} <= pngs
+    assert {
+        "training-ce",
+        "training-kl-robust",
+        "weights-undisturbed",
+        "training-memory-gib",
+        "scatter-0-8-255",
+        "eps-0-squares",
+        "strip-0-3",
+    } <= pngs
     with Chromium() as browser:
         for width in (1280, 390):
             browser.open(tmp_path / "out" / "report.html", width)

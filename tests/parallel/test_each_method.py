@@ -20,7 +20,9 @@ def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("each")
     run_ranks([Path(__file__).with_name("each_method.py"), folder / "out.pt"], 2, folder, "ranks")
     found, weights = json.loads((folder / "out.pt.json").read_text()), torch.load(folder / "out.pt", weights_only=True)
-    return {case: {**found[case], "weights": weights[case]} for case in CASES} | {p: weights[p] for p in ("replicated", "sharded")}
+    return {case: {**found[case], "weights": weights[case]} for case in CASES} | {
+        p: weights[p] for p in ("replicated", "sharded")
+    }
 
 
 def test_every_method_has_a_case():
@@ -43,7 +45,10 @@ def test_the_gradient_through_a_sharded_teacher_is_that_through_a_replica(two_ra
     teacher, student = (plain_teacher(name) for name in ("robust", "student"))
     for i, (images, *_) in zip(range(2), batches()):
         x = images[::2].double().requires_grad_()  # what the first rank saw
-        logits = [scale * F.normalize(t.tower.double().cast(torch.float64)(x), dim=-1) @ t.head.class_embeddings.double().T for t, scale in ((teacher, 20), (student, 20))]
+        logits = [
+            scale * F.normalize(t.tower.double().cast(torch.float64)(x), dim=-1) @ t.head.class_embeddings.double().T
+            for t, scale in ((teacher, 20), (student, 20))
+        ]
         p, q = (z.softmax(-1) for z in logits)
         (gradient,) = torch.autograd.grad((p * (p / q).log()).sum(), x)
         for name, expected in ((f"logits{i}", logits[0].detach()), (f"gradient{i}", gradient)):
@@ -57,4 +62,6 @@ def test_balanced_weights_move_with_the_losses(two_ranks):
         state, spread = two_ranks[case]["state"], two_ranks[case]["spread"]
         weights = [v for k, v in state.items() if k.startswith("w_")]
         assert len(weights) == teachers and sum(weights) == pytest.approx(1) and max(weights) - min(weights) > 1e-3
-        assert all(spread["w_robust_p10"] == spread[f"w_robust_{p}"] for p in ("p50", "p90"))  # the same for every sample
+        assert all(
+            spread["w_robust_p10"] == spread[f"w_robust_{p}"] for p in ("p50", "p90")
+        )  # the same for every sample

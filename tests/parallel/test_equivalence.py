@@ -33,7 +33,11 @@ def one_rank(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     cases = [f"{stage}-{placement}-float32-4" for stage in range(4) for placement in ("replicated", "sharded")]
-    return train(tmp_path_factory.mktemp("two"), 2, [*cases, "2-replicated-float32-2", *(f"{stage}-sharded-bf16-4" for stage in range(4))])
+    return train(
+        tmp_path_factory.mktemp("two"),
+        2,
+        [*cases, "2-replicated-float32-2", *(f"{stage}-sharded-bf16-4" for stage in range(4))],
+    )
 
 
 def largest_difference(a: dict, b: dict) -> float:
@@ -79,7 +83,9 @@ def test_sharded_teachers_are_half_as_large_on_each_of_two_ranks(two_ranks):
 @pytest.mark.parametrize("stage", range(4))
 def test_bf16_autocast_trains_alike_in_every_stage(plain, two_ranks, stage):
     ours = two_ranks[f"{stage}-sharded-bf16-4"]
-    assert ours["losses"] == pytest.approx(plain["losses"], rel=0.05)  # bf16 keeps 8 bits: a logit is right to about 1 in 200
+    assert ours["losses"] == pytest.approx(
+        plain["losses"], rel=0.05
+    )  # bf16 keeps 8 bits: a logit is right to about 1 in 200
     assert ours["losses"] != plain["losses"]
     assert largest_difference(ours["weights"], two_ranks["0-sharded-bf16-4"]["weights"]) < 5e-3  # five steps of lr
     assert all(w.dtype == torch.float32 for w in ours["weights"].values())

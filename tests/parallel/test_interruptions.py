@@ -9,7 +9,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from mmtard.metrics import TIMINGS
+from mmtard.runs.metrics import TIMINGS
 
 from .launch import run_ranks, start_ranks
 
@@ -82,7 +82,11 @@ def test_sigkill_at_any_moment_changes_neither_weights_nor_metrics(job, undistur
     assert metrics(run) == metrics(undisturbed)
     assert digest(run) == digest(undisturbed)
     assert not list((run / "checkpoints").glob(".writing-*"))
-    assert [s["passed_over"] for s in starts(run)] == [[], [], [f"{newest.name}: weights.safetensors does not match its checksum"]]
+    assert [s["passed_over"] for s in starts(run)] == [
+        [],
+        [],
+        [f"{newest.name}: weights.safetensors does not match its checksum"],
+    ]
     assert starts(run)[2]["step"] >= 4
 
 

@@ -24,9 +24,15 @@ def losses(run):
 
 
 def run(command, **env):
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
     added = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.Popen(list(map(str, command)), env=clean | added | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        list(map(str, command)), env=clean | added | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(*processes):
@@ -48,7 +54,16 @@ def test_every_launcher_trains_the_same(configs, train_here):
     here = ("--num_accelerators", 2, "--master_addr", "127.0.0.1", "--master_port", free_port())
     finish(run([BIN / "deepspeed", *here, "--module", "mmtard", "train", configs["deepspeed"][0]]))
     port = str(free_port())
-    slurm = [{"SLURM_PROCID": str(r), "SLURM_LOCALID": str(r), "SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for r in (0, 1)]
+    slurm = [
+        {
+            "SLURM_PROCID": str(r),
+            "SLURM_LOCALID": str(r),
+            "SLURM_NTASKS": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        for r in (0, 1)
+    ]
     finish(*(run([sys.executable, *command, configs["srun"][0]], **variables) for variables in slurm))
 
     expected = losses(configs["single"][1])

@@ -7,8 +7,9 @@ import signal
 import pytest
 import torch
 
-from mmtard import config as settings, history, run_folder
+from mmtard import config as settings
 from mmtard.errors import UserError
+from mmtard.runs import folder, history
 
 from .launch import start_ranks
 from .test_interruptions import REQUEUE, metrics, starts, steps_done, train, until
@@ -47,7 +48,11 @@ def test_a_killed_rank_ends_the_other_with_one_line_and_the_run_goes_on(two, und
     assert processes[survivor].wait(20) == REQUEUE
     log = tmp_path / f"log.{survivor}"
     (line,) = lines(log)
-    assert f"lost rank {lost} (" in line and f"process {processes[lost].pid}" in line and "Traceback" not in log.read_text()
+    assert (
+        f"lost rank {lost} (" in line
+        and f"process {processes[lost].pid}" in line
+        and "Traceback" not in log.read_text()
+    )
     (start,) = starts(run)
     assert start["end"]["kind"] == history.LOST and start["end"]["reason"] in line
     if not lost:
@@ -55,14 +60,18 @@ def test_a_killed_rank_ends_the_other_with_one_line_and_the_run_goes_on(two, und
     again = start_ranks(train(path), 2, tmp_path / "again.meet", tmp_path / "again")
     assert [p.wait(120) for p in again] == [0, 0]
     assert metrics(run) == metrics(undisturbed)
-    assert [history.kind(s) for s in starts(run)] == [history.LOST, history.COMPLETE]
+    assert [history.end_kind(s) for s in starts(run)] == [history.LOST, history.COMPLETE]
 
 
-def test_a_second_start_is_refused_and_a_hang_ends_in_time_names_the_rank_and_past_its_bound_is_for_good(two, tmp_path, train_here, monkeypatch):
+def test_a_second_start_is_refused_and_a_hang_ends_in_time_names_the_rank_and_past_its_bound_is_for_good(
+    two, tmp_path, train_here, monkeypatch
+):
     train = {"steps": 5000, "batch_size": 16, "lr": 1e-3}
     processes, run, path = two("hung", train=train, resume={"watchdog_minutes": 0.1, "max_losses": 0})
-    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 0.6)
-    with pytest.raises(UserError, match=f"is in use by {os.uname().nodename} process {processes[0].pid}; wait for it to end"):
+    monkeypatch.setattr(folder, "LOCK_WAIT_S", 0.6)
+    with pytest.raises(
+        UserError, match=f"is in use by {os.uname().nodename} process {processes[0].pid}; wait for it to end"
+    ):
         train_here(path)
     assert all(p.poll() is None for p in processes) and len(starts(run)) == 1
     processes[1].send_signal(signal.SIGSTOP)
@@ -71,8 +80,11 @@ def test_a_second_start_is_refused_and_a_hang_ends_in_time_names_the_rank_and_pa
     assert "for 0.1 minutes, rank 1 (" in starts(run)[0]["end"]["reason"]
     assert f"process {processes[1].pid}, last heard of in the" in printed and "did not arrive" in printed
     assert 'train.py", line' in printed  # where this rank waited
-    assert history.refusal(run, settings.Resume(max_losses=5)) is None
-    assert history.refusal(run, settings.Resume(max_losses=0)) and "resume.max_losses allows 0" in lines(tmp_path / "log.0")[-1]
+    assert history.why_not_restart(run, settings.Resume(max_losses=5)) is None
+    assert (
+        history.why_not_restart(run, settings.Resume(max_losses=0))
+        and "resume.max_losses allows 0" in lines(tmp_path / "log.0")[-1]
+    )
 
 
 def test_a_rank_that_fails_is_no_loss_and_is_not_started_again(job, tmp_path):
@@ -80,9 +92,9 @@ def test_a_rank_that_fails_is_no_loss_and_is_not_started_again(job, tmp_path):
     path, run = job("failed", train={"steps": 24, "batch_size": 16, "lr": 1e-3})
     script = tmp_path / "fails.py"
     script.write_text(
-        "import os, sys\nfrom mmtard import cli, metrics, train\nupdate = train.Run._update\n"
+        "import os, sys\nfrom mmtard.cli import main\nfrom mmtard.training import train\nupdate = train.Trainer._update\n"
         "def fail(self, batch, lr):\n    if self.step == 3 and os.environ['RANK'] == '1':\n        raise MemoryError('out of memory')\n"
-        "    return update(self, batch, lr)\ntrain.Run._update = fail\nraise SystemExit(cli.main(['train', sys.argv[1]]))\n"
+        "    return update(self, batch, lr)\ntrain.Trainer._update = fail\nraise SystemExit(main.main(['train', sys.argv[1]]))\n"
     )
     processes = start_ranks([script, path], 2, tmp_path / "meet", tmp_path / "log")
     assert [p.wait(120) for p in processes] == [1, 1]
@@ -102,14 +114,38 @@ def test_starts_that_come_no_further_are_stopped_before_a_model_is_made(job, tmp
     processes = start_ranks(train(path), 2, tmp_path / "meet", tmp_path / "last")
     assert [p.wait(60) for p in processes] == [1, 1]
     (line,) = lines(tmp_path / "last.0")
-    assert "the last 2 starts began at step 0 and left no newer checkpoint" in line and "resume.max_starts_without_progress=3" in line
+    assert (
+        "the last 2 starts began at step 0 and left no newer checkpoint" in line
+        and "resume.max_starts_without_progress=3" in line
+    )
     assert len(starts(run)) == 2
 
 
-def test_a_killed_and_an_interrupted_evaluation_go_on_to_the_numbers_of_one_rank_alone(undisturbed, tmp_path, one_thread, command):
+def test_a_killed_and_an_interrupted_evaluation_go_on_to_the_numbers_of_one_rank_alone(
+    undisturbed, tmp_path, one_thread, command
+):
     data, out = settings.load(undisturbed / "config.yaml").data.shards, tmp_path / "result"
-    words = ["evaluate", undisturbed, "--data", data, "--eps", "2/255", "--attacks", "apgd-ce", "--iters", 60, "--batch-size", 5, "--device", "cpu", "--out"]
-    for number, told, statuses in ((signal.SIGKILL, (0, 1), [-signal.SIGKILL] * 2), (signal.SIGTERM, (1,), [REQUEUE] * 2)):
+    words = [
+        "evaluate",
+        undisturbed,
+        "--data",
+        data,
+        "--eps",
+        "2/255",
+        "--attacks",
+        "apgd-ce",
+        "--iters",
+        60,
+        "--batch-size",
+        5,
+        "--device",
+        "cpu",
+        "--out",
+    ]
+    for number, told, statuses in (
+        (signal.SIGKILL, (0, 1), [-signal.SIGKILL] * 2),
+        (signal.SIGTERM, (1,), [REQUEUE] * 2),
+    ):
         attacked = partial(out).count("broken_by")
         processes = start_ranks(["-m", "mmtard", *words, out], 2, tmp_path / "meet", tmp_path / f"log{number}")
         try:
@@ -126,7 +162,9 @@ def test_a_killed_and_an_interrupted_evaluation_go_on_to_the_numbers_of_one_rank
     assert "shards: goes on, " in (tmp_path / f"log{signal.SIGTERM}.0").read_text()
     done = partial(out).count("broken_by")
     assert command(*words, out) == command(*words, tmp_path / "alone") == 0
-    (found,), (alone,) = (json.loads((folder / "results.json").read_text())["datasets"] for folder in (out, tmp_path / "alone"))
+    (found,), (alone,) = (
+        json.loads((folder / "results.json").read_text())["datasets"] for folder in (out, tmp_path / "alone")
+    )
     assert found["samples"] == alone["samples"] and found["clean_all"] == alone["clean_all"]
     assert 2 <= done < sum(found["samples"]["clean"]) / 5 and not (out / "partial").exists()
 

@@ -8,13 +8,13 @@ pytestmark = pytest.mark.slow
 SCRIPT = """
 import time
 from datetime import timedelta
-from mmtard import parallel
-from mmtard.lifetime import leave
-ranks = parallel.start("cpu", timeout=timedelta(seconds=2))
-made = ranks.from_first(lambda: time.sleep(4) or "an index", patience=timedelta(minutes=2))
-assert made == "an index" and ranks.gather(ranks.rank) == [0, 1]
-parallel.stop()
-leave(0)
+from mmtard.distributed import ranks as process_ranks
+from mmtard.distributed.processes import exit_process
+ranks = process_ranks.start("cpu", timeout=timedelta(seconds=2))
+made = ranks.run_on_first(lambda: time.sleep(4) or "an index", patience=timedelta(minutes=2))
+assert made == "an index" and ranks.all_gather(ranks.rank) == [0, 1]
+process_ranks.stop()
+exit_process(0)
 """
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from mmtard.config import Data, Model, parse_fraction
-from mmtard.evaluate.datasets import find
-from mmtard.evaluate.evaluation import evaluate
-from mmtard.evaluate.protocols import PROTOCOLS
-from mmtard.evaluate.request import Evaluation
-from mmtard.evaluate.statistics import wilson_interval
+from mmtard.evaluation.datasets import find_datasets
+from mmtard.evaluation.evaluate import evaluate
+from mmtard.evaluation.protocols import PROTOCOLS
+from mmtard.evaluation.request import EvaluationRequest
+from mmtard.evaluation.statistics import wilson_interval
 
 from .launch import run_ranks, start_ranks
 from .test_interruptions import digest, metrics, train, until
@@ -28,7 +28,7 @@ def background(run):
             words = path.read_bytes().decode().split("\0")
         except OSError:
             continue
-        if "mmtard.probe" in words and any(w.startswith(str(run)) for w in words):
+        if "mmtard.training.probe_process" in words and any(w.startswith(str(run)) for w in words):
             found.append(int(path.parent.name))
     return found
 
@@ -63,6 +63,17 @@ def test_a_killed_run_takes_its_probe_along_and_goes_on_as_an_unprobed_one(job, 
 
 def alone(folder, shards, ranks, out):
     """(accuracy, samples) of `mmtard evaluate` with the probe's settings, clean and robust."""
-    protocol = replace(PROTOCOLS["quick"], eps=(parse_fraction("8/255"),), attacks=("pgd",), iters=3, n_samples=45, templates=tuple(Data(shards=str(shards)).templates))
-    found = evaluate(Evaluation(Model(weights=str(folder)), find(str(shards)), protocol, out, workers=0), ranks, say=lambda _: None)["datasets"][0]
+    protocol = replace(
+        PROTOCOLS["quick"],
+        eps=(parse_fraction("8/255"),),
+        attacks=("pgd",),
+        iters=3,
+        n_samples=45,
+        templates=tuple(Data(shards=str(shards)).templates),
+    )
+    found = evaluate(
+        EvaluationRequest(Model(weights=str(folder)), find_datasets(str(shards)), protocol, out, workers=0),
+        ranks,
+        say=lambda _: None,
+    )["datasets"][0]
     return [(a["accuracy"], a["n"]) for a in (found["clean"], found["eps"]["8/255"]["robust"])]

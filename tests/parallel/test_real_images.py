@@ -34,7 +34,11 @@ def test_imagenette_at_224_with_the_main_jobs_models(job, tmp_path):
     assert [row["skipped"] for row in rows(run)] == [0, 0]
     assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows(run))
     # A ViT-L/14 image tower has 304 M parameters, 1.2 GB in float32: half of it on each rank. A ViT-B/32 of 88 M stands whole on both.
-    held = {line.split()[1]: line.split("a rank holds ")[1].removesuffix(" MiB").split(", ") for line in printed.splitlines() if line.startswith("teacher ")}
+    held = {
+        line.split()[1]: line.split("a rank holds ")[1].removesuffix(" MiB").split(", ")
+        for line in printed.splitlines()
+        if line.startswith("teacher ")
+    }
     assert [round(float(mib), -1) for mib in held["robust:"]] == [580, 580]
     assert [round(float(mib), -1) for mib in held["clean:"]] == [340, 340]
 
@@ -67,7 +71,24 @@ def test_cifar10_adversarial_training_learns_and_makes_robust(job, tmp_path):
     run_ranks(["-m", "mmtard", "train", config], 2, tmp_path, "train", timeout=580)
     loss = [row["loss"] for row in rows(run)]
     assert np.mean(loss[-20:]) < np.mean(loss[:20]) - 0.2
-    evaluate = ["-m", "mmtard", "evaluate", run, "--data", test, "--eps", "4/255", "--attacks", "pgd", "--iters", "5", "--n-samples", "all", "--device", "cpu"]
+    evaluate = [
+        "-m",
+        "mmtard",
+        "evaluate",
+        run,
+        "--data",
+        test,
+        "--eps",
+        "4/255",
+        "--attacks",
+        "pgd",
+        "--iters",
+        "5",
+        "--n-samples",
+        "all",
+        "--device",
+        "cpu",
+    ]
     run_ranks([*evaluate, "--out", tmp_path / "evaluation"], 2, tmp_path, "evaluate")
     (found,) = json.loads((tmp_path / "evaluation" / "results.json").read_text())["datasets"]
     # Chance is 10 %, and 3 points are two standard errors of 400 samples.

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mmtard import towers
-from mmtard.checkpoint import read_weights
-from mmtard.cli import main
+from mmtard.cli.main import main
 from mmtard.config import Model
+from mmtard.models import loading
+from mmtard.runs.checkpoints import read_weights
 
 from .launch import run_ranks
 
@@ -55,9 +55,19 @@ def command(name, run, shards, vit, resnet, **student):
 
 def changes(run):
     """The run's last weights; tensor -> how far it went from the start, of those that some gradient reaches (softmax cancels k_proj.bias)."""
-    assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["skipped"] == 0 for row in rows(run).values()) and len(rows(run)) == 2
-    start, end = towers.load(Model(weights=str(run / "start"))).tower().state_dict(), read_weights(run / "checkpoints/step-2")
-    return end, {k: (v - start[k]).norm().item() for k, v in end.items() if v.is_floating_point() and not k.endswith("k_proj.bias")}
+    assert (
+        all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["skipped"] == 0 for row in rows(run).values())
+        and len(rows(run)) == 2
+    )
+    start, end = (
+        loading.load_clip(Model(weights=str(run / "start"))).tower().state_dict(),
+        read_weights(run / "checkpoints/step-2"),
+    )
+    return end, {
+        k: (v - start[k]).norm().item()
+        for k, v in end.items()
+        if v.is_floating_point() and not k.endswith("k_proj.bias")
+    }
 
 
 def test_a_resnet_50_trains_with_synced_statistics_and_is_exported(shards, vit, resnet, tmp_path):

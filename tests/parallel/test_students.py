@@ -31,7 +31,9 @@ def alone():
 def assert_close(ours: dict, theirs: dict) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        torch.testing.assert_close(settled(name, value), settled(name, theirs[name]), rtol=1e-4, atol=2e-5, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            settled(name, value), settled(name, theirs[name]), rtol=1e-4, atol=2e-5, msg=lambda text: f"{name}: {text}"
+        )
 
 
 @each

@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmtard.quickstart.pretrain import ARCHITECTURE, pretrain
-from mmtard.quickstart.render import make_data
+from mmtard.examples.pretrain import ARCHITECTURE, pretrain
+from mmtard.examples.shapes import make_data
 
 
 def test_the_architecture_builds_without_a_network(monkeypatch):
@@ -16,7 +16,9 @@ def test_the_architecture_builds_without_a_network(monkeypatch):
     tokens = open_clip.get_tokenizer("tiny_clip")(["a picture showing a large checkered purple triangle at the bottom"])
     end_of_text = 49407
     assert tokens.shape == (1, 20) and end_of_text in tokens and tokens[0, -1] == 0
-    assert model.encode_image(torch.zeros(2, 3, 32, 32)).shape == model.encode_text(tokens.repeat(2, 1)).shape == (2, 64)
+    assert (
+        model.encode_image(torch.zeros(2, 3, 32, 32)).shape == model.encode_text(tokens.repeat(2, 1)).shape == (2, 64)
+    )
 
 
 @pytest.mark.slow

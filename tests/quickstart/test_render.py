@@ -11,13 +11,17 @@ import webdataset as wds
 from PIL import Image
 
 from mmtard.errors import UserError
-from mmtard.quickstart.render import COLOURS, HELD_OUT, SHAPES, SIZE, TRAINED, draw, make_data
+from mmtard.examples.shapes import COLOURS, HELD_OUT, SHAPES, SIZE, TRAINED, draw, make_data
 
 SIZES = dict(train=72, test=36, zeroshot=24, shard_size=30)
 
 
 def digests(folder):
-    return {path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,17 @@
 import re
 from dataclasses import replace
 
-from mmtard import towers
 from mmtard.config import Model
-from mmtard.quickstart import __main__ as quickstart
-from mmtard.quickstart.pretrain import ARCHITECTURE
-from mmtard.quickstart.render import make_data
+from mmtard.examples import quickstart
+from mmtard.examples.pretrain import ARCHITECTURE
+from mmtard.examples.shapes import make_data
+from mmtard.models import loading
 
 
 def test_every_model_has_its_row_of_both_splits_clean_and_attacked(ranks, tmp_path, monkeypatch, capsys):
     make_data(tmp_path / "shapes", train=36, test=72, zeroshot=24, shard_size=40)
     for seed, name in enumerate(("start", "other")):
-        towers.load(Model(arch=str(ARCHITECTURE), weights="random"), seed).save(tmp_path / "models" / name)
+        loading.load_clip(Model(arch=str(ARCHITECTURE), weights="random"), seed).save(tmp_path / "models" / name)
     monkeypatch.setattr(quickstart, "ROOT", tmp_path)
     monkeypatch.setattr(quickstart, "COMPARED", {name: tmp_path / "models" / name for name in ("start", "other")})
     monkeypatch.setattr(quickstart, "PROTOCOL", replace(quickstart.PROTOCOL, iters=1))

@@ -4,9 +4,12 @@ import pytest
 from chromium import PROGRAM, Chromium
 from written import dataset, results, save, write_run
 
-from mmtard.report import report
+from mmtard.report.page import report
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(PROGRAM is None, reason="no Chromium here; on Debian: apt-get install chromium")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(PROGRAM is None, reason="no Chromium here; on Debian: apt-get install chromium"),
+]
 
 WIDTHS = (1280, 390)
 BROKEN = '<p>x</p><script>console.error("told")</script><img src="data:image/png;base64,AAAA"><div style="width: 2000px">wide</div><img src="https://example.invalid/x.png">'
@@ -25,7 +28,10 @@ def page(tmp_path_factory):
     for name, robust in (("vitb32_mmtard_confidence_sigmoid_with_a_long_name", 6), ("baseline", 4)):
         run = write_run(folder / name)
         flags = [i < robust for i in range(10)]
-        parts = [dataset(n, [True] * 8 + [False] * 2, {"2/255": flags, "4/255": flags}) for n in ("Caltech101", "A-dataset-whose-name-is-longer-than-a-phone-is-wide")]
+        parts = [
+            dataset(n, [True] * 8 + [False] * 2, {"2/255": flags, "4/255": flags})
+            for n in ("Caltech101", "A-dataset-whose-name-is-longer-than-a-phone-is-wide")
+        ]
         save(results(parts, str(run), name), run / "evaluations" / "fare")
         paths.append(run)
     return report(paths, folder / "out", images=0)
@@ -37,7 +43,9 @@ def looked_at(browser, path, width):
     browser.asked.clear()
     browser.open(path, width)
     images = browser.value("document.images.length")
-    there = browser.value("Array.from(document.images).filter(image => image.complete && image.naturalWidth > 0).length")
+    there = browser.value(
+        "Array.from(document.images).filter(image => image.complete && image.naturalWidth > 0).length"
+    )
     outside = browser.value("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     return list(browser.complaints), [a for a in browser.asked if not a.startswith("data:")], images, there, outside
 
@@ -48,7 +56,9 @@ def test_a_browser_finds_nothing_wrong(browser, page, width):
     assert complaints == [] and asked == [page.resolve().as_uri()]
     assert images == there == len(list(page.parent.glob("*.png"))) >= 15
     assert outside == 0
-    fonts = browser.value("Array.from(document.querySelectorAll('p, td, th, li, figcaption, small')).map(e => parseFloat(getComputedStyle(e).fontSize))")
+    fonts = browser.value(
+        "Array.from(document.querySelectorAll('p, td, th, li, figcaption, small')).map(e => parseFloat(getComputedStyle(e).fontSize))"
+    )
     assert min(fonts) >= 12
     widths = browser.value("Array.from(document.images).map(image => image.getBoundingClientRect().width)")
     assert min(widths) > 300 and max(widths) <= width  # a panel of 4.4 inches: its 9 pt are legible at that size
@@ -66,7 +76,9 @@ def test_light_and_dark_are_both_legible(browser, page):
     seen = {}
     for dark in (False, True):
         browser.dark(dark)
-        seen[dark] = [sum(map(int, c.removeprefix("rgb(").removesuffix(")").split(","))) for c in browser.value(colours)]
+        seen[dark] = [
+            sum(map(int, c.removeprefix("rgb(").removesuffix(")").split(","))) for c in browser.value(colours)
+        ]
     browser.dark(False)
     assert seen[False][0] - seen[False][1] > 450 and seen[True][1] - seen[True][0] > 450
 
@@ -74,7 +86,9 @@ def test_light_and_dark_are_both_legible(browser, page):
 def test_the_browser_does_see_what_would_be_wrong(browser, tmp_path):
     """The control of the tests above: each finding is found on a page that has it."""
     path = tmp_path / "broken.html"
-    path.write_text(f"<!DOCTYPE html><html><head><meta name=viewport content='width=device-width'></head><body>{BROKEN}</body></html>")
+    path.write_text(
+        f"<!DOCTYPE html><html><head><meta name=viewport content='width=device-width'></head><body>{BROKEN}</body></html>"
+    )
     complaints, asked, images, there, outside = looked_at(browser, path, 390)
     assert any("told" in c for c in complaints) and "https://example.invalid/x.png" in asked
     assert images == 2 and there == 0 and outside > 0

@@ -20,12 +20,24 @@ def test_every_column_of_the_metrics_has_its_figure(tmp_path):
 
 def test_a_run_without_probes_or_weights_has_no_such_figure(tmp_path):
     found = sources.read([write_run(tmp_path / "a", rows=[{"step": 1, "loss": 1.0}], probes=None)])
-    assert curves.probes(found) == curves.teacher_weights(found) == curves.speed(found) == [] and accuracy.trajectory(found) is None
+    assert (
+        curves.probes(found) == curves.teacher_weights(found) == curves.speed(found) == []
+        and accuracy.trajectory(found) is None
+    )
     assert [f.name for f in curves.losses(found)] == ["training-loss"]
 
 
 def test_numbers_that_were_not_finite_are_gaps():
-    steps, values = curves.column([{"step": 1, "x": 2.0}, {"step": 2, "x": None}, {"step": 3}, {"step": 4, "x": float("nan")}, {"step": 5, "x": 3}], "x")
+    steps, values = curves.column(
+        [
+            {"step": 1, "x": 2.0},
+            {"step": 2, "x": None},
+            {"step": 3},
+            {"step": 4, "x": float("nan")},
+            {"step": 5, "x": 3},
+        ],
+        "x",
+    )
     assert steps.tolist() == [1, 5] and values.tolist() == [2.0, 3.0]
 
 

@@ -21,10 +21,20 @@ def grouped(tmp_path, *models):
 
 
 def test_differences_are_paired_and_worked_out_by_hand(tmp_path):
-    found, (group,) = grouped(tmp_path, ("a", results([dataset("X", CLEAN, {"2/255": A})])), ("b", results([dataset("X", CLEAN, {"2/255": B})], sha256="b")))
+    found, (group,) = grouped(
+        tmp_path,
+        ("a", results([dataset("X", CLEAN, {"2/255": A})])),
+        ("b", results([dataset("X", CLEAN, {"2/255": B})], sha256="b")),
+    )
     change = groups.difference(group.models[0]["X"], group.models[1]["X"], "2/255")
     # 1 sample right under a alone, 2 under b alone: +1 of 10; two-sided binomial of (1, 2): 2 (1 + 3) / 8 = 1
-    assert (change["difference"], change["only_a"], change["only_b"], change["p"], change["paired"]) == (0.1, 1, 2, 1.0, True)
+    assert (change["difference"], change["only_a"], change["only_b"], change["p"], change["paired"]) == (
+        0.1,
+        1,
+        2,
+        1.0,
+        True,
+    )
     table = tables.pivot(group, found)
     assert table.head[0] == [("", 1), ("a", 2), ("b", 2), ("", 1)]
     ((name, cells),) = table.rows
@@ -36,7 +46,9 @@ def test_differences_are_paired_and_worked_out_by_hand(tmp_path):
 def test_other_samples_are_compared_without_a_test_and_marked(tmp_path):
     other = dataset("X", CLEAN, {"2/255": B})
     other["samples"]["ids"] = list(range(1, 11))
-    found, (group,) = grouped(tmp_path, ("a", results([dataset("X", CLEAN, {"2/255": A})])), ("b", results([other], sha256="b")))
+    found, (group,) = grouped(
+        tmp_path, ("a", results([dataset("X", CLEAN, {"2/255": A})])), ("b", results([other], sha256="b"))
+    )
     table = tables.pivot(group, found)
     assert table.rows[0][1][3].change == "Δ +10.0*" and any("not the same samples" in note for note in table.notes)
 
@@ -48,7 +60,10 @@ def test_other_samples_are_compared_without_a_test_and_marked(tmp_path):
         ({"perturb_at": "native"}, ["X (perturbed at input)", "X (perturbed at native)"]),
         ({"classes": ("green <ring>", "red square")}, ["X (class names", "X (class names"]),
         ({"templates": ["the {}"]}, ["X (prompts", "X (prompts"]),
-        ({"fingerprint": "e" * 64, "perturb_at": "native"}, ["X (data ffffffff, perturbed at input)", "X (data eeeeeeee, perturbed at native)"]),
+        (
+            {"fingerprint": "e" * 64, "perturb_at": "native"},
+            ["X (data ffffffff, perturbed at input)", "X (data eeeeeeee, perturbed at native)"],
+        ),
     ],
 )
 def test_other_data_and_other_ways_of_asking_have_rows_of_their_own(tmp_path, changes, rows):
@@ -56,14 +71,22 @@ def test_other_data_and_other_ways_of_asking_have_rows_of_their_own(tmp_path, ch
     other = dataset("X", CLEAN, {"2/255": B}, **changes)
     found, (group,) = grouped(tmp_path, ("a", results([x, y])), ("b", results([other, y], sha256="b")))
     table = tables.pivot(group, found)
-    assert len(set(group.datasets)) == 3 and all(name.startswith(row) for name, row in zip(group.datasets, [rows[0], "Y", rows[1]], strict=True))
-    assert [[c.text for c in cells] for _, cells in table.rows] == [["80.0", "50.0", "–", "–", "50.0"], ["80.0", "50.0", "80.0", "50.0", "50.0"], ["–", "–", "80.0", "60.0", "50.0"]]
+    assert len(set(group.datasets)) == 3 and all(
+        name.startswith(row) for name, row in zip(group.datasets, [rows[0], "Y", rows[1]], strict=True)
+    )
+    assert [[c.text for c in cells] for _, cells in table.rows] == [
+        ["80.0", "50.0", "–", "–", "50.0"],
+        ["80.0", "50.0", "80.0", "50.0", "50.0"],
+        ["–", "–", "80.0", "60.0", "50.0"],
+    ]
     assert group.shared == ["Y"] and not group.older
 
 
 def test_imagenet_stays_out_of_a_mean_whatever_its_row_is_called(tmp_path):
     both = [dataset("ImageNet", CLEAN, {"2/255": B}, perturb_at=way) for way in ("input", "native")]
-    found, (group,) = grouped(tmp_path, ("a", results([both[0], dataset("X", CLEAN, {"2/255": A})])), ("a/2", results([both[1]])))
+    found, (group,) = grouped(
+        tmp_path, ("a", results([both[0], dataset("X", CLEAN, {"2/255": A})])), ("a/2", results([both[1]]))
+    )
     assert [c.text for c in dict(tables.pivot(group, found).rows)["mean without ImageNet"]][:2] == ["80.0", "50.0"]
 
 
@@ -81,7 +104,11 @@ def test_means_are_over_the_datasets_that_all_models_have(tmp_path):
 def test_only_what_was_measured_alike_shares_a_table(tmp_path):
     x = [dataset("X", CLEAN, {"2/255": A})]
     _, found = grouped(
-        tmp_path, ("a", results(x)), ("b", results(x, sha256="b", batch_size=8, sanity=True, eps=["2/255"])), ("c", results(x, sha256="c", iters=10)), ("d", results(x, sha256="d", protocol="quick"))
+        tmp_path,
+        ("a", results(x)),
+        ("b", results(x, sha256="b", batch_size=8, sanity=True, eps=["2/255"])),
+        ("c", results(x, sha256="c", iters=10)),
+        ("d", results(x, sha256="d", protocol="quick")),
     )
     assert [[i for i, model in enumerate(g.models) if model] for g in found] == [[0, 1], [2], [3]]
 
@@ -106,11 +133,28 @@ def test_details_show_what_each_attack_left(tmp_path):
 
 def test_retrieval_has_a_row_for_each_direction_and_k(tmp_path):
     def captions(r):
-        recall = {d: {k: {"accuracy": r, "interval95": [0, 1], "n": 10} for k in ("1", "5")} for d in ("image_to_text", "text_to_image")}
-        return {"name": "COCO", "kind": "retrieval", "data": "d", "fingerprint": "f", "n_total": 10, "clean_all": recall, "clean": recall, "eps": {"2/255": {"recall": recall}}}
+        recall = {
+            d: {k: {"accuracy": r, "interval95": [0, 1], "n": 10} for k in ("1", "5")}
+            for d in ("image_to_text", "text_to_image")
+        }
+        return {
+            "name": "COCO",
+            "kind": "retrieval",
+            "data": "d",
+            "fingerprint": "f",
+            "n_total": 10,
+            "clean_all": recall,
+            "clean": recall,
+            "eps": {"2/255": {"recall": recall}},
+        }
 
     found, (group,) = grouped(tmp_path, ("a", results([captions(0.5)])), ("b", results([captions(0.4)], sha256="b")))
     rows = dict(tables.retrieval(group, found).rows)
     assert list(rows) == [f"COCO, {d}, recall@{k}" for d in ("image to text", "text to image") for k in (1, 5)]
-    assert [(c.text, c.change) for c in rows["COCO, image to text, recall@5"]] == [("50.0", ""), ("50.0", ""), ("40.0", "Δ -10.0"), ("40.0", "Δ -10.0")]
+    assert [(c.text, c.change) for c in rows["COCO, image to text, recall@5"]] == [
+        ("50.0", ""),
+        ("50.0", ""),
+        ("40.0", "Δ -10.0"),
+        ("40.0", "Δ -10.0"),
+    ]
     assert group.datasets == []

@@ -10,16 +10,29 @@ from mmtard.report import sources
 def test_a_run_brings_its_files_and_says_what_it_lacks(tmp_path):
     folder = write_run(tmp_path / "a", probes=None)
     (source,) = sources.read([folder])
-    assert (source.name, len(source.metrics), source.starts[0]["world_size"]) == ("a", 10, 2)  # the line cut short is left out
-    assert source.missing == ["clean and robust accuracy during training: no probes.jsonl", "accuracy under attack: no evaluations/**/results.json"]
+    assert (source.name, len(source.metrics), source.starts[0]["world_size"]) == (
+        "a",
+        10,
+        2,
+    )  # the line cut short is left out
+    assert source.missing == [
+        "clean and robust accuracy during training: no probes.jsonl",
+        "accuracy under attack: no evaluations/**/results.json",
+    ]
     (folder / "environment.json").unlink()
     (folder / "metrics.jsonl").unlink()
     (source,) = sources.read([folder])
-    assert [text.partition(":")[0] for text in source.missing[:2]] == ["versions, hosts and the command", "training curves"]
+    assert [text.partition(":")[0] for text in source.missing[:2]] == [
+        "versions, hosts and the command",
+        "training curves",
+    ]
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
-    names = [s.name for s in sources.read([write_run(tmp_path / "x/a"), write_run(tmp_path / "y/a"), write_run(tmp_path / "b")])]
+    names = [
+        s.name
+        for s in sources.read([write_run(tmp_path / "x/a"), write_run(tmp_path / "y/a"), write_run(tmp_path / "b")])
+    ]
     assert names == ["a", "y/a", "b"]
     assert [s.name for s in sources.read([tmp_path / "b"] * 2)][0] == "b" != sources.read([tmp_path / "b"] * 2)[1].name
 
@@ -38,7 +51,13 @@ def test_results_alone_are_a_source_for_each_model(tmp_path):
 def test_other_weights_of_a_run_are_sources_of_their_own(tmp_path):
     """Final weights on one set, and then others of the same run on another, must not stand in one column."""
     flags, folder = [True, False], write_run(tmp_path / "b32")
-    measured = [("1", "runs/b32", False), ("2", "runs/b32", False), ("3", "runs/b32/checkpoints/most_robust", False), ("4", "runs/b32", True), ("2", "b32/checkpoints/step-10", False)]
+    measured = [
+        ("1", "runs/b32", False),
+        ("2", "runs/b32", False),
+        ("3", "runs/b32/checkpoints/most_robust", False),
+        ("4", "runs/b32", True),
+        ("2", "b32/checkpoints/step-10", False),
+    ]
     for i, (sha256, weights, ema) in enumerate(measured):
         content = results([dataset("A", flags, {"2/255": flags})], weights, sha256)
         content["model"]["ema"] = ema
@@ -49,15 +68,26 @@ def test_other_weights_of_a_run_are_sources_of_their_own(tmp_path):
     ]  # fmt: skip
     assert found[0].is_run and found[0].metrics and not any(s.is_run or s.metrics for s in found[1:4])
     assert found[2].missing == [f"training: these are other weights than the newest of the run '{folder}'"]
-    assert [(s.name, len(s.evaluations)) for s in sources.read([folder / "evaluations"])] == [("b32", 1), ("b32 step-10", 2), ("b32 most_robust", 1), ("b32 ema", 1)]
+    assert [(s.name, len(s.evaluations)) for s in sources.read([folder / "evaluations"])] == [
+        ("b32", 1),
+        ("b32 step-10", 2),
+        ("b32 most_robust", 1),
+        ("b32 ema", 1),
+    ]
 
 
 def test_a_run_of_which_a_checkpoint_alone_was_measured_says_so(tmp_path):
     folder = write_run(tmp_path / "b32")
-    save(results([dataset("A", [True], {"2/255": [True]})], "runs/b32/checkpoints/most_robust"), folder / "evaluations" / "x")
+    save(
+        results([dataset("A", [True], {"2/255": [True]})], "runs/b32/checkpoints/most_robust"),
+        folder / "evaluations" / "x",
+    )
     run, best = sources.read([folder])
     assert (run.evaluations, best.name) == ([], "b32 most_robust")
-    assert "accuracy under attack: no evaluation of its newest weights; those of others have columns of their own" in run.missing
+    assert (
+        "accuracy under attack: no evaluation of its newest weights; those of others have columns of their own"
+        in run.missing
+    )
 
 
 def test_one_model_under_another_activation_is_another(tmp_path):
@@ -83,7 +113,10 @@ def test_a_damaged_evaluation_is_named_and_the_others_stay(tmp_path):
     assert f"'{bad}': clean_all: Field required" in told and "format 1, this version reads 2" in told
 
 
-@pytest.mark.parametrize("content, words", [(None, "does not exist"), ("", "neither a run's folder nor holds a results.json"), ("{", "is not JSON")])
+@pytest.mark.parametrize(
+    "content, words",
+    [(None, "does not exist"), ("", "neither a run's folder nor holds a results.json"), ("{", "is not JSON")],
+)
 def test_what_is_neither_is_refused(tmp_path, content, words):
     path = tmp_path / "thing"
     if content is not None:

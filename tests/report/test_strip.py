@@ -12,12 +12,13 @@ import webdataset as wds
 from PIL import Image
 from written import dataset, results, save
 
-from mmtard import data, towers
 from mmtard.config import Data, Model
-from mmtard.evaluate.subject import tensors_sha256
+from mmtard.data.dataset import open_dataset
+from mmtard.models import loading
+from mmtard.models.weights import tensors_sha256
 from mmtard.report import sources
+from mmtard.report.attacked_images import GAP, choose, strip
 from mmtard.report.records import Zeroshot
-from mmtard.report.strip import GAP, choose, strip
 
 NAMES = ["red square", "green square", "blue square"]
 
@@ -26,8 +27,8 @@ NAMES = ["red square", "green square", "blue square"]
 def place(tmp_path_factory, vit):
     """An exported model, shards of 12 images that it classifies as their labels say, and their results.json."""
     folder = tmp_path_factory.mktemp("strip")
-    towers.load(Model(arch=vit, weights="random"), seed=3).save(folder / "model")
-    clip = towers.load(Model(weights=str(folder / "model")))
+    loading.load_clip(Model(arch=vit, weights="random"), seed=3).save(folder / "model")
+    clip = loading.load_clip(Model(weights=str(folder / "model")))
     rng = np.random.default_rng(0)
     pixels = rng.integers(60, 200, (12, 16, 16, 3), dtype=np.uint8)
     z = torch.nn.functional.normalize(clip.tower().eval()(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255), dim=-1)
@@ -37,7 +38,14 @@ def place(tmp_path_factory, vit):
         for i, (image, label) in enumerate(zip(pixels, labels)):
             tar.write({"__key__": f"{i:03d}", "png": image, "cls": label})
     shards = str(folder / "shards")
-    part = dataset("X", [True] * 12, {"64/255": [i % 2 > 0 for i in range(12)]}, shards, data.open_dataset(Data(shards=shards)).fingerprint, NAMES)
+    part = dataset(
+        "X",
+        [True] * 12,
+        {"64/255": [i % 2 > 0 for i in range(12)]},
+        shards,
+        open_dataset(Data(shards=shards)).fingerprint,
+        NAMES,
+    )
     part["samples"]["labels"] = labels
     content = results([part], str(folder / "model"), tensors_sha256(clip.model.visual.state_dict()))
     return folder, content, pixels, labels
@@ -59,7 +67,9 @@ def test_the_measured_samples_are_attacked_and_shown(place, tmp_path):
         assert not shown.after.startswith(NAMES[label])  # nothing stands at 64/255
         picture = np.asarray(Image.open(io.BytesIO(shown.figure.png))).astype(int)
         scale = (picture.shape[1] - 2 * GAP) // 48
-        clean, magnified, attacked = (picture[::scale, i * (16 * scale + GAP) :][:, : 16 * scale : scale] for i in range(3))
+        clean, magnified, attacked = (
+            picture[::scale, i * (16 * scale + GAP) :][:, : 16 * scale : scale] for i in range(3)
+        )
         assert np.array_equal(clean, image)
         assert 60 < abs(attacked - clean).max() <= 64
         moved = attacked - clean
@@ -76,7 +86,20 @@ def photos(place, tmp_path, monkeypatch):
         own = tmp_path / "photos" / NAMES[label]
         own.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(own / f"{i:03d}.png")
-    words = ["evaluate", folder / "model", "--data", tmp_path / "photos", "--templates", "a photo of a {}", "--attacks", "pgd", "--iters", 5, "--eps", "8/255"]
+    words = [
+        "evaluate",
+        folder / "model",
+        "--data",
+        tmp_path / "photos",
+        "--templates",
+        "a photo of a {}",
+        "--attacks",
+        "pgd",
+        "--iters",
+        5,
+        "--eps",
+        "8/255",
+    ]
     return [*words, "--workers", 0, "--device", "cpu", "--out", tmp_path / "r"]
 
 
@@ -86,7 +109,10 @@ def test_images_in_class_folders_are_attacked_too_as_long_as_their_shards_are_th
     assert not made.missing and len(made.samples) == 2
     shutil.rmtree(tmp_path / "cache")
     made = strip(sources.read([tmp_path / "r"])[0], 0, 2)
-    assert re.fullmatch(rf"the shards '{tmp_path}/cache/.*', which '{tmp_path}/photos' was read from, are gone; the command of its evaluation writes them again", made.missing)
+    assert re.fullmatch(
+        rf"the shards '{tmp_path}/cache/.*', which '{tmp_path}/photos' was read from, are gone; the command of its evaluation writes them again",
+        made.missing,
+    )
     assert command(*photos) == 0
     assert not strip(sources.read([tmp_path / "r"])[0], 0, 2).missing
 
@@ -97,7 +123,11 @@ def test_an_index_that_lies_elsewhere_is_used(place, tmp_path):
     content = copy.deepcopy(content)
     shutil.copytree(folder / "shards", tmp_path / "shards")
     (tmp_path / "shards" / "mmtard-index.npz").rename(tmp_path / "own.npz")
-    content["datasets"][0] |= {"data": str(tmp_path / "shards"), "shards": str(tmp_path / "shards"), "index": str(tmp_path / "own.npz")}
+    content["datasets"][0] |= {
+        "data": str(tmp_path / "shards"),
+        "shards": str(tmp_path / "shards"),
+        "index": str(tmp_path / "own.npz"),
+    }
     assert not strip(read(tmp_path, content), 0, 2).missing
     assert not list((tmp_path / "shards").glob("*.npz"))
 
@@ -112,7 +142,10 @@ def test_half_of_the_samples_were_broken_as_far_as_there_are():
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda c: c["model"].update(weights="openai"), "its weights 'openai' are no run or exported folder on this machine"),
+        (
+            lambda c: c["model"].update(weights="openai"),
+            "its weights 'openai' are no run or exported folder on this machine",
+        ),
         (lambda c: c["model"].update(sha256="0"), "are no longer those that were measured"),
         (lambda c: c["datasets"][0].update(fingerprint="0"), "no longer holds the data that were measured"),
         (lambda c: c["datasets"][0].update(data="gone.tar"), "missing shard 'gone.tar'"),

@@ -4,21 +4,33 @@ import json
 
 import yaml
 
-from mmtard import history
-from mmtard.evaluate.statistics import wilson_interval
+from mmtard.evaluation.statistics import wilson_interval
+from mmtard.runs import history
 
 
 def accuracy(flags):
-    return {"accuracy": sum(flags) / len(flags), "interval95": list(wilson_interval(sum(flags), len(flags))), "n": len(flags)}
+    return {
+        "accuracy": sum(flags) / len(flags),
+        "interval95": list(wilson_interval(sum(flags), len(flags))),
+        "n": len(flags),
+    }
 
 
-def dataset(name, clean, robust, data="shards", fingerprint="f" * 64, classes=("red square", "green <ring>"), **changes):
+def dataset(
+    name, clean, robust, data="shards", fingerprint="f" * 64, classes=("red square", "green <ring>"), **changes
+):
     """A dataset's part of a results.json: `clean` flags of the attacked samples, `robust` {eps: flags}; everyone else is right."""
     labels = [i % len(classes) for i in range(len(clean))]
     wrong = [(label + 1) % len(classes) for label in labels]
     by_eps = {
         eps: {
-            "attacks": {"apgd-ce": {**accuracy([c and (r or i % 2 > 0) for i, (c, r) in enumerate(zip(clean, flags))]), "seconds": 1.0}, "apgd-t": {**accuracy(flags), "seconds": 2.0}},
+            "attacks": {
+                "apgd-ce": {
+                    **accuracy([c and (r or i % 2 > 0) for i, (c, r) in enumerate(zip(clean, flags))]),
+                    "seconds": 1.0,
+                },
+                "apgd-t": {**accuracy(flags), "seconds": 2.0},
+            },
             "robust": accuracy(flags),
             "worst_class": {"name": classes[0], "accuracy": 0.25, "n": len(clean) // 2},
             "skipped": {},
@@ -52,8 +64,25 @@ def results(datasets, weights="runs/a", sha256="s", protocol="fare", **settings)
         "protocol": protocol,
         "command": f"mmtard evaluate {weights} --protocol {protocol}",
         "environment": {"python": "3.11", "git": None},
-        "model": {"weights": weights, "arch": "tests-vit", "sha256": sha256, "text_sha256": "t", "quick_gelu": False, "image_size": 16, "logit_scale": 100.0},
-        "settings": {"norm": "linf", "eps": ["2/255", "4/255"], "attacks": ["apgd-ce", "apgd-t"], "iters": 100, "restarts": 1, "seed": 0, "batch_size": 64, **settings},
+        "model": {
+            "weights": weights,
+            "arch": "tests-vit",
+            "sha256": sha256,
+            "text_sha256": "t",
+            "quick_gelu": False,
+            "image_size": 16,
+            "logit_scale": 100.0,
+        },
+        "settings": {
+            "norm": "linf",
+            "eps": ["2/255", "4/255"],
+            "attacks": ["apgd-ce", "apgd-t"],
+            "iters": 100,
+            "restarts": 1,
+            "seed": 0,
+            "batch_size": 64,
+            **settings,
+        },
         "datasets": datasets,
         "averages": {},
         "seconds": 1.0,
@@ -86,10 +115,12 @@ def write_run(folder, rows=ROWS, probes=PROBES):
     """A run's folder of 10 steps that is complete, with a probe at every second step; a line of its metrics was cut short."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "run_dir": str(folder)}))
-    (folder / "environment.json").write_text(json.dumps({"command": f"mmtard train {folder.name}.yaml", "versions": {"torch": "2"}, "git": None}))
+    (folder / "environment.json").write_text(
+        json.dumps({"command": f"mmtard train {folder.name}.yaml", "versions": {"torch": "2"}, "git": None})
+    )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 11, "lo')
     if probes:
         (folder / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in probes))
-    history.started(folder, {"step": 0, "world_size": 2})
-    history.ended(folder, history.COMPLETE, "complete, 10 steps done", 10)
+    history.record_start(folder, {"step": 0, "world_size": 2})
+    history.record_end(folder, history.COMPLETE, "complete, 10 steps done", 10)
     return folder

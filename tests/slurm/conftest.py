@@ -23,18 +23,34 @@ class Cluster:
         self.folder = folder
         python = Path(sys.executable).parent
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "MMTARD_"))}
-        self.env |= {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{python}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        self.env |= {
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": f"{python}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        }
 
     def run(self, *command, **env) -> str:
         """A command's output; it must succeed."""
-        done = subprocess.run([str(c) for c in command], env=self.env | env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [str(c) for c in command], env=self.env | env, cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def submit(self, *words, options=(), script=TRAIN, **env) -> str:
         """sbatch of the training script (or another), shrunk to two nodes of one task; the job's id."""
-        small = ("--account=any", "--partition=debug", "--oversubscribe", "--nodes=2", "--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1")
-        return self.run("sbatch", "--parsable", *small, f"--output={self.folder}/%x-%j.log", *options, script, *words, **env).strip()
+        small = (
+            "--account=any",
+            "--partition=debug",
+            "--oversubscribe",
+            "--nodes=2",
+            "--gpus-per-node=1",
+            "--ntasks-per-node=1",
+            "--cpus-per-task=1",
+        )
+        return self.run(
+            "sbatch", "--parsable", *small, f"--output={self.folder}/%x-%j.log", *options, script, *words, **env
+        ).strip()
 
     def job(self, job: str) -> dict[str, str]:
         """The fields of `scontrol show job`."""
@@ -69,7 +85,11 @@ def cluster(tmp_path_factory):
 
 
 STEPS = 20
-LONG = {"train": {"steps": STEPS}, "attack": {"steps": 40}, "checkpoint": {"every": 2}}  # long enough to be met at its work
+LONG = {
+    "train": {"steps": STEPS},
+    "attack": {"steps": 40},
+    "checkpoint": {"every": 2},
+}  # long enough to be met at its work
 
 
 @pytest.fixture(scope="session")
@@ -83,9 +103,9 @@ def undisturbed(cluster, tiny):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Call with a name: the path of a configuration of six TeCoA steps, and its run folder. Other arguments change its sections."""
-    from mmtard.data import open_dataset
     from mmtard.config import Data
-    from mmtard.quickstart.render import make_data
+    from mmtard.data.dataset import open_dataset
+    from mmtard.examples.shapes import make_data
 
     folder = tmp_path_factory.mktemp("tiny")
     shards = make_data(folder / "data", train=200, test=40, zeroshot=40) / "train"

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mmtard.metrics import TIMINGS
+from mmtard.runs.metrics import TIMINGS
 
 from .conftest import LONG, ROOT, STEPS
 
@@ -36,7 +36,18 @@ def test_the_script_trains_over_two_nodes_to_the_end(cluster, undisturbed):
 
 def test_srun_alone_trains_the_same_as_the_script(cluster, tiny, undisturbed):
     config, run = tiny("srun", **LONG)
-    cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", "python", "-m", "mmtard", "train", config, MASTER_ADDR="127.0.0.1", MASTER_PORT="9990")
+    cluster.run(
+        "srun",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "python",
+        "-m",
+        "mmtard",
+        "train",
+        config,
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="9990",
+    )
     assert [start["world_size"] for start in rows(run / "resume.jsonl")] == [2]
     assert losses(run) == losses(undisturbed[0])
 
@@ -53,12 +64,13 @@ def test_a_wrong_setting_ends_the_job_before_any_rank_starts(cluster, tiny):
 FAILS = """
 import os, pathlib, signal, sys, time
 sys.path.insert(0, {root!r})
-from mmtard import config, history
+from mmtard import config
+from mmtard.runs import history
 run = pathlib.Path(config.load(sys.argv[1]).run_dir)
 if os.environ["SLURM_PROCID"] == "0":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     run.mkdir(parents=True, exist_ok=True)
-    history.started(run, {{"step": 0}})
+    history.record_start(run, {{"step": 0}})
     time.sleep(100)
 while not history.read(run)[-1:] or history.read(run)[-1].get("end"):
     time.sleep(0.1)
@@ -67,11 +79,15 @@ raise SystemExit(1)
 """
 
 
-def test_a_rank_that_failed_is_not_started_again_though_slurm_had_to_kill_the_one_that_waited_for_it(cluster, tiny, tmp_path):
+def test_a_rank_that_failed_is_not_started_again_though_slurm_had_to_kill_the_one_that_waited_for_it(
+    cluster, tiny, tmp_path
+):
     """As NCCL waits: heedless of signals. Slurm then reports a rank that was killed, which alone would be a reason to start again."""
     config, run = tiny("fails")
     (tmp_path / "fails.py").write_text(FAILS.format(root=str(ROOT)))
-    (tmp_path / "python").write_text(f'#!/bin/sh\n[ "$3" != train ] || exec {sys.executable} {tmp_path}/fails.py "$4"\nexec {sys.executable} "$@"\n')
+    (tmp_path / "python").write_text(
+        f'#!/bin/sh\n[ "$3" != train ] || exec {sys.executable} {tmp_path}/fails.py "$4"\nexec {sys.executable} "$@"\n'
+    )
     (tmp_path / "python").chmod(0o755)
     job = cluster.submit(config, PATH=f"{tmp_path}:{cluster.env['PATH']}")
     fields = cluster.ended(job, 60)

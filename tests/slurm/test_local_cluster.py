@@ -14,13 +14,17 @@ from .conftest import LOCAL_CLUSTER
 def call(*words, **env):
     """(status, everything printed)"""
     command = [shutil.which("bash"), LOCAL_CLUSTER, *map(str, words)]
-    done = subprocess.run(command, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    done = subprocess.run(
+        command, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
+    )
     return done.returncode, done.stdout
 
 
 def runs(pid):
     try:
-        return b"" != Path(f"/proc/{pid}/cmdline").read_bytes()  # empty for one that ended and whose parent has not looked
+        return (
+            b"" != Path(f"/proc/{pid}/cmdline").read_bytes()
+        )  # empty for one that ended and whose parent has not looked
     except FileNotFoundError:
         return False
 
@@ -83,7 +87,9 @@ def test_it_stops_only_the_daemons_that_it_started(cluster, tmp_path):
 @pytest.mark.slow
 def test_it_listens_on_the_loopback_address_only(cluster):
     daemons = {line.split()[0] for line in (cluster.folder / "daemons").read_text().splitlines()}
-    sockets = {os.readlink(fd.path) for pid in daemons for fd in os.scandir(f"/proc/{pid}/fd") if os.path.islink(fd.path)}
+    sockets = {
+        os.readlink(fd.path) for pid in daemons for fd in os.scandir(f"/proc/{pid}/fd") if os.path.islink(fd.path)
+    }
     listening = [row.split() for name in ("tcp", "tcp6") for row in open(f"/proc/net/{name}").readlines()[1:]]
     addresses = [row[1].split(":")[0] for row in listening if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
     assert len(addresses) == 7  # slurmctld and six slurmd

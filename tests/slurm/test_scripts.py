@@ -45,11 +45,20 @@ def script(tmp_path, tree, write):
     def call(name, *words, status=0, end=None, state="RUNNING", requeue=1, refusals=0, **env):
         for file, content in {"status": status, "state": state, "requeue": requeue, "refusals": refusals}.items():
             (tmp_path / file).write_text(f"{content}\n")
-        (tmp_path / "ends").write_text(json.dumps({"step": 0, "job": "7", "restart": 0, "end": end and {"kind": end, "reason": "why"}}) + "\n")
+        (tmp_path / "ends").write_text(
+            json.dumps({"step": 0, "job": "7", "restart": 0, "end": end and {"kind": end, "reason": "why"}}) + "\n"
+        )
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MMTARD_"))}
         job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "x", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1"}
         own = {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-        return subprocess.run(["bash", f"slurm/{name}", *map(str, words)], cwd=ROOT, env=clean | job | own | env, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            ["bash", f"slurm/{name}", *map(str, words)],
+            cwd=ROOT,
+            env=clean | job | own | env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
 
     return call
 
@@ -58,7 +67,9 @@ def noted(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
-@pytest.mark.parametrize("name, command", [("preflight.sh", "preflight"), ("cache.sh", "cache"), ("train_vitb32.sh", "train")])
+@pytest.mark.parametrize(
+    "name, command", [("preflight.sh", "preflight"), ("cache.sh", "cache"), ("train_vitb32.sh", "train")]
+)
 def test_settings_alone_are_those_of_the_default_configuration(script, tmp_path, name, command):
     run, settings = f"run_dir={tmp_path / 'run'}", f"data.shards={tmp_path / 'shards'}"
     assert script(name, settings, run).returncode == 0
@@ -73,15 +84,22 @@ def test_settings_alone_are_those_of_the_default_configuration(script, tmp_path,
 
 @pytest.mark.parametrize("status", [75, 130, 137])
 @pytest.mark.parametrize("end, again", [("failed", False), ("stopped", False), ("lost", True), (None, True)])
-def test_a_run_that_failed_or_that_a_person_stopped_is_not_started_again_whatever_ended_the_ranks(script, tmp_path, status, end, again):
+def test_a_run_that_failed_or_that_a_person_stopped_is_not_started_again_whatever_ended_the_ranks(
+    script, tmp_path, status, end, again
+):
     done = script("train_vitb32.sh", tmp_path / "run.yaml", status=status, end=end)
     assert done.returncode == status
     assert noted(tmp_path / "requeued") == ["requeue 7"] * again, done.stdout
     assert (f"this start ended as {end}: why; it is not repeated by itself" in done.stderr) != again
-    assert script("train_vitb32.sh", tmp_path / "run.yaml", end="complete", SLURM_JOB_ID="9").returncode == 0  # submitted anew, by a person
+    assert (
+        script("train_vitb32.sh", tmp_path / "run.yaml", end="complete", SLURM_JOB_ID="9").returncode == 0
+    )  # submitted anew, by a person
 
 
-@pytest.mark.parametrize("state, again", [("RUNNING", True), ("SIGNALING", True), ("busy", True), ("CANCELLED", False), ("COMPLETING", False)])
+@pytest.mark.parametrize(
+    "state, again",
+    [("RUNNING", True), ("SIGNALING", True), ("busy", True), ("CANCELLED", False), ("COMPLETING", False)],
+)
 def test_a_job_that_may_still_run_goes_back_to_the_queue(script, tmp_path, state, again):
     done = script("train_vitb32.sh", tmp_path / "run.yaml", status=75, end="preempted", state=state)
     assert noted(tmp_path / "requeued") == ["requeue 7"] * again, done.stdout
@@ -94,7 +112,9 @@ def test_a_job_that_may_still_run_goes_back_to_the_queue(script, tmp_path, state
 def test_a_requeue_that_the_controller_does_not_take_is_tried_again(script, tmp_path, refusals, tries):
     done = script("train_vitb32.sh", tmp_path / "run.yaml", status=75, end="preempted", refusals=refusals)
     assert noted(tmp_path / "requeued") == ["requeue 7"] * tries
-    assert ("could not go back to the queue; the same sbatch command goes on from the saved state" in done.stdout) == (refusals >= tries)
+    assert ("could not go back to the queue; the same sbatch command goes on from the saved state" in done.stdout) == (
+        refusals >= tries
+    )
 
 
 def test_a_job_that_may_not_be_requeued_is_submitted_again(script, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtard import history, runs
+from mmtard.runs import history, table
 
 from .conftest import LOCAL_CLUSTER, LONG, ROOT
 from .test_cluster import losses
@@ -26,7 +26,9 @@ def until(condition, cluster, job, limit=120.0, pause=0.05):
     while not condition():
         if time.monotonic() > looked + 2:
             looked = time.monotonic()
-            assert cluster.job(job)["JobState"] in ("PENDING", "RUNNING", "SIGNALING", "COMPLETING", "REQUEUED"), cluster.log(job)
+            assert cluster.job(job)["JobState"] in ("PENDING", "RUNNING", "SIGNALING", "COMPLETING", "REQUEUED"), (
+                cluster.log(job)
+            )
         assert looked < end, cluster.log(job)
         time.sleep(pause)
 
@@ -43,7 +45,7 @@ def process(run, rank):
 
 def state(run):
     """What `mmtard runs` says of a run."""
-    (row,) = runs.find(run)
+    (row,) = table.find_runs(run)
     return row.state
 
 
@@ -52,7 +54,10 @@ def jobs(cluster, tiny, undisturbed):
     """All of these jobs at once, since each mostly waits, on nodes of their own: name -> what became of it."""
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor() as lanes:
         patch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
-        yield {story.__name__: lanes.submit(story, cluster, tiny, undisturbed[0]) for story in (limited, disturbed, deserted, moved, evaluated)}
+        yield {
+            story.__name__: lanes.submit(story, cluster, tiny, undisturbed[0])
+            for story in (limited, disturbed, deserted, moved, evaluated)
+        }
 
 
 def limited(cluster, tiny, _):
@@ -72,7 +77,14 @@ def disturbed(cluster, tiny, _):
     """A job that is preempted, requeued, told to stop, bereft of a rank, and told to stop as it writes a checkpoint: (job, run, steps)."""
     config, run = tiny("disturbed", **LONG)
     job = cluster.submit(config, *WORDS, options=("--nodelist=node[1-2]",))
-    urgent = ("--partition=urgent", "--nodelist=node[1-2]", "--exclusive", "--account=any", f"--output={cluster.folder}/urgent.log", "--wrap=date")
+    urgent = (
+        "--partition=urgent",
+        "--nodelist=node[1-2]",
+        "--exclusive",
+        "--account=any",
+        f"--output={cluster.folder}/urgent.log",
+        "--wrap=date",
+    )
     writing = run / "checkpoints"
     disturbances = [
         (lambda: begun(run, 1, 2), lambda: cluster.run("sbatch", *urgent)),
@@ -80,7 +92,10 @@ def disturbed(cluster, tiny, _):
         (lambda: begun(run, 3, 2), lambda: cluster.run("scancel", "--signal=TERM", job)),
         (lambda: begun(run, 4, 3), lambda: os.kill(process(run, 1), signal.SIGKILL)),
         # Straight to a rank: scancel takes longer than the checkpoint.
-        (lambda: begun(run, 5, 1) and any(writing.glob(".writing-*")), lambda: os.kill(process(run, 0), signal.SIGUSR2)),
+        (
+            lambda: begun(run, 5, 1) and any(writing.glob(".writing-*")),
+            lambda: os.kill(process(run, 0), signal.SIGUSR2),
+        ),
     ]
     published = []
     for start, (moment, disturb) in enumerate(disturbances, 1):
@@ -100,7 +115,11 @@ def deserted(cluster, tiny, _):
     config, run = tiny("deserted", **LONG)
     job = cluster.submit(config, *WORDS, options=("--nodelist=node[5-6]",))
     until(lambda: begun(run, 1, 2) and history.newest_step(run), cluster, job)
-    daemon = next(int(line.split()[0]) for line in (cluster.folder / "daemons").read_text().splitlines() if line.endswith(" slurmd.node6"))
+    daemon = next(
+        int(line.split()[0])
+        for line in (cluster.folder / "daemons").read_text().splitlines()
+        if line.endswith(" slurmd.node6")
+    )
     for pid in (daemon, *of_node("node6")):
         os.kill(pid, signal.SIGKILL)
     until(lambda: cluster.job(job)["JobState"] == "PENDING", cluster, job, limit=60, pause=0.5)
@@ -127,7 +146,9 @@ def moved(cluster, tiny, _):
     """A run whose job may not be requeued, whose next one is stopped once too often, and that a third one takes to one node: (jobs, run, waiting)."""
     config, run = tiny("moved", **LONG, resume={"max_preemptions": 1})
     first = cluster.submit(config, *WORDS, options=("--no-requeue", "--nodelist=node[3-4]"))
-    waiting = cluster.run("sbatch", "--parsable", f"--dependency=afterok:{first}", "--account=any", "--output=/dev/null", "--wrap=date").strip()
+    waiting = cluster.run(
+        "sbatch", "--parsable", f"--dependency=afterok:{first}", "--account=any", "--output=/dev/null", "--wrap=date"
+    ).strip()
     until(lambda: begun(run, 1, 2), cluster, first)
     cluster.run("scancel", "--signal=TERM", first)
     assert cluster.ended(first)["ExitCode"] == "75:0", cluster.log(first)
@@ -143,10 +164,24 @@ def moved(cluster, tiny, _):
 
 def evaluated(cluster, _, run):
     """A job that measures a run and was told to stop while it did: its id."""
-    words = (run, run.parents[1] / "data" / "test", "--", "--attacks", "apgd-ce", "--iters", "100", "--batch-size", "2", "--device", "cpu")
+    words = (
+        run,
+        run.parents[1] / "data" / "test",
+        "--",
+        "--attacks",
+        "apgd-ce",
+        "--iters",
+        "100",
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+    )
     job = cluster.submit(*words, options=("--array=0", "--nodelist=node[3-4]"), script=ROOT / "slurm" / "evaluate.sh")
     until(lambda: len(measuring(run)) == 2, cluster, job)
-    os.kill(measuring(run)[0], signal.SIGUSR2)  # straight to a rank: scancel may take longer than the rest of the evaluation
+    os.kill(
+        measuring(run)[0], signal.SIGUSR2
+    )  # straight to a rank: scancel may take longer than the rest of the evaluation
     cluster.ended(job)
     return job
 
@@ -158,7 +193,11 @@ def measuring(run):
         try:
             words = (path / "cmdline").read_bytes().split(b"\0")
             # srun has these words after its own; a loader has its rank's, and no children.
-            if words[1:4] == [b"-m", b"mmtard", b"evaluate"] and str(run).encode() in words and (path / "task" / path.name / "children").read_text():
+            if (
+                words[1:4] == [b"-m", b"mmtard", b"evaluate"]
+                and str(run).encode() in words
+                and (path / "task" / path.name / "children").read_text()
+            ):
                 found.append(int(path.name))
         except OSError:
             pass  # it ended meanwhile
@@ -172,8 +211,10 @@ def test_whatever_is_done_to_a_job_its_run_loses_no_checkpoint_and_ends_undistur
     starts = history.read(run)
     assert [(s["job"], s["restart"]) for s in starts] == [(job, n) for n in range(6)]
     assert all(s["step"] >= step for s, step in zip(starts[1:], published)), (starts, published)
-    kinds = [history.kind(s) for s in starts]
-    assert kinds[0] == history.PREEMPTED and starts[0]["end"]["step"] == starts[1]["step"], log  # warned, it lost no step
+    kinds = [history.end_kind(s) for s in starts]
+    assert kinds[0] == history.PREEMPTED and starts[0]["end"]["step"] == starts[1]["step"], (
+        log
+    )  # warned, it lost no step
     assert kinds[1] in (history.PREEMPTED, history.LOST)  # by scontrol: Slurm may not have left it the time to save
     assert kinds[2:] == [history.PREEMPTED, history.LOST, history.PREEMPTED, history.COMPLETE]
     assert (cluster.folder / "urgent.log").read_text()
@@ -181,7 +222,11 @@ def test_whatever_is_done_to_a_job_its_run_loses_no_checkpoint_and_ends_undistur
     assert "lost rank 1 (" in starts[3]["end"]["reason"] and starts[3]["end"]["reason"] in log
     for start, noted in enumerate(starts, 1):  # the log keeps every start, and each has a file of its own
         own = (cluster.folder / f"mmtard-vitb32-{job}-start{start}.log").read_text()
-        assert re.search(rf"step +{noted['step'] + 1}/", own) and f"start {start} on node[1-2]" in log and own.splitlines()[-1] in log
+        assert (
+            re.search(rf"step +{noted['step'] + 1}/", own)
+            and f"start {start} on node[1-2]" in log
+            and own.splitlines()[-1] in log
+        )
     assert losses(run) == losses(undisturbed[0])
     assert state(run) == "complete"
 
@@ -192,9 +237,11 @@ def test_a_lost_node_costs_no_more_than_a_restart(cluster, jobs, undisturbed):
     first, second, *more = history.read(run)
     # What srun told the lost node about the step's end, Slurm may deliver when it is back: to the next start, whose step has that number.
     assert fields["JobState"] == "COMPLETED" and int(fields["Restarts"]) == 1 + len(more) <= 2, log
-    assert history.kind(first) == history.LOST and "lost rank 1 (" in history.reason(first), log
-    kinds = [history.kind(s) for s in (second, *more)]
-    assert second["step"] >= 2 and kinds[-1] == history.COMPLETE and set(kinds[:-1]) <= {history.PREEMPTED, history.LOST}
+    assert history.end_kind(first) == history.LOST and "lost rank 1 (" in history.end_reason(first), log
+    kinds = [history.end_kind(s) for s in (second, *more)]
+    assert (
+        second["step"] >= 2 and kinds[-1] == history.COMPLETE and set(kinds[:-1]) <= {history.PREEMPTED, history.LOST}
+    )
     assert losses(run) == losses(undisturbed[0])
 
 
@@ -223,7 +270,7 @@ def test_a_time_limit_shorter_than_the_work_only_interrupts_it(cluster, jobs, un
     fields = cluster.job(job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
     stopped, last = history.read(run)
-    assert (history.kind(stopped), history.kind(last)) == (history.TIMEOUT, history.COMPLETE)
+    assert (history.end_kind(stopped), history.end_kind(last)) == (history.TIMEOUT, history.COMPLETE)
     assert stopped["end"]["reason"].startswith("stopped by SIGUSR2 after step ")
     assert losses(run) == losses(undisturbed[0])
 
@@ -247,7 +294,11 @@ def test_a_hang_ends_the_job_within_the_limit_and_past_its_bound_for_good(cluste
     fields = cluster.ended(job)
     assert time.monotonic() - began < 6 + 20  # the limit, and what Slurm takes to end a stopped process
     assert (fields["JobState"], fields["Restarts"]) == ("FAILED", "0"), cluster.log(job)
-    assert "no progress in its" in cluster.log(job) and "rank 1 (" in cluster.log(job) and "did not arrive" in cluster.log(job)
+    assert (
+        "no progress in its" in cluster.log(job)
+        and "rank 1 (" in cluster.log(job)
+        and "did not arrive" in cluster.log(job)
+    )
     assert "resume.max_losses allows 0, raise it to go on" in cluster.log(job)
     assert state(run).startswith("failed: 1 starts ended as lost")
 
@@ -259,4 +310,6 @@ def test_preflight_passes_over_two_nodes(cluster, tiny):
     log = cluster.log(job)
     verdicts = [line.split()[1:3] for line in log.splitlines() if " PASS " in line or " FAIL " in line]
     assert fields["JobState"] == "COMPLETED", log
-    assert verdicts == [["PASS", f"{name}:"] for name in ("versions", "devices", "network", "models", "folder", "shards")]
+    assert verdicts == [
+        ["PASS", f"{name}:"] for name in ("versions", "devices", "network", "models", "folder", "shards")
+    ]

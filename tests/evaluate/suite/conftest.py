@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmtard.attacks import project
+from mmtard.attacks.threat_model import project
 
 CLASSES = 10
 
@@ -57,7 +57,9 @@ def victim():
     def draw(n, seed):
         rng = torch.Generator().manual_seed(seed)
         labels = torch.randint(CLASSES, (n,), generator=rng)
-        return (0.5 + 0.1 * patterns[labels] + 0.15 * torch.randn(n, 3, 12, 12, generator=rng, dtype=torch.float64)).clamp(0, 1), labels
+        return (
+            0.5 + 0.1 * patterns[labels] + 0.15 * torch.randn(n, 3, 12, 12, generator=rng, dtype=torch.float64)
+        ).clamp(0, 1), labels
 
     net = train(convolutions(16, 12, 2).double(), *draw(2000, 1), eps=8 / 255, steps=100)
     images, labels = draw(400, 2)
@@ -65,4 +67,6 @@ def victim():
     model = Double(net)
     rows = (model(images).argmax(1) == labels).nonzero().flatten()[:100]
     assert len(rows) == 100
-    return SimpleNamespace(net=net, model=model, images=images[rows], labels=labels[rows], seeds=torch.arange(1000, 1100), eps=11 / 255)
+    return SimpleNamespace(
+        net=net, model=model, images=images[rows], labels=labels[rows], seeds=torch.arange(1000, 1100), eps=11 / 255
+    )

@@ -12,13 +12,14 @@ from pyautoattack.fab_projections import projection_l2, projection_linf
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 
-from mmtard.attacks import derive_seeds, pgd
+from mmtard.attacks import ensemble
+from mmtard.attacks.fab import project_to_hyperplane
+from mmtard.attacks.pgd import pgd
+from mmtard.attacks.registry import ATTACKS
+from mmtard.attacks.square import _window, side
+from mmtard.attacks.state import AttackSettings, AttackState
 from mmtard.errors import UserError
-from mmtard.evaluate import suite
-from mmtard.evaluate.attacks import ATTACKS
-from mmtard.evaluate.fab import project_to_hyperplane
-from mmtard.evaluate.square import _window, side
-from mmtard.evaluate.trial import Settings, Trial
+from mmtard.seeding import derive_seeds
 
 from .conftest import Double, convolutions
 
@@ -30,8 +31,16 @@ def flipped(victim):
 
 
 def attack(victim, *names, rows=slice(None), **settings):
-    settings = Settings(**{"eps": victim.eps, **FAST, **settings})
-    return suite.run(victim.model, victim.images[rows], victim.labels[rows], victim.seeds[rows], names, settings, source=flipped(victim))
+    settings = AttackSettings(**{"eps": victim.eps, **FAST, **settings})
+    return ensemble.run_attacks(
+        victim.model,
+        victim.images[rows],
+        victim.labels[rows],
+        victim.seeds[rows],
+        names,
+        settings,
+        source=flipped(victim),
+    )
 
 
 every = pytest.mark.parametrize("name", ATTACKS)
@@ -42,7 +51,12 @@ def test_what_is_broken_is_misclassified_inside_the_ball_and_the_range(name, vic
     out = attack(victim, name)
     assert out.clean.all() and 0 < out.facts.broken[name] < 100
     delta = (out.adv - victim.images).abs().amax((1, 2, 3))
-    assert delta.max() <= victim.eps + 1e-7 and 0 <= out.adv.min() and out.adv.max() <= 1 and out.adv.dtype == torch.float32
+    assert (
+        delta.max() <= victim.eps + 1e-7
+        and 0 <= out.adv.min()
+        and out.adv.max() <= 1
+        and out.adv.dtype == torch.float32
+    )
     assert out.facts.largest_perturbation == delta.max()
     predicted = victim.model(out.adv).argmax(1)
     assert predicted.equal(out.prediction)
@@ -77,8 +91,10 @@ def test_square_refuses_l2(victim):
 def test_an_attack_runs_on_the_survivors_of_those_before_and_spends_what_it_says(victim):
     labels = victim.labels.clone()
     labels[:7] = (labels[:7] + 1) % 10  # wrong without attack: never attacked
-    settings = Settings(eps=victim.eps, iters=10, queries=100, targets=3)
-    out = suite.run(victim.model, victim.images, labels, victim.seeds, ["apgd-ce", "apgd-dlr", "square"], settings)
+    settings = AttackSettings(eps=victim.eps, iters=10, queries=100, targets=3)
+    out = ensemble.run_attacks(
+        victim.model, victim.images, labels, victim.seeds, ["apgd-ce", "apgd-dlr", "square"], settings
+    )
     broken, queries = out.facts.broken, out.facts.queries
     assert out.facts.attacked == 93 and out.clean.tolist() == [False] * 7 + [True] * 93
     assert out.broken_by[:7] == [None] * 7 and not out.robust[:7].any() and out.adv[:7].equal(victim.images[:7])
@@ -96,9 +112,9 @@ def test_square_asks_exactly_its_queries_about_a_sample_that_stands(victim):
 
 
 def test_targets_are_the_highest_other_classes_of_the_clean_image(victim):
-    trial = Trial(victim.model, victim.images, victim.labels, victim.seeds, Settings(eps=victim.eps))
+    state = AttackState(victim.model, victim.images, victim.labels, victim.seeds, AttackSettings(eps=victim.eps))
     logits = victim.model(victim.images).numpy()
-    for row, label, order in zip(logits, victim.labels.tolist(), trial.target_order().tolist()):
+    for row, label, order in zip(logits, victim.labels.tolist(), state.target_order().tolist()):
         assert order == [c for c in np.argsort(-row).tolist() if c != label]
 
 
@@ -127,22 +143,26 @@ def test_derived_seeds_are_distinct_and_never_a_number_of_the_stream():
 def test_the_misclassified_iterate_is_kept_then_the_larger_loss():
     """A model of one pixel, whose logits the test writes itself."""
     shape, label = (1, 3, 1, 1), torch.tensor([0])
-    trial = Trial(lambda x: x.flatten(1) * 10, torch.full(shape, 0.5), label, label, Settings(eps=0.5))
-    rows, ask = torch.tensor([0]), lambda *z, **k: trial.ask(torch.tensor(z).view(shape), torch.tensor([0]), **k)
+    state = AttackState(lambda x: x.flatten(1) * 10, torch.full(shape, 0.5), label, label, AttackSettings(eps=0.5))
+    rows, ask = torch.tensor([0]), lambda *z, **k: state.observe(torch.tensor(z).view(shape), torch.tensor([0]), **k)
     ask(0.6, 0.1, 0.1)
     ask(0.6, 0.5, 0.1)
-    assert trial.adv.flatten().tolist() == pytest.approx([0.6, 0.5, 0.1]) and not trial.broken and trial.remaining().equal(rows)
+    assert (
+        state.adv.flatten().tolist() == pytest.approx([0.6, 0.5, 0.1])
+        and not state.broken
+        and state.standing().equal(rows)
+    )
     ask(0.9, 0.1, math.nan)  # no finite logits: an error of the model, not a success of the attack
-    assert not trial.broken and trial.not_finite
+    assert not state.broken and state.not_finite
     ask(0.1, 0.9, 0.1, allowed=torch.tensor([False]))
-    assert not trial.broken
+    assert not state.broken
     ask(0.5, 0.51, 0.1)
-    assert trial.broken and trial.prediction == 1 and not len(trial.remaining())
+    assert state.broken and state.prediction == 1 and not len(state.standing())
     for smaller in ((0.6, 0.599, 0.599), (0.5, 0.505, 0.1)):  # of larger loss but correct; wrong but of smaller loss
         ask(*smaller)
-        assert trial.adv.flatten().tolist() == pytest.approx([0.5, 0.51, 0.1])
+        assert state.adv.flatten().tolist() == pytest.approx([0.5, 0.51, 0.1])
     ask(0.2, 0.1, 0.9)
-    assert trial.prediction == 2 and trial.queries == 8
+    assert state.prediction == 2 and state.queries == 8
 
 
 def test_neither_the_last_iterate_nor_that_of_largest_loss_decides():
@@ -153,12 +173,16 @@ def test_neither_the_last_iterate_nor_that_of_largest_loss_decides():
         return torch.stack([torch.zeros_like(u), u - 0.9, 0.1 - 20 * (u - 0.6).abs()], dim=1)
 
     grey, label, rows = torch.full((1, 3, 1, 1), 0.5), torch.tensor([0]), torch.tensor([0])
-    trial = Trial(model, grey, label, label, Settings(eps=0.25))
+    state = AttackState(model, grey, label, label, AttackSettings(eps=0.25))
     towards_1 = lambda z, y: z[:, 1] - z[:, 0]
-    last = pgd(lambda x: trial.ask(x, rows, towards_1)[1], grey, norm="linf", eps=0.25, step_size=0.1, steps=3)
-    trial.ask(last, rows, towards_1)
-    assert last.mean() == 0.75 and model(last).argmax() == 0 and towards_1(model(last), label) > towards_1(model(grey + 0.1), label)
-    assert trial.broken and trial.prediction == 2 and trial.adv.mean().item() == pytest.approx(0.6)
+    last = pgd(lambda x: state.observe(x, rows, towards_1)[1], grey, norm="linf", eps=0.25, step_size=0.1, steps=3)
+    state.observe(last, rows, towards_1)
+    assert (
+        last.mean() == 0.75
+        and model(last).argmax() == 0
+        and towards_1(model(last), label) > towards_1(model(grey + 0.1), label)
+    )
+    assert state.broken and state.prediction == 2 and state.adv.mean().item() == pytest.approx(0.6)
 
 
 # ---------------------------------------------------------------- parts of Square and FAB
@@ -168,7 +192,12 @@ def test_sides_of_the_squares_are_autoattacks():
     library = SquareAttack(None, eps=0.1, n_queries=5000, resc_schedule=False)
     for i in (0, 10, 11, 50, 51, 200, 201, 500, 501, 1000, 1001, 2000, 2001, 4000, 4001):
         assert side(i, 32, 32) == max(round(math.sqrt(library.p_selection(i) * 1024)), 1), i
-    assert [side(i, 32, 32) for i in (0, 11, 51, 9000)] == [29, 20, 14, 1]  # sqrt(.8 * 1024), sqrt(.4 * 1024), sqrt(.2 * 1024)
+    assert [side(i, 32, 32) for i in (0, 11, 51, 9000)] == [
+        29,
+        20,
+        14,
+        1,
+    ]  # sqrt(.8 * 1024), sqrt(.4 * 1024), sqrt(.2 * 1024)
     assert side(0, 8, 200) == 8
 
 
@@ -188,7 +217,14 @@ def test_projection_to_a_hyperplane_is_the_librarys_and_closes_the_gap(norm, lib
     gap = torch.randn(n, generator=rng) * 4
     ours = project_to_hyperplane(x, w, gap, norm)
     theirs = library(x, w, (w * x).sum(1) + gap)
-    reachable = torch.where(gap > 0, (w.clamp(min=0) * (1 - x) - w.clamp(max=0) * x).sum(1), (w.clamp(min=0) * x - w.clamp(max=0) * (1 - x)).sum(1)) > gap.abs()
+    reachable = (
+        torch.where(
+            gap > 0,
+            (w.clamp(min=0) * (1 - x) - w.clamp(max=0) * x).sum(1),
+            (w.clamp(min=0) * x - w.clamp(max=0) * (1 - x)).sum(1),
+        )
+        > gap.abs()
+    )
     assert 150 < reachable.sum() < 200 or reachable.all()
     size = (lambda v: v.abs().amax(1)) if norm == "linf" else (lambda v: v.norm(dim=1))
     assert torch.allclose((w * ours).sum(1)[reachable], gap[reachable], atol=1e-4)
@@ -204,7 +240,9 @@ def test_projection_by_hand():
     assert torch.allclose(project_to_hyperplane(x, w, torch.tensor([0.8]), "l2"), torch.tensor([[0.3, 0.1, -0.3]]))
     # L2 without an edge: t * (1 + 4 + 1) = 0.24
     assert torch.allclose(project_to_hyperplane(x, w, torch.tensor([0.24]), "l2"), torch.tensor([[0.04, 0.08, -0.04]]))
-    assert torch.allclose(project_to_hyperplane(x, w, torch.tensor([-0.24]), "linf"), torch.tensor([[-0.06, -0.06, 0.06]]))
+    assert torch.allclose(
+        project_to_hyperplane(x, w, torch.tensor([-0.24]), "linf"), torch.tensor([[-0.06, -0.06, 0.06]])
+    )
     assert project_to_hyperplane(x, w * 0, torch.tensor([1.0]), "linf").equal(torch.zeros(1, 3))
 
 
@@ -249,19 +287,32 @@ def test_facts_add_up_over_batches_and_fit_into_json(victim):
     names = ["apgd-ce", "square"]
     whole = attack(victim, *names)
     parts = [attack(victim, *names, rows=slice(i, i + 30)) for i in range(0, 100, 30)]
-    merged = suite.merge([p.facts for p in parts])
+    merged = ensemble.merge([p.facts for p in parts])
     assert replace(merged, seconds={}) == replace(whole.facts, seconds={})
     assert merged.seconds["square"] == pytest.approx(sum(p.facts.seconds["square"] for p in parts))
-    assert suite.Facts(**json.loads(json.dumps(asdict(merged)))) == merged
+    assert ensemble.AttackFacts(**json.loads(json.dumps(asdict(merged)))) == merged
 
 
 def test_wrong_settings_are_answered_in_one_line(victim):
-    for wrong, message in (({"norm": "l1"}, "norm: 'l1'"), ({"eps": 0.0}, "eps: 0.0 is no attack"), ({"restarts": 0}, "restarts: 0 is too few")):
+    for wrong, message in (
+        ({"norm": "l1"}, "norm: 'l1'"),
+        ({"eps": 0.0}, "eps: 0.0 is no attack"),
+        ({"restarts": 0}, "restarts: 0 is too few"),
+    ):
         with pytest.raises(UserError, match=message):
-            Settings(**{"eps": 0.1, **wrong})
+            AttackSettings(**{"eps": 0.1, **wrong})
     with pytest.raises(UserError, match="unknown attack 'apgd'; known: apgd-ce"):
         attack(victim, "apgd")
     with pytest.raises(UserError, match="--transfer-from"):
-        suite.run(victim.model, victim.images, victim.labels, victim.seeds, ["transfer"], Settings(eps=0.1))
+        ensemble.run_attacks(
+            victim.model, victim.images, victim.labels, victim.seeds, ["transfer"], AttackSettings(eps=0.1)
+        )
     with pytest.raises(UserError, match="labels: 9 is beyond the model's 5 classes"):
-        suite.run(Double(convolutions(4, 12, 2, out=5).double()), victim.images, victim.labels, victim.seeds, ["pgd"], Settings(eps=0.1))
+        ensemble.run_attacks(
+            Double(convolutions(4, 12, 2, out=5).double()),
+            victim.images,
+            victim.labels,
+            victim.seeds,
+            ["pgd"],
+            AttackSettings(eps=0.1),
+        )

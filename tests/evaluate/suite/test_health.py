@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from mmtard.evaluate import health, suite
-from mmtard.evaluate.chunks import Halving
-from mmtard.evaluate.trial import Settings
+from mmtard.attacks import checks, ensemble
+from mmtard.attacks.batching import AdaptiveBatchSize
+from mmtard.attacks.state import AttackSettings
 
 from .conftest import convolutions
 
@@ -16,17 +16,28 @@ from .conftest import convolutions
 def examine(model, victim, labels=None, source=None, **changes):
     """Names of the lines by status, and all lines by name, of an evaluation with --sanity."""
     labels = victim.labels if labels is None else labels
-    settings = Settings(**{"eps": victim.eps, "iters": 10, "queries": 100, **changes})
-    out = suite.run(model, victim.images, labels, victim.seeds, ["apgd-ce", "apgd-dlr", "square"], settings)
-    lines = health.check([(settings, out.facts)]) + health.sanity(model, victim.images, labels, victim.seeds, settings, source)
+    settings = AttackSettings(**{"eps": victim.eps, "iters": 10, "queries": 100, **changes})
+    out = ensemble.run_attacks(model, victim.images, labels, victim.seeds, ["apgd-ce", "apgd-dlr", "square"], settings)
+    lines = checks.check([(settings, out.facts)]) + checks.sanity(
+        model, victim.images, labels, victim.seeds, settings, source
+    )
     names = [line["check"] for line in lines]
     assert len(set(names)) == len(names)
-    return {status: {line["check"] for line in lines if line["status"] == status} for status in ("PASS", "WARN", "FAIL")}, {line["check"]: line["detail"] for line in lines}
+    return {
+        status: {line["check"] for line in lines if line["status"] == status} for status in ("PASS", "WARN", "FAIL")
+    }, {line["check"]: line["detail"] for line in lines}
 
 
 @pytest.fixture(scope="module")
 def honest(victim):
-    out = suite.run(victim.model, victim.images, victim.labels, victim.seeds, ["apgd-ce", "square"], Settings(eps=victim.eps, iters=10, queries=100))
+    out = ensemble.run_attacks(
+        victim.model,
+        victim.images,
+        victim.labels,
+        victim.seeds,
+        ["apgd-ce", "square"],
+        AttackSettings(eps=victim.eps, iters=10, queries=100),
+    )
     return out.facts
 
 
@@ -43,9 +54,20 @@ def test_an_honest_model_passes_every_check(victim):
 def test_a_quantised_input_is_caught(victim):
     """Rounding has no gradient: every white-box attack stays at its start, and all that is left is to guess."""
     quantised = lambda x: victim.model((x * 32).round() / 32)
-    assert suite.run(quantised, victim.images, victim.labels, victim.seeds, ["apgd-ce"], Settings(eps=victim.eps, iters=10)).robust.sum() > 80  # looks robust
+    assert (
+        ensemble.run_attacks(
+            quantised, victim.images, victim.labels, victim.seeds, ["apgd-ce"], AttackSettings(eps=victim.eps, iters=10)
+        ).robust.sum()
+        > 80
+    )  # looks robust
     status, detail = examine(quantised, victim)
-    assert {"zero gradient of cross-entropy", "zero gradient of DLR", "square not stronger than white-box", "square weaker than the attack", "near zero at 64/255"} <= status["WARN"]
+    assert {
+        "zero gradient of cross-entropy",
+        "zero gradient of DLR",
+        "square not stronger than white-box",
+        "square weaker than the attack",
+        "near zero at 64/255",
+    } <= status["WARN"]
     assert not status["FAIL"]
 
 
@@ -57,13 +79,19 @@ def test_saturated_logits_are_caught(victim):
 def test_hidden_dependence_on_the_batch_is_caught(victim):
     torch.manual_seed(0)
     layers = convolutions(16, 12, 2).double()
-    net = nn.Sequential(*layers[:-1], nn.BatchNorm1d(16 * 9, dtype=torch.float64), layers[-1]).requires_grad_(False).train()
+    net = (
+        nn.Sequential(*layers[:-1], nn.BatchNorm1d(16 * 9, dtype=torch.float64), layers[-1])
+        .requires_grad_(False)
+        .train()
+    )
     model = lambda x: net(x.double()).float()
     labels = model(victim.images).argmax(1)
     status, detail = examine(model, victim, labels)
     assert "batch size" in status["WARN"] and "fails on batches of 1" in detail["batch size"]
 
-    spatial = nn.Sequential(layers[0], nn.BatchNorm2d(16, dtype=torch.float64), *layers[1:]).requires_grad_(False).train()
+    spatial = (
+        nn.Sequential(layers[0], nn.BatchNorm2d(16, dtype=torch.float64), *layers[1:]).requires_grad_(False).train()
+    )
     model = lambda x: spatial(x.double()).float()
     labels = model(victim.images).argmax(1)
     status, detail = examine(model, victim, labels)
@@ -86,20 +114,29 @@ def test_a_scrambled_model_that_no_gradient_leads_anywhere_is_caught(victim):
             return -g
 
     status, detail = examine(lambda x: victim.model(Backwards.apply(x)), victim, source=victim.model)
-    assert {"near zero at 64/255", "square weaker than the attack", "transfer weaker than the attack", "square not stronger than white-box"} <= status["WARN"], detail
+    assert {
+        "near zero at 64/255",
+        "square weaker than the attack",
+        "transfer weaker than the attack",
+        "square not stronger than white-box",
+    } <= status["WARN"], detail
 
 
 def test_hard_failures(victim, honest):
-    settings = Settings(eps=victim.eps)
+    settings = AttackSettings(eps=victim.eps)
     cases = {
         "largest perturbation": {"largest_perturbation": victim.eps * 1.001},
         "range": {"lowest_pixel": -1e-3},
         "NaN": {"not_finite": 1},
     }
-    assert not health.failed(health.check([(settings, honest)]))
-    for name, change in {**cases, "range ": {"highest_pixel": 1.001}, "largest perturbation ": {"largest_perturbation": float("nan")}}.items():
-        lines = health.check([(settings, replace(honest, **change))])
-        assert [line["check"] for line in lines if line["status"] == "FAIL"] == [name.strip()] and health.failed(lines)
+    assert not checks.failed(checks.check([(settings, honest)]))
+    for name, change in {
+        **cases,
+        "range ": {"highest_pixel": 1.001},
+        "largest perturbation ": {"largest_perturbation": float("nan")},
+    }.items():
+        lines = checks.check([(settings, replace(honest, **change))])
+        assert [line["check"] for line in lines if line["status"] == "FAIL"] == [name.strip()] and checks.failed(lines)
 
 
 def test_nan_in_the_model_is_a_failure_and_no_success_of_the_attack(victim):
@@ -108,39 +145,65 @@ def test_nan_in_the_model_is_a_failure_and_no_success_of_the_attack(victim):
 
     def broken(x):
         logits = victim.model(x)
-        return torch.where((x - clean[: len(x)]).abs().amax((1, 2, 3), keepdim=True).flatten(1) > 0, logits * float("nan"), logits)
+        return torch.where(
+            (x - clean[: len(x)]).abs().amax((1, 2, 3), keepdim=True).flatten(1) > 0, logits * float("nan"), logits
+        )
 
-    out = suite.run(broken, victim.images, victim.labels, victim.seeds, ["apgd-ce"], Settings(eps=victim.eps, iters=3))
+    out = ensemble.run_attacks(
+        broken, victim.images, victim.labels, victim.seeds, ["apgd-ce"], AttackSettings(eps=victim.eps, iters=3)
+    )
     assert out.facts.broken == {"apgd-ce": 0} and out.facts.not_finite == 100
-    assert health.failed(health.check([(Settings(eps=victim.eps), out.facts)]))
+    assert checks.failed(checks.check([(AttackSettings(eps=victim.eps), out.facts)]))
 
 
 def test_an_attack_that_leaves_its_ball_is_a_failure(victim, monkeypatch):
     """Projection forgotten: the steps add up."""
-    from mmtard import attacks
+    from mmtard.attacks import pgd
 
-    monkeypatch.setattr(attacks, "project", lambda adv, images, norm, eps: adv)
-    out = suite.run(victim.model, victim.images, victim.labels, victim.seeds, ["pgd"], Settings(eps=victim.eps, iters=10))
-    failures = {line["check"] for line in health.check([(Settings(eps=victim.eps), out.facts)]) if line["status"] == "FAIL"}
+    monkeypatch.setattr(pgd, "project", lambda adv, images, norm, eps: adv)
+    out = ensemble.run_attacks(
+        victim.model, victim.images, victim.labels, victim.seeds, ["pgd"], AttackSettings(eps=victim.eps, iters=10)
+    )
+    failures = {
+        line["check"]
+        for line in checks.check([(AttackSettings(eps=victim.eps), out.facts)])
+        if line["status"] == "FAIL"
+    }
     assert failures == {"largest perturbation", "range"}
 
 
 def test_warnings_from_what_the_attacks_did(honest):
     def warned(*runs):
-        lines = health.check(list(runs))
-        assert not health.failed(lines)
+        lines = checks.check(list(runs))
+        assert not checks.failed(lines)
         return {line["check"]: line["detail"] for line in lines if line["status"] == "WARN"}
 
-    small, large = Settings(eps=1 / 255), Settings(eps=2 / 255)
-    honest = replace(honest, n=1000, attacked=800, largest_perturbation=1 / 255, broken={"apgd-ce": 300, "square": 2}, taken_back=0)
+    small, large = AttackSettings(eps=1 / 255), AttackSettings(eps=2 / 255)
+    honest = replace(
+        honest, n=1000, attacked=800, largest_perturbation=1 / 255, broken={"apgd-ce": 300, "square": 2}, taken_back=0
+    )
     assert warned((small, honest)) == {}
-    assert list(warned((small, replace(honest, broken={"apgd-ce": 300, "square": 3})))) == ["square not stronger than white-box"]
+    assert list(warned((small, replace(honest, broken={"apgd-ce": 300, "square": 3})))) == [
+        "square not stronger than white-box"
+    ]
     assert warned((small, replace(honest, broken={"square": 300}))) == {}, "alone it has nothing to be measured against"
-    assert list(warned((small, replace(honest, broken={"apgd-t": 300, "transfer": 9})))) == ["transfer not stronger than white-box"]
+    assert list(warned((small, replace(honest, broken={"apgd-t": 300, "transfer": 9})))) == [
+        "transfer not stronger than white-box"
+    ]
     assert list(warned((small, replace(honest, taken_back=3)))) == ["later forward pass"]
     assert list(warned((small, replace(honest, zero_gradient_ce=1)))) == ["zero gradient of cross-entropy"]
-    left_out = warned((small, replace(honest, zero_gradient_dlr=None, skipped={"apgd-t": "the targeted DLR loss needs 4 classes, there are 2"})))
-    assert list(left_out) == ["every attack ran"] and "apgd-t left out: the targeted DLR loss needs 4 classes" in left_out["every attack ran"]
+    left_out = warned(
+        (
+            small,
+            replace(
+                honest, zero_gradient_dlr=None, skipped={"apgd-t": "the targeted DLR loss needs 4 classes, there are 2"}
+            ),
+        )
+    )
+    assert (
+        list(left_out) == ["every attack ran"]
+        and "apgd-t left out: the targeted DLR loss needs 4 classes" in left_out["every attack ran"]
+    )
     weaker = replace(honest, broken={"apgd-ce": 297, "square": 2})
     assert list(warned((large, weaker), (small, honest))) == ["monotone in eps"]
     assert warned((small, weaker), (large, honest)) == {}
@@ -148,24 +211,38 @@ def test_warnings_from_what_the_attacks_did(honest):
 
 def test_nothing_to_attack_is_said(victim):
     labels = (victim.model(victim.images).argmax(1) + 1) % 10
-    lines = health.sanity(victim.model, victim.images, labels, victim.seeds, Settings(eps=victim.eps))
-    assert lines == [{"check": "sanity", "status": "WARN", "detail": "no sample is classified correctly: nothing to attack"}]
+    lines = checks.sanity(victim.model, victim.images, labels, victim.seeds, AttackSettings(eps=victim.eps))
+    assert lines == [
+        {"check": "sanity", "status": "WARN", "detail": "no sample is classified correctly: nothing to attack"}
+    ]
 
 
 def test_a_smaller_limit_changes_no_line_and_memory_that_is_too_small_halves_it(victim):
     """Models whose forward of more than 10 samples does not fit."""
-    settings = Settings(eps=victim.eps, iters=5)
+    settings = AttackSettings(eps=victim.eps, iters=5)
 
     def small(x):
         if len(x) > 10:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return victim.model(x)
 
-    batch, halving = (victim.images, victim.labels, victim.seeds), Halving(64, lambda _: None)
-    whole, halved = health.sanity(victim.model, *batch, settings), health.sanity(small, *batch, settings, halving=halving)
-    assert halving.limit == 8 and whole[:-1] == halved[:-1] and "at 1, " in halved[-1]["detail"] and "at 64" not in halved[-1]["detail"]
+    batch, halving = (victim.images, victim.labels, victim.seeds), AdaptiveBatchSize(64, lambda _: None)
+    whole, halved = (
+        checks.sanity(victim.model, *batch, settings),
+        checks.sanity(small, *batch, settings, halving=halving),
+    )
+    assert (
+        halving.limit == 8
+        and whole[:-1] == halved[:-1]
+        and "at 1, " in halved[-1]["detail"]
+        and "at 64" not in halved[-1]["detail"]
+    )
 
 
 def test_sanity_in_l2(victim):
-    lines = health.sanity(victim.model, victim.images, victim.labels, victim.seeds, Settings(eps=0.8, norm="l2", iters=10))
-    assert {line["status"] for line in lines} == {"PASS"} and "square weaker than the attack" not in {line["check"] for line in lines}
+    lines = checks.sanity(
+        victim.model, victim.images, victim.labels, victim.seeds, AttackSettings(eps=0.8, norm="l2", iters=10)
+    )
+    assert {line["status"] for line in lines} == {"PASS"} and "square weaker than the attack" not in {
+        line["check"] for line in lines
+    }

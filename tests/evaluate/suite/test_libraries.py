@@ -12,8 +12,8 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.square import SquareAttack
 from torch import nn
 
-from mmtard.evaluate import health, suite
-from mmtard.evaluate.trial import Settings
+from mmtard.attacks import checks, ensemble
+from mmtard.attacks.state import AttackSettings
 
 from .conftest import convolutions, train
 
@@ -31,15 +31,24 @@ def cifar10(name, n):
     """The first n images [n,3,32,32] float32 in [0,1] of a blob file, and their labels."""
     with np.load(DATA / name) as stored:
         blob, offset, label = (stored[key] for key in ("blob", "offset", "label"))
-    pixels = [np.asarray(Image.open(io.BytesIO(blob[a:b].tobytes())).convert("RGB")) for a, b in zip(offset[:n], offset[1:])]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous().float() / 255, torch.from_numpy(label[:n].astype(np.int64))
+    pixels = [
+        np.asarray(Image.open(io.BytesIO(blob[a:b].tobytes())).convert("RGB")) for a, b in zip(offset[:n], offset[1:])
+    ]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous().float() / 255, torch.from_numpy(
+        label[:n].astype(np.int64)
+    )
 
 
 @pytest.fixture(scope="module")
 def trained():
     """A convolutional network adversarially trained for some seconds, and 200 test images that it classifies correctly."""
     torch.manual_seed(0)
-    net = train(nn.Sequential(Normalise(), convolutions(32, 32, 3)), *cifar10("cifar10_train0of2_webp.npz", 4000), eps=EPS, steps=150)
+    net = train(
+        nn.Sequential(Normalise(), convolutions(32, 32, 3)),
+        *cifar10("cifar10_train0of2_webp.npz", 4000),
+        eps=EPS,
+        steps=150,
+    )
     images, labels = cifar10("cifar10_test_webp.npz", 1000)
     correct = net(images).argmax(1) == labels
     assert 0.35 < correct.float().mean() < 0.7
@@ -58,15 +67,18 @@ def test_flags_agree_within_1_percent_of_samples(name, trained):
         "square": lambda: SquareAttack(trained.model, n_queries=1000, resc_schedule=False, **means),
     }[name]()
     theirs = trained.model(library.perturb(trained.images.clone(), trained.labels.clone())).argmax(1) != trained.labels
-    settings = Settings(eps=EPS, iters=50 if name == "apgd-ce" else 15, queries=1000)
-    ours = ~suite.run(trained.model, trained.images, trained.labels, trained.seeds, [name], settings).robust
+    settings = AttackSettings(eps=EPS, iters=50 if name == "apgd-ce" else 15, queries=1000)
+    ours = ~ensemble.run_attacks(trained.model, trained.images, trained.labels, trained.seeds, [name], settings).robust
     print(f"{name}: ours {int(ours.sum())}, theirs {int(theirs.sum())}, differ {int((ours != theirs).sum())} of {N}")
     assert 0.15 * N < theirs.sum() < 0.85 * N
     assert (ours != theirs).sum() <= 0.01 * N
 
 
 def test_a_network_trained_on_photographs_is_in_good_health(trained):
-    settings, batch = Settings(eps=EPS, iters=20, queries=100, targets=3), (trained.images[:64], trained.labels[:64], trained.seeds[:64])
-    out = suite.run(trained.model, *batch, ["apgd-ce", "apgd-t", "square"], settings)
-    lines = health.check([(settings, out.facts)]) + health.sanity(trained.model, *batch, settings)
+    settings, batch = (
+        AttackSettings(eps=EPS, iters=20, queries=100, targets=3),
+        (trained.images[:64], trained.labels[:64], trained.seeds[:64]),
+    )
+    out = ensemble.run_attacks(trained.model, *batch, ["apgd-ce", "apgd-t", "square"], settings)
+    lines = checks.check([(settings, out.facts)]) + checks.sanity(trained.model, *batch, settings)
     assert [line for line in lines if line["status"] != "PASS"] == []

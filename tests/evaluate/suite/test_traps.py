@@ -11,10 +11,11 @@ from pyautoattack import AutoAttack
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 
 from mmtard import losses
-from mmtard.attacks import apgd, derive_seeds
+from mmtard.attacks import ensemble
+from mmtard.attacks.apgd import apgd
+from mmtard.attacks.state import AttackSettings
 from mmtard.errors import UserError
-from mmtard.evaluate import suite
-from mmtard.evaluate.trial import Settings
+from mmtard.seeding import derive_seeds
 
 from .conftest import Double, convolutions
 
@@ -22,9 +23,11 @@ ITERS = 10
 
 
 def run(victim, *names, model=None, images=None, rows=slice(None), **settings):
-    settings = Settings(**{"eps": victim.eps, "iters": ITERS, "queries": 50, **settings})
+    settings = AttackSettings(**{"eps": victim.eps, "iters": ITERS, "queries": 50, **settings})
     images = victim.images if images is None else images
-    return suite.run(model or victim.model, images[rows], victim.labels[rows], victim.seeds[rows], names, settings)
+    return ensemble.run_attacks(
+        model or victim.model, images[rows], victim.labels[rows], victim.seeds[rows], names, settings
+    )
 
 
 def test_restarts_are_said_and_seeds_are_not_the_clock(victim, monkeypatch):
@@ -37,7 +40,7 @@ def test_restarts_are_said_and_seeds_are_not_the_clock(victim, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 1e9)
     torch.manual_seed(123)
     again = run(victim, "apgd-ce")
-    assert Settings(eps=1.0).restarts == 1 and once.facts.queries["apgd-ce"] == 100 * (ITERS + 1)
+    assert AttackSettings(eps=1.0).restarts == 1 and once.facts.queries["apgd-ce"] == 100 * (ITERS + 1)
     assert again.adv.equal(once.adv) and again.broken_by == once.broken_by
     standing = int(run(victim, "apgd-ce", restarts=4).facts.queries["apgd-ce"]) - 100 * (ITERS + 1)
     assert 0 < standing <= 3 * int(once.robust.sum()) * (ITERS + 1)  # of three more restarts, on survivors
@@ -51,13 +54,15 @@ def test_few_classes(classes, skipped, victim):
     with pytest.raises(IndexError):
         APGDAttack_targeted(model, n_iter=1, eps=1e-6, device="cpu").perturb(victim.images, labels)
     names = ["apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square"]
-    settings = Settings(eps=1e-6, iters=2, queries=3)
-    out = suite.run(model, victim.images, labels, victim.seeds, names, settings)
+    settings = AttackSettings(eps=1e-6, iters=2, queries=3)
+    out = ensemble.run_attacks(model, victim.images, labels, victim.seeds, names, settings)
     assert out.facts.skipped.keys() == skipped and out.facts.broken.keys() == set(names) - skipped
     assert all(f"there are {classes}" in reason for reason in out.facts.skipped.values())
     targets = classes - 1
     if "apgd-t" not in skipped:
-        assert out.facts.queries["apgd-t"] == 100 + targets * 100 * 3  # the order, and each target's start and two steps
+        assert (
+            out.facts.queries["apgd-t"] == 100 + targets * 100 * 3
+        )  # the order, and each target's start and two steps
     assert out.facts.queries["fab-t"] == 100 + targets * 100 * 2 * 2
     assert (out.facts.zero_gradient_dlr is None) == (classes < 3)
 
@@ -66,8 +71,17 @@ def test_robust_accuracy_does_not_rise_with_the_batch_size(victim):
     def broken(loss, size):
         out = []
         for i in range(0, 96, size):
-            x, y, seeds = victim.images[i : i + size], victim.labels[i : i + size], derive_seeds(victim.seeds[i : i + size], 0)
-            out.append(victim.model(apgd(lambda z: loss(z, y), x, norm="linf", eps=victim.eps, steps=ITERS, seeds=seeds)).argmax(1) != y)
+            x, y, seeds = (
+                victim.images[i : i + size],
+                victim.labels[i : i + size],
+                derive_seeds(victim.seeds[i : i + size], 0),
+            )
+            out.append(
+                victim.model(
+                    apgd(lambda z: loss(z, y), x, norm="linf", eps=victim.eps, steps=ITERS, seeds=seeds)
+                ).argmax(1)
+                != y
+            )
         return torch.cat(out)
 
     def mean_reduced(x, y):
@@ -75,7 +89,10 @@ def test_robust_accuracy_does_not_rise_with_the_batch_size(victim):
 
     wrong = {size: int(broken(mean_reduced, size).sum()) for size in (1, 8, 64)}
     assert len(set(wrong.values())) > 1, wrong  # the step size follows what the batch gained
-    ours = [torch.cat([run(victim, "apgd-ce", rows=slice(i, min(i + size, 96))).robust for i in range(0, 96, size)]) for size in (1, 8, 64)]
+    ours = [
+        torch.cat([run(victim, "apgd-ce", rows=slice(i, min(i + size, 96))).robust for i in range(0, 96, size)])
+        for size in (1, 8, 64)
+    ]
     assert ours[0].equal(ours[1]) and ours[0].equal(ours[2]) and 10 < ours[0].sum() < 90
 
 
@@ -103,7 +120,9 @@ def test_zero_gradients_are_counted(victim):
     saturated = lambda x: 1000 * victim.model(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # none comes
-        adv = APGDAttack(saturated, n_iter=ITERS, eps=victim.eps, seed=0, loss="ce", device="cpu").perturb(victim.images, victim.labels)
+        adv = APGDAttack(saturated, n_iter=ITERS, eps=victim.eps, seed=0, loss="ce", device="cpu").perturb(
+            victim.images, victim.labels
+        )
     x = victim.images.clone().requires_grad_()
     gradient = torch.autograd.grad(F.cross_entropy(saturated(x), victim.labels, reduction="sum"), x)[0]
     zeros = int((gradient.flatten(1).norm(dim=1) == 0).sum())
@@ -123,7 +142,9 @@ def test_flags_are_those_of_the_attack_and_the_gap_is_counted(victim):
 
     out = run(victim, "apgd-ce", model=noisy)
     broken = ~out.robust & out.clean
-    assert (out.prediction != victim.labels)[broken].all() and sum(b == "apgd-ce" for b in out.broken_by) == broken.sum()
+    assert (out.prediction != victim.labels)[broken].all() and sum(
+        b == "apgd-ce" for b in out.broken_by
+    ) == broken.sum()
     later = noisy(out.adv).argmax(1)
     wrong = int((later == victim.labels)[broken].sum())  # a pass over the saved images would call these robust
     assert wrong >= 2 and out.facts.taken_back >= 2
@@ -138,7 +159,12 @@ def test_the_logits_attacked_are_those_that_the_model_gives(victim):
     assert len(set(broken.values())) == 3, broken
     for scale, out in runs.items():
         adv = apgd(
-            lambda x: losses.cross_entropy(scale * cosines(x), victim.labels), victim.images, norm="linf", eps=victim.eps, steps=ITERS, seeds=derive_seeds(victim.seeds, 0)
+            lambda x: losses.cross_entropy(scale * cosines(x), victim.labels),
+            victim.images,
+            norm="linf",
+            eps=victim.eps,
+            steps=ITERS,
+            seeds=derive_seeds(victim.seeds, 0),
         )
         stands = out.robust  # of these the suite keeps the iterate of largest loss, as does the bare attack
         assert adv[stands].equal(out.adv[stands])

@@ -1,0 +1,35 @@
+"""Batches as large as the GPU's memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..errors import UserError
+
+
+class AdaptiveBatchSize:
+    """Splits a chunk into batches of at most `limit` samples, and halves that for good when the GPU's memory is too small."""
+
+    def __init__(self, limit: int, say=print):
+        self.limit, self.say = limit, say
+
+    def __call__(self, work: Callable, tensors: Sequence[torch.Tensor]) -> list:
+        """[work(*a batch of each tensor), ...], in order. Raises UserError when not even one sample fits."""
+        done, at = [], 0
+        while at < len(tensors[0]):
+            try:
+                done.append(work(*(t[at : at + self.limit] for t in tensors)))
+            except torch.OutOfMemoryError:
+                if self.limit == 1:
+                    raise UserError(
+                        "--device: the GPU's memory is too small for one image; end what else runs on it, or use another"
+                    ) from None
+            else:
+                at += self.limit
+                continue
+            self.limit = -(-self.limit // 2)
+            self.say(f"out of GPU memory: {self.limit} images at once from here on")
+            torch.cuda.empty_cache()
+        return done

@@ -1,0 +1,82 @@
+"""FAB-T (Croce & Hein, ICML 2020, "Minimally distorted adversarial examples with a fast adaptive boundary attack"), targeted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..losses import true_class
+from ..seeding import derive_seeds
+from .state import AttackState
+from .threat_model import perturbation_size, random_start
+
+_ALPHA_MAX, _ETA, _BETA = 0.1, 1.05, 0.9  # bias towards the clean image, overshoot, step back: the authors' values
+
+
+def fab_t(state: AttackState) -> None:
+    """Towards each of the highest other classes of the clean image in turn: walks to the linearised decision boundary and
+    shrinks what it finds; a sample falls when a misclassified iterate lies within eps. The first restart starts at the image."""
+    order = state.target_order()
+    for k in range(order.shape[1]):
+        for restart in range(state.settings.restarts):
+            rows = state.standing()
+            if not len(rows):
+                return
+            _walk(state, rows, order[rows, k], k, restart)
+
+
+def _walk(state: AttackState, rows: Tensor, targets: Tensor, k: int, restart: int) -> None:
+    s, clean, labels = state.settings, state.images[rows], state.labels[rows]
+    x = clean
+    if restart:
+        x = random_start(clean, derive_seeds(state.seeds[rows], k * s.restarts + restart), s.norm, s.eps / 2)
+    for _ in range(s.iters):
+        gap, gradient = _to_boundary(state, x, rows, targets)
+        # The hyperplane <gradient, z - x> = gap, reached from the iterate and from the clean image.
+        d1 = project_to_hyperplane(x, gradient, gap, s.norm)
+        d2 = project_to_hyperplane(clean, gradient, gap + (gradient * (x - clean)).flatten(1).sum(1), s.norm)
+        a1, a2 = (perturbation_size(d, s.norm).clamp_min(1e-8) for d in (d1, d2))
+        alpha = (a1 / (a1 + a2)).clamp(max=_ALPHA_MAX).view(-1, 1, 1, 1)
+        x = ((1 - alpha) * (x + _ETA * d1) + alpha * (clean + _ETA * d2)).clamp(0, 1)
+        with torch.no_grad():
+            inside = perturbation_size(x - clean, s.norm) <= s.eps
+            logits, _ = state.observe(x, rows, allowed=inside)
+        adversarial = (logits.argmax(1) != labels).view(-1, 1, 1, 1)
+        x = torch.where(adversarial, clean + _BETA * (x - clean), x)
+
+
+def _to_boundary(state: AttackState, x: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """z_y - z_t [R], which a step must remove, and the gradient [R,3,H,W] of z_t - z_y."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        logits = state.logits(x)
+        lead = true_class(logits, targets) - true_class(logits, state.labels[rows])
+        gradient = torch.autograd.grad(lead.sum(), x)[0].detach()
+    return -lead.detach(), gradient
+
+
+def project_to_hyperplane(x: Tensor, normal: Tensor, gap: Tensor, norm: str) -> Tensor:
+    """The smallest d (L-inf or L2) with <normal, d> = gap and 0 <= x + d <= 1; all the way to the range's edge where none exists.
+
+    x, normal [R,...], gap [R] -> d [R,...]. Both norms share one form: coordinate i moves by min(t v_i, room_i) in the direction
+    that closes the gap (v_i = 1 for L-inf, |normal_i| for L2), and the gap closed is piecewise linear and increasing in t.
+    """
+    w = normal.flatten(1) * torch.where(gap < 0, -1.0, 1.0)[:, None].to(normal.dtype)
+    flat = x.flatten(1)
+    room = torch.where(w > 0, 1 - flat, flat) * (w != 0)
+    speed = torch.ones_like(w) if norm == "linf" else w.abs()
+    gain = w.abs() * speed  # of the gap, while the coordinate moves
+    full = torch.where(gain > 0, room / speed.clamp_min(1e-30), 0)  # the t at which a coordinate stops
+    t, order = full.sort(dim=1)
+    ordered = gain.gather(1, order)
+    gain_left = ordered.flip(1).cumsum(1).flip(1) - ordered  # of those that stop later
+    closed = t * gain_left + (w.abs() * room).gather(1, order).cumsum(1)  # at each t
+    need = gap.abs()[:, None]
+    at = torch.searchsorted(closed.contiguous(), need).clamp(max=t.shape[1] - 1)  # the segment that reaches the gap
+    before = (at - 1).clamp_min(0)
+    t0, closed0, slope = (
+        torch.where(at > 0, v.gather(1, before), first)
+        for v, first in ((t, 0.0), (closed, 0.0), (gain_left, gain.sum(1, keepdim=True)))
+    )
+    reach = t0 + (need - closed0).clamp_min(0) / slope.clamp_min(1e-30)
+    return (torch.minimum(reach * speed, room) * w.sign()).view_as(x)

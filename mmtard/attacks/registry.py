@@ -1,0 +1,118 @@
+"""The attacks of an evaluation, found by name: each takes a `Trial` and breaks what it can of the samples that still stand.
+
+The evaluation variant of Croce & Hein (ICML 2020): random starts from per-sample seeds, summed losses, explicit restarts, each
+restart and target on the survivors of those before, and the misclassified iterate kept whichever step it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import losses
+from ..errors import UserError, unknown_name
+from ..seeding import derive_seeds
+from .apgd import apgd
+from .fab import fab_t
+from .pgd import pgd
+from .square import square
+from .state import AttackState, logits_of
+
+
+def pgd_ce(state: AttackState) -> None:
+    """PGD on cross-entropy; any of its iterates may break a sample (papers of TeCoA's line judge the last alone)."""
+    s = state.settings
+    step_size = 2.5 * s.eps / s.iters if s.step_size is None else s.step_size
+    for restart, rows in _restarts(state):
+        loss, seeds = _loss_fn(state, rows, losses.cross_entropy), derive_seeds(state.seeds[rows], restart)
+        adv = pgd(loss, state.images[rows], norm=s.norm, eps=s.eps, step_size=step_size, steps=s.iters, seeds=seeds)
+        with torch.no_grad():
+            loss(adv)
+
+
+def apgd_ce(state: AttackState) -> None:
+    """APGD on cross-entropy."""
+    for restart, rows in _restarts(state):
+        _apgd(state, rows, losses.cross_entropy, restart)
+
+
+def apgd_dlr(state: AttackState) -> None:
+    """APGD on the difference of logits ratio."""
+    for restart, rows in _restarts(state):
+        _apgd(state, rows, losses.dlr, restart)
+
+
+def apgd_t(state: AttackState) -> None:
+    """APGD on the targeted difference of logits ratio, towards each of the highest other classes of the clean image in turn."""
+    order = state.target_order()
+    for k in range(order.shape[1]):
+        for restart, rows in _restarts(state):
+            targets = order[rows, k]
+            _apgd(
+                state, rows, lambda z, y, t=targets: losses.targeted_dlr(z, y, t), k * state.settings.restarts + restart
+            )
+
+
+def transfer(state: AttackState) -> None:
+    """APGD on the cross-entropy of another model; its images of largest loss there are shown to this one."""
+    s = state.settings
+    if state.source is None:
+        raise UserError("attacks: 'transfer' needs a model to transfer from; name it with --transfer-from")
+    for restart, rows in _restarts(state):
+        labels, seeds = state.labels[rows], derive_seeds(state.seeds[rows], restart)
+        adv = apgd(
+            lambda x, y=labels: losses.cross_entropy(logits_of(state.source, x), y),
+            state.images[rows],
+            norm=s.norm,
+            eps=s.eps,
+            steps=s.iters,
+            seeds=seeds,
+        )
+        with torch.no_grad():
+            state.observe(adv, rows)
+
+
+ATTACKS: dict[str, Callable[[AttackState], None]] = {
+    "pgd": pgd_ce,
+    "apgd-ce": apgd_ce,
+    "apgd-dlr": apgd_dlr,
+    "apgd-t": apgd_t,
+    "fab-t": fab_t,
+    "square": square,
+    "transfer": transfer,
+}
+WHITE_BOX = ("pgd", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t")  # these use the model's own gradient
+_FEWEST_CLASSES = {"apgd-dlr": (3, "the DLR loss"), "apgd-t": (4, "the targeted DLR loss")}
+
+
+def find_attack(name: str) -> Callable[[AttackState], None]:
+    """The attack of that name. Raises UserError for an unknown one."""
+    if name not in ATTACKS:
+        raise unknown_name("attack", name, ATTACKS)
+    return ATTACKS[name]
+
+
+def not_defined(name: str, n_classes: int) -> str | None:
+    """Why an attack does not exist for so few classes, or None where it does."""
+    fewest, what = _FEWEST_CLASSES.get(name, (2, "an attack"))
+    return None if n_classes >= fewest else f"{what} needs {fewest} classes, there are {n_classes}"
+
+
+def _restarts(state: AttackState):
+    """(restart, indices of the samples that stand by then), until none stands."""
+    for restart in range(state.settings.restarts):
+        rows = state.standing()
+        if not len(rows):
+            return
+        yield restart, rows
+
+
+def _loss_fn(state: AttackState, rows: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: state.observe(x, rows, loss)[1]
+
+
+def _apgd(state: AttackState, rows: Tensor, loss: Callable[[Tensor, Tensor], Tensor], start: int) -> None:
+    s, seeds = state.settings, derive_seeds(state.seeds[rows], start)
+    apgd(_loss_fn(state, rows, loss), state.images[rows], norm=s.norm, eps=s.eps, steps=s.iters, seeds=seeds)

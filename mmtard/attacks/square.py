@@ -1,0 +1,80 @@
+"""Square (Andriushchenko et al., ECCV 2020), L-inf: random search by squares, asking the model for its scores alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import losses
+from ..errors import UserError
+from ..seeding import derive_seeds, sample_uniform
+from .state import AttackState
+
+_P_INIT = 0.8  # share of the pixels that the first squares cover
+_HALVINGS = (
+    10,
+    50,
+    200,
+    500,
+    1000,
+    2000,
+    4000,
+    6000,
+    8000,
+)  # queries after which the share halves, as in AutoAttack (not rescaled to the budget)
+
+
+def square(state: AttackState) -> None:
+    """At most `queries` forward passes a sample and restart. Position and colours of each square come from the sample's own seed,
+    not the batch's as in the authors' code; a sample that falls is asked about no more. Raises UserError for L2."""
+    s = state.settings
+    if s.norm != "linf":
+        raise UserError(f"attacks: 'square' is written for linf, not {s.norm}; leave it out")
+    with torch.no_grad():
+        for restart in range(s.restarts):
+            rows = state.standing()
+            if len(rows):
+                _search(state, rows, restart)
+
+
+def _search(state: AttackState, rows: Tensor, restart: int) -> None:
+    eps, (_, c, h, w) = state.settings.eps, state.images.shape
+    seeds = derive_seeds(state.seeds[rows], restart)
+    clean = state.images[rows]
+    best = (clean + eps * _signs(seeds, (c, 1, w))).clamp(0, 1)  # vertical stripes
+    lowest = _margin(state, best, rows)
+    for i in range(1, state.settings.queries):
+        stands = ~state.broken[rows]
+        rows, seeds, clean, best, lowest = (t[stands] for t in (rows, seeds, clean, best, lowest))
+        if not len(rows):
+            return
+        draw = derive_seeds(seeds, i)
+        proposal = torch.where(
+            _window(draw, h, w, side(i - 1, h, w)), (clean + eps * _signs(draw, (c, 1, 1))).clamp(0, 1), best
+        )
+        margin = _margin(state, proposal, rows)
+        better = margin < lowest
+        best, lowest = torch.where(better.view(-1, 1, 1, 1), proposal, best), torch.minimum(margin, lowest)
+
+
+def side(i: int, h: int, w: int) -> int:
+    """Side in pixels of the i-th square (from 0) on images of h x w."""
+    p = _P_INIT / 2 ** sum(i > n for n in _HALVINGS)
+    return min(max(round((p * h * w) ** 0.5), 1), h, w)
+
+
+def _margin(state: AttackState, images: Tensor, rows: Tensor) -> Tensor:
+    _, loss = state.observe(images, rows, lambda z, y: -losses.margin(z, y))
+    return -loss
+
+
+def _window(seeds: Tensor, h: int, w: int, side: int) -> Tensor:
+    """Where each sample's square lies, uniform over all that fit: bool [R,1,H,W]."""
+    u = sample_uniform(seeds, (2,))
+    top, left = ((u[:, k] * (n - side + 1)).long().view(-1, 1, 1, 1) for k, n in ((0, h), (1, w)))
+    y, x = torch.arange(h, device=seeds.device).view(1, 1, h, 1), torch.arange(w, device=seeds.device).view(1, 1, 1, w)
+    return (y >= top) & (y < top + side) & (x >= left) & (x < left + side)
+
+
+def _signs(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return (sample_uniform(derive_seeds(seeds, 0), shape) < 0.5).float() * 2 - 1

@@ -1,0 +1,131 @@
+"""What an attack knows and has found: every question to the model goes through a `Trial`, which keeps the score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import losses
+from ..errors import UserError
+
+Classifier = Callable[
+    [Tensor], Tensor
+]  # images [B,3,H,W] float32 in [0,1] -> logits [B,C] float32; normalisation is inside
+
+
+@dataclass(frozen=True)
+class AttackSettings:
+    """One threat and the means spent on it; everything an attack's outcome depends on beside the model, the images and their seeds.
+
+    iters, restarts: of every gradient attack, at every target. queries: what Square may ask about one sample in one restart.
+    targets: the most classes that a targeted attack aims at (min(targets, C - 1)). step_size: of PGD alone; None is 2.5 eps / iters.
+    """
+
+    eps: float
+    norm: str = "linf"
+    iters: int = 100
+    restarts: int = 1
+    queries: int = 5000
+    targets: int = 9
+    step_size: float | None = None
+
+    def __post_init__(self):
+        if self.norm not in ("linf", "l2"):
+            raise UserError(f"norm: '{self.norm}' is not known; write linf or l2")
+        if not self.eps > 0:
+            raise UserError(f"eps: {self.eps} is no attack; write a positive size such as 2/255")
+        for name in ("iters", "restarts", "queries", "targets"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)} is too few; write 1 or more")
+
+
+def logits_of(model: Classifier, images: Tensor) -> Tensor:
+    """The model's logits, outside any autocast: an attack of 1/255 does not survive bfloat16's rounding.
+
+    Raises UserError where the model hands back anything but float32 (or float64).
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        logits = model(images)
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise UserError(
+            f"model: its logits are {logits.dtype}; attacks need float32: evaluate it without autocast or half-precision weights"
+        )
+    return logits
+
+
+class AttackState:
+    """The samples that an attack is set on and, of each, the best iterate seen so far.
+
+    Best: a misclassified iterate before a correctly classified one, then the larger loss. Judged on the very forward pass that
+    the attack made, so that no later pass can take a success back.
+    """
+
+    def __init__(
+        self,
+        model: Classifier,
+        images: Tensor,
+        labels: Tensor,
+        seeds: Tensor,
+        settings: AttackSettings,
+        source: Classifier | None = None,
+    ):
+        self.model, self.images, self.labels, self.seeds, self.settings, self.source = (
+            model,
+            images,
+            labels,
+            seeds,
+            settings,
+            source,
+        )
+        self.adv = images.clone()
+        self.prediction = labels.clone()
+        self.broken = torch.zeros_like(labels, dtype=torch.bool)
+        self.not_finite = torch.zeros_like(self.broken)  # samples of which the model once gave NaN or infinity
+        self.queries = 0  # forward passes, summed over samples
+        self._loss = torch.full(labels.shape, -torch.inf, device=labels.device)
+
+    def standing(self) -> Tensor:
+        """Indices of the samples that still stand: int64 [R]."""
+        return (~self.broken).nonzero().flatten()
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The model's logits [R,C] of any images, counted, not judged."""
+        self.queries += len(images)
+        return logits_of(self.model, images)
+
+    def target_order(self) -> Tensor:
+        """The classes to aim at, those of the highest logits of the clean image first, never the label: int64 [B, min(targets, C-1)]."""
+        with torch.no_grad():
+            logits = self.logits(self.images).scatter(1, self.labels[:, None], torch.inf)
+        return logits.sort(dim=1, descending=True, stable=True).indices[:, 1 : 1 + self.settings.targets]
+
+    def observe(
+        self,
+        images: Tensor,
+        rows: Tensor,
+        loss_fn: Callable[[Tensor, Tensor], Tensor] = losses.cross_entropy,
+        allowed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [R,C] and per-sample losses [R] (`loss_fn(logits, labels)`) of iterates of the samples `rows`, differentiable; keeps the best.
+
+        allowed: bool [R], the iterates that lie inside the eps ball and may count; None is all of them.
+        """
+        logits = self.logits(images)
+        loss = loss_fn(logits, self.labels[rows])
+        with torch.no_grad():
+            self._keep(images.detach(), rows, logits.detach(), loss.detach(), allowed)
+        return logits, loss
+
+    def _keep(self, images: Tensor, rows: Tensor, logits: Tensor, loss: Tensor, allowed: Tensor | None) -> None:
+        finite, prediction = logits.isfinite().all(1), logits.argmax(1)
+        self.not_finite[rows] |= ~finite
+        wrong, broken = prediction != self.labels[rows], self.broken[rows]
+        better = finite & ((wrong & ~broken) | ((wrong == broken) & (loss > self._loss[rows])))
+        if allowed is not None:
+            better &= allowed
+        at = rows[better]
+        self.adv[at], self.prediction[at] = images[better], prediction[better]
+        self.broken[at], self._loss[at] = wrong[better], loss[better].to(self._loss.dtype)

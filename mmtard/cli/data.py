@@ -1,0 +1,82 @@
+"""Commands that prepare data: shards, index."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config.argument_types import jpeg_quality, positive
+from ..data.paths import default_index, expand_shards
+from .command import add_command
+
+
+def add(commands) -> None:
+    """Add the commands of this file to the command line."""
+    _add_shards(commands)
+    _add_index(commands)
+
+
+def _add_shards(commands) -> None:
+    p = add_command(
+        commands,
+        "shards",
+        _shards,
+        "Write WebDataset shards from an image folder with one sub-folder a class, and index them.",
+        "mmtard shards imagenet/train shards/train --resize 256",
+    )
+    p.add_argument("images", type=Path, metavar="IMAGES", help="folder with one sub-folder of images a class")
+    p.add_argument("out", type=Path, metavar="OUT")
+    p.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="default 1000")
+    p.add_argument(
+        "--resize", type=positive, metavar="PX", help="shorter side; re-encodes as JPEG. Default: files as they are"
+    )
+    p.add_argument(
+        "--quality", type=jpeg_quality, default=95, metavar="Q", help="JPEG quality when re-encoding (default 95)"
+    )
+    p.add_argument(
+        "--classnames",
+        type=Path,
+        metavar="FILE",
+        help="one name a line, in the order of the sorted sub-folders (as numbers where all are); default: their names",
+    )
+    p.add_argument("--jobs", type=positive, metavar="N", help="processes; default: one a core")
+    p.add_argument(
+        "--shuffle-seed", type=int, default=0, metavar="S", help="order of the images over the shards (default 0)"
+    )
+
+
+def _shards(args) -> None:
+    from ..data.shard_writer import write_shards
+
+    written = write_shards(
+        args.images,
+        args.out,
+        samples_per_shard=args.samples_per_shard,
+        resize=args.resize,
+        quality=args.quality,
+        jobs=args.jobs,
+        shuffle_seed=args.shuffle_seed,
+        classnames=args.classnames,
+    )
+    print(written)
+
+
+def _add_index(commands) -> None:
+    p = add_command(
+        commands,
+        "index",
+        _index,
+        "Index shards, so that training can read any sample of them.",
+        "mmtard index 'shards/train/{000000..001281}.tar'",
+    )
+    p.add_argument("shards", nargs="+", metavar="SHARDS", help="a folder, a brace pattern, or openers such as pipe:...")
+    p.add_argument("--out", type=Path, metavar="FILE", help="default: beside the shards")
+    p.add_argument("--jobs", type=positive, metavar="N", help="processes; default: one a core")
+
+
+def _index(args) -> None:
+    shards = expand_shards(args.shards)
+    from ..data.index import build_index
+
+    out = args.out or default_index(shards)
+    index = build_index(shards, out, **({"jobs": args.jobs} if args.jobs else {}))
+    print(f"{out}: {len(index)} samples in {len(shards)} shards, fingerprint {index.fingerprint[:16]}")

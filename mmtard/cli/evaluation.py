@@ -1,0 +1,160 @@
+"""Commands that measure: evaluate, compare."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from .. import config as settings
+from ..config.argument_types import fraction, natural, positive, positive_or
+from ..distributed.interruption import Interruption
+from .command import add_command, heavy_imports
+
+
+def add(commands) -> None:
+    """Add the commands of this file to the command line."""
+    _add_evaluate(commands)
+    _add_compare(commands)
+
+
+def _add_evaluate(commands) -> None:
+    p = add_command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "How robust a model is: clean and under attack, with intervals and checks of the attack, by a named protocol.",
+        "mmtard evaluate runs/b32 --data shards/imagenet/val\n"
+        "         mmtard evaluate openai --arch ViT-B-32 --protocol fare --data clip_benchmark --datasets cifar10 pets --eps 1/255 2/255",
+    )
+    _evaluation_arguments(p)
+
+
+def _evaluation_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "model",
+        metavar="MODEL",
+        help="run or checkpoint folder, exported folder, weights file, hf-hub:..., or an open_clip tag",
+    )
+    p.add_argument("--arch", help="open_clip architecture or .json, when MODEL is a tag or a file")
+    p.add_argument("--text", help="source of the text tower, when MODEL is an image-tower file")
+    p.add_argument("--ema", action="store_true", help="the moving average of a run's weights that train.ema kept")
+    p.add_argument("--quick-gelu", choices=("true", "false"), help="activation, when MODEL is a file that does not say")
+    p.add_argument(
+        "--protocol",
+        metavar="NAME",
+        default="quick",
+        help="fare, tecoa, robustbench or quick (default); what follows changes it",
+    )
+    p.add_argument(
+        "--data",
+        required=True,
+        metavar="ROOT",
+        help="a dataset (shards, or images in class folders), or a folder of them as CLIP_benchmark lays them out",
+    )
+    p.add_argument("--datasets", nargs="+", metavar="NAME", help="of those in ROOT; default: all")
+    p.add_argument("--index", metavar="FILE", help="default: beside the shards")
+    p.add_argument("--classnames", metavar="FILE", help="default: classnames.txt beside the shards or above them")
+    p.add_argument(
+        "--templates",
+        metavar="FILE",
+        help="prompts, one a line, with {} or {c} for the name, or one prompt; default: the dataset's own",
+    )
+    p.add_argument("--norm", choices=("linf", "l2"))
+    p.add_argument("--eps", type=fraction, nargs="+", metavar="E", help="radii in units of [0,1], such as 2/255 4/255")
+    p.add_argument(
+        "--attacks",
+        nargs="+",
+        metavar="NAME",
+        help="in their order: pgd, apgd-ce, apgd-dlr, apgd-t, fab-t, square, transfer",
+    )
+    p.add_argument("--iters", type=positive, metavar="K", help="iterations of each gradient attack")
+    p.add_argument("--restarts", type=positive, metavar="R")
+    p.add_argument(
+        "--transfer-from", metavar="MODEL2", help="also the `transfer` attack, which follows this model's gradients"
+    )
+    p.add_argument("--transfer-arch", metavar="ARCH", help="when MODEL2 is a tag or a file")
+    p.add_argument(
+        "--n-samples", type=positive_or("all"), metavar="N|all", help="size of the stratified sample that is attacked"
+    )
+    p.add_argument("--seed", type=natural, metavar="S", help="of the sample and the attacks' starts")
+    p.add_argument(
+        "--perturb-at",
+        choices=("native", "input"),
+        help="the images' stored size, or the tower's; default: the usual one of each dataset",
+    )
+    p.add_argument(
+        "--sanity",
+        action="store_true",
+        help="also the health checks that need attacks of their own; of what is measured already, these alone",
+    )
+    p.add_argument(
+        "--batch-size",
+        type=positive_or("auto"),
+        metavar="auto|B",
+        help="images a rank takes at once (default auto; halved when the GPU's memory is too small)",
+    )
+    p.add_argument("--workers", type=natural, default=2, metavar="N", help="loader processes a rank (default 2)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="for results.json; default: a folder named by the settings in the run's evaluations/, or in ./evaluations",
+    )
+
+
+def _evaluate(args) -> int:
+    with Interruption() as interruption:
+        return _measure(args, interruption)
+
+
+def _measure(args, interruption: Interruption) -> int:
+    from ..evaluation import datasets, request
+
+    gelu = None if args.quick_gelu is None else args.quick_gelu == "true"
+    model = settings.Model(arch=args.arch, weights=args.model, text=args.text, quick_gelu=gelu, ema=args.ema)
+    transfer = settings.Model(arch=args.transfer_arch, weights=args.transfer_from) if args.transfer_from else None
+    n_samples, batch_size = (None if n in ("all", "auto") else n for n in (args.n_samples, args.batch_size))
+    protocol = request.protocol(
+        args.protocol, args.eps, transfer is not None, args.n_samples == "all", n_samples=n_samples, norm=args.norm, iters=args.iters,
+        restarts=args.restarts, seed=args.seed, perturb_at=args.perturb_at, attacks=args.attacks and tuple(args.attacks),
+    )  # fmt: skip
+    sources = datasets.find_datasets(args.data, args.datasets, args.index, args.classnames)
+    with heavy_imports():
+        from ..attacks import checks
+        from ..data.class_names import templates
+        from ..distributed.ranks import process_group
+        from ..evaluation import table
+        from ..evaluation.evaluate import evaluate
+    if args.templates:
+        protocol = replace(
+            protocol, templates=tuple(templates(settings.Data(shards=args.data, templates=args.templates)))
+        )
+    out = args.out or request.default_out(
+        model, protocol, sources, args.data, batch_size=batch_size, transfer=args.transfer_from
+    )
+    asked = request.EvaluationRequest(model, sources, protocol, out, transfer, batch_size, args.workers, args.sanity)
+    with process_group(args.device) as ranks:
+        results = evaluate(asked, ranks, interruption=interruption)
+        if ranks.is_first:
+            table.show(results)
+    return int(any(checks.failed(dataset["health"]) for dataset in results["datasets"]))
+
+
+def _add_compare(commands) -> None:
+    p = add_command(
+        commands,
+        "compare",
+        _compare,
+        "Paired differences of two evaluations on the same samples, with McNemar's test.",
+        "mmtard compare runs/a/evaluations/quick-ImageNet-linf-2_255-0c1d2e3f runs/b/evaluations/quick-ImageNet-linf-2_255-0c1d2e3f",
+    )
+    p.add_argument("a", type=Path, metavar="A", help="results.json, or the folder of one")
+    p.add_argument("b", type=Path, metavar="B")
+
+
+def _compare(args) -> None:
+    from ..evaluation import compare
+
+    compare.show(compare.compare(args.a, args.b), args.a, args.b)

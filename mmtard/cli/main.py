@@ -1,0 +1,62 @@
+"""`mmtard`: the command line as a whole, and the exit status of each way a command can end.
+
+Heavy imports wait inside the commands until the arguments are known to be good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from .. import __version__
+from ..errors import RunError, UserError
+from . import data, evaluation, runs, training
+
+PROGRAM = "mmtard"
+GROUPS = (data, training, runs, evaluation)  # as --help lists them
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; the exit status: 0 done, 1 the run failed, 2 the user's to mend, 75 start it again to go on."""
+    args = _parse(argv)
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        return _fail(str(error), 2)
+    except RunError as error:
+        return _fail(str(error), error.status)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line: every command with its arguments and an example."""
+    top = argparse.ArgumentParser(
+        prog=PROGRAM, description="Train and measure vision-language models that resist adversarial images."
+    )
+    top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    # The deepspeed launcher puts this before the arguments of every command it starts; the rank comes from the environment.
+    top.add_argument("--local_rank", help=argparse.SUPPRESS)
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for group in GROUPS:
+        group.add(commands)
+    return top
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    top = parser()
+    args, left = top.parse_known_args(argv)
+    # argparse takes all settings at once, before the first flag; settings that follow a flag are left over.
+    if left and not (hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in left)):
+        top.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        args.overrides += left
+    return args
+
+
+def _fail(message: str, status: int) -> int:
+    rank = os.environ.get("RANK", "0")
+    name = PROGRAM if rank == "0" else f"{PROGRAM} (rank {rank})"
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return status

@@ -1,0 +1,98 @@
+"""Commands on finished and running runs: runs, report, export."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+from .. import config as settings
+from ..config.argument_types import natural
+from ..errors import UserError
+from .command import add_command
+
+
+def add(commands) -> None:
+    """Add the commands of this file to the command line."""
+    _add_runs(commands)
+    _add_report(commands)
+    _add_export(commands)
+
+
+def _add_runs(commands) -> None:
+    p = add_command(
+        commands,
+        "runs",
+        _runs,
+        "A table of the runs below a folder: state, step, speed, checkpoints, restarts, robustness.",
+        "mmtard runs runs",
+    )
+    p.add_argument("folder", type=Path, metavar="DIR")
+
+
+def _runs(args) -> None:
+    from ..runs.table import show
+
+    show(args.folder)
+
+
+def _add_report(commands) -> None:
+    p = add_command(
+        commands,
+        "report",
+        _report,
+        "One HTML page of runs and models: training, accuracy under attack, images, health, commands; figures as PNGs.",
+        "mmtard report runs/b32 runs/baseline --out reports/b32",
+    )
+    p.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run folder, or a results.json or folder of them of a model that is no run",
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument(
+        "--images",
+        type=natural,
+        default=6,
+        metavar="N",
+        help="samples of each model that are attacked for the page, on the CPU (default 6; 0: none)",
+    )
+
+
+def _report(args) -> None:
+    for run in args.runs:
+        if not run.exists():
+            raise UserError(f"'{run}' does not exist; give a run's folder, or a results.json or its folder")
+    from ..report.page import report
+
+    print(report(args.runs, args.out, args.images, command=shlex.join(sys.argv)))
+
+
+def _add_export(commands) -> None:
+    p = add_command(
+        commands,
+        "export",
+        _export,
+        "Write a run as a folder that open_clip loads, with the image tower alone and a model card.",
+        "mmtard export runs/b32 exported/b32",
+    )
+    p.add_argument("run_folder", type=Path, metavar="RUN", help="run or checkpoint folder")
+    p.add_argument("out", type=Path, metavar="OUT")
+    p.add_argument("--hf", action="store_true", help="also OUT/transformers, which transformers' CLIPModel loads")
+    p.add_argument("--ema", action="store_true", help="the moving average of the weights that train.ema kept")
+    p.add_argument(
+        "--merge-lora",
+        action="store_true",
+        help="fold a run's adapter into the weights; without it, OUT is a peft folder",
+    )
+
+
+def _export(args) -> None:
+    from ..export.folder import export
+
+    for path in export(
+        settings.Model(weights=str(args.run_folder), ema=args.ema), args.out, hf=args.hf, merge_lora=args.merge_lora
+    ):
+        print(path)

@@ -1,0 +1,42 @@
+"""Local and remote shards as streams of bytes, through webdataset's openers."""
+
+import signal
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+from webdataset.gopen import gopen
+
+from ..errors import UserError
+
+
+@contextmanager
+def open_shard(shard: str) -> Iterator[BinaryIO]:
+    """The bytes of a local or remote shard as a stream. Raises OSError when it cannot be opened or its opener's program fails."""
+    try:
+        stream = gopen(shard, "rb")
+    except ValueError:  # a scheme that webdataset has no opener for
+        raise OSError(
+            "no opener for this scheme; write it as a command, like pipe:aws s3 cp s3://bucket/0.tar -"
+        ) from None
+    try:
+        yield stream
+    except OSError:
+        if getattr(stream, "status", None):
+            raise OSError(f"its opener ended with status {stream.status}") from None
+        raise
+    except (tarfile.ReadError, UserError):
+        # A program we stopped reading from dies of the closed pipe; any other failure of it explains what we could not read.
+        _close(stream, tolerated=(-signal.SIGPIPE,))
+        raise
+    else:
+        _close(stream)
+
+
+def _close(stream: BinaryIO, tolerated: tuple[int, ...] = ()) -> None:
+    try:
+        stream.close()
+    except OSError as error:
+        if (status := getattr(stream, "status", None)) not in tolerated:
+            raise OSError(f"its opener ended with status {status}" if status else str(error)) from None

@@ -1,0 +1,1 @@
+"""What a training step computes: objectives (methods/), teacher weights, attack objectives, and the task that joins them."""

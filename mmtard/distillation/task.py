@@ -1,0 +1,123 @@
+"""One micro-batch of distillation: the attack, exactly the passes the method declares, the per-sample loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from types import MappingProxyType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from ..zero_shot import Prediction, ZeroShotHead
+from . import attack_objectives, methods
+from .methods import Pass
+from .training_attack import Forward, perturb
+
+
+class StudentModel(Protocol):
+    """What distillation needs of the engine."""
+
+    def __call__(self, images: Tensor, seeds: Tensor, tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The one forward that is differentiated: V views of B samples, [V*B,3,H,W] and int64 [B] -> embeddings [V*B,D], with patch
+        tokens [V*B,P,D] when asked for."""
+
+    def attack_forward(self) -> AbstractContextManager[Forward]:
+        """The same tower in evaluation mode for input gradients, gathering none for its weights."""
+
+
+class TeacherModel(Protocol):
+    """What distillation needs of a frozen teacher."""
+
+    head: ZeroShotHead
+
+    def __call__(self, images: Tensor, tokens: bool = False) -> Prediction:
+        """The prediction without gradient."""
+
+    def differentiable(self, images: Tensor) -> Prediction:
+        """The prediction with its gradient to the images, which `kl_adaptive` asks for."""
+
+
+class DistillationTask:
+    """The training objective of a configuration: student, head and teachers in; per-sample losses and named terms out.
+
+    `state` is what the method carries from step to step: `end_step` moves it on, a checkpoint keeps it.
+    """
+
+    def __init__(self, config: Config, student: StudentModel, head: ZeroShotHead, teachers: dict[str, TeacherModel]):
+        self.method, self.settings = methods.find_method(config.method.name), config.method
+        self.attack = config.attack
+        self.objective = (
+            attack_objectives.find_objective(config.attack_objective, config.fusion)
+            if config.attack_objective
+            else None
+        )
+        self.student, self.head, self.teachers = student, head, teachers
+        self.passes: set[Pass] = self.method.passes(config.method)
+        self.reference_passes: frozenset[Pass] = self.objective.reference_passes if self.objective else frozenset()
+        self.state: dict[str, float] = methods.first_state(self.method, config.method)
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, seeds: Tensor, stored: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """images [B,3,H,W] float32 in [0,1], labels and seeds int64 [B] -> (loss [B], {term: [B]}).
+
+        stored: teacher -> its embeddings [B,D] of these images, read instead of running the teacher on them. The caller runs
+        one backward of the loss: there has been one forward of the student that is differentiated.
+        """
+        views = {"clean": images}
+        predictions = self._teacher_predictions(views, stored)
+        if self.objective:
+            views["adv"] = self._adversarial(images, labels, seeds, predictions)
+            predictions |= self._teacher_predictions({"adv": views["adv"]})
+        predictions |= self._student_predictions(views, seeds)
+        loss, terms = self.method.loss(self.settings, predictions, labels, self.state)
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+    def end_step(self, means: dict[str, float]) -> None:
+        """Move the method's state on after an update: `means` of the terms over the step's global batch, the same on every rank."""
+        self.state = methods.next_state(self.method, self.settings, self.state, means)
+
+    def adversarial(
+        self, images: Tensor, labels: Tensor, seeds: Tensor, stored: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Tensor:
+        """The training's adversarial images alone, arguments as in a call."""
+        return self._adversarial(images, labels, seeds, self._teacher_predictions({"clean": images}, stored))
+
+    def _adversarial(self, images, labels, seeds, predictions) -> Tensor:
+        with self.student.attack_forward() as forward:
+            targets = {p: predictions[p] for p in self.reference_passes if p.model != "student"}
+            with torch.no_grad():
+                targets |= {p: self.head(forward(images)) for p in self.reference_passes if p.model == "student"}
+            maximise = attack_objectives.attack_loss(self.objective, targets, labels, seeds)
+            moving = [self.teachers[self.objective.through_teacher]] if self.objective.through_teacher else []
+            return perturb(
+                self.attack,
+                lambda x: maximise(self.head(forward(x)), *(t.differentiable(x) for t in moving)),
+                images,
+                seeds,
+            )
+
+    def _teacher_predictions(
+        self, views: dict[str, Tensor], stored: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> dict[Pass, Prediction]:
+        predictions = {}
+        for p in sorted(self.passes | self.reference_passes):
+            if p.model != "student" and p.image in views:
+                teacher = self.teachers[p.model]
+                # Stored embeddings are of the clean images and come without the patches' tokens.
+                read = p.image == "clean" and p.model in stored and not self.settings.tokens
+                predictions[p] = teacher.head(stored[p.model]) if read else teacher(views[p.image], **self._tokens)
+        return predictions
+
+    def _student_predictions(self, views: dict[str, Tensor], seeds: Tensor) -> dict[Pass, Prediction]:
+        asked = sorted(p.image for p in self.passes if p.model == "student")
+        outputs = self.student(torch.cat([views[v] for v in asked]), seeds, **self._tokens)
+        chunks = zip(*(t.chunk(len(asked)) for t in (outputs if self._tokens else (outputs,))))
+        return {Pass("student", v): self.head(*chunk) for v, chunk in zip(asked, chunks)}
+
+    @property
+    def _tokens(self) -> dict[str, bool]:
+        return {"tokens": True} if self.settings.tokens else {}

@@ -1,0 +1,48 @@
+"""Signals become a flag that the loops read: nothing is saved or torn down inside a handler."""
+
+from __future__ import annotations
+
+import signal
+
+from ..errors import RunError
+
+EXIT_REQUEUE = 75  # exit status of a run that saved its state and wants to be started again (EX_TEMPFAIL)
+
+
+class Interruption:
+    """Remembers the first SIGTERM, SIGUSR2 (Slurm's and submitit's warning) or SIGINT; a second SIGINT interrupts at once.
+
+    Use as a context manager around the loops; afterwards the signals are ignored, since a late one must not turn a finished
+    run into a failed one.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
+    def __init__(self):
+        self.signal: str | None = None
+
+    def __enter__(self) -> "Interruption":
+        for number in self.SIGNALS:
+            signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def name(self) -> str:
+        return self.signal or "a signal to another rank"
+
+    def stop(self, ranks, kept: str = "nothing was written") -> None:
+        """Raise RunError with status REQUEUE on every rank when any of them was interrupted; it says what is `kept`. Collective."""
+        if ranks.any(bool(self)):
+            raise RunError(f"stopped by {self.name}; {kept}, start it again", EXIT_REQUEUE)
+
+    def _note(self, number, frame) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = self.signal or signal.Signals(number).name

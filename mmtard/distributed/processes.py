@@ -1,0 +1,38 @@
+"""How processes end: with the one they work for, and without torch's threads in the way."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import signal
+import sys
+import threading
+from typing import NoReturn
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it ended before the kernel knew
+        sys.exit("the parent process is gone")
+
+
+def exit_process(status: int) -> NoReturn:
+    """End this process with a status as the interpreter would, without taking the interpreter down.
+
+    A thread of gloo or of autograd may hold a tensor for a moment after the last collective or backward. If it lets go of it while the
+    interpreter is taken down, the whole process aborts, and a finished run looks like a failed one (pytorch issue 190489).
+    """
+    threading._shutdown()  # as multiprocessing ends its processes
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a closed pipe, a full disk
+            status = status or 120
+    os._exit(status)

@@ -1,0 +1,193 @@
+"""Ranks: who this process is under torchrun, the deepspeed launcher, srun or alone, and how ranks agree."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import RunError, UserError
+
+GIVEN = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")  # set where Slurm gave GPUs
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all. Device tensors go through the default group; flags and numbers through `cpu_group` (gloo)."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    cpu_group: Any
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Each number summed over the ranks, in float64; the same on every rank."""
+        numbers = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(numbers, group=self.cpu_group)
+        return numbers.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; all ranks get the same answer."""
+        return self.sum([float(flag)])[0] > 0
+
+    def all_gather(self, item: Any) -> list[Any]:
+        """Every rank's item, in rank order, on every rank."""
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item, group=self.cpu_group)
+        return items
+
+    def run_on_first(self, make, patience: timedelta | None = None) -> Any:
+        """`make()` of the first rank, on every rank. A UserError there is raised on all of them.
+
+        patience: how long the others wait for it where the group's own timeout is too short for what is made.
+        """
+        group = dist.new_group(backend="gloo", timeout=patience) if patience else self.cpu_group
+        box: list[Any] = [None]
+        if self.is_first:
+            try:
+                box = [make()]
+            except UserError as error:
+                box = [error]
+        dist.broadcast_object_list(box, src=0, group=group)
+        if patience:
+            dist.destroy_process_group(group)
+        if isinstance(box[0], UserError):
+            raise box[0]
+        return box[0]
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.cpu_group)
+
+
+def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> Ranks:
+    """Join the process group this launch describes: RANK/WORLD_SIZE/LOCAL_RANK (torchrun, deepspeed), SLURM_PROCID/NTASKS/
+    LOCALID (srun, with MASTER_ADDR and MASTER_PORT exported), or a group of one without a network.
+
+    device: auto | cpu | cuda. Raises UserError when a GPU is asked for, or Slurm gave some, and torch sees none, when local ranks would
+    share a GPU, and when a launcher left no master address.
+    """
+    # DeepSpeed and FSDP2 call them; no user can change that.
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated", FutureWarning
+    )
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        rank, world, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    elif "SLURM_PROCID" in env:
+        # Slurm sets no SLURM_NTASKS in a script that asked for no tasks.
+        rank, world, local = int(env["SLURM_PROCID"]), int(env.get("SLURM_NTASKS", 1)), int(env.get("SLURM_LOCALID", 0))
+    else:
+        rank, world, local = 0, 1, 0
+    where = _device(device, local)
+    on_gpu = where.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(where)
+    if not dist.is_initialized():
+        if world > 1 and "MMTARD_INIT_FILE" not in env and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+            raise UserError(
+                f"{world} ranks but no MASTER_ADDR and MASTER_PORT; export both (slurm/train_vitb32.sh shows how)"
+            )
+        meet = _meeting_point(world)
+        try:
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                init_method=meet,
+                rank=rank,
+                world_size=world,
+                timeout=timeout,
+                device_id=where if on_gpu else None,
+            )
+        except dist.DistError as error:
+            place = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}" if meet == "env://" else meet
+            raise RunError(
+                f"rank {rank} of {world} did not meet the others at {place}: {' '.join(str(error).split())[:300]}"
+            ) from None
+    # DeepSpeed reads these, and takes the GPU that LOCAL_RANK numbers.
+    env.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(where.index if on_gpu else local))
+    return Ranks(rank, world, local, where, dist.new_group(backend="gloo", timeout=timeout))
+
+
+def peer_is_gone(error: BaseException | None) -> bool:
+    """Whether an error comes from another rank that ended, or did not answer in time, rather than from this one."""
+    # gloo has no exception of its own, and names the file of its transport.
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and ("gloo/" in str(error) or "closed by peer" in str(error))
+    )
+
+
+def reduce(numbers: torch.Tensor) -> None:
+    """Sum a tensor over the ranks in place, on their devices."""
+    dist.all_reduce(numbers)
+
+
+@contextmanager
+def process_group(device: str = "auto") -> Iterator[Ranks]:
+    """`start` and `stop` around a block; a lost connection leaves as a RunError of one line."""
+    ranks = start(device)
+    try:
+        yield ranks
+    except RuntimeError as error:
+        if not peer_is_gone(error):
+            raise
+        raise RunError(
+            f"lost the connection to another rank; its own lines say why, this rank saw: {' '.join(str(error).split())[:300]}"
+        ) from None
+    stop()
+
+
+def stop() -> None:
+    """Leave the group; DeepSpeed, where it was in use, forgets its own groups with it, so that this process may join another."""
+    if dist.is_initialized():
+        comm = sys.modules.get("deepspeed.comm.comm")
+        (comm if comm is not None and comm.cdb is not None else dist).destroy_process_group()
+
+
+def _device(device: str, local: int) -> torch.device:
+    """Where this rank computes: on the GPU of its local rank, or on the only one that Slurm lets this task see."""
+    available, env = torch.cuda.is_available(), os.environ
+    if device == "cuda" and not available:
+        raise UserError("engine.device: 'cuda', but torch sees no GPU here; set engine.device=cpu or run where one is")
+    if device == "auto" and not available:
+        given = next((f"{name}={env[name]}" for name in GIVEN if env.get(name)), None)
+        if given and env.get("SLURM_GPUS_ON_NODE") != "0":
+            build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+            raise UserError(
+                f"engine.device: 'auto' finds no GPU on {platform.node()}, though Slurm gave this job some ({given}): torch {torch.__version__}, {build}, "
+                "sees none; install a torch for the node's driver (nvidia-smi tells its CUDA version), or set engine.device=cpu (evaluate: --device cpu)"
+            )
+    if device == "cpu" or not available:
+        return torch.device("cpu")
+    seen = torch.cuda.device_count()
+    if local < seen:
+        return torch.device("cuda", local)
+    # --gpus-per-task=1 and --gpu-bind=single:1 show each task one GPU; they are different ones when the step has one for each.
+    if seen == 1 and env.get("SLURM_LOCALID") == str(local) and local < int(env.get("SLURM_GPUS_ON_NODE") or 0):
+        return torch.device("cuda", 0)
+    raise UserError(f"local rank {local} has no GPU of its own: torch sees {seen}; start one process a GPU")
+
+
+def _meeting_point(world: int) -> str:
+    if "MMTARD_INIT_FILE" in os.environ:  # a shared file instead of a TCP store, for ranks on one machine
+        return f"file://{os.environ['MMTARD_INIT_FILE']}"
+    if world > 1:
+        return "env://"
+    folder = tempfile.mkdtemp(prefix="mmtard-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return f"file://{folder}/store"

@@ -1,0 +1,78 @@
+"""Where stored teacher embeddings lie, and which of them a configuration names. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..config import Config, Data, Model, model_of
+from ..data.paths import default_index, expand_shards
+from ..errors import UserError
+
+
+def embeddings_folder(settings: Data) -> Path:
+    """Where the stored teacher embeddings of this data belong: `settings.embeddings`, else embeddings/ beside the index."""
+    if settings.embeddings:
+        return Path(settings.embeddings)
+    index = Path(settings.index) if settings.index else default_index(expand_shards(settings.shards))
+    return index.parent / "embeddings"
+
+
+MANIFEST = "manifest.json"
+
+
+def embedding_recipe(config: Config, teacher: str) -> dict:
+    """The settings that a teacher's stored embeddings come from, as a manifest keeps them."""
+    data, model = config.data, model_of(config, teacher)
+    made = {
+        "teacher": _named(model),
+        "student": _named(config.student),  # for the size of the images
+        "shards": data.shards,
+        "index": data.index,
+        "resize": data.resize,
+        "crop_scale": data.crop_scale,
+        "flip": data.flip,
+        "views": data.views,
+        "seed": config.seed if data.augmented or model.weights == "random" else None,
+        "precision": config.engine.precision,
+    }
+    return json.loads(json.dumps(made))
+
+
+def manifests(folder: Path) -> dict[Path, dict]:
+    """Folder -> manifest of every finished store in a folder of them."""
+    found = {}
+    for path in sorted(folder.glob(f"*/{MANIFEST}")) if folder.is_dir() else []:
+        try:
+            manifest = json.loads(path.read_text())
+            if isinstance(manifest, dict) and isinstance(manifest.get("identity"), dict):
+                found[path.parent] = manifest
+        except (OSError, ValueError):
+            pass  # being written, or not ours
+    return found
+
+
+def stored_teachers(config: Config) -> dict[str, Path | None]:
+    """Teacher -> the folder of embeddings that were stored from these same settings, or None, for each that is set to be `stored`.
+
+    Whether weights and shards are still those that the embeddings were made of, only `mmtard cache` and `mmtard train` can tell.
+    """
+    wanted = [name for name, teacher in config.teachers.items() if teacher.stored]
+    try:
+        found = manifests(embeddings_folder(config.data)) if wanted else {}
+    except UserError:  # shards that are not there have no embeddings either
+        found = {}
+    return {
+        name: next(
+            (path for path, manifest in found.items() if manifest.get("made_from") == embedding_recipe(config, name)),
+            None,
+        )
+        for name in wanted
+    }
+
+
+def _named(model: Model) -> dict:
+    """What names a model's weights: the setting, and for a run's folder the checkpoint it stands for."""
+    named = model.model_dump(mode="json", include=set(Model.model_fields))
+    latest = Path(model.weights) / "checkpoints" / "latest"
+    return named | ({"checkpoint": latest.resolve().name} if latest.exists() else {})

@@ -1,0 +1,1 @@
+"""How robust a model is: protocols, datasets, measurement over ranks, results, comparison."""

@@ -1,0 +1,118 @@
+"""The work of a dataset, cut into chunks of samples that are the same at every world size, shared by the ranks, and measured in
+batches as large as the memory allows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import zip_longest
+
+import numpy as np
+
+from ..attacks.batching import AdaptiveBatchSize
+from ..config import Cache
+from ..data.dataset import Dataset
+from ..data.images import Native, Transform
+from ..data.samples import Batch
+from ..data.staging import Staging
+from ..data.stream import eval_batches
+from ..distributed.interruption import Interruption
+from ..distributed.ranks import Ranks
+from ..errors import UserError
+from .partial_results import PartialResults
+
+CPU_BATCH, CUDA_BATCH = 64, 128  # where none is asked for; memory that is too small for it halves what is taken at once
+SAY_EVERY_S = 10.0
+
+
+@dataclass
+class ChunkedWork:
+    """What one rank needs to go through samples of a dataset."""
+
+    dataset: Dataset
+    transform: Transform | Native
+    chunk: int
+    seed: int
+    workers: int
+    cache: Cache
+    ranks: Ranks
+    halving: AdaptiveBatchSize
+    interruption: Interruption
+    say: Callable
+    max_left_out: float | Fraction = 0.01  # share of samples that may be unreadable
+
+    def measure(
+        self, part: str, ids: np.ndarray, progress: PartialResults, measure: Callable, need_labels: bool = True, max_left_out: float | Fraction = 0
+    ) -> tuple[list[dict], list[tuple[str, str]]]:  # fmt: skip
+        """Measure what is left of a part and return, on every rank, the rows of chunks in their order and (name, reason) of each sample
+        that could not be read and is in no row. Collective.
+
+        measure(images [b,3,H,W] float32, batch, their ids) -> the row. Raises UserError when more than the share `max_left_out` cannot
+        be read; RunError with status REQUEUE on an interruption: all that was measured is kept.
+        """
+        chunks = [ids[i : i + self.chunk] for i in range(0, len(ids), self.chunk)]
+        mine, rounds = progress.mine(part, len(chunks))
+        asked = np.concatenate([chunks[c] for c in mine]) if mine else np.empty(0, dtype=np.int64)
+        meter = RateMeter(part, sum(len(chunks[c]) for c in range(len(chunks)) if (part, c) not in progress.done), self)
+        for _, chunk, batch in zip_longest(range(rounds), mine, self.batches(asked, self.chunk, need_labels)):
+            self.interruption.stop(self.ranks, kept=f"what is measured is kept in '{progress.folder.parent}'")
+            if batch is not None:
+                images, given = batch.images.to(self.ranks.device).float() / 255, batch.sample_ids.tolist()
+                progress.add(
+                    part,
+                    chunk,
+                    {"ids": given, "left_out": batch.left_out, **(measure(images, batch, given) if given else {})},
+                )
+                meter.add(len(chunks[chunk]))
+        rows = progress.rows(part)
+        left_out = [tuple(named) for row in rows for named in row["left_out"]]
+        check_left_out(part, left_out, len(ids), max_left_out)
+        return [row for row in rows if row["ids"]], left_out
+
+    def batches(self, ids: np.ndarray, size: int, need_labels: bool = True) -> Iterator[Batch]:
+        """The samples in this order, `size` at a time."""
+        staging = Staging(self.dataset, self.cache) if self.dataset.remote else None
+        return eval_batches(
+            self.dataset,
+            self.transform,
+            ids,
+            size,
+            self.seed,
+            self.workers,
+            need_labels,
+            staging=staging,
+            replace=False,
+        )
+
+
+def check_left_out(where: str, left_out: Sequence[tuple[str, str]], n: int, most: float | Fraction) -> None:
+    """Raises UserError when more than the share `most` of n samples, or all of them, could not be read."""
+    if left_out and (len(left_out) > most * n or len(left_out) == n):
+        told = f"{len(left_out)} of {n} samples cannot be read, and {float(100 * most):g} % may be left out ({named(left_out)})"
+        raise UserError(f"{where}: {told}; repair or remove them")
+
+
+def named(left_out: Sequence[tuple[str, str]]) -> str:
+    """The first few of the samples, each with what is wrong with it."""
+    return "; ".join(f"{name}: {reason}" for name, reason in left_out[:3]) + ("; ..." if len(left_out) > 3 else "")
+
+
+class RateMeter:
+    """Says now and then how fast the samples of a part are measured, over all ranks, and how long the rest will take."""
+
+    def __init__(self, part: str, total: int, work: ChunkedWork):
+        self.part, self.total, self.work = part, total, work
+        self.done, self.began = 0, time.monotonic()
+        self.said = self.began
+
+    def add(self, n: int) -> None:
+        self.done += n * self.work.ranks.world_size
+        now = time.monotonic()
+        if self.work.ranks.is_first and now - self.said > SAY_EVERY_S:
+            self.said, done = now, min(self.done, self.total)
+            rate = done / (now - self.began)
+            self.work.say(
+                f"{self.part}: {done}/{self.total} samples  {rate:.3g} images/s  left {(self.total - done) / rate:.0f} s"
+            )

@@ -1,0 +1,87 @@
+"""The model that is measured: its tower on this rank's device, its zero-shot heads, and what identifies it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import Model
+from ..data.images import Transform
+from ..distributed.ranks import Ranks
+from ..files import settings_digest
+from ..models import clip, image_tower, loading
+from ..models.weights import tensors_sha256
+from ..zero_shot import ZeroShotHead
+
+
+@dataclass
+class EvaluatedModel:
+    """`tower` takes images [B,3,H,W] in [0,1] of any size and runs in float32; `description` is the model's part of the results."""
+
+    clip: clip.Clip
+    tower: image_tower.ImageTower
+    description: dict
+
+    @property
+    def identity(self) -> dict:
+        """What of `description` decides the numbers: not where the weights came from, nor the path that may be their architecture's name."""
+        return {k: v for k, v in self.description.items() if k not in ("weights", "ema", "arch")}
+
+    def transform(self) -> Transform:
+        """A stored image's way to the tower's size, the model's own. Raises UserError for one that is not known."""
+        return Transform.of_model(self.tower.image_size, self.description["preprocess"], self.description["weights"])
+
+    def head(self, names: list[str], prompts: list[str], ranks: Ranks) -> ZeroShotHead:
+        """The class embeddings, computed by the first rank, with the model's own logit scale. Collective."""
+        classes = ranks.run_on_first(lambda: self.clip.class_embeddings(names, prompts, ranks.device))
+        return ZeroShotHead(classes.to(ranks.device), self.clip.logit_scale)
+
+    def logits(self, head: ZeroShotHead) -> Callable[[Tensor], Tensor]:
+        """images [B,3,H,W] float32 in [0,1] -> logits [B,C], the cosines times the model's own logit scale."""
+        return lambda images: head(self.tower(images)).logits
+
+    def embed(self, images: Tensor) -> Tensor:
+        """images [B,3,H,W] float32 in [0,1] -> embeddings [B,D], normalised."""
+        return F.normalize(self.tower(images), dim=-1)
+
+
+def load_model(spec: Model, ranks: Ranks, where: str = "model") -> EvaluatedModel:
+    """A frozen model on this rank's device. Collective. Raises UserError as `towers.load` does."""
+    clip = loading.load_clip(spec, where=where)
+    state = clip.model.state_dict()
+    image = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
+    text = {k: v for k, v in state.items() if not k.startswith("visual.")}
+    sha256, text_sha256 = ranks.run_on_first(lambda: (tensors_sha256(image), tensors_sha256(text)))
+    tower = clip.tower().eval().requires_grad_(False).to(ranks.device)
+    description = {
+        "weights": spec.weights,
+        "ema": spec.ema,
+        "arch": spec.arch or clip.name,
+        "sha256": sha256,
+        "text_sha256": text_sha256,
+        "quick_gelu": bool(clip.config["model_cfg"].get("quick_gelu", False)),
+        "image_size": tower.image_size,
+        "logit_scale": clip.logit_scale,
+        "preprocess": clip.config["preprocess_cfg"],
+        "model_cfg": settings_digest(clip.config["model_cfg"]),
+    }
+    return EvaluatedModel(clip, tower, description)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """TF32 off: by default cuDNN's convolutions, a ViT's patch embedding among them, keep 10 bits of a float32's 23."""
+    kinds = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [kind.allow_tf32 for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.allow_tf32 = False
+        yield
+    finally:
+        for kind, allowed in zip(kinds, before):
+            kind.allow_tf32 = allowed

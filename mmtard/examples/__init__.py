@@ -1,0 +1,1 @@
+"""The quickstart and the comparison on CIFAR-10."""

@@ -1,0 +1,1 @@
+"""Submitting to Slurm, the body of a job, running on this machine. No torch."""

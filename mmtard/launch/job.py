@@ -1,0 +1,152 @@
+"""The Slurm side: what sbatch is told, and how a stage becomes a job or a job array, through submitit."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import shutil
+from dataclasses import dataclass, field, replace
+
+from ..errors import UserError
+from .plan import Stage
+from .requeue import outside
+from .snapshot import Snapshot
+from .task import Task
+
+try:
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+except ImportError:
+    raise UserError("submitit is missing in this Python; install it: python -m pip install submitit") from None
+
+# The first lines of the job, as slurm/train_vitb32.sh has them with their reasons.
+SETUP = (
+    'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)',
+    "MASTER_ADDR=$(scontrol show node --oneliner \"$first\" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')",
+    "MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))",
+    "export MASTER_ADDR MASTER_PORT SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
+    'echo "$(date "+%F %T") job $SLURM_JOB_ID: start $((${SLURM_RESTART_COUNT:-0} + ${MMTARD_SUBMITTED_AGAIN:-0} + 1)) on $SLURM_JOB_NODELIST, ranks meet at $MASTER_ADDR:$MASTER_PORT"',
+    "export OMP_NUM_THREADS=1 NCCL_DEBUG=WARN PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1",
+)
+# A signal to the job reaches a rank's Python while it starts, and would end it: ignored until `Task` listens.
+SHIELD = ("sh", "-c", 'trap "" USR2 TERM; exec "$@"', "sh")
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """What a job asks Slurm for."""
+
+    python: str
+    nodes: int = 1
+    gpus_per_node: int = 8
+    cpus_per_task: int = 12
+    minutes: int = 24 * 60
+    lead: int = 120  # seconds between the signal and the end
+    exclusive: bool = True
+    mem: str | None = None
+    at_once: int = 256  # jobs of an array
+    job_name: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    more: dict[str, str | bool] = field(default_factory=dict)
+
+    @property
+    def tasks_per_node(self) -> int:
+        """One a GPU; one on a node that is used without GPUs."""
+        return max(1, self.gpus_per_node)
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+
+def minutes(time: str) -> int:
+    """Minutes of a time limit in any of Slurm's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; seconds count as a minute begun."""
+    match = re.fullmatch(r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?|(?:(\d+):)?(\d+):(\d+)|(\d+))", time)
+    if match:
+        days, day_h, day_m, day_s, h, m, s, alone = (int(g or 0) for g in match.groups())
+        total = 60 * (24 * days + day_h + h) + day_m + m + alone + -(-(day_s + s) // 60)
+        if total:
+            return total
+    raise UserError(f"--time: '{time}' is not a time limit; write minutes, H:MM:SS or D-HH:MM:SS")
+
+
+def script(stage: Stage, request: JobRequest, snapshot: Snapshot) -> str:
+    """The exact text that sbatch is given for a stage; jobs that it waits for stand as JOB_OF_<run folder>."""
+    executor = _executor(stage, request, snapshot, [f"JOB_OF_{run.name}" for run in stage.after])
+    if len(stage.works) > 1:
+        executor.parameters["map_count"] = len(stage.works)
+    return executor._make_submission_file_text(executor._submitit_command_str, uid="")
+
+
+def submit(stage: Stage, request: JobRequest, snapshot: Snapshot, after: list[str]) -> list[submitit.Job]:
+    """One job for each work, as an array if there are several; after: ids of the jobs to wait for."""
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "no Slurm here (sbatch is not on the PATH); --local runs it on this machine, --dry-run shows what would be submitted"
+        )
+    tasks = [Task(snapshot.words(work), snapshot.jobs) for work in stage.works]
+    for name in os.environ.keys() - outside().keys():  # of a job that this is called in
+        del os.environ[name]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what the exception says too
+            return _executor(stage, request, snapshot, after).submit_array(tasks)
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise UserError(
+            f"sbatch refused the job: {' '.join(str(error).split())}; correct the flag it names, or add one with --slurm key=value"
+        ) from None
+
+
+class _Executor(submitit.SlurmExecutor):
+    """Writes the text of a job also where there is no Slurm."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+
+def _executor(stage: Stage, request: JobRequest, snapshot: Snapshot, after: list[str]) -> _Executor:
+    if not stage.works[0].config:
+        request = replace(request, nodes=1)
+    more = {"requeue": True, "signal": f"USR2@{request.lead}", **request.more}
+    if "no_requeue" in more:  # for clusters that forbid it: `Task` submits the job again instead
+        del more["requeue"]
+    first = more.pop("dependency", None)  # what the user waits for, the whole plan waits for
+    waits = [*([first] if first else []), *([f"afterok:{':'.join(after)}"] if after else [])]
+    if after:
+        more["kill_on_invalid_dep"] = "yes"  # otherwise it would wait for ever for a job that failed
+    executor = _Executor(snapshot.jobs, python=shlex.join([*SHIELD, request.python]))
+    executor.update_parameters(
+        job_name=request.job_name
+        or f"mmtard-{stage.works[0].name if len(stage.works) == 1 else snapshot.folder.parents[1].name}",
+        nodes=request.nodes,
+        ntasks_per_node=request.tasks_per_node,
+        gpus_per_node=request.gpus_per_node or None,
+        cpus_per_task=request.cpus_per_task,
+        time=request.minutes,
+        # All of a node's memory with all of its GPUs.
+        mem=request.mem or ("0" if request.exclusive else None),
+        exclusive=request.exclusive or None,
+        partition=request.partition,
+        account=request.account,
+        qos=request.qos,
+        constraint=request.constraint,
+        dependency=",".join(waits) or None,
+        array_parallelism=request.at_once,
+        wckey=None,
+        stderr_to_stdout=True,
+        # The snapshot before an installed mmtard, and the directory that the job was submitted in not at all.
+        setup=[
+            *SETUP,
+            f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(snapshot.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        ],
+        # A rank that ends badly leaves the others waiting for it in a collective: end them, too.
+        srun_args=["--kill-on-bad-exit=1", "--open-mode=append"],
+        additional_parameters=more,
+    )
+    return executor

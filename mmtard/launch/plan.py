@@ -1,0 +1,204 @@
+"""What a command line asks for, as stages: each is one job, or one job array, after others."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import config as settings
+from ..config import Config
+from ..data.paths import expand_shards
+from ..embeddings.settings import embedding_recipe, stored_teachers
+from ..errors import UserError
+from ..files import slug
+
+# Of the student's overrides, those that say where data and devices are; the rest is the student's own.
+SHARED = ("data.shards", "data.index", "data.classnames", "data.cache", "engine.device", "log")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One run of mmtard: a training or a storing of embeddings, which have a `config`, or the evaluation of a run."""
+
+    run_dir: Path
+    config: Config | None
+    words: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.run_dir.name if self.words[0] == "train" else f"{self.words[0]}-{self.run_dir.name}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Works that are submitted together, once those that have the configurations of the run folders `after` have ended well."""
+
+    title: str
+    works: tuple[Work, ...]
+    after: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    folder: Path  # the run folder that the submission is kept in
+    stages: list[Stage]
+    notes: list[str]
+
+
+def plan(path: Path, overrides: list[str], sweeps: list[str], pipeline: bool, evaluate: list[str], world: int) -> Plan:
+    """The stages of a configuration, its sweep, its teachers and their stored embeddings (pipeline) and evaluations, without those
+    whose result exists.
+
+    world: ranks of a training. Raises UserError for whatever `mmtard train` would refuse before it imports torch.
+    """
+    folder, students = _students(path, overrides, sweeps)
+    stages, notes = [], []
+    for name, config in _teachers(path, overrides, students).items():
+        run = Path(config.run_dir)
+        if steps_done(run) >= config.train.steps:
+            notes += [f"{name} is complete: {run}"] if pipeline else []
+        elif pipeline:
+            stages.append(Stage(name, (_training(config, world, f"{name}: "),)))
+        elif not steps_done(run):
+            notes.append(f"{name}: {run} holds no checkpoint yet; --pipeline trains it first")
+    needed = tuple(work.run_dir for stage in stages for work in stage.works)
+
+    to_train = [c for c in students if steps_done(Path(c.run_dir)) < c.train.steps]
+    notes += [f"complete: {c.run_dir}" for c in students if c not in to_train]
+    storing, found = _storing(to_train, needed)
+    notes += found
+    if storing and pipeline:
+        stages.append(Stage("stored embeddings", tuple(storing), needed))
+        needed += tuple(work.run_dir for work in storing)
+    elif storing:
+        notes += [
+            f"{work.run_dir}: its teachers' embeddings are not stored yet; --pipeline, or `mmtard cache`, stores them first"
+            for work in storing
+        ]
+    if to_train:
+        stages.append(Stage("training", tuple(_training(c, world) for c in to_train), needed))
+    for config, shards in itertools.product(students, evaluate):
+        run = Path(config.run_dir)
+        out = run / "evaluations" / slug(shards.strip("/"))
+        if (out / "results.json").is_file() and config not in to_train:
+            notes.append(f"evaluated: {out}")
+            continue
+        _shards_exist(shards, "--evaluate: ")
+        words = ("evaluate", str(run), "--data", shards, "--device", config.engine.device, "--out", str(out))
+        stages.append(Stage("evaluation", (Work(run, None, words),), (run,) if config in to_train else ()))
+    return Plan(folder, stages, notes)
+
+
+def steps_done(run: Path) -> int:
+    """The step of a run's newest checkpoint; 0 where there is none."""
+    try:
+        return int(json.loads((run / "checkpoints" / "latest" / "state.json").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+# ---------------------------------------------------------------- the parts
+
+
+def _students(path: Path, overrides: list[str], sweeps: list[str]) -> tuple[Path, list[Config]]:
+    """(the configuration's own run folder, one configuration for each point of the sweep, in run folders under it)."""
+    try:
+        folder = Path(settings.load(path, [*overrides, *(f"{k}={v[0]}" for k, v in map(_axis, sweeps))]).run_dir)
+    except UserError as error:
+        listed = next((o for o in overrides if len(_commas(o)) > 1 and o.partition("=")[0] in str(error)), None)
+        raise UserError(f"{error} (for one run of each value: --sweep {listed})" if listed else str(error)) from None
+    if not sweeps:
+        return folder, [settings.load(path, overrides)]
+    axes, students = [_axis(s) for s in sweeps], []
+    for values in itertools.product(*(values for _, values in axes)):
+        point = [f"{key}={value}" for (key, _), value in zip(axes, values)]
+        config = settings.load(path, [*overrides, *point])
+        if not any(key == "run_dir" for key, _ in axes):
+            config = config.model_copy(update={"run_dir": str(folder / "_".join(map(slug, point)))})
+        students.append(config)
+    runs = [c.run_dir for c in students]
+    for run in runs:
+        if runs.count(run) > 1:
+            raise UserError(f"--sweep: two runs would share the folder '{run}'; give each value once")
+    return folder, students
+
+
+def _axis(sweep: str) -> tuple[str, list[str]]:
+    key, _, values = sweep.partition("=")
+    listed = _commas(values)
+    if not key or not all(v.strip() for v in listed):
+        raise UserError(f"--sweep: '{sweep}' is not of the form key.sub=value,value")
+    return ("seed" if key == "seeds" else key), listed
+
+
+def _commas(text: str) -> list[str]:
+    """Split at the commas that are not inside brackets or quotes."""
+    parts, closing = [""], []
+    for c in text:
+        if closing and c == closing[-1]:
+            closing.pop()
+        elif c in "\"'" and not (closing and closing[-1] in "\"'") or c in "[{":
+            closing.append({"[": "]", "{": "}"}.get(c, c))
+        parts[-1] += c
+        if c == "," and not closing:
+            parts[-1] = parts[-1][:-1]
+            parts.append("")
+    return parts
+
+
+def _teachers(path: Path, overrides: list[str], students: list[Config]) -> dict[str, Config]:
+    """`teacher NAME` -> the configuration that trains it, for teachers whose weights are the run folder of one in teachers/."""
+    known = {}
+    shared = [o for o in overrides if any(o.startswith((f"{key}=", f"{key}.")) for key in SHARED)]
+    for file in sorted(
+        file for folder in (path.parent, path.parent.parent) for file in (folder / "teachers").glob("*.yaml")
+    ):
+        try:
+            config = settings.load(file, shared)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+        known[Path(config.run_dir).absolute()] = config
+    found: dict[str, Config] = {}
+    for student in students:
+        for name, teacher in student.teachers.items():
+            config = known.get(Path(teacher.weights).absolute())
+            if config is not None and config not in found.values():
+                found[
+                    f"teacher {name}" if f"teacher {name}" not in found else f"teacher {name} {slug(config.run_dir)}"
+                ] = config
+    return found
+
+
+def _storing(students: list[Config], teachers: tuple[Path, ...]) -> tuple[list[Work], list[str]]:
+    """(one work for each set of embeddings that is not stored, notes about those that are); `teachers`: run folders still to be trained."""
+    works: dict[str, Work] = {}
+    notes: list[str] = []
+    soon = {run.absolute() for run in teachers}
+    for config in students:
+        missing = []
+        for name, folder in stored_teachers(config).items():
+            if folder is None or Path(config.teachers[name].weights).absolute() in soon:
+                missing.append(embedding_recipe(config, name))
+            else:
+                notes.append(f"embeddings of teacher {name} are stored: {folder}")
+        if missing:  # the points of a sweep that agree in these share one store
+            works.setdefault(json.dumps(missing), Work(Path(config.run_dir), config, ("cache",)))
+    return list(works.values()), list(dict.fromkeys(notes))
+
+
+def _training(config: Config, world: int, where: str = "") -> Work:
+    try:
+        settings.check_world(config, world)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from None
+    _shards_exist(config.data.shards, where)
+    return Work(Path(config.run_dir), config, ("train",))
+
+
+def _shards_exist(shards: str | list[str], where: str) -> None:
+    try:
+        expand_shards(shards)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from None

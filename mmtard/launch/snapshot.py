@@ -1,0 +1,72 @@
+"""The folder of a submission: the code and the configurations as they were, which no later edit changes under a queued job."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .. import config as settings
+from ..errors import UserError
+from ..files import slug
+from .plan import Plan, Work
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Snapshot:
+    """`RUN/submissions/TIME/`: `code/`, one YAML a training, `submission.json`, and `jobs/` with what submitit and the jobs write."""
+
+    def __init__(self, run: Path):
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        taken = (f"{stamp}-{i}" if i else stamp for i in range(1000))
+        self.folder = next(f for f in ((run / "submissions" / name).absolute() for name in taken) if not f.exists())
+        self.code, self.jobs = self.folder / "code", self.folder / "jobs"
+
+    def words(self, work: Work) -> tuple[str, ...]:
+        """The arguments of mmtard for a work, with its configuration as the file in this folder."""
+        return (*work.words, str(self._yaml(work))) if work.config else work.words
+
+    def write(self, plan: Plan) -> None:
+        """Copy mmtard/ and configs/, write the resolved configurations and where they came from."""
+        try:
+            self.jobs.mkdir(parents=True)
+            for name in ("mmtard", "configs"):
+                shutil.copytree(ROOT / name, self.code / name, ignore=shutil.ignore_patterns("__pycache__"))
+            for work in (work for stage in plan.stages for work in stage.works if work.config):
+                self._yaml(work).write_text(settings.dump(work.config), encoding="utf-8")
+            origin = {
+                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "command": sys.argv,
+                "directory": str(Path.cwd()),
+                "git": _git(),
+            }
+            (self.folder / "submission.json").write_text(json.dumps(origin, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"run_dir: cannot write to '{self.folder}': {error.strerror}; choose another folder"
+            ) from None
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _yaml(self, work: Work) -> Path:
+        return self.folder / f"{slug(str(work.run_dir).strip('/'))}.yaml"
+
+
+def _git() -> dict | None:
+    def ask(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True, timeout=20
+        ).stdout
+
+    try:
+        return {
+            "commit": ask("rev-parse", "HEAD").strip(),
+            "changed": ask("status", "--porcelain", "--untracked-files=no").splitlines(),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None  # a copy without its history

@@ -1,0 +1,76 @@
+"""The student of a run: the start that is stored with it, and the tower that is trained, as the `student` section wants it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from open_clip.modified_resnet import ModifiedResNet
+from torch.utils.checkpoint import checkpoint as computed_again
+
+from ..config import Config, Model
+from ..distributed.ranks import Ranks
+from ..errors import UserError
+from ..runs.checkpoints import read_weights
+from . import batch_norm, loading, lora, weights
+from .clip import START_FOLDER, Clip
+from .image_tower import ImageTower, blocks
+
+
+def start_model(config: Config, run: Path, resumed: bool, ranks: Ranks) -> Clip:
+    """The pretrained model a run starts from, read from the run's own folder.
+
+    A new run writes it there, so that it can be evaluated, exported and resumed without its source. Collective.
+    """
+    folder = run / START_FOLDER
+    if config.student.lora:
+        lora.require()
+    if not resumed:
+        clip = loading.load_clip(config.student, config.seed, "student")
+        ranks.run_on_first(lambda: clip.save(folder))
+    return loading.load_clip(Model(weights=str(folder)))
+
+
+def trainable_tower(config: Config, clip: Clip, checkpoint: Path | None) -> ImageTower:
+    """The tower to be trained, with the weights of a checkpoint folder where there is one; what is frozen needs no grad."""
+    made = clip.tower()
+    disable_dropout(made)
+    if config.student.lora:
+        lora.attach(made.visual, config.student.lora, made.layout, config.seed)
+    if config.student.batch_norm == "synced":
+        batch_norm.synchronise(made.visual, made.layout)
+        made.frozen_batch_norm = False
+    if config.engine.checkpoint_activations:
+        checkpoint_activations(made)
+    if checkpoint:
+        weights.load_trained(made, read_weights(checkpoint), f"checkpoint '{checkpoint}'")
+    return made
+
+
+def disable_dropout(tower: ImageTower) -> None:
+    """Switch off an architecture's own dropout, stochastic depth and patch dropout (timm's ConvNeXt and ViTamin have some).
+
+    They draw from torch's global generator, whose state depends on ranks, micro-batches and restarts; a training must not.
+    """
+    for module in tower.modules():
+        for chance in ("p", "drop_prob", "prob"):
+            if type(module).__name__.endswith(("Dropout", "DropPath")) and isinstance(
+                getattr(module, chance, None), float
+            ):
+                setattr(module, chance, 0.0)
+
+
+def checkpoint_activations(tower: ImageTower) -> None:
+    """Keep of each block its input alone, and compute the rest again in the backward. Raises UserError for towers that cannot."""
+    visual = tower.visual
+    if isinstance(visual, ModifiedResNet):  # open_clip's own switch does nothing there
+        for block in blocks(tower):
+            block.forward = partial(computed_again, block.forward, use_reentrant=False)
+        return
+    try:
+        # open_clip only warns when a timm model has no such switch.
+        getattr(visual, "trunk", visual).set_grad_checkpointing(True)
+    except (AttributeError, AssertionError, NotImplementedError):
+        raise UserError(
+            f"engine.checkpoint_activations: a {type(getattr(visual, 'trunk', visual)).__name__} tower cannot; set it to false"
+        ) from None

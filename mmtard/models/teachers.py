@@ -1,0 +1,73 @@
+"""The frozen ensemble: named towers that are asked for predictions, whole on every rank or sharded over the ranks, or read from disk.
+
+A ViT-L/14 in float32 beside a ViT-B/32 student with PGD-10, one image a rank on 2 ranks (CPU, gloo; the commands head
+configs/benchmarks/vitl14_teacher.yaml; mean of steps 2 and 3, on cores shared with other programs):
+
+    replicated   1160 MiB a rank    44 s a step
+    sharded       580 MiB a rank    60 s a step
+    stored          0 MiB a rank    25 s a step
+
+All three trained to the same bits. Sharding saves (1 - 1/world) of the bytes and gathers all of the tower once a forward, whatever
+the micro-batch: that time is bytes / bandwidth, so it weighs less the more images a rank takes at once. Rule of thumb: store a
+teacher that sees clean images alone; replicate the others; shard one only where the memory it frees lets `train.micro_batch_size` grow
+(or fit at all), and only where nodes are linked fast enough to gather it in a fraction of its forward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from ..config import Teacher
+from ..distributed.ranks import Ranks
+from ..zero_shot import Prediction, ZeroShotHead
+from .image_tower import ImageTower, blocks, freeze
+
+
+class FrozenTeacher:
+    """A tower without gradients and the head that turns its embeddings into predictions.
+
+    `dtype` is the one its weights are kept and run in (bfloat16 beside a bf16 student).
+    """
+
+    def __init__(
+        self, name: str, settings: Teacher, tower: ImageTower, head: ZeroShotHead, ranks: Ranks, dtype: torch.dtype
+    ):
+        self.name, self.settings, self.head = name, settings, head
+        self.tower = freeze(tower, dtype, ranks.device)
+        if settings.placement == "sharded":
+            shard(self.tower, ranks)
+
+    @property
+    def placement(self) -> str:
+        return self.settings.placement
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, tokens: bool = False) -> Prediction:
+        """images [B,3,H,W] float32 in [0,1] -> Prediction without gradient, with the patches' tokens when asked for."""
+        return self.head(*self.tower(images, tokens=True)) if tokens else self.head(self.tower(images))
+
+    def differentiable(self, images: Tensor) -> Prediction:
+        """The Prediction with its gradient to the images; the weights gather none. A sharded tower is gathered again for the
+        backward, so every rank must ask, and differentiate, as often as the others."""
+        return self.head(self.tower(images))
+
+    @property
+    def bytes_here(self) -> int:
+        """Bytes of weights that this rank holds between forwards."""
+        local = (p.to_local() if hasattr(p, "to_local") else p for p in self.tower.parameters())
+        return sum(p.numel() * p.element_size() for p in local)
+
+    @property
+    def bytes_whole(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.tower.parameters())
+
+
+def shard(tower: ImageTower, ranks: Ranks) -> None:
+    """Spread a frozen tower over all ranks with FSDP2: each block gathered for its forward and freed after it."""
+    # Without a mesh of its own, FSDP2 would take the GPUs that a run on CPUs leaves alone.
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    for module in (*blocks(tower), tower):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)

@@ -1,0 +1,129 @@
+"""What a run reports: `metrics.jsonl` (every step), `events.jsonl`, `probes.jsonl`, lines on the console, and the trackers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .layout import EVENTS, METRICS, PROBES
+from .trackers import Tracker, finite
+
+TIMINGS = ("seconds", "images_per_s", "tflops_a_rank", "mfu", "memory_gib")  # the columns that differ between equal runs
+
+
+class MetricLogger:
+    """The reports of one run, written by its first rank.
+
+    Opening cuts its files back to the step the run goes on from, so that a step that was lost in an
+    interruption and done again stands there once. `trackers` open one each; one that fails is named and left out from then on.
+    """
+
+    def __init__(self, run: Path, start: int, steps: int, log_every: int, trackers: dict[str, Callable[[], Tracker]] = {}):
+        for name in (METRICS, EVENTS, PROBES):
+            cut(run / name, start)
+        self._metrics = (run / METRICS).open("a", buffering=1)
+        self._events = (run / EVENTS).open("a", buffering=1)
+        self.run, self.steps, self.log_every = run, steps, log_every
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._bar = None
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console)
+            self._task = self._bar.add_task(run.name, total=steps, completed=start)
+            self._bar.start()
+        self._began, self._start = time.monotonic(), start
+        self._trackers: dict[str, Tracker] = {}
+        for name, make in trackers.items():
+            self._attempt(name, lambda: self._trackers.update({name: make()}))
+
+    def step(self, row: dict[str, float | int]) -> None:
+        """Record a finished step: `row["step"]` updates are done; numbers that are not finite are stored as null."""
+        self._metrics.write(_line(row))
+        self._track(lambda tracker: tracker.log(row["step"], finite(row)))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["step"])
+        if row["step"] % self.log_every == 0 or row["step"] == self.steps:
+            self.print(self._summary(row))
+
+    def event(self, step: int, kind: str, **details) -> None:
+        """Record and print something out of the ordinary."""
+        self._events.write(_line({"step": step, "event": kind, **details}))
+        shown = "  ".join(f"{k} {_short(v)}" for k, v in details.items())
+        self.print(f"step {step}: {kind}  {shown}")
+
+    def probe(self, row: dict) -> None:
+        """Record a probe of the checkpoint of `row["step"]`: clean and robust accuracy, the latter's interval95, n samples, its protocol."""
+        with (self.run / PROBES).open("a") as file:
+            file.write(_line(row))
+        self._track(lambda tracker: tracker.log_probe(row["step"], {f"probe/{k}": row[k] for k in ("clean", "robust")}))
+        clean, robust, low, high = (100 * x for x in (row["clean"], row["robust"], *row["interval95"]))
+        against = f"{row['protocol']['norm']} {row['protocol']['eps']}"
+        self.print(f"probe of step {row['step']}: clean {clean:.1f} %, robust {robust:.1f} % ({low:.1f}-{high:.1f}) against {against}, {row['n']} samples")
+
+    def print(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def close(self) -> None:
+        """Every record is on disk, every tracker told that this start is over, the terminal as it was."""
+        for file in (self._metrics, self._events):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        self._track(lambda tracker: tracker.close())
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _track(self, call: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            if not self._attempt(name, lambda: call(tracker)):
+                del self._trackers[name]
+
+    def _attempt(self, name: str, call: Callable[[], None]) -> bool:
+        try:
+            call()
+        except Exception as error:  # of a service or a library: whatever it is, training is worth more
+            self.print(f"{name} gets no more numbers of this start: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            return False
+        return True
+
+    def _summary(self, row: dict) -> str:
+        done, width = row["step"], len(str(self.steps))
+        left = (time.monotonic() - self._began) / max(1, done - self._start) * (self.steps - done)
+        hidden = ("step", "batch", "skipped", "replaced", "seconds", "images_per_s", "tflops_a_rank", "memory_gib")
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in hidden and not re.search(r"_p\d\d$", k))
+        return f"step {done:{width}d}/{self.steps}  {shown}  {row['images_per_s']:.4g} images/s  left {timedelta(seconds=round(left))}"
+
+
+def cut(path: Path, step: int) -> None:
+    """Keep the lines of a JSONL file up to `step`; a last line that an interruption cut short goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            break
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text("".join(f"{line}\n" for line in kept))
+    scratch.replace(path)
+
+
+def _line(row: dict) -> str:
+    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}) + "\n"
+
+
+def _short(value) -> str:
+    if isinstance(value, list) and len(value) > 4:
+        return f"{', '.join(map(str, value[:4]))}, ... ({len(value)})"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

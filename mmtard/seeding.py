@@ -1,0 +1,76 @@
+"""Random numbers that depend on a sample's own seed, in torch and in numpy: the same at every world size and batch."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GOLDEN, _MIX1, _MIX2 = (
+    -7046029254386353131,
+    -4658895280553007687,
+    -7723592293110705685,
+)  # splitmix64's constants as int64
+
+
+def sample_uniform(seeds: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Uniform numbers in [0,1) that depend on each sample's own seed alone: seeds int64 [B] -> float32 [B, *shape].
+
+    splitmix64 (Steele et al., OOPSLA 2014) in counter mode, in integer arithmetic: the same bits on every device, at every
+    batch composition and world size. The upper 24 bits become the number.
+    """
+    counter = torch.arange(1, 1 + torch.Size(shape).numel(), device=seeds.device, dtype=torch.int64)
+    z = _mix(seeds[:, None] + counter[None, :] * GOLDEN)
+    return (_shift(z, 40).to(torch.float32) * 2.0**-24).reshape(len(seeds), *shape)
+
+
+def derive_seeds(seeds: Tensor, k: int) -> Tensor:
+    """Each sample's seed of its k-th restart, target or draw: int64 [B] -> int64 [B], unrelated for any two k."""
+    step = torch.full_like(
+        seeds, _MIX1
+    )  # not the step of sample_uniform, so that no seed is one of its numbers; wraps as int64 does
+    return _mix(seeds + (k + 1) * step)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift(z, 30)) * _MIX1
+    z = (z ^ _shift(z, 27)) * _MIX2
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    return (z >> bits) & ((1 << (64 - bits)) - 1)  # logical: torch shifts int64 arithmetically
+
+
+def permutation(size: int, *seed: int) -> np.ndarray:
+    """A permutation of 0..size-1, int64 [size], decided by the integers of `seed`.
+
+    Sorts raw Philox output: numpy promises bit generators' raw streams for all versions, but not its own shuffles.
+    """
+    raw = np.random.Philox(np.random.SeedSequence(seed)).random_raw(size)
+    return np.argsort(raw, kind="stable")
+
+
+def sample_seeds(seed: int, epochs, sample_ids) -> np.ndarray:
+    """One seed for each (epoch, sample id) [B] -> uint64 [B]: m(m(m(seed) ^ epoch) ^ id) with m the step of SplitMix64.
+
+    Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".
+    """
+    start = _splitmix64(np.array([seed & (2**64 - 1)], dtype=np.uint64))
+    return _splitmix64(
+        _splitmix64(start ^ np.asarray(epochs).astype(np.uint64)) ^ np.asarray(sample_ids).astype(np.uint64)
+    )
+
+
+def _splitmix64(x: np.ndarray) -> np.ndarray:
+    z = x + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def purpose_salt(purpose: str) -> int:
+    """63 bits that set a purpose's random numbers apart from all others of the same seeds."""
+    return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest()) >> 1

@@ -1,0 +1,230 @@
+"""The student under DeepSpeed ZeRO 0-3: autocast, the attack view, one optimisation step, and its portable full state."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns otherwise that it found nothing better.
+
+import deepspeed
+import deepspeed.ops
+from deepspeed.utils import (
+    logger,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor
+
+from ..config import Config, check_world
+from ..distributed.ranks import Ranks
+from ..models import batch_norm
+from ..models.image_tower import ImageTower
+from .optimizer import bucket_size, parameter_groups
+
+MOMENTS, EMA = ("exp_avg", "exp_avg_sq"), "ema"
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What an optimisation step did: `grad_norm` is the global L2 norm before clipping; not `applied` means it was not finite."""
+
+    applied: bool
+    grad_norm: float
+
+
+class Engine:
+    """An ImageTower trained by AdamW under ZeRO; exactly one call for each `backward`.
+
+    The attack must use `attack_forward`, never the call: DeepSpeed's forward is armed for a backward, and under stage 3 an attack
+    through it ends in silently wrong weights.
+    """
+
+    def __init__(self, config: Config, tower: ImageTower, ranks: Ranks):
+        if ranks.device.type == "cpu":
+            # Would compile an extension for minutes; only inference_all_reduce uses it.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        logger.setLevel(logging.ERROR)
+        deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
+        self.ranks = ranks
+        self.accumulation = check_world(config, ranks.world_size)
+        self.elements = sum(p.numel() for p in tower.parameters() if p.requires_grad)
+        tower.autocast = torch.bfloat16 if config.engine.precision == "bf16" else None
+        self.ds, *_ = deepspeed.initialize(
+            model=tower.to(ranks.device),
+            optimizer=torch.optim.AdamW(
+                parameter_groups(tower, config.train.weight_decay), lr=config.train.lr, betas=config.train.betas
+            ),
+            config=self._deepspeed_config(config),
+        )
+        self.stage = config.engine.zero_stage
+        self.ema = config.train.ema
+        self._kept = (*MOMENTS, EMA) if self.ema else MOMENTS
+        self._prepare_states()
+
+    def _deepspeed_config(self, config: Config) -> dict:
+        share = config.train.batch_size // self.ranks.world_size
+        return {
+            "train_batch_size": config.train.batch_size,
+            "train_micro_batch_size_per_gpu": share // self.accumulation,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": config.train.grad_clip or 0.0,  # DeepSpeed's own default is 1.0
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": config.engine.zero_stage,
+                "reduce_bucket_size": bucket_size(self.elements),
+                "memory_efficient_linear": False,  # would replace F.linear for the whole process, the teachers included
+            },
+            "steps_per_print": 2**31,
+        }
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.ds.train_micro_batch_size_per_gpu()
+
+    def __call__(self, images: Tensor, seeds: Tensor, tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """V views of B samples, images [V*B,3,H,W] float32 in [0,1], seeds int64 [B] -> embeddings [V*B,D] float32: the forward
+        that `backward` differentiates. What is random in it comes from the seeds. tokens: the patches' tokens [V*B,P,D] beside them."""
+        self.ds.module.layout.describe(len(images), seeds)
+        self.ds.train()
+        return self.ds(images, tokens=True) if tokens else self.ds(images)
+
+    @contextmanager
+    def attack_forward(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The tower in evaluation mode for `torch.autograd.grad` on its input; its weights gather no gradient.
+
+        One surrounding autocast region keeps each weight's bf16 copy for all attack steps; it is disabled itself, so that
+        everything outside the tower stays float32.
+        """
+        module = self.ds.module
+        module.eval()
+        try:
+            with torch.autocast(self.ranks.device.type, enabled=False):
+                yield lambda images: module(images)
+        finally:
+            module.train()
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a micro-batch's mean loss."""
+        self.ds.backward(loss)
+
+    def end_micro_batch(self, lr: float) -> UpdateResult | None:
+        """Tell DeepSpeed a micro-batch is over; at the last of a step, update the weights with `lr`.
+
+        A gradient that is not finite on any rank leaves weights, statistics, moments and averages as they were.
+        """
+        step = self._end_micro_batch(lr)
+        if not step or not step.applied:
+            return step
+        batch_norm.update_running(self.ds.module)
+        if self.ema:
+            for weights, state in self._states.items():
+                state[EMA].lerp_(weights.detach(), 1 - self.ema)
+        return step
+
+    def _end_micro_batch(self, lr: float) -> UpdateResult | None:
+        last = self.ds.is_gradient_accumulation_boundary()
+        for group in self.ds.optimizer.param_groups:
+            group["lr"] = lr
+        if not last:
+            self.ds.step()
+            return None
+        if self.stage == 0:
+            norm = self._grad_norm()
+            if not math.isfinite(norm):
+                self.ds.zero_grad()  # AdamW leaves parameters without a gradient alone
+            self.ds.step()
+            return UpdateResult(math.isfinite(norm), norm)
+        self.ds.step()
+        applied = self.ds.was_step_applied()
+        return UpdateResult(applied, float(self.ds.get_global_grad_norm()) if applied else math.inf)
+
+    def _grad_norm(self) -> float:
+        norms = [p.grad.norm() for p in self.ds.module.parameters() if p.grad is not None]
+        return torch.stack(norms).norm().item()
+
+    # ---------------------------------------------------------------- portable state
+
+    def full_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+        """(trained weights and buffers, the optimiser's states as `exp_avg.<name>`, updates applied): CPU copies on the first rank, empty
+        elsewhere. The average of the weights, where one is kept, is the state `ema`.
+
+        Collective: every rank calls it at the same place.
+        """
+        weights, states = {}, {}
+        for name, parameter in self._trained():
+            self._keep(weights, name, self._weight(parameter))
+            for key in self._kept:
+                self._keep(states, f"{key}.{name}", self._optimizer_state(parameter, key))
+        persistent = self.ds.module.state_dict().keys() if self.stage < 3 else _buffer_names(self.ds.module)
+        for name, buffer in self.ds.module.named_buffers():
+            if name in persistent:
+                self._keep(weights, name, buffer)
+        return weights, states, self._updates
+
+    def restore(self, states: dict[str, Tensor], updates: int) -> None:
+        """Set the optimiser's states and update count as `full_state` gave them; the weights come with the tower.
+
+        An average that was not kept so far begins with those weights.
+        """
+        for name, parameter in self._trained():
+            for key in self._kept:
+                if key == EMA and f"{key}.{name}" not in states:
+                    continue
+                value = states[f"{key}.{name}"].to(self.ranks.device)
+                if self.stage == 0:
+                    self._states[parameter][key].copy_(value)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, key)
+        for state in self._states.values():
+            state["step"].fill_(updates)
+
+    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, p) for name, p in self.ds.module.named_parameters() if p.requires_grad]
+
+    @property
+    def _updates(self) -> int:
+        return int(next(iter(self._states.values()))["step"].item())
+
+    def _prepare_states(self) -> None:
+        # AdamW makes its state at the first update; making it now lets a checkpoint be restored, and one be taken, before that.
+        zero = self.ds.optimizer
+        if self.stage == 0:
+            base, flat = zero, [parameter for _, parameter in self._trained()]
+        else:
+            base = zero.optimizer
+            flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        for p in flat:
+            base.state[p] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(p) for key in MOMENTS}}
+            if self.ema:  # lives there because DeepSpeed cuts up and gathers whatever is shaped like the weights
+                base.state[p][EMA] = p.detach().clone()
+        self._states = {p: base.state[p] for p in flat}
+        if self.stage in (1, 2):
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _weight(self, parameter) -> Tensor:
+        return parameter if self.stage == 0 else safe_get_full_fp32_param(parameter)
+
+    def _optimizer_state(self, parameter, key: str) -> Tensor:
+        return self._states[parameter][key] if self.stage == 0 else safe_get_full_optimizer_state(parameter, key)
+
+    def _keep(self, into: dict[str, Tensor], name: str, value: Tensor) -> None:
+        if self.ranks.is_first:
+            into[name] = value.detach().to("cpu", copy=True).contiguous()
+
+
+def _buffer_names(module: torch.nn.Module) -> set[str]:
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, m in module.named_modules()
+        for name in m._buffers
+        if name not in m._non_persistent_buffers_set
+    }

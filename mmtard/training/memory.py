@@ -1,0 +1,167 @@
+"""What a run will take of each GPU's memory: weights and states counted, activations traced, without weights or a GPU.
+
+Exact: the parameters, and what the graph keeps for a backward (traced with shapes alone, so what a GPU's kernels keep may differ
+a little). By rule: ZeRO's partitions and buffers. Not counted: kernels' working memory, a teacher's passing activations, the
+allocator's slack, the CUDA context; keep some 2 GiB for them.
+"""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..config import START, Config, check_world
+from ..distillation import attack_objectives, methods
+from ..models import loading, lora, student
+from ..models.clip import Clip
+from ..models.image_tower import DTYPES, ImageTower, blocks
+from .optimizer import bucket_size
+
+GIB, FLOAT32 = 2**30, 4
+ATTACK, TRAINING = "activations, attack step", "activations, training step"
+
+
+class Saved:
+    """Bytes that autograd keeps of a forward, parameters and buffers left out: in all, and of each of the tower's blocks."""
+
+    def __init__(self, tower: ImageTower, images: torch.Tensor):
+        known = {p.untyped_storage()._cdata for p in (*tower.parameters(), *tower.buffers())}
+        self.total, self.of_block, kept = 0, {}, []
+
+        def keep(x):
+            storage = x.untyped_storage()
+            if storage._cdata not in known:
+                known.add(storage._cdata)
+                kept.append(storage)  # else its address would be given to another
+                self.total += storage.nbytes()
+            return x
+
+        def enter(block, _):
+            self.of_block[block] = -self.total
+
+        def leave(block, *_):
+            self.of_block[block] += self.total
+
+        hooks = [h for b in blocks(tower) for h in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))]
+        tower.layout.describe(len(images), torch.zeros(len(images), dtype=torch.int64))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            tower(images)
+        for hook in hooks:
+            hook.remove()
+
+
+def per_image(tower: ImageTower, through: bool = False) -> tuple[int, int, int]:
+    """(bytes kept for an image, bytes kept however many there are, bytes of its largest block for an image): a tower without data.
+
+    What does not grow with the images is the weights' copies in another precision. through: the images ask for a gradient.
+    """
+    with FakeTensorMode():
+        for module in tower.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = nn.Parameter(
+                        torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad
+                    )
+            for name, b in module._buffers.items():
+                if b is not None:
+                    module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+        one, two = (
+            Saved(tower, torch.empty(n, 3, tower.image_size, tower.image_size, requires_grad=through)) for n in (1, 2)
+        )
+    largest = max((two.of_block[block] - one.of_block[block] for block in one.of_block), default=0)
+    return two.total - one.total, 2 * one.total - two.total, largest
+
+
+def trained_tower(config: Config, checkpointing: bool) -> ImageTower:
+    """The student as it is trained, on the meta device."""
+    tower = _model(config, "student").tower()
+    tower.autocast = torch.bfloat16 if config.engine.precision == "bf16" else None
+    if config.student.lora:
+        with torch.device("meta"):
+            lora.attach(tower.visual, config.student.lora, tower.layout)
+    if checkpointing:
+        student.checkpoint_activations(tower)
+    return tower.train()
+
+
+def of_run(config: Config, world: int) -> dict[str, list[float]]:
+    """Row -> bytes on each GPU at ZeRO stages 0, 1, 2, 3. Raises UserError for a model whose architecture is not known here."""
+    accumulated, checkpointing = check_world(config, world), config.engine.checkpoint_activations
+    tower = trained_tower(config, checkpointing)
+    trained, frozen = (
+        sum(p.numel() for p in tower.parameters() if p.requires_grad == wanted) for wanted in (True, False)
+    )
+    whole, share = FLOAT32 * trained, FLOAT32 * trained / world
+    bucket = FLOAT32 * bucket_size(trained)
+    everything = whole + FLOAT32 * frozen
+    rows = {
+        "weights": [everything, everything, everything, everything / world],
+        "weights gathered for use, at most": [0, 0, 0, everything],
+        "weights the optimiser holds": [0, share, share, share],
+        "gradients": [whole, whole, share, share],
+        "gradients under way": [0, bucket, bucket, bucket],
+        "moments of AdamW": [2 * whole, 2 * share, 2 * share, 2 * share],
+    }
+    if config.train.ema:
+        rows["average of the weights"] = [whole, share, share, share]
+    dtype, moving = DTYPES[config.engine.precision], 0
+    for name, spec in config.ensemble.items():
+        if spec.stored:
+            continue
+        teacher = _model(config, name).tower()
+        held = sum(p.numel() for p in teacher.parameters()) * dtype.itemsize
+        rows[f"teacher {name}, {spec.placement}"] = [held / (world if spec.placement == "sharded" else 1)] * 4
+        if (
+            config.attack_objective
+            and attack_objectives.find_objective(config.attack_objective, config.fusion).through_teacher == name
+        ):
+            moving = per_image(teacher.cast(dtype).requires_grad_(False), through=True)[0]
+    if config.data.targets == "captions":
+        rows["text towers"] = [
+            FLOAT32 * sum(_text_parameters(_model(config, name)) for name in ("student", *config.ensemble))
+        ] * 4
+    image, copies, _ = per_image(tower)
+    block = per_image(trained_tower(config, False))[2] if checkpointing else 0  # computed again, one at a time
+    batch = config.train.batch_size // world // accumulated
+    views = sum(p.model == "student" for p in methods.find_method(config.method.name).passes(config.method))
+    rows["weights in bf16"] = [copies] * 4
+    rows[ATTACK] = [batch * (image + block + moving) if config.attack_objective else 0] * 4
+    rows[TRAINING] = [views * batch * (image + block)] * 4
+    return rows
+
+
+def _model(config: Config, name: str) -> Clip:
+    if name == "student":
+        return loading.load_skeleton(config.student, name)
+    return loading.load_skeleton(config.student if name == START else config.ensemble[name], f"teachers.{name}")
+
+
+def _text_parameters(clip: Clip) -> int:
+    return sum(p.numel() for name, p in clip.model.named_parameters() if not name.startswith("visual."))
+
+
+def total(rows: dict[str, list[float]], stage: int) -> float:
+    """The most that is held at once: an attack's activations are gone when those of training come."""
+    steps = [rows[name][stage] for name in (ATTACK, TRAINING)]
+    return sum(row[stage] for row in rows.values()) - min(steps)
+
+
+def show(config: Config, world: int) -> None:
+    """Print the table, the configured stage marked."""
+    rows, images = of_run(config, world), config.train.batch_size // world // check_world(config, world)
+    table = Table(title=f"GiB a GPU, {world} of them, {images} images each at once", title_justify="left")
+    table.add_column("")
+    for stage in range(4):
+        table.add_column(f"ZeRO {stage}" + (" *" if stage == config.engine.zero_stage else ""), justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{value / GIB:.2f}" for value in row))
+    table.add_section()
+    table.add_row("total", *(f"{total(rows, stage) / GIB:.2f}" for stage in range(4)))
+    Console(highlight=False, width=110).print(table)
+    kept = "with" if config.engine.checkpoint_activations else "without"
+    print(
+        f"* engine.zero_stage. Activations {kept} engine.checkpoint_activations; an estimate, without kernels' working memory, slack and the CUDA context."
+    )

@@ -1,0 +1,195 @@
+"""Which checkpoint is measured when: the loop only starts a process and looks whether it has ended.
+
+Results go to `probes.jsonl` and the trackers; the most robust checkpoint stays, as `checkpoints/most_robust`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ..config import Config, Data, show_pixels
+from ..data.class_names import classnames, templates
+from ..data.dataset import open_dataset
+from ..distributed.interruption import Interruption
+from ..runs.checkpoints import Checkpoints, published
+from ..runs.layout import PROBES
+from ..runs.metrics import MetricLogger
+
+FOLDER = ".probe"
+PROCESS = [sys.executable, "-m", "mmtard.training.probe_process"]
+LAUNCH = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "SLURM_PROCID",
+    "MMTARD_INIT_FILE",
+)  # by which a process would take itself for a rank
+
+
+def check(config: Config) -> None:
+    """Raises UserError when the probe's data cannot be read, or lack class names; indexes them when nobody has."""
+    if config.probe is not None:
+        classnames(_source(config), open_dataset(_source(config)))
+
+
+class Probe:
+    """The probes of one run, as its first rank makes them; does nothing where `probe` is null.
+
+    One process at a time, of the newest published checkpoint that is due; older ones follow while no newer one is. What an
+    interruption ended, or a failure, is made up for by the next start. The process dies with this one.
+    """
+
+    def __init__(self, config: Config, checkpoints: Checkpoints, metrics: MetricLogger, start: int):
+        self.settings, self.steps, self.run = config.probe, config.train.steps, Path(config.run_dir)
+        self.checkpoints, self.metrics = checkpoints, metrics
+        self.process: subprocess.Popen | None = None
+        if self.settings is None:
+            return
+        eps = self.settings.eps if self.settings.eps is not None else config.attack.eps
+        self.source = _source(config)
+        # What makes two probes comparable.
+        self.protocol = {
+            "data": self.source.shards, "norm": config.attack.norm, "eps": show_pixels(eps), "steps": self.settings.steps,
+            "n_samples": self.settings.n_samples, "ema": self.settings.ema, "templates": templates(self.source),
+        }  # fmt: skip
+        shutil.rmtree(self.run / FOLDER, ignore_errors=True)
+        self.rows = _read(self.run / PROBES, self.protocol)
+        done = {row["step"] for row in self.rows}
+        self.pending = {step for step in published(checkpoints.folder) if step <= start and self._due(step)} - done
+        self._keep_best(start)
+
+    def look(self, step: int) -> None:
+        """Call after each step; `step` updates are done. Never waits."""
+        if self.settings is None:
+            return
+        if self._due(step):
+            self.pending.add(step)
+        if self.process is not None and self.process.poll() is not None:
+            self._conclude()
+        if self.process is None:
+            self._start_newest()
+
+    def finish(self, complete: bool, interruption: Interruption, alive: Callable[[], None]) -> None:
+        """End the probes of this start. After a complete run, wait for the last checkpoint's, at most `probe.wait_minutes`, calling
+        `alive` all the while; after any other, and at an interruption, leave what is missing to the next start."""
+        if self.settings is None:
+            return
+        if self.process is not None and self.process.poll() is not None:
+            self._conclude()
+        self.pending = {
+            step for step in self.pending if complete and step == max(published(self.checkpoints.folder), default=0)
+        }
+        until = time.monotonic() + 60 * self.settings.wait_minutes
+        while complete and (self.process or self.pending) and not interruption:
+            if time.monotonic() > until:
+                self.metrics.print(
+                    f"the last probe takes more than {self.settings.wait_minutes:g} minutes; start the run again to make up for it"
+                )
+                break
+            self.look(0)
+            alive()
+            time.sleep(0.1)
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.checkpoints.release(self.step)
+        shutil.rmtree(self.run / FOLDER, ignore_errors=True)
+        self.checkpoints.delete_old()
+
+    def _due(self, step: int) -> bool:
+        return step > 0 and (step % self.settings.every == 0 or step == self.steps)
+
+    # ---------------------------------------------------------------- the process
+
+    def _start_newest(self) -> None:
+        for step in sorted(self.pending, reverse=True):
+            checkpoint = self.checkpoints.protect(step)
+            if checkpoint is not None:
+                self.step = step
+                try:
+                    self._start(checkpoint)
+                except OSError as error:  # no space, no memory: nothing that training should end of
+                    self._failed(str(error), [])
+                # Those gone by now were overtaken; a newer one may be about to be published.
+                self.pending = {s for s in self.pending if s > step or (self.checkpoints.folder / f"step-{s}").exists()}
+                return
+
+    def _start(self, checkpoint: Path) -> None:
+        folder, s = self.run / FOLDER, self.settings
+        folder.mkdir(exist_ok=True)
+        asked = {
+            **self.protocol,
+            "data": self.source.model_dump(mode="json"),
+            "checkpoint": str(checkpoint),
+            "batch_size": s.batch_size,
+            "device": s.device,
+        }
+        (folder / "asked.json").write_text(json.dumps(asked))
+        env = {k: v for k, v in os.environ.items() if k not in LAUNCH} | {"OMP_NUM_THREADS": str(s.threads)}
+        if s.device == "cpu":
+            env["CUDA_VISIBLE_DEVICES"] = ""  # torch alone would take some of the GPU's memory
+        command = [*PROCESS, str(os.getpid()), str(folder / "asked.json"), str(folder / "results.json")]
+        # Blocked signals are inherited: none can end the process before it has said that they are not for it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
+        try:
+            with (folder / "log").open("wb") as log:
+                self.process = subprocess.Popen(
+                    command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _conclude(self) -> None:
+        status, self.process = self.process.returncode, None
+        try:
+            if status:
+                raise ValueError(f"exit status {status}")
+            found = json.loads((self.run / FOLDER / "results.json").read_text())
+        except (OSError, ValueError) as error:
+            self._failed(str(error), (self.run / FOLDER / "log").read_text(errors="replace").splitlines()[-1:])
+        else:
+            clean, robust = found["clean"]["accuracy"], found["robust"]["accuracy"]
+            of = {"interval95": found["robust"]["interval95"], "n": found["robust"]["n"]}
+            self.rows.append({"step": self.step, "clean": clean, "robust": robust, **of, "protocol": self.protocol})
+            self.metrics.probe(self.rows[-1])
+            self._keep_best(self.step)
+            self._over()
+        (self.run / FOLDER / "results.json").unlink(missing_ok=True)
+
+    def _failed(self, reason: str, said: list[str]) -> None:
+        self.metrics.event(self.step, "probe failed", reason=reason, said=said)
+        self._over()
+
+    def _over(self) -> None:
+        self.pending.discard(self.step)
+        self.checkpoints.release(self.step)
+
+    def _keep_best(self, newest: int) -> None:
+        there = published(self.checkpoints.folder)
+        best = max(
+            (row for row in self.rows if row["step"] in there),
+            key=lambda row: (row["robust"], row["clean"], row["step"]),
+            default=None,
+        )
+        self.checkpoints.keep_most_robust(best["step"] if best else None, newest)
+
+
+def _source(config: Config) -> Data:
+    """The probe's data with the prompts of the run's."""
+    p = config.probe
+    shared = {"templates": templates(config.data), "max_replaced": config.data.max_replaced, "cache": config.data.cache}
+    return Data(shards=p.data, index=p.index, classnames=p.classnames, **shared)
+
+
+def _read(path: Path, protocol: dict) -> list[dict]:
+    if not path.is_file():
+        return []
+    return [row for row in map(json.loads, path.read_text().splitlines()) if row["protocol"] == protocol]

@@ -1,0 +1,98 @@
+"""FLOPs of a step, images a second, memory."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..config import Attack
+from ..distillation.attack_objectives import Objective
+from ..distillation.methods import Pass
+from ..models.image_tower import ImageTower
+
+# Dense bf16 peak of a device, in FLOP/s, by words of its name (NVIDIA's data sheets); of those that fit, the first counts.
+PEAK = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+}
+
+
+def forward_flops(tower: ImageTower) -> int:
+    """FLOPs of one image's forward (a multiply-add is two), counted by torch without computing anything."""
+    # A copy without the weights' bytes: those of a large teacher take seconds.
+    empty = {id(t): t.to("meta") for t in tower.visual.buffers()}
+    empty |= {id(t): torch.nn.Parameter(t.detach().to("meta"), t.requires_grad) for t in tower.visual.parameters()}
+    visual = copy.deepcopy(tower.visual, empty).to("meta").eval()  # batch norm in training refuses one image
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        visual(torch.empty(1, 3, tower.image_size, tower.image_size, device="meta", dtype=tower.dtype))
+    return counter.get_total_flops()
+
+
+def sample_flops(
+    forward: dict[str, int], passes: set[Pass], objective: Objective | None, attack: Attack, adapters: bool = False
+) -> int:
+    """FLOPs of training on one sample, from the forward FLOPs of each model (`student` and the teachers' names).
+
+    A differentiated pass of the student costs three forwards (two where only low-rank `adapters` learn: the frozen weights ask for no
+    gradient), an attack step two (the input gradient costs as much as the
+    forward) of every model the gradient goes through, a teacher's pass one, and so does the loss after each of several
+    restarts. objective: what the attack maximises; None: none is made.
+    """
+    cost = sum((2 if adapters else 3) * forward["student"] for p in passes if p.model == "student")
+    cost += sum(forward[p.model] for p in passes if p.model != "student")
+    if objective is None:
+        return cost
+    steps = attack.steps + (attack.algorithm == "apgd")
+    looks = attack.restarts if attack.restarts > 1 else 0
+    moved = forward["student"] + (forward[objective.through_teacher] if objective.through_teacher else 0)
+    own = sum(forward[p.model] for p in objective.reference_passes if p.model == "student" or p not in passes)
+    return cost + own + (2 * steps * attack.restarts + looks) * moved
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s; None where it is not known, as for a slice of a GPU (MIG)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    if "MIG" in name:
+        return None
+    # Whole words: an RTX A1000 is no A100.
+    return next((peak for words, peak in PEAK.items() if re.search(rf"\b{words}\b", name)), None)
+
+
+def cost(
+    seconds: float, images: int, flops: float, peak: float | None, world_size: int, device: torch.device
+) -> dict[str, float]:
+    """What a step of `images` took, `flops` each: all ranks' images a second, a rank's FLOP/s and its share of the device's bf16 peak
+    where that is known, and the memory of this process."""
+    done = images * flops / seconds / world_size
+    known = {"mfu": done / peak} if peak else {}
+    return {
+        "seconds": seconds,
+        "images_per_s": images / seconds,
+        "tflops_a_rank": done / 1e12,
+        **known,
+        "memory_gib": memory_gib(device),
+    }
+
+
+def memory_gib(device: torch.device) -> float:
+    """GiB this process takes: the device's peak since the last call on CUDA, the resident set on the CPU."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 2**30
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
