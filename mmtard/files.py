@@ -61,13 +61,45 @@ def held(path: Path) -> bool:
 
 @contextmanager
 def publish(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it when the block ends well, so no one ever sees half a file."""
+    """A temporary path beside `path`, renamed to it when the block ends well, so that no one ever sees half a file.
+
+    The temporary name is new: a file or link that someone left there is removed, never followed.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.unlink(missing_ok=True)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file beside `path` and rename it there. Raises OSError; the old file then stays as it was."""
+    with publish(Path(path)) as temporary, open(temporary, "x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The objects of a file of JSON lines, in order; [] where there is no file.
+
+    A line that is not JSON is left out: the last one of a process that was killed, or one that was damaged since.
+    """
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
 
 
 def settings_digest(settings: dict) -> str:

@@ -1,13 +1,13 @@
 """Samples as tensors: what a loader worker reads, decodes and gives back as a batch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..embeddings.store import EmbeddingStore
 from ..errors import UserError
 from ..seeding import sample_seeds
 from .dataset import Dataset
@@ -50,6 +50,13 @@ class Batch:
         )
 
 
+class EmbeddingRows(Protocol):
+    """Stored embeddings of one teacher, as `mmtard.embeddings` keeps them."""
+
+    def rows(self, samples: np.ndarray, views: np.ndarray) -> Tensor:
+        """The embeddings [b,D] float32 of samples int64 [b], each in its fixed view int64 [b]."""
+
+
 class SampleRequest(NamedTuple):
     """What is asked of a loader: samples int64 [b], their seeds uint64 [b], and which fixed view of each (int64 [b]); None: the
     seeds decide the augmentation, too."""
@@ -67,7 +74,7 @@ class SampleReader:
 
     def __init__(
         self, dataset: Dataset, transform: Transform | Native, need_labels: bool, staging: Staging | None, need_captions: bool = False, *, seed: int = 0,
-        stored: dict[str, EmbeddingStore] | None = None, replace: bool = True,
+        stored: Mapping[str, EmbeddingRows] | None = None, replace: bool = True,
     ):  # fmt: skip
         self.dataset, self.transform, self.need_labels, self.need_captions = (
             dataset,

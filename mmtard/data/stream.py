@@ -3,7 +3,7 @@
 import atexit
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 
@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ..embeddings.store import EmbeddingStore
 from ..errors import ProcessLostError, UserError
 from ..seeding import sample_seeds
 from .dataset import Dataset
 from .images import Native, Transform
 from .order import Order
-from .samples import Batch, SampleReader, SampleRequest
+from .samples import Batch, EmbeddingRows, SampleReader, SampleRequest
 from .staging import SHIELDED, Stager, Staging
 
 
@@ -54,7 +53,7 @@ class TrainStream:
     def __init__(
         self, dataset: Dataset, order: Order, transform: Transform, *, seed: int, batch_size: int, rank: int = 0, world: int = 1,
         start: int = 0, stop: int, workers: int = 0, need_labels: bool = True, max_replaced: float | Fraction = 0.01, staging: Staging | None = None,
-        need_captions: bool = False, views: int | None = None, stored: dict[str, EmbeddingStore] | None = None,
+        need_captions: bool = False, views: int | None = None, stored: Mapping[str, EmbeddingRows] | None = None,
     ):  # fmt: skip
         self.order, self.seed, self.batch_size, self.rank, self.world = order, seed, batch_size, rank, world
         self.start, self.stop, self.workers = start, stop, workers

@@ -14,12 +14,12 @@ import re
 import shutil
 import threading
 from pathlib import Path
+
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import UserError
-
 
 FORMAT = 1
 MANIFEST, WEIGHTS, OPTIMIZER, STATE = "manifest.json", "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -65,7 +65,9 @@ class Checkpoints:
             self._writer = None
         if self._error is not None:
             error, self._error = self._error, None
-            raise UserError(f"checkpoint could not be written to '{self.folder}': {error}; free space or correct the folder, then start again") from error
+            raise UserError(
+                f"checkpoint could not be written to '{self.folder}': {error}; free space or correct the folder, then start again"
+            ) from error
 
     def _write(self, step, weights, optimizer, state) -> None:
         try:
@@ -75,7 +77,10 @@ class Checkpoints:
             (scratch / STATE).write_text(json.dumps(state, indent=1))
             save_tensors(weights, scratch / WEIGHTS)
             save_tensors(optimizer, scratch / OPTIMIZER)
-            files = {name: {"bytes": (scratch / name).stat().st_size, "sha256": _sha256(scratch / name)} for name in (WEIGHTS, OPTIMIZER, STATE)}
+            files = {
+                name: {"bytes": (scratch / name).stat().st_size, "sha256": _sha256(scratch / name)}
+                for name in (WEIGHTS, OPTIMIZER, STATE)
+            }
             (scratch / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
             for path in (*scratch.iterdir(), scratch):
                 _fsync(path)
@@ -179,7 +184,9 @@ def resolve(folder: Path) -> tuple[Path, Path]:
     checkpoint, passed_over = newest_valid(folder)
     if checkpoint is None:
         detail = f" ({'; '.join(passed_over)})" if passed_over else ""
-        raise UserError(f"'{folder}' is no run, checkpoint or exported folder with usable weights{detail}; give one that is")
+        raise UserError(
+            f"'{folder}' is no run, checkpoint or exported folder with usable weights{detail}; give one that is"
+        )
     return folder, checkpoint
 
 
@@ -194,7 +201,9 @@ def read_weights(checkpoint: Path, ema: bool = False) -> dict[str, Tensor]:
     with safe_open(checkpoint / OPTIMIZER, "pt") as file:
         averages = {key.removeprefix(EMA): file.get_tensor(key) for key in file.keys() if key.startswith(EMA)}
     if not averages:
-        raise UserError(f"'{checkpoint}' holds no moving average of the weights: its run had no train.ema; take the weights themselves")
+        raise UserError(
+            f"'{checkpoint}' holds no moving average of the weights: its run had no train.ema; take the weights themselves"
+        )
     return weights | averages
 
 

@@ -6,26 +6,20 @@ import errno
 import fcntl
 import json
 import os
-import platform
-import shlex
+import shutil
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
-import torch
 
-from . import checkpoints, history
 from .. import config as settings
 from ..config import Config
 from ..distributed.ranks import Ranks
 from ..errors import RunError, UserError
-from ..training import watchdog
+from . import checkpoints, history
 from .environment import device_name, environment
-from .layout import CONFIG, ENVIRONMENT, LOCK
+from .layout import CONFIG, ENVIRONMENT, HEARTBEATS, LOCK
 
 LOCK_WAIT_S = 60.0  # a start that was killed on another node may leave the file system a while to notice
 
@@ -59,7 +53,9 @@ def prepare(config: Config, fingerprint: str, ranks: Ranks) -> RunFolder:
     return RunFolder(*found, lock)
 
 
-def _prepare(config: Config, fingerprint: str, world_size: int, hosts: list[str], lock: list[IO]) -> tuple[Path, Path | None, dict] | str:
+def _prepare(
+    config: Config, fingerprint: str, world_size: int, hosts: list[str], lock: list[IO]
+) -> tuple[Path, Path | None, dict] | str:
     run = Path(config.run_dir)
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -70,19 +66,23 @@ def _prepare(config: Config, fingerprint: str, world_size: int, hosts: list[str]
     lock += _lock(run)
     newest, passed_over = checkpoints.newest_valid(run)
     if newest is None and passed_over:
-        raise UserError(f"'{run}' has checkpoints but none is whole ({'; '.join(passed_over)}); remove '{run / 'checkpoints'}' to start over")
+        raise UserError(
+            f"'{run}' has checkpoints but none is whole ({'; '.join(passed_over)}); remove '{run / 'checkpoints'}' to start over"
+        )
     state = checkpoints.read_state(newest) if newest else {}
     changed = _changes(run, config, state, fingerprint) if newest else {}
     refused = [k for k in changed if not any(k == a or k.startswith(f"{a}.") for a in config.resume.allow)]
     if refused:
         told = "; ".join(f"{k}: {changed[k][0]!r} -> {changed[k][1]!r}" for k in refused)
-        raise UserError(f"'{run}' was started with other settings ({told}); restore them, list the keys in resume.allow, or choose another run_dir")
+        raise UserError(
+            f"'{run}' was started with other settings ({told}); restore them, list the keys in resume.allow, or choose another run_dir"
+        )
     refused = history.why_not_restart(run, config.resume, state.get("step", 0))
     if refused:
         return refused
     _write(run / CONFIG, settings.dump(config))
     _write(run / ENVIRONMENT, json.dumps(environment(hosts), indent=1) + "\n")
-    watchdog.forget(run)
+    shutil.rmtree(run / HEARTBEATS, ignore_errors=True)  # of an earlier start
     start = {
         "step": state.get("step", 0),
         "checkpoint": newest.name if newest else None,
@@ -108,7 +108,9 @@ def _lock(run: Path) -> list[IO]:
                 return []
         if time.monotonic() > end:
             file.seek(0)
-            raise UserError(f"run_dir: '{run}' is in use by {file.read().strip() or 'another process'}; wait for it to end, end it, or choose another folder")
+            raise UserError(
+                f"run_dir: '{run}' is in use by {file.read().strip() or 'another process'}; wait for it to end, end it, or choose another folder"
+            )
         time.sleep(0.5)
     file.truncate(0)
     file.write(f"{socket.gethostname()} process {os.getpid()}")

@@ -14,7 +14,6 @@ from ..config import Resume
 from ..distributed import slurm
 from ..errors import UserError
 
-
 FILE, SUCCESSOR = "resume.jsonl", "goes_on_as"
 # How a start ended. After `stopped` and `failed` nothing starts a run again but the user.
 COMPLETE, TIMEOUT, PREEMPTED, LOST, STOPPED, FAILED = "complete", "timeout", "preempted", "lost", "stopped", "failed"

@@ -10,14 +10,20 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-import torch
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .layout import EVENTS, METRICS, PROBES
 from .trackers import Tracker, finite
 
-TIMINGS = ("seconds", "images_per_s", "tflops_a_rank", "mfu", "memory_gib")  # the columns that differ between equal runs
+TIMINGS = (
+    "seconds",
+    "images_per_s",
+    "tflops_a_rank",
+    "mfu",
+    "memory_gib",
+)  # the columns that differ between equal runs
 
 
 class MetricLogger:
@@ -27,7 +33,9 @@ class MetricLogger:
     interruption and done again stands there once. `trackers` open one each; one that fails is named and left out from then on.
     """
 
-    def __init__(self, run: Path, start: int, steps: int, log_every: int, trackers: dict[str, Callable[[], Tracker]] = {}):
+    def __init__(
+        self, run: Path, start: int, steps: int, log_every: int, trackers: dict[str, Callable[[], Tracker]] = {}
+    ):
         for name in (METRICS, EVENTS, PROBES):
             cut(run / name, start)
         self._metrics = (run / METRICS).open("a", buffering=1)
@@ -36,7 +44,12 @@ class MetricLogger:
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar = None
         if self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=self._console)
             self._task = self._bar.add_task(run.name, total=steps, completed=start)
             self._bar.start()
@@ -67,7 +80,9 @@ class MetricLogger:
         self._track(lambda tracker: tracker.log_probe(row["step"], {f"probe/{k}": row[k] for k in ("clean", "robust")}))
         clean, robust, low, high = (100 * x for x in (row["clean"], row["robust"], *row["interval95"]))
         against = f"{row['protocol']['norm']} {row['protocol']['eps']}"
-        self.print(f"probe of step {row['step']}: clean {clean:.1f} %, robust {robust:.1f} % ({low:.1f}-{high:.1f}) against {against}, {row['n']} samples")
+        self.print(
+            f"probe of step {row['step']}: clean {clean:.1f} %, robust {robust:.1f} % ({low:.1f}-{high:.1f}) against {against}, {row['n']} samples"
+        )
 
     def print(self, text: str) -> None:
         self._console.print(text, markup=False)
@@ -91,7 +106,9 @@ class MetricLogger:
         try:
             call()
         except Exception as error:  # of a service or a library: whatever it is, training is worth more
-            self.print(f"{name} gets no more numbers of this start: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            self.print(
+                f"{name} gets no more numbers of this start: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            )
             return False
         return True
 

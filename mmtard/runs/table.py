@@ -9,18 +9,21 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 
-from . import history
 from .. import config as settings
 from ..distributed import slurm
 from ..errors import UserError
-
+from . import history
 
 RECENT = 20  # steps whose mean speed is shown
 TAIL_BYTES = 65536
-QUEUED, RUNNING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"), ("RUNNING", "SIGNALING", "COMPLETING", "CONFIGURING")
+QUEUED, RUNNING = (
+    ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"),
+    ("RUNNING", "SIGNALING", "COMPLETING", "CONFIGURING"),
+)
 COLUMNS = ("run", "state", "step", "images/s", "left", "last checkpoint", "restarts", "robust accuracy")
 
 

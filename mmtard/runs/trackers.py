@@ -14,7 +14,6 @@ from typing import Protocol
 from ..config import Config, Log
 from ..errors import UserError
 
-
 WANDB_FILE = "wandb.json"
 
 
@@ -33,7 +32,9 @@ class Tracker(Protocol):
 def check(log: Log) -> None:
     """UserError when a tracker that the settings ask for is not installed. Imports none of them."""
     if log.wandb is not None and importlib.util.find_spec("wandb") is None:
-        raise UserError("log.wandb: the package wandb is not installed; pip install mmtard[wandb], or set log.wandb=null")
+        raise UserError(
+            "log.wandb: the package wandb is not installed; pip install mmtard[wandb], or set log.wandb=null"
+        )
 
 
 def chosen(config: Config, start: int) -> dict[str, Callable[[], Tracker]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import shutil
 import socket
 import sys
 import threading
@@ -17,8 +16,8 @@ from ..distributed.interruption import EXIT_REQUEUE
 from ..distributed.ranks import Ranks, peer_is_gone
 from ..errors import ProcessLostError, RunError, UserError
 from ..runs import history
+from ..runs.layout import HEARTBEATS
 
-FOLDER = ".heartbeat"
 PHASES = ("set-up", "data", "update", "agreement", "checkpoint")  # of a step, in their order
 WORD_S = 3.0  # how long a rank that lost its connection waits for what the others met
 
@@ -50,7 +49,7 @@ class Watchdog:
         if phase != PHASES[0]:  # for the case that the thread, too, can run no more
             faulthandler.dump_traceback_later(self.limit * 1.2 + 10, exit=True)
         if self._thread is None:
-            (self.run / FOLDER).mkdir(exist_ok=True)
+            (self.run / HEARTBEATS).mkdir(exist_ok=True)
             self._write()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
@@ -152,7 +151,7 @@ class Watchdog:
     def _write(self) -> None:
         with self._writing:
             self._beat += 1
-            path = self.run / FOLDER / f"rank-{self.rank}.json"
+            path = self.run / HEARTBEATS / f"rank-{self.rank}.json"
             try:
                 path.with_suffix(".tmp").write_text(json.dumps(self._report()))
                 path.with_suffix(".tmp").replace(path)
@@ -173,15 +172,10 @@ class Watchdog:
                 "said": None,
             }
             try:
-                found[rank] |= json.loads((self.run / FOLDER / f"rank-{rank}.json").read_text())
+                found[rank] |= json.loads((self.run / HEARTBEATS / f"rank-{rank}.json").read_text())
             except (OSError, ValueError):
                 pass
         return found
-
-
-def forget(run: Path) -> None:
-    """Remove the heartbeats of an earlier start."""
-    shutil.rmtree(run / FOLDER, ignore_errors=True)
 
 
 def _met(others: dict[int, dict]) -> tuple[str, str] | None:

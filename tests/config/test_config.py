@@ -369,7 +369,7 @@ def test_labels_are_needed_where_the_loss_or_the_attack_reads_them(tree, write, 
     assert config.load(write(tree), overrides).needs_labels is needed
 
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 RUNS = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path.name != "base.yaml"]  # which is what others share

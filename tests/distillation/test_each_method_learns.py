@@ -17,7 +17,7 @@ from mmtard.distillation.task import DistillationTask
 from mmtard.models.image_tower import ImageTower
 from mmtard.zero_shot import ZeroShotHead
 
-SOURCE = Path(__file__).parents[2] / "shared" / "data" / "cifar10_test_webp.npz"
+SOURCE = Path(__file__).parents[3] / "shared" / "data" / "cifar10_test_webp.npz"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not SOURCE.is_file(), reason=f"needs {SOURCE}")]
 STEPS, BATCH, N = 20, 32, 128
 

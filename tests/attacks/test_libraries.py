@@ -17,7 +17,7 @@ from mmtard.attacks.state import AttackSettings
 
 from .conftest import convolutions, train
 
-DATA = Path(__file__).parents[4] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the images of {DATA}")]
 EPS, N = 4 / 255, 200
 

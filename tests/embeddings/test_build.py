@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent / "data"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from tiny_shards import encode, picture, write_tar  # noqa: E402
 
 from mmtard import config as settings

@@ -1,0 +1,18 @@
+"""The names of the files of a run folder. No torch."""
+
+CONFIG = "config.yaml"  # every setting of the run, resolved
+ENVIRONMENT = "environment.json"  # versions, git state, hosts
+METRICS = "metrics.jsonl"  # a row a step
+EVENTS = "events.jsonl"  # skipped steps, replaced samples, alarms
+PROBES = "probes.jsonl"  # robust accuracy of checkpoints, measured while the run goes on
+HISTORY = "resume.jsonl"  # a line a start
+SUCCESSOR = "goes_on_as"  # the job that goes on for one that may not be requeued
+WANDB = "wandb.json"
+CLASS_EMBEDDINGS = "class_embeddings.safetensors"
+START = "start"  # the student before training, as an open_clip folder
+CHECKPOINTS, LATEST, MOST_ROBUST = "checkpoints", "latest", "most_robust"
+EVALUATIONS = "evaluations"
+RESULTS = "results.json"
+LOCK = ".lock"
+HEARTBEATS = ".heartbeat"
+PROBE = ".probe"
