@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Union, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -175,7 +175,7 @@ class MMTARD(MethodSettings):
 
 
 Method = Annotated[
-    Union[Clean, TeCoA, FARE, PMGAFT, TGAZSR, SimCLIP, TRADES, ARD, RSLAD, IAD, AdaAD, MTARD, MMTARD],
+    Clean | TeCoA | FARE | PMGAFT | TGAZSR | SimCLIP | TRADES | ARD | RSLAD | IAD | AdaAD | MTARD | MMTARD,
     Field(discriminator="name"),
 ]
 METHODS: dict[str, type[MethodSettings]] = {

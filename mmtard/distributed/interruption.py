@@ -21,7 +21,7 @@ class Interruption:
     def __init__(self):
         self.signal: str | None = None
 
-    def __enter__(self) -> "Interruption":
+    def __enter__(self) -> Interruption:
         for number in self.SIGNALS:
             signal.signal(number, self._note)
         return self

@@ -42,7 +42,7 @@ class Captions:
     image: Tensor
 
     @classmethod
-    def read(cls, dataset: Dataset, ids: list[int], cache) -> "Captions":
+    def read(cls, dataset: Dataset, ids: list[int], cache) -> Captions:
         """Each line of a sample's .txt is a caption. Raises UserError naming a sample without any."""
         reader = Reader(dataset, Staging(dataset, cache) if dataset.remote else None)
         lines = [[line.strip() for line in reader.caption(i).splitlines() if line.strip()] for i in ids]

@@ -54,13 +54,13 @@ class ImageTower(nn.Module):
         v = self.visual
         return isinstance(v, VisionTransformer) and v.attn_pool is None and v.proj is not None and v.pool_type != "none"
 
-    def cast(self, dtype: torch.dtype) -> "ImageTower":
+    def cast(self, dtype: torch.dtype) -> ImageTower:
         """The same tower with its weights (and so its arithmetic) in `dtype`; normalisation stays float32."""
         self.visual.to(dtype)
         self.dtype = dtype
         return self
 
-    def train(self, mode: bool = True) -> "ImageTower":
+    def train(self, mode: bool = True) -> ImageTower:
         """Training mode for everything but frozen batch norm, whose statistics stay those of the pretrained model: clean and
         adversarial images, ranks and micro-batches then all see one and the same network."""
         super().train(mode)

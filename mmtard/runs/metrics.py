@@ -34,7 +34,12 @@ class MetricLogger:
     """
 
     def __init__(
-        self, run: Path, start: int, steps: int, log_every: int, trackers: dict[str, Callable[[], Tracker]] = {}
+        self,
+        run: Path,
+        start: int,
+        steps: int,
+        log_every: int,
+        trackers: dict[str, Callable[[], Tracker]] | None = None,
     ):
         for name in (METRICS, EVENTS, PROBES):
             cut(run / name, start)
@@ -55,7 +60,7 @@ class MetricLogger:
             self._bar.start()
         self._began, self._start = time.monotonic(), start
         self._trackers: dict[str, Tracker] = {}
-        for name, make in trackers.items():
+        for name, make in (trackers or {}).items():
             self._attempt(name, lambda: self._trackers.update({name: make()}))
 
     def step(self, row: dict[str, float | int]) -> None:
@@ -98,7 +103,7 @@ class MetricLogger:
             self._bar.stop()
 
     def _track(self, call: Callable[[Tracker], None]) -> None:
-        for name, tracker in list(self._trackers.items()):
+        for name, tracker in list(self._(trackers or {}).items()):
             if not self._attempt(name, lambda: call(tracker)):
                 del self._trackers[name]
 

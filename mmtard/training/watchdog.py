@@ -40,7 +40,7 @@ class Watchdog:
         self._writing, self._closed = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> "Watchdog":
+    def __enter__(self) -> Watchdog:
         return self
 
     def at(self, step: int, phase: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-from tiny_shards import encode, picture, write_tar  # noqa: E402
+from tiny_shards import encode, picture, write_tar
 
 from mmtard import config as settings
 from mmtard.data.dataset import open_dataset

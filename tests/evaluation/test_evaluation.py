@@ -139,9 +139,9 @@ def test_what_stands_after_each_attack_adds_up_and_is_written_as_it_is_returned(
         assert (
             at["attacks"]["apgd-ce"]["accuracy"]
             == at["robust"]["accuracy"]
-            == np.mean(clean & (by == None))
+            == np.mean(clean & (by == None)  # noqa: E711)
             == np.mean(per_sample["robust"])
-        )  # noqa: E711
+        )
         by_class = [np.mean(np.array(per_sample["robust"])[np.array(samples["labels"]) == k]) for k in range(4)]
         assert at["worst_class"] == {"name": list(COLOURS)[int(np.argmin(by_class))], "accuracy": min(by_class), "n": 6}
     assert entry["eps"]["64/255"]["robust"]["accuracy"] < entry["eps"]["1/255"]["robust"]["accuracy"]

@@ -5,29 +5,11 @@ import threading
 
 import pytest
 import torch
+from saved_checkpoints import save, steps, tensors
 
 from mmtard.errors import UserError
 from mmtard.runs import checkpoints
 from mmtard.runs.checkpoints import Checkpoints, newest_valid, resolve
-
-
-def tensors(step):
-    return {"visual.proj": torch.full((4, 3), float(step)), "visual.scale": torch.tensor(0.5)}
-
-
-def save(saver, *steps):
-    for step in steps:
-        saver.save(
-            step,
-            tensors(step),
-            {"exp_avg.visual.proj": torch.full((4, 3), -float(step))},
-            {"step": step, "samples": 8 * step},
-        )
-        saver.wait()
-
-
-def steps(run):
-    return sorted(checkpoints.published(run / "checkpoints"))
 
 
 @pytest.fixture

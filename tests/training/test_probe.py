@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from processes import alive
-from test_checkpoint import save, steps
+from saved_checkpoints import save, steps
 
 from mmtard.config import validate
 from mmtard.errors import UserError

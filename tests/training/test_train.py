@@ -63,7 +63,7 @@ def train(ranks_of_module):
 def settings(tmp_path, vit):
     """Call with the run's name and changes of its configuration; 24 images, labels only where `labels` says so."""
 
-    def make(name, labels=True, data={}, **changes):
+    def make(name, labels=True, data=(), **changes):
         shards = tmp_path / f"shards{labels}"
         if not shards.exists():
             shards.mkdir()
@@ -80,7 +80,7 @@ def settings(tmp_path, vit):
                 (shards / "classnames.txt").write_text("cat\ndog\ncow\n")
         base = {
             "run_dir": str(tmp_path / name), "student": {"arch": vit, "weights": "random"},
-            "attack": {"eps": "8/255", "step_size": "4/255", "steps": 2}, "data": {"shards": str(shards), "lanes": 2, "window": 8, "workers": 0, **data},
+            "attack": {"eps": "8/255", "step_size": "4/255", "steps": 2}, "data": {"shards": str(shards), "lanes": 2, "window": 8, "workers": 0, **dict(data)},
             "train": {"steps": 4, "batch_size": 8, "lr": 1e-3}, "engine": {"precision": "float32", "device": "cpu"},
             "checkpoint": {"every": 4}, "log": {"tensorboard": False}, "resume": {"max_preemptions": None},
         }  # fmt: skip
