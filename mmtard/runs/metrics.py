@@ -103,7 +103,7 @@ class MetricLogger:
             self._bar.stop()
 
     def _track(self, call: Callable[[Tracker], None]) -> None:
-        for name, tracker in list(self._(trackers or {}).items()):
+        for name, tracker in list(self._trackers.items()):
             if not self._attempt(name, lambda: call(tracker)):
                 del self._trackers[name]
 

@@ -139,7 +139,7 @@ def test_what_stands_after_each_attack_adds_up_and_is_written_as_it_is_returned(
         assert (
             at["attacks"]["apgd-ce"]["accuracy"]
             == at["robust"]["accuracy"]
-            == np.mean(clean & (by == None)  # noqa: E711)
+            == np.mean(clean & np.equal(by, None))
             == np.mean(per_sample["robust"])
         )
         by_class = [np.mean(np.array(per_sample["robust"])[np.array(samples["labels"]) == k]) for k in range(4)]
