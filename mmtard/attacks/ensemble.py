@@ -60,6 +60,18 @@ class Outcome:
         return self.clean & torch.tensor([b is None for b in self.broken_by], device=self.clean.device)
 
 
+def defined_attacks(names: Sequence[str], n_classes: int) -> tuple[list[str], dict[str, str]]:
+    """The attacks of `names` that exist for so many classes, in their order, and why each of the others does not.
+
+    Raises UserError for an unknown name.
+    """
+    for name in names:
+        registry.find_attack(name)
+    reasons = {name: registry.not_defined(name, n_classes) for name in names}
+    ran = [name for name, reason in reasons.items() if reason is None]
+    return ran, {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def run_attacks(
     model: Classifier,
     images: Tensor,

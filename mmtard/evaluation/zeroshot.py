@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 
-from ..attacks import checks, ensemble, registry
+from ..attacks import checks, ensemble
 from ..attacks.state import AttackSettings, Classifier
 from ..config import show_pixels
 from ..data.dataset import Dataset
@@ -147,13 +147,11 @@ def attack_settings(protocol: Protocol, eps: float) -> AttackSettings:
 
 def defined_attacks(protocol: Protocol, n_classes: int, name: str) -> tuple[list[str], dict[str, str]]:
     """The protocol's attacks that exist for so many classes, and why the others do not. Raises UserError when none does."""
-    reasons = {a: registry.not_defined(a, n_classes) for a in protocol.attacks}
-    ran = [a for a, reason in reasons.items() if reason is None]
+    ran, skipped = ensemble.defined_attacks(protocol.attacks, n_classes)
     if not ran:
-        raise UserError(
-            f"{name}: no attack is left ({'; '.join(f'{a}: {r}' for a, r in reasons.items())}); add --attacks apgd-ce"
-        )
-    return ran, {a: r for a, r in reasons.items() if r}
+        reasons = "; ".join(f"{attack}: {reason}" for attack, reason in skipped.items())
+        raise UserError(f"{name}: no attack is left ({reasons}); add --attacks apgd-ce")
+    return ran, skipped
 
 
 def _all(rows: list[dict], key: str) -> list:

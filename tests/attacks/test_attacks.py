@@ -316,3 +316,11 @@ def test_wrong_settings_are_answered_in_one_line(victim):
             ["pgd"],
             AttackSettings(eps=0.1),
         )
+
+
+def test_attacks_that_need_more_classes_are_told_apart_from_those_that_run():
+    ran, skipped = ensemble.defined_attacks(["apgd-t", "apgd-ce", "apgd-dlr"], 3)
+    assert ran == ["apgd-ce", "apgd-dlr"]
+    assert skipped == {"apgd-t": "the targeted DLR loss needs 4 classes, there are 3"}
+    with pytest.raises(UserError, match="unknown attack 'foo'"):
+        ensemble.defined_attacks(["foo"], 3)
