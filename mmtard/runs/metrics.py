@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,7 +27,39 @@ TIMINGS = (
 )  # the columns that differ between equal runs
 
 
-class MetricLogger:
+class StepNumbers(Protocol):
+    """What the ranks agreed on about a step."""
+
+    means: dict[str, float]  # the loss and its terms, over the global batch
+    quantiles: dict[str, float]
+    digest: int  # which samples of which epoch
+    skipped: int  # steps since the run began that were not applied
+    replaced: int  # samples since the run began that took another's place
+
+
+class Update(Protocol):
+    """What the optimizer did in a step."""
+
+    grad_norm: float
+
+
+class SilentLogger:
+    """The twin of `MetricLogger` on every rank but the first: it takes all calls and does nothing."""
+
+    def begin(self, cost: Callable[[float], dict]) -> None: ...
+
+    def step(self, step: int, numbers: StepNumbers, update: Update, lr: float) -> None: ...
+
+    def event(self, step: int, kind: str, **details) -> None: ...
+
+    def probe(self, row: dict) -> None: ...
+
+    def print(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricLogger(SilentLogger):
     """The reports of one run, written by its first rank.
 
     Opening cuts its files back to the step the run goes on from, so that a step that was lost in an
@@ -59,12 +92,33 @@ class MetricLogger:
             self._task = self._bar.add_task(run.name, total=steps, completed=start)
             self._bar.start()
         self._began, self._start = time.monotonic(), start
+        self._step_began, self._cost = self._began, lambda seconds: {"seconds": seconds}
         self._trackers: dict[str, Tracker] = {}
         for name, make in (trackers or {}).items():
             self._attempt(name, lambda: self._trackers.update({name: make()}))
 
-    def step(self, row: dict[str, float | int]) -> None:
-        """Record a finished step: `row["step"]` updates are done; numbers that are not finite are stored as null."""
+    def begin(self, cost: Callable[[float], dict]) -> None:
+        """The first step begins now. `cost(seconds)` gives the columns of a step's speed and memory."""
+        self._step_began, self._cost = time.monotonic(), cost
+
+    def step(
+        self,
+        step: int | dict,
+        numbers: StepNumbers | None = None,
+        update: Update | None = None,
+        lr: float | None = None,
+    ) -> None:
+        """Record a finished step: `step` updates are done. Its time counts from the step before, or from `begin`."""
+        if isinstance(step, dict):  # a whole row
+            return self._write_row(step)
+        now = time.monotonic()
+        seconds, self._step_began = now - self._step_began, now
+        row = {"step": step, **numbers.means, **numbers.quantiles, "lr": lr, "grad_norm": update.grad_norm}
+        row |= {"batch": int(numbers.digest), "skipped": numbers.skipped, "replaced": numbers.replaced}
+        self._write_row(row | self._cost(seconds))
+
+    def _write_row(self, row: dict[str, float | int]) -> None:
+        """Write a row of numbers; those that are not finite are stored as null."""
         self._metrics.write(_line(row))
         self._track(lambda tracker: tracker.log(row["step"], finite(row)))
         if self._bar is not None:

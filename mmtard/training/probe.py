@@ -40,7 +40,15 @@ def check(config: Config) -> None:
         classnames(_source(config), open_dataset(_source(config)))
 
 
-class Probe:
+class SilentProbe:
+    """The twin of `Probe` on every rank but the first: it takes all calls and does nothing."""
+
+    def after_step(self, step: int) -> None: ...
+
+    def finish(self, complete: bool, interruption: Interruption, alive: Callable[[], None]) -> None: ...
+
+
+class Probe(SilentProbe):
     """The probes of one run, as its first rank makes them; does nothing where `probe` is null.
 
     One process at a time, of the newest published checkpoint that is due; older ones follow while no newer one is. What an
@@ -66,7 +74,7 @@ class Probe:
         self.pending = {step for step in published(checkpoints.folder) if step <= start and self._due(step)} - done
         self._keep_best(start)
 
-    def look(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         """Call after each step; `step` updates are done. Never waits."""
         if self.settings is None:
             return
@@ -76,6 +84,8 @@ class Probe:
             self._conclude()
         if self.process is None:
             self._start_newest()
+
+    look = after_step
 
     def finish(self, complete: bool, interruption: Interruption, alive: Callable[[], None]) -> None:
         """End the probes of this start. After a complete run, wait for the last checkpoint's, at most `probe.wait_minutes`, calling
@@ -94,7 +104,7 @@ class Probe:
                     f"the last probe takes more than {self.settings.wait_minutes:g} minutes; start the run again to make up for it"
                 )
                 break
-            self.look(0)
+            self.after_step(0)
             alive()
             time.sleep(0.1)
         if self.process is not None:

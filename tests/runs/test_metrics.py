@@ -1,9 +1,10 @@
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
-from mmtard.runs.metrics import MetricLogger, cut
+from mmtard.runs.metrics import MetricLogger, SilentLogger, cut
 
 
 def rows(path):
@@ -93,3 +94,18 @@ def test_the_console_has_a_line_every_so_often_at_the_end_and_for_events(tmp_pat
     assert [line.split("  ")[0] for line in out[:3]] == ["step 2/5", "step 4/5", "step 5/5"] and len(out) == 4
     assert "loss 0.2  kl 0.25" in out[2] and "100 images/s" in out[2] and "left 0:00:00" in out[2]
     assert out[3] == "step 5: replaced  samples s0, s1, s2, s3, ... (9)"
+
+
+def test_a_step_is_a_row_of_what_the_ranks_agreed_on_and_the_silent_twin_takes_the_same_calls(tmp_path, opened):
+    metrics, silent = opened(tmp_path), SilentLogger()
+    agreed = SimpleNamespace(means={"loss": 2.0}, quantiles={"loss_p90": 3.0}, digest=7.0, skipped=1, replaced=2)
+    for logger in (metrics, silent):
+        logger.begin(lambda seconds: {"seconds": seconds, "images_per_s": 8 / seconds})
+        logger.step(1, agreed, SimpleNamespace(grad_norm=math.inf), 1e-4)
+    (made,) = rows(tmp_path / "metrics.jsonl")
+    assert 0 < made["seconds"] < 60 and made["images_per_s"] == 8 / made["seconds"]
+    expected = {"step": 1, "loss": 2.0, "loss_p90": 3.0, "lr": 1e-4, "grad_norm": None, "batch": 7}
+    expected |= {"skipped": 1, "replaced": 2}
+    assert list(made) == [*expected, "seconds", "images_per_s"] and made.items() >= expected.items()
+    calls = {name for name in vars(MetricLogger) if not name.startswith("_")}
+    assert calls == {name for name in vars(SilentLogger) if not name.startswith("_")}

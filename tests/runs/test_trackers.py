@@ -95,10 +95,10 @@ def test_a_missing_package_is_an_error_of_one_line_that_names_the_remedy(monkeyp
 WANDB_RUN = f"""
 import sys
 from mmtard.config import load
-from mmtard.metrics import Metrics
-from mmtard.trackers import chosen
+from mmtard.runs.metrics import MetricLogger
+from mmtard.runs.trackers import chosen
 config, start = load(sys.argv[1]), int(sys.argv[2])
-metrics = Metrics(__import__("pathlib").Path(config.run_dir), start, 4, 99, chosen(config, start))
+metrics = MetricLogger(__import__("pathlib").Path(config.run_dir), start, 4, 99, chosen(config, start))
 for step in range(start + 1, start + 3):
     metrics.step({{"step": step, "loss": 1.0 / step, "images_per_s": 1.0}})
 metrics.probe({{"step": start + 1, **{PROBED}}})

@@ -60,10 +60,10 @@ def start(tree, tmp_path, monkeypatch):
 
 def settle(s, step):
     end = time.monotonic() + 20
-    s.probe.look(step)
+    s.probe.after_step(step)
     while s.probe.process is not None and time.monotonic() < end:
         time.sleep(0.01)
-        s.probe.look(0)
+        s.probe.after_step(0)
     assert s.probe.process is None
 
 
@@ -100,7 +100,7 @@ def test_each_due_checkpoint_is_measured_and_the_most_robust_stays(start, capsys
     assert steps(s.run) == [10, 15] and most_robust(s) == "step-10"
     assert resolve(s.run / "checkpoints" / "most_robust")[1].name == "step-10"
     save(s.checkpoints, 20)
-    s.probe.look(20)
+    s.probe.after_step(20)
     done(s)
     assert most_robust(s) == "step-20" and steps(s.run) == [20], "of equally robust ones the better on clean images"
     assert (
@@ -116,7 +116,7 @@ def test_one_at_a_time_the_newest_next_and_what_is_measured_stays(start, tmp_pat
     for step in (5, 10, 15):
         save(s.checkpoints, step)
         began = time.monotonic()
-        s.probe.look(step)
+        s.probe.after_step(step)
         assert time.monotonic() - began < 1 and s.probe.step == 5, "the loop does not wait"
     assert steps(s.run) == [5, 15], "5 is being measured, 10 was overtaken"
     (tmp_path / "go").touch()
@@ -129,7 +129,7 @@ def test_only_multiples_of_every_and_the_last_step_are_due(start):
     for step in (5, 10, 15, 20):
         save(s.checkpoints, step)
         for n in range(step - 4, step + 1):
-            s.probe.look(n)
+            s.probe.after_step(n)
         settle(s, 0)
     assert [r["step"] for r in rows(s)] == [10, 20]
 
@@ -140,7 +140,7 @@ def test_what_an_interruption_cost_is_made_up_for(start, tmp_path):
     settle(s, 5)
     (tmp_path / "go").unlink()
     save(s.checkpoints, 10)
-    s.probe.look(10)
+    s.probe.after_step(10)
     process = s.probe.process
     done(s, SimpleNamespace(signal="SIGTERM"))
     assert process.returncode == -signal.SIGKILL and [r["step"] for r in rows(s)] == [5]
@@ -158,7 +158,7 @@ def test_the_end_waits_for_the_last_probe_as_long_as_it_may(start, tmp_path, cap
     (tmp_path / "go").unlink()
     s, beats = start(at=20, wait_minutes=0.005), []
     save(s.checkpoints, 20)
-    s.probe.look(20)
+    s.probe.after_step(20)
     s.probe.finish(True, None, lambda: beats.append(1))
     assert beats and rows(s) == [] and "more than 0.005 minutes" in capsys.readouterr().out
     (tmp_path / "go").touch()
@@ -175,7 +175,7 @@ def test_a_probe_that_fails_is_an_event_and_is_tried_again_by_the_next_start(sta
     assert rows(s) == [] and rows(s, "events.jsonl") == [
         {"step": 5, "event": "probe failed", "reason": "exit status 1", "said": ["no luck"]}
     ]
-    s.probe.look(6)
+    s.probe.after_step(6)
     assert s.probe.process is None
     monkeypatch.delenv("FAIL")
     s = start(at=5)
@@ -187,8 +187,8 @@ def test_a_process_that_cannot_be_started_ends_nothing(start, monkeypatch):
     monkeypatch.setattr(probe, "PROCESS", ["/nowhere/python"])
     s = start()
     save(s.checkpoints, 5)
-    s.probe.look(5)
-    s.probe.look(6)
+    s.probe.after_step(5)
+    s.probe.after_step(6)
     assert [(e["step"], e["event"]) for e in rows(s, "events.jsonl")] == [
         (5, "probe failed")
     ] and "No such file" in rows(s, "events.jsonl")[0]["reason"]
