@@ -6,7 +6,8 @@ import argparse
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+
+from ..config.argument_types import path
 
 
 def add_command(commands, name: str, run: Callable, help: str, example: str) -> argparse.ArgumentParser:
@@ -24,7 +25,7 @@ def add_command(commands, name: str, run: Callable, help: str, example: str) -> 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of a command that reads a configuration."""
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+    parser.add_argument("config", type=path, metavar="CONFIG", help="YAML file")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings over those of the file, e.g. train.lr=1e-5"
     )

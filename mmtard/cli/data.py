@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from ..config.argument_types import jpeg_quality, positive
+from ..config.argument_types import jpeg_quality, path, path_text, positive
 from ..data.paths import default_index, expand_shards
 from .command import add_command
 
@@ -23,8 +21,8 @@ def _add_shards(commands) -> None:
         "Write WebDataset shards from an image folder with one sub-folder a class, and index them.",
         "mmtard shards imagenet/train shards/train --resize 256",
     )
-    p.add_argument("images", type=Path, metavar="IMAGES", help="folder with one sub-folder of images a class")
-    p.add_argument("out", type=Path, metavar="OUT")
+    p.add_argument("images", type=path, metavar="IMAGES", help="folder with one sub-folder of images a class")
+    p.add_argument("out", type=path, metavar="OUT")
     p.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="default 1000")
     p.add_argument(
         "--resize", type=positive, metavar="PX", help="shorter side; re-encodes as JPEG. Default: files as they are"
@@ -34,7 +32,7 @@ def _add_shards(commands) -> None:
     )
     p.add_argument(
         "--classnames",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="one name a line, in the order of the sorted sub-folders (as numbers where all are); default: their names",
     )
@@ -68,8 +66,14 @@ def _add_index(commands) -> None:
         "Index shards, so that training can read any sample of them.",
         "mmtard index 'shards/train/{000000..001281}.tar'",
     )
-    p.add_argument("shards", nargs="+", metavar="SHARDS", help="a folder, a brace pattern, or openers such as pipe:...")
-    p.add_argument("--out", type=Path, metavar="FILE", help="default: beside the shards")
+    p.add_argument(
+        "shards",
+        nargs="+",
+        type=path_text,
+        metavar="SHARDS",
+        help="a folder, a brace pattern, or openers such as pipe:...",
+    )
+    p.add_argument("--out", type=path, metavar="FILE", help="default: beside the shards")
     p.add_argument("--jobs", type=positive, metavar="N", help="processes; default: one a core")
 
 

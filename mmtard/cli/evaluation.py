@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
 from .. import config as settings
-from ..config.argument_types import fraction, natural, positive, positive_or
+from ..config.argument_types import fraction, natural, path, path_text, positive, positive_or
 from ..distributed.interruption import Interruption
 from .command import add_command, heavy_imports
 
@@ -33,11 +32,12 @@ def _add_evaluate(commands) -> None:
 def _evaluation_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "model",
+        type=path_text,
         metavar="MODEL",
         help="run or checkpoint folder, exported folder, weights file, hf-hub:..., or an open_clip tag",
     )
-    p.add_argument("--arch", help="open_clip architecture or .json, when MODEL is a tag or a file")
-    p.add_argument("--text", help="source of the text tower, when MODEL is an image-tower file")
+    p.add_argument("--arch", type=path_text, help="open_clip architecture or .json, when MODEL is a tag or a file")
+    p.add_argument("--text", type=path_text, help="source of the text tower, when MODEL is an image-tower file")
     p.add_argument("--ema", action="store_true", help="the moving average of a run's weights that train.ema kept")
     p.add_argument("--quick-gelu", choices=("true", "false"), help="activation, when MODEL is a file that does not say")
     p.add_argument(
@@ -48,15 +48,19 @@ def _evaluation_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--data",
+        type=path_text,
         required=True,
         metavar="ROOT",
         help="a dataset (shards, or images in class folders), or a folder of them as CLIP_benchmark lays them out",
     )
     p.add_argument("--datasets", nargs="+", metavar="NAME", help="of those in ROOT; default: all")
-    p.add_argument("--index", metavar="FILE", help="default: beside the shards")
-    p.add_argument("--classnames", metavar="FILE", help="default: classnames.txt beside the shards or above them")
+    p.add_argument("--index", type=path_text, metavar="FILE", help="default: beside the shards")
+    p.add_argument(
+        "--classnames", type=path_text, metavar="FILE", help="default: classnames.txt beside the shards or above them"
+    )
     p.add_argument(
         "--templates",
+        type=path_text,
         metavar="FILE",
         help="prompts, one a line, with {} or {c} for the name, or one prompt; default: the dataset's own",
     )
@@ -71,9 +75,12 @@ def _evaluation_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--iters", type=positive, metavar="K", help="iterations of each gradient attack")
     p.add_argument("--restarts", type=positive, metavar="R")
     p.add_argument(
-        "--transfer-from", metavar="MODEL2", help="also the `transfer` attack, which follows this model's gradients"
+        "--transfer-from",
+        type=path_text,
+        metavar="MODEL2",
+        help="also the `transfer` attack, which follows this model's gradients",
     )
-    p.add_argument("--transfer-arch", metavar="ARCH", help="when MODEL2 is a tag or a file")
+    p.add_argument("--transfer-arch", type=path_text, metavar="ARCH", help="when MODEL2 is a tag or a file")
     p.add_argument(
         "--n-samples", type=positive_or("all"), metavar="N|all", help="size of the stratified sample that is attacked"
     )
@@ -98,7 +105,7 @@ def _evaluation_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     p.add_argument(
         "--out",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="for results.json; default: a folder named by the settings in the run's evaluations/, or in ./evaluations",
     )
@@ -150,8 +157,8 @@ def _add_compare(commands) -> None:
         "Paired differences of two evaluations on the same samples, with McNemar's test.",
         "mmtard compare runs/a/evaluations/quick-ImageNet-linf-2_255-0c1d2e3f runs/b/evaluations/quick-ImageNet-linf-2_255-0c1d2e3f",
     )
-    p.add_argument("a", type=Path, metavar="A", help="results.json, or the folder of one")
-    p.add_argument("b", type=Path, metavar="B")
+    p.add_argument("a", type=path, metavar="A", help="results.json, or the folder of one")
+    p.add_argument("b", type=path, metavar="B")
 
 
 def _compare(args) -> None:

@@ -10,6 +10,7 @@ import os
 import sys
 
 from .. import __version__
+from ..config.argument_types import check_words
 from ..errors import RunError, UserError
 from . import data, evaluation, runs, training
 
@@ -19,8 +20,10 @@ GROUPS = (data, training, runs, evaluation)  # as --help lists them
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; the exit status: 0 done, 1 the run failed, 2 the user's to mend, 75 start it again to go on."""
-    args = _parse(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        check_words(argv)
+        args = _parse(argv)
         return args.run(args) or 0
     except UserError as error:
         return _fail(str(error), 2)
@@ -44,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def _parse(argv: list[str]) -> argparse.Namespace:
     top = parser()
     args, left = top.parse_known_args(argv)
     # argparse takes all settings at once, before the first flag; settings that follow a flag are left over.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
-from pathlib import Path
 
 from .. import config as settings
-from ..config.argument_types import natural
+from ..config.argument_types import natural, path
 from ..errors import UserError
 from .command import add_command
 
@@ -27,7 +26,7 @@ def _add_runs(commands) -> None:
         "A table of the runs below a folder: state, step, speed, checkpoints, restarts, robustness.",
         "mmtard runs runs",
     )
-    p.add_argument("folder", type=Path, metavar="DIR")
+    p.add_argument("folder", type=path, metavar="DIR")
 
 
 def _runs(args) -> None:
@@ -47,11 +46,11 @@ def _add_report(commands) -> None:
     p.add_argument(
         "runs",
         nargs="+",
-        type=Path,
+        type=path,
         metavar="RUN",
         help="run folder, or a results.json or folder of them of a model that is no run",
     )
-    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--out", type=path, required=True, metavar="DIR")
     p.add_argument(
         "--images",
         type=natural,
@@ -78,8 +77,8 @@ def _add_export(commands) -> None:
         "Write a run as a folder that open_clip loads, with the image tower alone and a model card.",
         "mmtard export runs/b32 exported/b32",
     )
-    p.add_argument("run_folder", type=Path, metavar="RUN", help="run or checkpoint folder")
-    p.add_argument("out", type=Path, metavar="OUT")
+    p.add_argument("run_folder", type=path, metavar="RUN", help="run or checkpoint folder")
+    p.add_argument("out", type=path, metavar="OUT")
     p.add_argument("--hf", action="store_true", help="also OUT/transformers, which transformers' CLIPModel loads")
     p.add_argument("--ema", action="store_true", help="the moving average of the weights that train.ema kept")
     p.add_argument(

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from ..errors import UserError
 from .methods import METHODS
 from .schema import Config, Teacher
+from .values import plain_text
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> Config:
@@ -35,6 +36,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
 
 def validate(tree: dict) -> Config:
     """The configuration of a plain dict; UserError names each bad key. A section or teacher that is null counts as left out."""
+    _refuse_control_characters(tree)
     if isinstance(tree.get("teachers"), dict):
         tree = {**tree, "teachers": {k: v for k, v in tree["teachers"].items() if v is not None}}
     try:
@@ -105,6 +107,22 @@ def _merge(base: Any, over: Any) -> Any:
     }
 
 
+def _refuse_control_characters(value: Any, place: str = "") -> None:
+    """Raise UserError for a key or a text, at any depth, that would break a line of a log or of a job script."""
+    if isinstance(value, dict):
+        for key, sub in value.items():
+            _refuse_control_characters(str(key), f"a key{f' of {place}' if place else ''}")
+            _refuse_control_characters(sub, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list):
+        for i, sub in enumerate(value):
+            _refuse_control_characters(sub, f"{place}.{i}")
+    elif isinstance(value, str):
+        try:
+            plain_text(value)
+        except ValueError as error:
+            raise UserError(f"{place}: {error}") from None
+
+
 def _another_method(base: Any, over: Any) -> bool:
     return isinstance(base, dict) and isinstance(over, dict) and "name" in over and over["name"] != base.get("name")
 
@@ -138,7 +156,8 @@ def _explain(error: dict) -> str:
     loc = [str(p) for p in error["loc"]]
     if loc and loc[0] == "method" and len(loc) > 1 and loc[1] in METHODS:
         del loc[1]  # pydantic names the union's member; the user wrote no such key
-    loc = [p for p in loc if p not in ("str", "list[str]")] if loc[:1] == ["data"] else loc
+    # Nor the members of a union of a text and a list of texts.
+    loc = [p for p in loc if not p.startswith(("function-after[", "constrained-str", "list["))]
     key, kind = ".".join(loc), error["type"]
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(loc[-1], _known_keys(error["loc"][:-1]), n=1)

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from .attack import ATTACK_OBJECTIVES, Attack
 from .methods import START, Method
-from .values import Int, Number, Pixels, Ratio, Section
+from .values import Int, Number, PathText, Pixels, Ratio, Section
 
 # ---------------------------------------------------------------- models
 
@@ -18,15 +18,15 @@ from .values import Int, Number, Pixels, Ratio, Section
 class Model(Section):
     """A CLIP whose image tower is used."""
 
-    arch: str | None = Field(
+    arch: PathText | None = Field(
         None, description="open_clip architecture, or a .json model config; null when `weights` brings it"
     )
-    weights: str = Field(
+    weights: PathText = Field(
         ...,
         description="`random`, an open_clip tag, `hf-hub:org/name`, an exported folder, a run or checkpoint folder, "
         "an open_clip checkpoint file, or an image-tower state_dict file",
     )
-    text: str | None = Field(
+    text: PathText | None = Field(
         None, description="weights of the text tower and logit scale, when `weights` holds an image tower alone"
     )
     quick_gelu: bool | None = Field(
@@ -54,7 +54,7 @@ class Student(Model):
 
 
 class Teacher(Model):
-    weights: str = Field(
+    weights: PathText = Field(
         START, description="as a student's; only the teacher `start` may leave it out: it is then the untouched student"
     )
     placement: Literal["replicated", "sharded"] = "replicated"
@@ -79,14 +79,18 @@ Area = Annotated[Number, Field(gt=0, le=1)]
 
 
 class Data(Section):
-    shards: str | list[str] = Field(..., description="a folder, a brace pattern, a tar, pipe:..., or a list of these")
-    index: str | None = Field(None, description="index file; null: beside the shards")
+    shards: PathText | list[PathText] = Field(
+        ..., description="a folder, a brace pattern, a tar, pipe:..., or a list of these"
+    )
+    index: PathText | None = Field(None, description="index file; null: beside the shards")
     targets: Literal["labels", "captions", "none"] = Field(
         "labels",
         description="a sample's true class: its label, its caption (.txt) among those of the global batch, or none, for a method of embeddings alone",
     )
-    classnames: str | None = Field(None, description="file, one name a line; null: classnames.txt beside the shards")
-    templates: str | list[str] = Field(
+    classnames: PathText | None = Field(
+        None, description="file, one name a line; null: classnames.txt beside the shards"
+    )
+    templates: PathText | list[str] = Field(
         ["This is a photo of a {}"], description="prompts with {} or {c}, or a file of them"
     )
     resize: Int | None = Field(None, ge=1, description="shorter side before the crop; null: the crop's size")
@@ -97,7 +101,7 @@ class Data(Section):
         ge=1,
         description="fixed augmentations a sample, of which epoch e takes number e mod views; null: a new one each epoch",
     )
-    embeddings: str | None = Field(
+    embeddings: PathText | None = Field(
         None, description="folder of stored teacher embeddings; null: embeddings/ beside the index"
     )
     lanes: Int = Field(64, ge=1, description="parallel reading positions; a multiple of every world size to be used")
@@ -155,9 +159,11 @@ class Checkpoint(Section):
 class Probe(Section):
     """A small evaluation of checkpoints by a background process of the first rank, while the run goes on."""
 
-    data: str = Field(..., description="labelled shards, as data.shards names them")
-    index: str | None = Field(None, description="index file; null: beside the shards")
-    classnames: str | None = Field(None, description="file, one name a line; null: classnames.txt beside the shards")
+    data: PathText = Field(..., description="labelled shards, as data.shards names them")
+    index: PathText | None = Field(None, description="index file; null: beside the shards")
+    classnames: PathText | None = Field(
+        None, description="file, one name a line; null: classnames.txt beside the shards"
+    )
     every: Int = Field(
         ..., ge=1, description="steps; a multiple of checkpoint.every. The last checkpoint is measured, too"
     )
@@ -217,7 +223,7 @@ UNSTORABLE = "data.crop_scale and data.flip make new images each epoch, whose em
 
 
 class Config(Section):
-    run_dir: str
+    run_dir: PathText
     seed: Int = Field(0, ge=0, lt=2**63)
     student: Student
     teachers: dict[str, Teacher] = {}
