@@ -91,7 +91,7 @@ def _add_export(commands) -> None:
 def _export(args) -> None:
     from ..export.folder import export
 
-    for path in export(
+    for written in export(
         settings.Model(weights=str(args.run_folder), ema=args.ema), args.out, hf=args.hf, merge_lora=args.merge_lora
     ):
-        print(path)
+        print(written)
