@@ -1,7 +1,9 @@
 """Samples as tensors: what a loader worker reads, decodes and gives back as a batch."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -39,14 +41,38 @@ class Batch:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def pin_memory(self) -> "Batch":
-        tensors = (t.pin_memory() for t in (self.images, self.labels, self.sample_ids, self.seeds))
-        return Batch(
-            *tensors,
-            self.captions,
-            self.replaced,
-            {name: z.pin_memory() for name, z in self.teacher_embeddings.items()},
-            self.left_out,
+    def split(self, size: int) -> Iterator[Batch]:
+        """The batch in parts of `size` samples, in order; the last part has what is left."""
+        for i in range(0, len(self), size):
+            part = slice(i, i + size)
+            yield replace(
+                self,
+                images=self.images[part],
+                labels=self.labels[part],
+                sample_ids=self.sample_ids[part],
+                seeds=self.seeds[part],
+                captions=self.captions[part],
+                teacher_embeddings={name: z[part] for name, z in self.teacher_embeddings.items()},
+            )
+
+    def to(self, device: torch.device) -> Batch:
+        """The tensors that a model is given, on `device`; `sample_ids` stay on the CPU, for logs."""
+        images, labels, seeds = (x.to(device, non_blocking=True) for x in (self.images, self.labels, self.seeds))
+        embeddings = {name: z.to(device, non_blocking=True) for name, z in self.teacher_embeddings.items()}
+        return replace(self, images=images, labels=labels, seeds=seeds, teacher_embeddings=embeddings)
+
+    def pixels(self, device: torch.device) -> Tensor:
+        """The images on `device`, float32 [b,3,H,W] in [0, 1]."""
+        return self.images.to(device, non_blocking=True).float() / 255
+
+    def pin_memory(self) -> Batch:
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            labels=self.labels.pin_memory(),
+            sample_ids=self.sample_ids.pin_memory(),
+            seeds=self.seeds.pin_memory(),
+            teacher_embeddings={name: z.pin_memory() for name, z in self.teacher_embeddings.items()},
         )
 
 

@@ -1,4 +1,4 @@
-"""The student under DeepSpeed ZeRO 0-3: autocast, the attack view, one optimisation step, and its portable full state."""
+"""The student under DeepSpeed ZeRO 0-3: autocast, the forward of the attack, one optimisation step."""
 
 from __future__ import annotations
 
@@ -16,12 +16,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
-from deepspeed.utils import (
-    logger,
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_optimizer_state,
-)
+from deepspeed.utils import logger
 from torch import Tensor
 
 from ..config import Config, check_world
@@ -29,16 +24,15 @@ from ..distributed.ranks import Ranks
 from ..models import batch_norm
 from ..models.image_tower import ImageTower
 from .optimizer import bucket_size, parameter_groups
-
-MOMENTS, EMA = ("exp_avg", "exp_avg_sq"), "ema"
+from .portable_state import PortableState
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What an optimisation step did: `grad_norm` is the global L2 norm before clipping; not `applied` means it was not finite."""
+    """What an optimisation step did."""
 
-    applied: bool
-    grad_norm: float
+    applied: bool  # False: the gradient was not finite, and nothing changed
+    grad_norm: float  # global L2 norm before clipping
 
 
 class Engine:
@@ -66,9 +60,7 @@ class Engine:
             config=self._deepspeed_config(config),
         )
         self.stage = config.engine.zero_stage
-        self.ema = config.train.ema
-        self._kept = (*MOMENTS, EMA) if self.ema else MOMENTS
-        self._prepare_states()
+        self.portable = PortableState(self.ds, ranks, self.stage, config.train.ema)
 
     def _deepspeed_config(self, config: Config) -> dict:
         share = config.train.batch_size // self.ranks.world_size
@@ -91,8 +83,11 @@ class Engine:
         return self.ds.train_micro_batch_size_per_gpu()
 
     def __call__(self, images: Tensor, seeds: Tensor, tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """V views of B samples, images [V*B,3,H,W] float32 in [0,1], seeds int64 [B] -> embeddings [V*B,D] float32: the forward
-        that `backward` differentiates. What is random in it comes from the seeds. tokens: the patches' tokens [V*B,P,D] beside them."""
+        """The forward that `backward` differentiates; what is random in it comes from the seeds.
+
+        images [V*B,3,H,W] float32 in [0,1]: V groups of the same B samples; seeds int64 [B] -> embeddings [V*B,D] float32.
+        tokens: also the patches' tokens [V*B,P,D].
+        """
         self.ds.module.layout.describe(len(images), seeds)
         self.ds.train()
         return self.ds(images, tokens=True) if tokens else self.ds(images)
@@ -125,9 +120,7 @@ class Engine:
         if not step or not step.applied:
             return step
         batch_norm.update_running(self.ds.module)
-        if self.ema:
-            for weights, state in self._states.items():
-                state[EMA].lerp_(weights.detach(), 1 - self.ema)
+        self.portable.move_average()
         return step
 
     def _end_micro_batch(self, lr: float) -> UpdateResult | None:
@@ -151,80 +144,10 @@ class Engine:
         norms = [p.grad.norm() for p in self.ds.module.parameters() if p.grad is not None]
         return torch.stack(norms).norm().item()
 
-    # ---------------------------------------------------------------- portable state
-
     def full_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
-        """(trained weights and buffers, the optimiser's states as `exp_avg.<name>`, updates applied): CPU copies on the first rank, empty
-        elsewhere. The average of the weights, where one is kept, is the state `ema`.
-
-        Collective: every rank calls it at the same place.
-        """
-        weights, states = {}, {}
-        for name, parameter in self._trained():
-            self._keep(weights, name, self._weight(parameter))
-            for key in self._kept:
-                self._keep(states, f"{key}.{name}", self._optimizer_state(parameter, key))
-        persistent = self.ds.module.state_dict().keys() if self.stage < 3 else _buffer_names(self.ds.module)
-        for name, buffer in self.ds.module.named_buffers():
-            if name in persistent:
-                self._keep(weights, name, buffer)
-        return weights, states, self._updates
+        """(trained weights and buffers, optimizer states, updates applied) on the first rank's CPU. Collective."""
+        return self.portable.gather()
 
     def restore(self, states: dict[str, Tensor], updates: int) -> None:
-        """Set the optimiser's states and update count as `full_state` gave them; the weights come with the tower.
-
-        An average that was not kept so far begins with those weights.
-        """
-        for name, parameter in self._trained():
-            for key in self._kept:
-                if key == EMA and f"{key}.{name}" not in states:
-                    continue
-                value = states[f"{key}.{name}"].to(self.ranks.device)
-                if self.stage == 0:
-                    self._states[parameter][key].copy_(value)
-                else:
-                    safe_set_full_optimizer_state(parameter, value, key)
-        for state in self._states.values():
-            state["step"].fill_(updates)
-
-    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return [(name, p) for name, p in self.ds.module.named_parameters() if p.requires_grad]
-
-    @property
-    def _updates(self) -> int:
-        return int(next(iter(self._states.values()))["step"].item())
-
-    def _prepare_states(self) -> None:
-        # AdamW makes its state at the first update; making it now lets a checkpoint be restored, and one be taken, before that.
-        zero = self.ds.optimizer
-        if self.stage == 0:
-            base, flat = zero, [parameter for _, parameter in self._trained()]
-        else:
-            base = zero.optimizer
-            flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
-        for p in flat:
-            base.state[p] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(p) for key in MOMENTS}}
-            if self.ema:  # lives there because DeepSpeed cuts up and gathers whatever is shaped like the weights
-                base.state[p][EMA] = p.detach().clone()
-        self._states = {p: base.state[p] for p in flat}
-        if self.stage in (1, 2):
-            zero._lazy_init_hp_params_optimizer_state()
-
-    def _weight(self, parameter) -> Tensor:
-        return parameter if self.stage == 0 else safe_get_full_fp32_param(parameter)
-
-    def _optimizer_state(self, parameter, key: str) -> Tensor:
-        return self._states[parameter][key] if self.stage == 0 else safe_get_full_optimizer_state(parameter, key)
-
-    def _keep(self, into: dict[str, Tensor], name: str, value: Tensor) -> None:
-        if self.ranks.is_first:
-            into[name] = value.detach().to("cpu", copy=True).contiguous()
-
-
-def _buffer_names(module: torch.nn.Module) -> set[str]:
-    return {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, m in module.named_modules()
-        for name in m._buffers
-        if name not in m._non_persistent_buffers_set
-    }
+        """Set the optimizer's states and update count as `full_state` gave them; the weights come with the tower."""
+        self.portable.restore(states, updates)

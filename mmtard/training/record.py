@@ -1,10 +1,99 @@
-"""What a step is recorded as."""
+"""What a step is recorded as: numbers that all ranks agree on, replaced samples, skipped steps."""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..data.dataset import Dataset
+from ..data.samples import Batch
+from ..distributed.ranks import Ranks
+from ..errors import RunError
+from ..runs.metrics import MetricLogger
+from .engine import UpdateResult
+from .step_terms import TermSums
+from .throughput import StepCost
 
 
-def batch_digest(seeds: torch.Tensor) -> float:
-    """A number for which samples of which epoch these are, whatever their order: seeds int64 [b]; adds up over ranks, exactly."""
+@dataclass(frozen=True)
+class Agreed:
+    """The numbers of a step over its global batch, the same on every rank."""
+
+    means: dict[str, float]  # of the loss and its terms
+    quantiles: dict[str, float]  # of the teachers' weights
+    batch: int  # which samples of which epoch these were
+    replaced: int  # samples that could not be used
+    bad: int  # samples without a finite loss
+    stop: bool  # whether any rank was asked to stop
+
+
+class StepRecord:
+    """Counts of a run so far, and the row of metrics of each step.
+
+    state: that of the checkpoint the run goes on from. Its methods are collective, and decide the same on every rank.
+    """
+
+    def __init__(self, dataset: Dataset, ranks: Ranks, logger: MetricLogger, cost: StepCost, state: dict):
+        self.dataset, self.ranks, self.logger, self.cost = dataset, ranks, logger, cost
+        self.bad_in_a_row: int = state.get("bad_in_a_row", 0)
+        self.skipped: int = state.get("skipped", 0)
+        self.replaced: int = state.get("replaced", 0)
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps of it."""
+        return {"bad_in_a_row": self.bad_in_a_row, "skipped": self.skipped, "replaced": self.replaced}
+
+    def agree(self, terms: TermSums, batch: Batch, bad_samples: list[int], stop: bool, batch_size: int) -> Agreed:
+        """Sum a step's numbers over the ranks. `batch_size` is global."""
+        counts = [batch_digest(batch.seeds), len(batch.replaced), len(bad_samples), stop]
+        *totals, digest, replaced, bad, stop_asked = self.ranks.sum([*terms.sums.values(), *counts])
+        means = {name: total / batch_size for name, total in zip(terms.sums, totals)}
+        return Agreed(means, terms.quantiles(self.ranks), int(digest), int(replaced), int(bad), bool(stop_asked))
+
+    def count(self, step: int, update: UpdateResult, batch: Batch, bad_samples: list[int], agreed: Agreed) -> None:
+        """Count and name the samples that were replaced, and the step if it was skipped."""
+        self.replaced += agreed.replaced
+        if agreed.replaced:
+            pairs = [pair for rank in self.ranks.all_gather(batch.replaced) for pair in rank]
+            names = [f"{wanted} -> {used} ({reason})" for wanted, used, reason in pairs]
+            self.logger.event(step, "replaced", samples=names)
+        self.bad_in_a_row = 0 if update.applied else self.bad_in_a_row + 1
+        if not update.applied:
+            self._count_skipped(step, batch, bad_samples, agreed)
+
+    def _count_skipped(self, step: int, batch: Batch, bad_samples: list[int], agreed: Agreed) -> None:
+        self.skipped += 1
+        # All losses are finite but the gradient is not: any sample of the batch may be the cause.
+        suspects = bad_samples if agreed.bad else batch.sample_ids.tolist()
+        names = self.ranks.all_gather([self.dataset.name(sample) for sample in suspects])
+        kind = "non-finite loss, step skipped" if agreed.bad else "non-finite gradient, step skipped"
+        ranks = [rank for rank, of_rank in enumerate(names) if of_rank]
+        self.logger.event(step, kind, ranks=ranks, samples=[name for of_rank in names for name in of_rank])
+
+    def row(self, step: int, agreed: Agreed, update: UpdateResult, lr: float) -> dict[str, float | int]:
+        """The step's row of `metrics.jsonl`."""
+        return {
+            "step": step,
+            **agreed.means,
+            **agreed.quantiles,
+            "lr": lr,
+            "grad_norm": update.grad_norm,
+            "batch": agreed.batch,
+            "skipped": self.skipped,
+            "replaced": self.replaced,
+            **self.cost.of_step(),
+        }
+
+    def raise_if_never_finite(self, step: int, max_bad_steps: int) -> None:
+        """RunError after so many skipped steps in a row."""
+        if self.bad_in_a_row >= max_bad_steps:
+            raise RunError(
+                f"step {step}: {self.bad_in_a_row} steps in a row were not finite; "
+                "lower train.lr or look at events.jsonl for the samples"
+            )
+
+
+def batch_digest(seeds: Tensor) -> float:
+    """A number for which samples of which epoch these are: seeds int64 [b]; adds up over ranks, in any order, exactly."""
     return float((seeds & 0xFFFFFFFF).sum().item())

@@ -1,30 +1,156 @@
-"""What a training needs before its first step: models, teachers, data, engine."""
+"""What a training needs before its first step: models, teachers, classes, data, engine."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 import torch
 
-from ..config import Teacher
+from ..config import Config, Teacher
+from ..data.dataset import Dataset
+from ..data.images import Transform
+from ..data.order import Order
+from ..data.samples import Batch, EmbeddingRows
+from ..data.staging import Staging
+from ..data.stream import TrainStream
+from ..distillation.task import DistillationTask
 from ..distributed.ranks import Ranks
+from ..embeddings.identity import open_stores
 from ..embeddings.store import EmbeddingStore
 from ..embeddings.teacher import StoredTeacher
 from ..models.clip import Clip
+from ..models.image_tower import DTYPES, require_tokens
+from ..models.loading import load_clip
+from ..models.student import start_model, trainable_tower
 from ..models.teachers import FrozenTeacher
+from ..runs.checkpoints import read_optimizer
+from ..runs.folder import RunFolder
+from ..runs.metrics import MetricLogger
 from ..zero_shot import ZeroShotHead
+from .class_targets import build_class_targets
+from .engine import Engine
+from .throughput import StepCost, forward_flops, peak_flops, sample_flops
+
+Ensemble = dict[str, FrozenTeacher | StoredTeacher]
+
+
+@dataclass(frozen=True)
+class TrainingParts:
+    """What the loop works with. class_targets: gives a batch its labels, or makes its captions the classes of the step."""
+
+    stream: TrainStream
+    class_targets: Callable[[Batch], Batch]
+    engine: Engine
+    task: DistillationTask
+    cost: StepCost
+
+
+def build_training(
+    config: Config, dataset: Dataset, folder: RunFolder, ranks: Ranks, logger: MetricLogger
+) -> TrainingParts:
+    """Load and place all that the run trains with, and go on from its checkpoint where there is one. Collective."""
+    start = start_model(config, folder.path, bool(folder.checkpoint), ranks)
+    clips = {"student": start} | {
+        name: load_clip(teacher, config.seed, f"teachers.{name}") for name, teacher in config.ensemble.items()
+    }
+    if config.needs_tokens:
+        for name, clip in clips.items():
+            require_tokens(clip.tower(), name)
+    heads, class_targets = build_class_targets(config, folder.path, clips, dataset, ranks)
+    tower = trainable_tower(config, start, folder.checkpoint)
+    stores = open_stores(config, clips, tower.image_size, dataset.fingerprint, ranks)
+    # Counted before the engine takes the student's weights.
+    flops = {name: 0 if name in stores else forward_flops(clip.tower()) for name, clip in clips.items()}
+    engine = Engine(config, tower, ranks)
+    if folder.checkpoint:
+        engine.restore(read_optimizer(folder.checkpoint), folder.state["updates"])
+    ensemble = build_teachers(config.ensemble, clips, heads, stores, ranks, DTYPES[config.engine.precision])
+    task = DistillationTask(config, engine, heads["student"], ensemble)
+    task.state |= folder.state.get("method", {})
+    of_sample = sample_flops(flops, task.passes, task.objective, config.attack, adapters=bool(config.student.lora))
+    log_start(config, folder, dataset, tower.image_size, heads["student"], ensemble, ranks, logger)
+    return TrainingParts(
+        train_stream(config, dataset, ranks, tower.image_size, folder.step, config.train.steps, stores),
+        class_targets,
+        engine,
+        task,
+        StepCost(config.train.batch_size, of_sample, peak_flops(ranks.device), ranks.world_size, ranks.device),
+    )
 
 
 def build_teachers(
     settings: dict[str, Teacher],
     clips: dict[str, Clip],
     heads: dict[str, ZeroShotHead],
-    stored: dict[str, EmbeddingStore],
+    stores: dict[str, EmbeddingStore],
     ranks: Ranks,
     dtype: torch.dtype,
-) -> dict[str, FrozenTeacher | StoredTeacher]:
-    """The ensemble of a configuration, each teacher run in `dtype`; those in `stored` are not run at all."""
+) -> Ensemble:
+    """The ensemble of a configuration, each teacher run in `dtype`; those in `stores` are not run at all."""
     return {
-        name: StoredTeacher(name, stored[name], clips[name].tower(), heads[name], dtype)
-        if name in stored
+        name: StoredTeacher(name, stores[name], clips[name].tower(), heads[name], dtype)
+        if name in stores
         else FrozenTeacher(name, teacher, clips[name].tower(), heads[name], ranks, dtype)
         for name, teacher in settings.items()
     }
+
+
+def train_stream(
+    config: Config,
+    dataset: Dataset,
+    ranks: Ranks,
+    image_size: int,
+    start: int,
+    stop: int,
+    embeddings: Mapping[str, EmbeddingRows] | None = None,
+) -> TrainStream:
+    """This rank's batches for the steps start..stop-1 of the run. embeddings: stored ones, by teacher."""
+    data = config.data
+    return TrainStream(
+        dataset,
+        Order(dataset.shard_counts, config.seed, data.lanes, data.window),
+        Transform(image_size, data.resize, data.crop_scale, data.flip),
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        rank=ranks.rank,
+        world=ranks.world_size,
+        start=start,
+        stop=stop,
+        workers=data.workers,
+        need_labels=config.needs_labels,
+        need_captions=data.targets == "captions",
+        max_replaced=data.max_replaced,
+        staging=Staging(dataset, data.cache) if dataset.remote else None,
+        views=data.views,
+        stored=embeddings,
+    )
+
+
+def log_start(
+    config: Config,
+    folder: RunFolder,
+    dataset: Dataset,
+    image_size: int,
+    head: ZeroShotHead,
+    ensemble: Ensemble,
+    ranks: Ranks,
+    logger: MetricLogger,
+) -> None:
+    """Print what is trained, on what, and where each teacher lies. Collective."""
+    held_by_rank = ranks.all_gather({name: teacher.bytes_here for name, teacher in ensemble.items()})
+    origin = f"goes on from {folder.checkpoint.name}" if folder.checkpoint else "starts"
+    devices = f"{ranks.world_size} x {ranks.device.type}"
+    engine = f"ZeRO {config.engine.zero_stage}, {config.engine.precision}"
+    logger.print(f"{folder.path}: {config.method.name} {origin}, {devices}, {engine}")
+    classes = {
+        "labels": f" of {len(head.class_embeddings)} classes",
+        "captions": " of classes by caption",
+        "none": "",
+    }[config.data.targets]
+    scale = f"logit scale {head.logit_scale:.4g}"
+    logger.print(f"{len(dataset)} samples{classes}, images {image_size} px, {scale}")
+    for name, teacher in ensemble.items():
+        mib = ", ".join(f"{held[name] / 2**20:.2f}" for held in held_by_rank)
+        whole = f"{teacher.bytes_whole / 2**20:.2f} MiB"
+        logger.print(f"teacher {name}: {teacher.placement}, {whole}, a rank holds {mib} MiB")

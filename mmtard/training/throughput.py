@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import time
 from pathlib import Path
 
 import torch
@@ -45,20 +46,21 @@ def sample_flops(
 ) -> int:
     """FLOPs of training on one sample, from the forward FLOPs of each model (`student` and the teachers' names).
 
-    A differentiated pass of the student costs three forwards (two where only low-rank `adapters` learn: the frozen weights ask for no
-    gradient), an attack step two (the input gradient costs as much as the
-    forward) of every model the gradient goes through, a teacher's pass one, and so does the loss after each of several
-    restarts. objective: what the attack maximises; None: none is made.
+    A differentiated pass of the student costs three forwards, or two where only low-rank `adapters` learn: the frozen
+    weights ask for no gradient. An attack step costs two of every model that the gradient goes through, since the input
+    gradient costs as much as the forward. A teacher's pass costs one, and so does the loss after each of several restarts.
+    objective: what the attack maximises; None: no attack is made.
     """
-    cost = sum((2 if adapters else 3) * forward["student"] for p in passes if p.model == "student")
-    cost += sum(forward[p.model] for p in passes if p.model != "student")
+    training = sum((2 if adapters else 3) * forward["student"] for p in passes if p.model == "student")
+    training += sum(forward[p.model] for p in passes if p.model != "student")
     if objective is None:
-        return cost
+        return training
     steps = attack.steps + (attack.algorithm == "apgd")
-    looks = attack.restarts if attack.restarts > 1 else 0
-    moved = forward["student"] + (forward[objective.through_teacher] if objective.through_teacher else 0)
-    own = sum(forward[p.model] for p in objective.reference_passes if p.model == "student" or p not in passes)
-    return cost + own + (2 * steps * attack.restarts + looks) * moved
+    comparisons = attack.restarts if attack.restarts > 1 else 0
+    attacked = forward["student"] + (forward[objective.through_teacher] if objective.through_teacher else 0)
+    # Reference passes that the loss asks for anyway are paid for.
+    references = sum(forward[p.model] for p in objective.reference_passes if p.model == "student" or p not in passes)
+    return training + references + (2 * steps * attack.restarts + comparisons) * attacked
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -72,11 +74,32 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for words, peak in PEAK.items() if re.search(rf"\b{words}\b", name)), None)
 
 
+class StepCost:
+    """What each step takes: all ranks' images a second, a rank's FLOP/s, its memory.
+
+    images: of a step's global batch. flops: of training on one of them. peak: the device's, None where it is not known.
+    """
+
+    def __init__(self, images: int, flops: float, peak: float | None, world_size: int, device: torch.device):
+        self.images, self.flops, self.peak = images, flops, peak
+        self.world_size, self.device = world_size, device
+        self.begin()
+
+    def begin(self) -> None:
+        """The first step begins now."""
+        self._began = time.monotonic()
+
+    def of_step(self) -> dict[str, float]:
+        """The columns of the step that ends now; the next one begins."""
+        now = time.monotonic()
+        seconds, self._began = now - self._began, now
+        return cost(seconds, self.images, self.flops, self.peak, self.world_size, self.device)
+
+
 def cost(
     seconds: float, images: int, flops: float, peak: float | None, world_size: int, device: torch.device
 ) -> dict[str, float]:
-    """What a step of `images` took, `flops` each: all ranks' images a second, a rank's FLOP/s and its share of the device's bf16 peak
-    where that is known, and the memory of this process."""
+    """What a step of `images`, `flops` each, took in `seconds`; `mfu` is the share of the peak, where that is known."""
     done = images * flops / seconds / world_size
     known = {"mfu": done / peak} if peak else {}
     return {
