@@ -101,23 +101,15 @@ class MetricLogger(SilentLogger):
         """The first step begins now. `cost(seconds)` gives the columns of a step's speed and memory."""
         self._step_began, self._cost = time.monotonic(), cost
 
-    def step(
-        self,
-        step: int | dict,
-        numbers: StepNumbers | None = None,
-        update: Update | None = None,
-        lr: float | None = None,
-    ) -> None:
+    def step(self, step: int, numbers: StepNumbers, update: Update, lr: float) -> None:
         """Record a finished step: `step` updates are done. Its time counts from the step before, or from `begin`."""
-        if isinstance(step, dict):  # a whole row
-            return self._write_row(step)
         now = time.monotonic()
         seconds, self._step_began = now - self._step_began, now
         row = {"step": step, **numbers.means, **numbers.quantiles, "lr": lr, "grad_norm": update.grad_norm}
         row |= {"batch": int(numbers.digest), "skipped": numbers.skipped, "replaced": numbers.replaced}
-        self._write_row(row | self._cost(seconds))
+        self.write_row(row | self._cost(seconds))
 
-    def _write_row(self, row: dict[str, float | int]) -> None:
+    def write_row(self, row: dict[str, float | int]) -> None:
         """Write a row of numbers; those that are not finite are stored as null."""
         self._metrics.write(_line(row))
         self._track(lambda tracker: tracker.log(row["step"], finite(row)))

@@ -15,7 +15,7 @@ from ..distillation.training_attack import perturb
 from ..distributed.ranks import Ranks
 from ..evaluation.statistics import wilson_interval
 from ..losses import cross_entropy, top1
-from ..runs.metrics import MetricLogger
+from ..runs.metrics import SilentLogger
 
 EVENT = "alarm: catastrophic overfitting"
 REMEDY = "raise attack.steps, or lower attack.step_size or attack.eps; earlier checkpoints may be more robust"
@@ -29,7 +29,7 @@ class OverfittingAlarm:
     """
 
     def __init__(
-        self, config: Config, task: DistillationTask, ranks: Ranks, micro_batch_size: int, logger: MetricLogger
+        self, config: Config, task: DistillationTask, ranks: Ranks, micro_batch_size: int, logger: SilentLogger
     ):
         single_step = config.attack_objective is not None and config.attack.steps == 1 and config.data.targets != "none"
         self.every = config.attack.alarm_every if single_step else None

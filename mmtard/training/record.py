@@ -10,10 +10,9 @@ from ..data.dataset import Dataset
 from ..data.samples import Batch
 from ..distributed.ranks import Ranks
 from ..errors import RunError
-from ..runs.metrics import MetricLogger
+from ..runs.metrics import SilentLogger
 from .engine import UpdateResult
 from .step_terms import TermSums
-from .throughput import StepCost
 
 
 @dataclass(frozen=True)
@@ -22,20 +21,22 @@ class Agreed:
 
     means: dict[str, float]  # of the loss and its terms
     quantiles: dict[str, float]  # of the teachers' weights
-    batch: int  # which samples of which epoch these were
-    replaced: int  # samples that could not be used
-    bad: int  # samples without a finite loss
+    digest: int  # which samples of which epoch these were
+    replaced_now: int  # samples of this batch that could not be used
+    bad: int  # samples of this batch without a finite loss
     stop: bool  # whether any rank was asked to stop
+    skipped: int  # steps of the run so far that were not applied
+    replaced: int  # samples of the run so far that took another's place
 
 
 class StepRecord:
-    """Counts of a run so far, and the row of metrics of each step.
+    """The counts of a run so far, and what of a step is out of the ordinary.
 
     state: that of the checkpoint the run goes on from. Its methods are collective, and decide the same on every rank.
     """
 
-    def __init__(self, dataset: Dataset, ranks: Ranks, logger: MetricLogger, cost: StepCost, state: dict):
-        self.dataset, self.ranks, self.logger, self.cost = dataset, ranks, logger, cost
+    def __init__(self, dataset: Dataset, ranks: Ranks, logger: SilentLogger, batch_size: int, state: dict):
+        self.dataset, self.ranks, self.logger, self.batch_size = dataset, ranks, logger, batch_size
         self.bad_in_a_row: int = state.get("bad_in_a_row", 0)
         self.skipped: int = state.get("skipped", 0)
         self.replaced: int = state.get("replaced", 0)
@@ -44,46 +45,35 @@ class StepRecord:
         """What a checkpoint keeps of it."""
         return {"bad_in_a_row": self.bad_in_a_row, "skipped": self.skipped, "replaced": self.replaced}
 
-    def agree(self, terms: TermSums, batch: Batch, bad_samples: list[int], stop: bool, batch_size: int) -> Agreed:
-        """Sum a step's numbers over the ranks. `batch_size` is global."""
+    def agree(self, terms: TermSums, update: UpdateResult, batch: Batch, bad_samples: list[int], stop: bool) -> Agreed:
+        """Sum a step's numbers over the ranks, and count it."""
         counts = [batch_digest(batch.seeds), len(batch.replaced), len(bad_samples), stop]
         *totals, digest, replaced, bad, stop_asked = self.ranks.sum([*terms.sums.values(), *counts])
-        means = {name: total / batch_size for name, total in zip(terms.sums, totals)}
-        return Agreed(means, terms.quantiles(self.ranks), int(digest), int(replaced), int(bad), bool(stop_asked))
+        means = {name: total / self.batch_size for name, total in zip(terms.sums, totals)}
+        quantiles = terms.quantiles(self.ranks)
+        self.replaced += int(replaced)
+        self.skipped += not update.applied
+        self.bad_in_a_row = 0 if update.applied else self.bad_in_a_row + 1
+        return Agreed(
+            means, quantiles, int(digest), int(replaced), int(bad), bool(stop_asked), self.skipped, self.replaced
+        )
 
-    def count(self, step: int, update: UpdateResult, batch: Batch, bad_samples: list[int], agreed: Agreed) -> None:
-        """Count and name the samples that were replaced, and the step if it was skipped."""
-        self.replaced += agreed.replaced
-        if agreed.replaced:
+    def report(self, step: int, agreed: Agreed, update: UpdateResult, batch: Batch, bad_samples: list[int]) -> None:
+        """Name the samples that were replaced, and those that made a step be skipped, as events."""
+        if agreed.replaced_now:
             pairs = [pair for rank in self.ranks.all_gather(batch.replaced) for pair in rank]
             names = [f"{wanted} -> {used} ({reason})" for wanted, used, reason in pairs]
             self.logger.event(step, "replaced", samples=names)
-        self.bad_in_a_row = 0 if update.applied else self.bad_in_a_row + 1
         if not update.applied:
-            self._count_skipped(step, batch, bad_samples, agreed)
+            self._report_skipped(step, agreed, batch, bad_samples)
 
-    def _count_skipped(self, step: int, batch: Batch, bad_samples: list[int], agreed: Agreed) -> None:
-        self.skipped += 1
+    def _report_skipped(self, step: int, agreed: Agreed, batch: Batch, bad_samples: list[int]) -> None:
         # All losses are finite but the gradient is not: any sample of the batch may be the cause.
         suspects = bad_samples if agreed.bad else batch.sample_ids.tolist()
         names = self.ranks.all_gather([self.dataset.name(sample) for sample in suspects])
         kind = "non-finite loss, step skipped" if agreed.bad else "non-finite gradient, step skipped"
         ranks = [rank for rank, of_rank in enumerate(names) if of_rank]
         self.logger.event(step, kind, ranks=ranks, samples=[name for of_rank in names for name in of_rank])
-
-    def row(self, step: int, agreed: Agreed, update: UpdateResult, lr: float) -> dict[str, float | int]:
-        """The step's row of `metrics.jsonl`."""
-        return {
-            "step": step,
-            **agreed.means,
-            **agreed.quantiles,
-            "lr": lr,
-            "grad_norm": update.grad_norm,
-            "batch": agreed.batch,
-            "skipped": self.skipped,
-            "replaced": self.replaced,
-            **self.cost.of_step(),
-        }
 
     def raise_if_never_finite(self, step: int, max_bad_steps: int) -> None:
         """RunError after so many skipped steps in a row."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -26,11 +27,11 @@ from ..models.student import start_model, trainable_tower
 from ..models.teachers import FrozenTeacher
 from ..runs.checkpoints import read_optimizer
 from ..runs.folder import RunFolder
-from ..runs.metrics import MetricLogger
+from ..runs.metrics import SilentLogger
 from ..zero_shot import ZeroShotHead
 from .class_targets import build_class_targets
 from .engine import Engine
-from .throughput import StepCost, forward_flops, peak_flops, sample_flops
+from .throughput import cost, forward_flops, peak_flops, sample_flops
 
 Ensemble = dict[str, FrozenTeacher | StoredTeacher]
 
@@ -43,11 +44,11 @@ class TrainingParts:
     class_targets: Callable[[Batch], Batch]
     engine: Engine
     task: DistillationTask
-    cost: StepCost
+    cost: Callable[[float], dict[str, float]]  # seconds of a step -> its speed and memory
 
 
 def build_training(
-    config: Config, dataset: Dataset, folder: RunFolder, ranks: Ranks, logger: MetricLogger
+    config: Config, dataset: Dataset, folder: RunFolder, ranks: Ranks, logger: SilentLogger
 ) -> TrainingParts:
     """Load and place all that the run trains with, and go on from its checkpoint where there is one. Collective."""
     start = start_model(config, folder.path, bool(folder.checkpoint), ranks)
@@ -75,7 +76,14 @@ def build_training(
         class_targets,
         engine,
         task,
-        StepCost(config.train.batch_size, of_sample, peak_flops(ranks.device), ranks.world_size, ranks.device),
+        partial(
+            cost,
+            images=config.train.batch_size,
+            flops=of_sample,
+            peak=peak_flops(ranks.device),
+            world_size=ranks.world_size,
+            device=ranks.device,
+        ),
     )
 
 
@@ -135,7 +143,7 @@ def log_start(
     head: ZeroShotHead,
     ensemble: Ensemble,
     ranks: Ranks,
-    logger: MetricLogger,
+    logger: SilentLogger,
 ) -> None:
     """Print what is trained, on what, and where each teacher lies. Collective."""
     held_by_rank = ranks.all_gather({name: teacher.bytes_here for name, teacher in ensemble.items()})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import time
 from pathlib import Path
 
 import torch
@@ -72,28 +71,6 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     # Whole words: an RTX A1000 is no A100.
     return next((peak for words, peak in PEAK.items() if re.search(rf"\b{words}\b", name)), None)
-
-
-class StepCost:
-    """What each step takes: all ranks' images a second, a rank's FLOP/s, its memory.
-
-    images: of a step's global batch. flops: of training on one of them. peak: the device's, None where it is not known.
-    """
-
-    def __init__(self, images: int, flops: float, peak: float | None, world_size: int, device: torch.device):
-        self.images, self.flops, self.peak = images, flops, peak
-        self.world_size, self.device = world_size, device
-        self.begin()
-
-    def begin(self) -> None:
-        """The first step begins now."""
-        self._began = time.monotonic()
-
-    def of_step(self) -> dict[str, float]:
-        """The columns of the step that ends now; the next one begins."""
-        now = time.monotonic()
-        seconds, self._began = now - self._began, now
-        return cost(seconds, self.images, self.flops, self.peak, self.world_size, self.device)
 
 
 def cost(

@@ -55,8 +55,8 @@ class Trainer:
         self.step = self.folder.step
         watchdog.at(self.step, "set-up")
         self.checkpoints = Checkpoints(self.folder.path, config.checkpoint.keep_last, config.checkpoint.keep_every)
-        self.logger: MetricLogger | SilentLogger = SilentLogger()
-        self.probe: probe.Probe | probe.SilentProbe = probe.SilentProbe()
+        self.logger = SilentLogger()
+        self.probe = probe.SilentProbe()
         if ranks.is_first:
             self.checkpoints.clean()
             opened = trackers.chosen(config, self.step)
@@ -81,12 +81,12 @@ class Trainer:
         self.parts = build_training(self.config, self.dataset, self.folder, self.ranks, self.logger)
         engine, task = self.parts.engine, self.parts.task
         self.alarm = OverfittingAlarm(self.config, task, self.ranks, engine.micro_batch_size, self.logger)
-        self.record = StepRecord(self.dataset, self.ranks, self.logger, self.parts.cost, self.folder.state)
+        self.record = StepRecord(self.dataset, self.ranks, self.logger, self.config.train.batch_size, self.folder.state)
 
     def _loop(self, interruption: Interruption) -> bool:
         """Run the remaining steps. True: the run is complete. False: it was asked to stop, and its state is saved."""
         train = self.config.train
-        self.parts.cost.begin()
+        self.logger.begin(self.parts.cost)
         self.watchdog.at(self.step + 1, "data")
         for batch in self.parts.stream:
             # Its labels, or the captions of this global batch as its classes.
@@ -98,11 +98,11 @@ class Trainer:
 
             # After the agreement, every rank knows the same numbers.
             self.watchdog.at(self.step, "agreement")
-            agreed = self.record.agree(terms, batch, bad_samples, bool(interruption), train.batch_size)
+            agreed = self.record.agree(terms, update, batch, bad_samples, bool(interruption))
             if update.applied:
                 self.parts.task.end_step(agreed.means)
-            self.record.count(self.step, update, batch, bad_samples, agreed)
-            self.logger.step(self.record.row(self.step, agreed, update, lr))
+            self.record.report(self.step, agreed, update, batch, bad_samples)
+            self.logger.step(self.step, agreed, update, lr)
             self.probe.after_step(self.step)
             self.alarm.after_step(self.step, batch)
             self.record.raise_if_never_finite(self.step, train.max_bad_steps)

@@ -92,9 +92,9 @@ def test_a_rank_that_fails_is_no_loss_and_is_not_started_again(job, tmp_path):
     path, run = job("failed", train={"steps": 24, "batch_size": 16, "lr": 1e-3})
     script = tmp_path / "fails.py"
     script.write_text(
-        "import os, sys\nfrom mmtard.cli import main\nfrom mmtard.training import train\nupdate = train.Trainer._update\n"
+        "import os, sys\nfrom mmtard.cli import main\nfrom mmtard.training import train\nupdate = train.Trainer._optimizer_step\n"
         "def fail(self, batch, lr):\n    if self.step == 3 and os.environ['RANK'] == '1':\n        raise MemoryError('out of memory')\n"
-        "    return update(self, batch, lr)\ntrain.Trainer._update = fail\nraise SystemExit(main.main(['train', sys.argv[1]]))\n"
+        "    return update(self, batch, lr)\ntrain.Trainer._optimizer_step = fail\nraise SystemExit(main.main(['train', sys.argv[1]]))\n"
     )
     processes = start_ranks([script, path], 2, tmp_path / "meet", tmp_path / "log")
     assert [p.wait(120) for p in processes] == [1, 1]

@@ -58,18 +58,18 @@ def test_cut_leaves_a_file_that_is_not_there_alone(tmp_path):
 def test_every_step_stands_once_after_an_interruption(tmp_path, opened):
     first = opened(tmp_path)
     for step in (1, 2, 3):
-        first.step(row(step, lr=0.1))
+        first.write_row(row(step, lr=0.1))
     first.event(3, "replaced", samples=["a", "b"])
     again = opened(tmp_path, start=2)  # the newest checkpoint is that of step 2
     for step in (3, 4):
-        again.step(row(step, lr=0.2))
+        again.write_row(row(step, lr=0.2))
     assert [(r["step"], r["lr"]) for r in rows(tmp_path / "metrics.jsonl")] == [(1, 0.1), (2, 0.1), (3, 0.2), (4, 0.2)]
     assert rows(tmp_path / "events.jsonl") == []
 
 
 def test_a_finished_step_is_on_disk_at_once(tmp_path, opened):
     metrics = opened(tmp_path)
-    metrics.step(row(1))
+    metrics.write_row(row(1))
     metrics.event(1, "replaced", samples=["x.tar/a"])
     assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0, "images_per_s": 100.0}]
     assert rows(tmp_path / "events.jsonl") == [{"step": 1, "event": "replaced", "samples": ["x.tar/a"]}]
@@ -79,7 +79,7 @@ def test_a_finished_step_is_on_disk_at_once(tmp_path, opened):
 def test_a_number_that_is_not_finite_is_null_in_valid_json(tmp_path, opened, value):
     metrics = opened(tmp_path, steps=2)
     for step in (1, 2):
-        metrics.step(row(step, grad_norm=value))
+        metrics.write_row(row(step, grad_norm=value))
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
     assert [r["grad_norm"] for r in rows(tmp_path / "metrics.jsonl")] == [None, None]
@@ -88,7 +88,7 @@ def test_a_number_that_is_not_finite_is_null_in_valid_json(tmp_path, opened, val
 def test_the_console_has_a_line_every_so_often_at_the_end_and_for_events(tmp_path, opened, capsys):
     metrics = opened(tmp_path, steps=5, log_every=2)
     for step in range(1, 6):
-        metrics.step(row(step, kl=0.25))
+        metrics.write_row(row(step, kl=0.25))
     metrics.event(5, "replaced", samples=[f"s{i}" for i in range(9)])
     out = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in out[:3]] == ["step 2/5", "step 4/5", "step 5/5"] and len(out) == 4

@@ -27,12 +27,12 @@ def test_tensorboard_shows_a_step_that_was_done_again_once(tmp_path):
         tmp_path, start=0, steps=4, log_every=2, trackers={"TensorBoard": lambda: TensorBoard(tmp_path, 0)}
     )
     for step in (1, 2, 3):
-        first.step(row(step, grad_norm=math.inf))
+        first.write_row(row(step, grad_norm=math.inf))
     first.close()
     again = MetricLogger(
         tmp_path, start=1, steps=4, log_every=2, trackers={"TensorBoard": lambda: TensorBoard(tmp_path, 1)}
     )
-    again.step(row(2))
+    again.write_row(row(2))
     again.probe({"step": 1, **PROBED})  # of a checkpoint that steps have overtaken
     again.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -74,7 +74,7 @@ def test_a_tracker_that_fails_is_named_once_and_ends_nothing(tmp_path, capsys, a
         tmp_path, 0, 3, 99, {"broken": lambda: made.append(Broken(at)) or made[0], "whole": lambda: whole}
     )
     for step in (1, 2, 3):
-        metrics.step(row(step, grad_norm=math.nan))
+        metrics.write_row(row(step, grad_norm=math.nan))
     metrics.close()
     assert [s for s, _ in made[0].logged] == logged if made else logged is None
     assert whole.logged == [(s, {"loss": 1 / s, "images_per_s": 100.0}) for s in (1, 2, 3)]
@@ -100,7 +100,7 @@ from mmtard.runs.trackers import chosen
 config, start = load(sys.argv[1]), int(sys.argv[2])
 metrics = MetricLogger(__import__("pathlib").Path(config.run_dir), start, 4, 99, chosen(config, start))
 for step in range(start + 1, start + 3):
-    metrics.step({{"step": step, "loss": 1.0 / step, "images_per_s": 1.0}})
+    metrics.write_row({{"step": step, "loss": 1.0 / step, "images_per_s": 1.0}})
 metrics.probe({{"step": start + 1, **{PROBED}}})
 metrics.close()
 """

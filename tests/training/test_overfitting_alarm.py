@@ -11,6 +11,7 @@ from mmtard.config import validate
 from mmtard.data.samples import Batch
 from mmtard.distillation.task import DistillationTask
 from mmtard.errors import UserError
+from mmtard.runs.metrics import SilentLogger
 from mmtard.training import overfitting_alarm
 from mmtard.training.overfitting_alarm import OverfittingAlarm, overfitted
 from mmtard.zero_shot import ZeroShotHead
@@ -59,9 +60,8 @@ def check(margin, step=100, totals=None, **attack):
     })  # fmt: skip
     student = Student(margin)
     ranks = SimpleNamespace(device=torch.device("cpu"), sum=totals or (lambda numbers: [float(n) for n in numbers]))
-    return OverfittingAlarm(config, DistillationTask(config, student, HEAD, {}), ranks, 16)(
-        step, BATCH
-    ), student.forwards
+    alarm = OverfittingAlarm(config, DistillationTask(config, student, HEAD, {}), ranks, 16, SilentLogger())
+    return alarm.after_step(step, BATCH), student.forwards
 
 
 def test_it_goes_off_where_only_the_multi_step_attack_succeeds():
