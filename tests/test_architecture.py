@@ -19,8 +19,8 @@ ORDER = [
     ["data", "runs", "distillation"],
     ["models"],
     ["embeddings", "evaluation"],
-    ["training", "report", "examples"],
-    ["export", "launch", "api"],
+    ["training", "report"],
+    ["export", "launch", "api", "examples"],
     ["cli"],
     ["__main__"],
 ]

@@ -1,4 +1,4 @@
-"""Objectives side by side on CIFAR-10: pretrains two CLIPs, trains teachers, then every student at an equal budget, and measures all."""
+"""Objectives side by side on CIFAR-10: two CLIPs, teachers, then every student at an equal budget, all measured."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ..evaluation.evaluate import evaluate
 from ..evaluation.protocols import PROTOCOLS
 from ..evaluation.request import EvaluationRequest
 from .cifar10_shards import make_shards
-from .pretrain import PROMPT, pretrain
-from .stages import cell, console, main, title, train
+from .pretrain import PROMPT, Pretraining, pretrain
+from .stages import cell, configuration, console, main, title, train
 
-ROOT, CONFIGS = Path("runs/cifar10"), Path("configs/cifar10")
+ROOT = Path("runs/cifar10")
 TEACHERS = ("clean_teacher", "robust_teacher")
 STUDENTS = ("tecoa", "fare", "rslad", "ard", "mtard", "mmtard")
 EPS = Fraction(4, 255)
@@ -30,8 +30,8 @@ PRETRAINING = {"student": 500, "teacher": 400}  # steps of 256 images
 
 
 def compare(argv: list[str] | None = None) -> int:
-    """Run what is not done yet and print the table; the exit status."""
-    p = argparse.ArgumentParser(prog="python -m mmtard.examples", description=__doc__)
+    """Run what is not done yet and print the table; return the exit status."""
+    p = argparse.ArgumentParser(prog="python -m mmtard.examples.cifar10", description=__doc__)
     p.add_argument(
         "source",
         type=Path,
@@ -44,18 +44,19 @@ def compare(argv: list[str] | None = None) -> int:
 
 
 def _run(source: Path, settings: list[str]) -> None:
-    for name in (*TEACHERS, *STUDENTS):
-        load(CONFIGS / f"{name}.yaml", settings)  # what does not fit is told before hours of work
-    stages = 2 + len(TEACHERS) + len(STUDENTS) + 1
+    configurations = [configuration("cifar10", name) for name in (*TEACHERS, *STUDENTS)]
+    for config in configurations:
+        load(config, settings)  # what does not fit is told before hours of work
+    stages = 2 + len(configurations) + 1
     title(1, stages, "CIFAR-10 as shards")
     make_shards(source, ROOT / "data")
     title(2, stages, "pretraining a small and a larger CLIP")
     for name, steps in PRETRAINING.items():
-        architecture = Path(__file__).with_name(f"cifar10-{name}.json")
-        pretrain(ROOT / "data", ROOT / "clip" / name, architecture=architecture, splits=("test",), steps=steps)
-    for i, name in enumerate([*TEACHERS, *STUDENTS], 3):
-        title(i, stages, f"training {name}")
-        train(CONFIGS / f"{name}.yaml", *settings)
+        how = Pretraining(Path(__file__).with_name(f"cifar10-{name}.json"), steps)
+        pretrain(ROOT / "data", ROOT / "clip" / name, how, splits=("test",))
+    for i, config in enumerate(configurations, 3):
+        title(i, stages, f"training {config.stem}")
+        train(config, *settings)
     title(stages, stages, f"measuring {PROTOCOL.n_samples} test images, eps {show_pixels(EPS)}")
     _table(_measure())
 
@@ -64,23 +65,19 @@ def _measure() -> dict[str, dict]:
     """{model: its part of the results}; what is measured already is taken over."""
     ranks = start()
     sources, measured = datasets.find_datasets(str(ROOT / "data" / "test")), {}
-    for name, model in {
-        "start": ROOT / STUDENTS[0] / "start",
-        **{name: ROOT / name for name in (*TEACHERS, *STUDENTS)},
-    }.items():
-        (measured[name],) = evaluate(
-            EvaluationRequest(Model(weights=str(model)), sources, PROTOCOL, ROOT / "results" / name, batch_size=100),
-            ranks,
-            console.print,
-        )["datasets"]
+    models = {"start": ROOT / STUDENTS[0] / "start", **{name: ROOT / name for name in (*TEACHERS, *STUDENTS)}}
+    for name, model in models.items():
+        request = EvaluationRequest(
+            Model(weights=str(model)), sources, PROTOCOL, ROOT / "results" / name, batch_size=100
+        )
+        (measured[name],) = evaluate(request, ranks, console.print)["datasets"]
     stop()
     return measured
 
 
 def _table(measured: dict[str, dict]) -> None:
-    table = Table(
-        title=f"CIFAR-10, accuracy in % (95 % interval), eps {show_pixels(EPS)}, an attack on what the ones before it left"
-    )
+    of = f"eps {show_pixels(EPS)}, an attack on what the ones before it left"
+    table = Table(title=f"CIFAR-10, accuracy in % (95 % interval), {of}")
     for i, column in enumerate(("model", "clean", *PROTOCOL.attacks)):
         table.add_column(column, justify="right" if i else "left")
     for name, result in measured.items():

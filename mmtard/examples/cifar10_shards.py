@@ -16,10 +16,11 @@ SHARD = 5000
 
 
 def make_shards(source: Path, out: Path) -> Path:
-    """Write `out/train` and `out/test`, each with a classnames.txt, unless they were written from this source before; returns `out`.
+    """Write `out/train` and `out/test`, each with a classnames.txt; return `out`.
 
-    `source` holds either train/ and test/ with one sub-folder of images a class, or archives named `*train*.npz` and `*test*.npz` whose
-    `blob` uint8 has encoded images end to end: image i is blob[offset[i]:offset[i+1]], of class classes[label[i]].
+    Nothing is written anew from a source that was written before. `source` holds either train/ and test/ with one
+    sub-folder of images a class, or archives named `*train*.npz` and `*test*.npz` whose `blob` uint8 has encoded images
+    end to end: image i is blob[offset[i]:offset[i+1]], of class classes[label[i]].
     Raises UserError when it holds neither.
     """
     settings = {
@@ -31,7 +32,8 @@ def make_shards(source: Path, out: Path) -> Path:
     archives = {split: sorted(source.glob(f"*{split}*.npz")) for split in SPLITS}
     if not all(archives.values()) and not all((source / split).is_dir() for split in SPLITS):
         raise UserError(
-            f"'{source}' has neither train/ and test/ folders of images nor archives *train*.npz and *test*.npz; give the folder of CIFAR-10"
+            f"'{source}' has neither train/ and test/ folders of images nor archives *train*.npz and *test*.npz; "
+            "give the folder of CIFAR-10"
         )
     with publish_folder(out, settings) as partial:
         for split in SPLITS:

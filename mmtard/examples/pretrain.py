@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
@@ -22,15 +23,66 @@ ARCHITECTURE = Path(__file__).with_name("tiny_clip.json")
 PROMPT = "a photo of a {}"
 
 
-def read_split(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str], list[str]]:
-    """All of a split, decoded: images [N,3,H,W] uint8, labels [N] int64, captions [N], class names [C].
+@dataclass(frozen=True)
+class Pretraining:
+    """What is pretrained, for how long, and at which peak learning rate (one cycle of AdamW)."""
 
-    Images of one size. A sample without a caption has the prompt of its class for one.
+    architecture: Path = ARCHITECTURE
+    steps: int = 300
+    batch_size: int = 256
+    lr: float = 1e-3
+    seed: int = 0
+
+    def settings(self, data: Path) -> dict:
+        """Return everything that decides the weights, ready for JSON; a hash stands for code and architecture."""
+        code = hashlib.sha256(Path(__file__).read_bytes() + self.architecture.read_bytes()).hexdigest()[:16]
+        own = {"steps": self.steps, "batch_size": self.batch_size, "lr": self.lr, "seed": self.seed}
+        return {**own, "data": read_settings(data), "code": code}
+
+
+def pretrain(
+    data: Path,
+    out: Path,
+    how: Pretraining = Pretraining(),
+    splits: tuple[str, ...] = ("test", "zeroshot"),
+    progress: bool = True,
+) -> dict[str, float]:
+    """Train a CLIP on `data/train` and write `out/<architecture>.safetensors`, with its model config beside it.
+
+    Returns and prints the clean accuracy, in [0, 1], on the other `splits` of `data`. The same arguments and number of
+    threads give the same weights; work already done with them is not repeated.
     """
-    shards, names = (
-        sorted(str(path) for path in folder.glob("*.tar")),
-        (folder / "classnames.txt").read_text().splitlines(),
-    )
+    data, out, architecture = Path(data), Path(out), how.architecture
+    settings, done = how.settings(data), read_settings(out)
+    if done is not None and done["made_with"] == settings:
+        return done["accuracy"]
+
+    open_clip.add_model_config(architecture)
+    tokenizer = open_clip.get_tokenizer(architecture.stem)
+    images, _, captions, _ = read_split(data / "train")
+    with torch.random.fork_rng(devices=[]), _progress_bar(progress) as bar:
+        torch.manual_seed(how.seed)
+        model = open_clip.CLIP(**json.loads(architecture.read_text()))
+        _train(model, images, tokenizer(captions), how, bar)
+    model.eval()
+    accuracy = {split: _accuracy(model, tokenizer, data / split) for split in splits}
+    with publish_folder(out, {"made_with": settings, "accuracy": accuracy}) as partial:
+        weights = {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
+        save_file(weights, partial / f"{architecture.stem}.safetensors")
+        shutil.copy(architecture, partial / architecture.name)
+    if progress:
+        found = ", ".join(f"{split} {100 * value:.1f} %" for split, value in accuracy.items())
+        Console().print(f"{architecture.stem}, clean accuracy: {found}")
+    return accuracy
+
+
+def read_split(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str], list[str]]:
+    """Decode all of a split: images [N,3,H,W] uint8, labels [N] int64, captions [N], class names [C].
+
+    The images have one size. A sample without a caption takes the prompt of its class.
+    """
+    shards = sorted(str(path) for path in folder.glob("*.tar"))
+    names = (folder / "classnames.txt").read_text().splitlines()
     images, labels, captions = [], [], []
     for sample in wds.WebDataset(shards, shardshuffle=False, nodesplitter=None).decode("rgb8"):
         image = next(sample[kind] for kind in ("jpg", "jpeg", "png", "webp") if kind in sample)
@@ -40,44 +92,22 @@ def read_split(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str], lis
     return torch.stack(images), torch.tensor(labels), captions, names
 
 
-def _embed_images(model: open_clip.CLIP, images: torch.Tensor) -> torch.Tensor:
-    """L2-normalised embeddings [B,D] of images [B,3,H,W] uint8."""
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
-    return model.encode_image((images.float() / 255 - mean) / std, normalize=True)
+def _progress_bar(shown: bool) -> Progress:
+    loss = TextColumn("loss {task.fields[loss]:.3f}")
+    columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}", loss, TimeRemainingColumn())
+    return Progress(*columns, disable=not shown)
 
 
-@torch.no_grad()
-def _accuracy(model: open_clip.CLIP, tokenizer, folder: Path) -> float:
-    images, labels, _, names = read_split(folder)
-    texts = model.encode_text(tokenizer([PROMPT.format(name) for name in names]), normalize=True)
-    predictions = torch.cat([(_embed_images(model, batch) @ texts.T).argmax(1) for batch in images.split(500)])
-    return (predictions == labels).float().mean().item()
-
-
-def _train(
-    model: open_clip.CLIP,
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    bar: Progress,
-) -> None:
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [dict(params=decayed), dict(params=others, weight_decay=0.0)], lr=lr, betas=(0.9, 0.98), weight_decay=0.1
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
-    )
+def _train(model: open_clip.CLIP, images: torch.Tensor, texts: torch.Tensor, how: Pretraining, bar: Progress) -> None:
+    """Train in place on images [N,3,H,W] uint8 and their tokens [N,L], in batches of a new shuffle each epoch."""
+    optimizer, schedule = _optimizer(model, how)
     loss_fn = open_clip.ClipLoss()
-    task = bar.add_task("pretraining", total=steps, loss=float("nan"))
+    task = bar.add_task("pretraining", total=how.steps, loss=float("nan"))
     order = torch.empty(0, dtype=torch.int64)
-    for _ in range(steps):
-        if len(order) < batch_size:
+    for _ in range(how.steps):
+        if len(order) < how.batch_size:
             order = torch.cat([order, torch.randperm(len(images))])
-        batch, order = order[:batch_size], order[batch_size:]
+        batch, order = order[: how.batch_size], order[how.batch_size :]
         z_image, z_text = _embed_images(model, images[batch]), F.normalize(model.encode_text(texts[batch]), dim=-1)
         loss = loss_fn(z_image, z_text, model.logit_scale.exp())
         optimizer.zero_grad()
@@ -88,40 +118,29 @@ def _train(
         bar.update(task, advance=1, loss=loss.item())
 
 
-def pretrain(
-    data: Path, out: Path, *, architecture: Path = ARCHITECTURE, splits: tuple[str, ...] = ("test", "zeroshot"), steps: int = 300, batch_size: int = 256,
-    lr: float = 1e-3, seed: int = 0, progress: bool = True,
-) -> dict[str, float]:  # fmt: skip
-    """Trains the CLIP of a model config on `data/train` and writes its whole state_dict to `out/<architecture>.safetensors`, and the config beside it.
+def _optimizer(model: open_clip.CLIP, how: Pretraining):
+    """AdamW without weight decay on gains and biases, and its one-cycle schedule."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2]},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=how.lr, betas=(0.9, 0.98), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, how.lr, total_steps=how.steps, pct_start=0.1, cycle_momentum=False
+    )
+    return optimizer, schedule
 
-    Returns and prints the clean accuracy on the other `splits` of `data`, in [0,1]. The same arguments and number of threads give
-    the same weights; work already done with them is not repeated.
-    """
-    data, out = Path(data), Path(out)
-    settings = dict(steps=steps, batch_size=batch_size, lr=lr, seed=seed, data=read_settings(data))
-    settings["code"] = hashlib.sha256(Path(__file__).read_bytes() + architecture.read_bytes()).hexdigest()[:16]
-    done = read_settings(out)
-    if done is not None and done["made_with"] == settings:
-        return done["accuracy"]
 
-    open_clip.add_model_config(architecture)
-    tokenizer = open_clip.get_tokenizer(architecture.stem)
-    images, _, captions, _ = read_split(data / "train")
-    loss_column = TextColumn("loss {task.fields[loss]:.3f}")
-    columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}", loss_column, TimeRemainingColumn())
-    with torch.random.fork_rng(devices=[]), Progress(*columns, disable=not progress) as bar:
-        torch.manual_seed(seed)
-        model = open_clip.CLIP(**json.loads(architecture.read_text()))
-        _train(model, images, tokenizer(captions), steps, batch_size, lr, bar)
-    model.eval()
-    accuracy = {split: _accuracy(model, tokenizer, data / split) for split in splits}
-    with publish_folder(out, dict(made_with=settings, accuracy=accuracy)) as partial:
-        weights = {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
-        save_file(weights, partial / f"{architecture.stem}.safetensors")
-        shutil.copy(architecture, partial / architecture.name)
-    if progress:
-        Console().print(
-            f"{architecture.stem}, clean accuracy: "
-            + ", ".join(f"{split} {100 * value:.1f} %" for split, value in accuracy.items())
-        )
-    return accuracy
+def _embed_images(model: open_clip.CLIP, images: torch.Tensor) -> torch.Tensor:
+    """L2-normalised embeddings [B,D] of images [B,3,H,W] uint8."""
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    return model.encode_image((images.float() / 255 - mean) / std, normalize=True)
+
+
+@torch.no_grad()
+def _accuracy(model: open_clip.CLIP, tokenizer, folder: Path) -> float:
+    """The share of a split's images, in [0, 1], that are nearest to the prompt of their own class."""
+    images, labels, _, names = read_split(folder)
+    texts = model.encode_text(tokenizer([PROMPT.format(name) for name in names]), normalize=True)
+    predictions = torch.cat([(_embed_images(model, batch) @ texts.T).argmax(1) for batch in images.split(500)])
+    return (predictions == labels).float().mean().item()

@@ -1,8 +1,8 @@
 """Captioned 32x32 images of coloured shapes, as WebDataset shards.
 
-A class is a colour and a shape ("red circle"). Texture, place, size, angle, background and clutter vary freely and some of
-them are named in the caption. A quarter of the combinations never occurs in training: those are the zero-shot classes, whose
-every word has been seen.
+A class is a colour and a shape ("red circle"). Texture, place, size, angle, background and clutter vary freely,
+and some of them are named in the caption. A quarter of the combinations never occurs in training: these are the
+zero-shot classes, whose every word has been seen.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ PLACES = {
 OPENINGS = ("", "a photo of ", "an image of ", "this is a photo of ", "a picture showing ", "there is ")
 
 CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-# Each shape is held out in two colours and each colour in one or two shapes, so neither word alone names a held-out class.
+# Each shape is held out in two colours and each colour in one or two shapes,
+# so neither word alone names a held-out class.
 HELD_OUT = [f"{[*COLOURS][k % len(COLOURS)]} {SHAPES[k % len(SHAPES)]}" for k in range(2 * len(SHAPES))]
 TRAINED = [name for name in CLASSES if name not in HELD_OUT]
 
@@ -58,7 +59,10 @@ def _polygon(radii, turn: float) -> np.ndarray:
 
 
 def _silhouette(shape: str, centre: np.ndarray, radius: float, turn: float) -> Image.Image:
-    """A mask of the shape at the oversampled size. `radius` and `centre` in oversampled pixels; areas are alike across shapes."""
+    """Draw a mask of the shape at the oversampled size; shapes have about the same area.
+
+    centre [2] and radius in oversampled pixels; turn in radians.
+    """
     mask = Image.new("L", (SIZE * OVERSAMPLE,) * 2)
     draw = ImageDraw.Draw(mask)
 
@@ -123,7 +127,10 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 
 
 def draw(name: str, rng: np.random.Generator) -> tuple[Image.Image, str]:
-    """An image of the class `name` (SIZE x SIZE, RGB) and its caption; both are functions of `name` and the state of `rng`."""
+    """Draw an image of the class `name` (SIZE x SIZE, RGB) and word its caption.
+
+    Both depend on `name` and the state of `rng` alone.
+    """
     colour, shape = name.split()
     texture, place = str(rng.choice(TEXTURES, p=[0.4, 0.2, 0.2, 0.2])), str(rng.choice(list(PLACES)))
     radius = rng.uniform(8.5, 11.5)
@@ -174,10 +181,11 @@ def _write_split(folder: Path, names: list[str], samples: int, shard_size: int, 
 def make_data(
     out: Path, *, train: int = 8000, test: int = 1000, zeroshot: int = 480, shard_size: int = 500, seed: int = 0
 ) -> Path:
-    """Renders `out/{train,test,zeroshot}/*.tar`, each split with its `classnames.txt`; `train`, `test`, `zeroshot` count images.
+    """Render `out/{train,test,zeroshot}/*.tar`, each split with its `classnames.txt`.
 
-    `train` and `test` share their classes, `zeroshot` has its own. The same arguments give the same bytes. A folder that
-    already holds them is left as it is; one made with other arguments is replaced. Raises UserError where `out` is foreign.
+    train, test, zeroshot: images of each split. `train` and `test` share their classes, `zeroshot` has its own.
+    The same arguments give the same bytes. A folder that already holds them is left as it is; one made with other
+    arguments is replaced. Raises UserError where `out` was not made here.
     """
     out = Path(out)
     settings = dict(train=train, test=test, zeroshot=zeroshot, shard_size=shard_size, seed=seed)

@@ -1,4 +1,4 @@
-"""The stages of a job that trains several runs on this machine and compares them: their titles, their trainings, their numbers."""
+"""The stages of a job that trains several runs on this machine and compares them: titles, trainings, numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
+from .. import resources
 from ..config import load
 from ..errors import RunError, UserError
 
@@ -19,22 +21,28 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def main(name: str, work: Callable[[], None], root: Path) -> int:
-    """Do the work and say how long it took; the exit status: 0, or that of the error which ended it, told as one line."""
+    """Do the work and say how long it took; return the exit status, that of the error which ended it or 0."""
     began = time.monotonic()
     try:
         work()
     except (UserError, RunError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return getattr(error, "status", 2)
-    console.print(
-        f"{time.monotonic() - began:.0f} s. The runs are in {root}; look at them with: tensorboard --logdir {root}"
-    )
+    seconds = time.monotonic() - began
+    console.print(f"{seconds:.0f} s. The runs are in {root}; their curves: tensorboard --logdir {root}", markup=False)
     return 0
+
+
+def configuration(folder: str, name: str) -> Path:
+    """The path of configs/FOLDER/NAME.yaml of this installation; as seen from here where it lies below."""
+    path = resources.folder("configs") / folder / f"{name}.yaml"
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def title(i: int, n: int, text: str) -> None:
     """Announce stage `i` of `n`."""
-    console.print(f"[bold]\\[{i}/{n}] {text}[/bold]")
+    console.print(f"[bold]\\[{i}/{n}] {escape(text)}[/bold]")
 
 
 def train(config: Path, *settings: str) -> None:
@@ -43,23 +51,15 @@ def train(config: Path, *settings: str) -> None:
     Raises RunError with the training's status unless it completes.
     """
     ranks = 2 if load(config, settings).engine.device == "cpu" else min(2, torch.cuda.device_count() or 2)
-    command = [
-        "torchrun",
-        "--standalone",
-        "--nproc_per_node",
-        str(ranks),
-        "-m",
-        "mmtard",
-        "train",
-        str(config),
-        *settings,
-    ]
-    console.print(f"$ {' '.join(command)}", style="dim")
-    as_module = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
+    launcher = ["--standalone", "--nproc_per_node", str(ranks)]
+    command = [*launcher, "-m", "mmtard", "train", str(config), *settings]
+    console.print(f"$ torchrun {' '.join(command)}", style="dim", markup=False)
+    as_module = [sys.executable, "-m", "torch.distributed.run", *command]
     status = subprocess.run(as_module, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
     if status:
         raise RunError(
-            f"training {config} ended with status {status}; its lines above say why. The same command goes on from here",
+            f"training {config} ended with status {status}; its lines above say why. "
+            "The same command goes on from here",
             status,
         )
 

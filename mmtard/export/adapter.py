@@ -11,7 +11,10 @@ from ..runs import checkpoints
 
 
 class Adapter:
-    """What a run or checkpoint holds of adapters; `found` is False when its student was trained whole, or it is no run."""
+    """What a run or checkpoint holds of adapters.
+
+    `found` is False when its student was trained whole, or when the source is no run.
+    """
 
     def __init__(self, source: Model):
         folder = Path(source.weights)
@@ -24,6 +27,6 @@ class Adapter:
             self.student = config.load(run / "config.yaml").student
 
     def save(self, folder: Path) -> None:
-        """Write adapter_config.json, which names the model to put it on, and adapter_model.safetensors."""
+        """Write adapter_config.json, which names the model to put the adapter on, and adapter_model.safetensors."""
         base = "/".join(filter(None, (self.student.arch, self.student.weights)))
         lora.save(self.weights, self.student.lora, base, folder)

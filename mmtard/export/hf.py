@@ -25,7 +25,7 @@ PROMPTS = ["A photo of a café's cat, 3 years old!", "it's  SO   red & green…"
 def save_transformers(clip: Clip, folder: Path) -> None:
     """Write `config.json`, `model.safetensors`, the image processor's settings and the tokenizer to `folder`.
 
-    The written model's embeddings are compared with open_clip's before anything is published. Raises UserError without
+    The converted model's embeddings are compared with open_clip's before anything is written. Raises UserError without
     transformers, and for an architecture that its CLIPModel does not have, naming what differs.
     """
     try:
@@ -35,19 +35,22 @@ def save_transformers(clip: Clip, folder: Path) -> None:
     reason = _obstacle(clip)
     if reason:
         raise UserError(
-            f"--hf: transformers' CLIPModel has no such architecture: {reason}; leave --hf out, the open_clip folder holds the model"
+            f"--hf: transformers' CLIPModel has no such architecture: {reason}; "
+            "leave --hf out, the open_clip folder holds the model"
         )
     tokenizer = open_clip.get_tokenizer(clip.name)
     model = transformers.CLIPModel(_config(clip, tokenizer, transformers)).eval()
     missing, unexpected = model.load_state_dict(convert(clip.model.state_dict()), strict=False)
     if missing or unexpected:
+        names = ", ".join([*missing, *unexpected][:3])
         raise UserError(
-            f"--hf: weights of {clip.name} that transformers' CLIPModel has no place for: {', '.join([*missing, *unexpected][:3])}; leave --hf out"
+            f"--hf: weights of {clip.name} that transformers' CLIPModel has no place for: {names}; leave --hf out"
         )
     error = _largest_error(clip.model, model)
     if not error <= LARGEST_ERROR:
         raise UserError(
-            f"--hf: the converted model's embeddings differ by {error:.2g}; leave --hf out, the open_clip folder holds the model"
+            f"--hf: the converted model's embeddings differ by {error:.2g}; "
+            "leave --hf out, the open_clip folder holds the model"
         )
     folder.mkdir(parents=True)
     model.config.architectures = ["CLIPModel"]
@@ -58,12 +61,12 @@ def save_transformers(clip: Clip, folder: Path) -> None:
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The names and layouts of transformers' CLIPModel for an open_clip state_dict (CLIP or CustomTextCLIP with a ViT)."""
+    """Rename an open_clip state_dict (CLIP or CustomTextCLIP with a ViT) to what transformers' CLIPModel loads."""
     out = {}
     for name, value in state.items():
-        tower, rest = (
-            ("vision_model", name[7:]) if name.startswith("visual.") else ("text_model", name.removeprefix("text."))
-        )
+        tower, rest = "text_model", name.removeprefix("text.")
+        if name.startswith("visual."):
+            tower, rest = "vision_model", name.removeprefix("visual.")
         if rest in ("proj", "text_projection"):
             out[f"{'visual' if tower == 'vision_model' else 'text'}_projection.weight"] = value.T
         elif name == "logit_scale":
@@ -110,7 +113,10 @@ def _block(at: str, part: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def _obstacle(clip: Clip) -> str | None:
-    """What of this model CLIPModel cannot express; None when it can. What slips through is met by the comparison of embeddings."""
+    """Say what of this model CLIPModel cannot express; None when it can.
+
+    What slips through is met by the comparison of embeddings.
+    """
     model, vision = clip.model, clip.model.visual
     text = getattr(model, "text", model)
     if not isinstance(vision, open_clip.transformer.VisionTransformer):

@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +30,7 @@ def encoded(i: int) -> bytes:
 
 @pytest.fixture
 def archives(tmp_path):
-    """A folder of three archives as the data of the comparison: seven training images in two of them, four test images."""
+    """A folder of three archives: seven training images in two of them, four test images in the third."""
     folder = tmp_path / "archives"
     folder.mkdir()
     for name, first, n in (("cifar10_train0of2", 0, 4), ("cifar10_train1of2", 4, 3), ("cifar10_test", 7, 4)):
@@ -97,8 +96,7 @@ def test_every_student_has_the_same_budget_start_and_attack():
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
     """The words of each training that a comparison asks for; shards, pretraining and trainings do nothing here."""
-    shutil.copytree(CONFIGS, tmp_path / "configs" / "cifar10")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)  # an empty folder: the configurations come with the package
     monkeypatch.setattr(comparison, "make_shards", lambda source, out: out)
     monkeypatch.setattr(comparison, "pretrain", lambda *args, **kwargs: {})
     given = []

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmtard.examples.pretrain import ARCHITECTURE, pretrain
+from mmtard.examples.pretrain import ARCHITECTURE, Pretraining, pretrain
 from mmtard.examples.shapes import make_data
 
 
@@ -24,7 +24,7 @@ def test_the_architecture_builds_without_a_network(monkeypatch):
 @pytest.mark.slow
 def test_pretraining_learns_and_repeats_itself(tmp_path):
     data = make_data(tmp_path / "data", train=720, test=180, zeroshot=60)
-    settings = dict(steps=40, batch_size=64, seed=1, progress=False)
+    settings = dict(how=Pretraining(steps=40, batch_size=64, seed=1), progress=False)
     accuracy = pretrain(data, tmp_path / "a", **settings)
     chance = 1 / 36
     assert accuracy["test"] > 3 * chance
