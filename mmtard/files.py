@@ -1,4 +1,7 @@
-"""Files that several processes share, and how anything is written: locks, write beside and rename, JSON lines that may end cut."""
+"""Files that several processes share, and how anything is written.
+
+Locks; write beside and rename; folders that mmtard may replace because they are its own; JSON lines that may end cut.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,10 +24,10 @@ from .errors import UserError
 def exclusive(path: Path) -> Iterator[None]:
     """Hold the lock file `path` against every other process and thread of the node; the file is removed afterwards.
 
-    Raises OSError where the lock file cannot be made or the file system has no locks.
+    Raises OSError where the lock file cannot be made, is a link, or the file system has no locks.
     """
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             current = os.stat(path).st_ino == os.fstat(fd).st_ino
@@ -33,7 +38,7 @@ def exclusive(path: Path) -> Iterator[None]:
             raise
         if current:
             break
-        os.close(fd)  # the holder before us removed the file: what we locked is no longer what others will lock
+        os.close(fd)  # The last holder deleted the lock file, so we locked a file nobody else can open. Try again.
     try:
         yield
     finally:
@@ -63,10 +68,11 @@ def held(path: Path) -> bool:
 def publish(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it when the block ends well, so that no one ever sees half a file.
 
-    The temporary name is new: a file or link that someone left there is removed, never followed.
+    The temporary name is new and cannot be guessed, so nobody can leave a link there that the writing would follow.
+    A link at `path` itself is replaced by the file; what it points at stays as it is.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.unlink(missing_ok=True)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -116,7 +122,7 @@ SETTINGS = "settings.json"
 
 
 def read_settings(folder: Path) -> dict | None:
-    """What a published folder was made with; None where `folder` does not exist. Raises UserError for a folder not made here."""
+    """What a published folder was made with; None where there is no `folder`. UserError for a folder not made here."""
     if not folder.exists():
         return None
     try:
@@ -129,13 +135,98 @@ def read_settings(folder: Path) -> dict | None:
 
 @contextmanager
 def publish_folder(folder: Path, settings: dict) -> Iterator[Path]:
-    """Yields an empty folder that takes the place of `folder`, with `settings` in it, when the block ends without an exception."""
+    """Yields an empty folder that takes the place of `folder`, with `settings` in it, when the block ends well.
+
+    Raises UserError for a folder that exists and holds no settings, so was not made here.
+    """
     read_settings(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    (partial / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
+    with _new_folder(folder) as scratch:
+        yield scratch
+        (scratch / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
+        _swap(scratch, folder)
+
+
+MANIFEST = ".mmtard.json"
+
+
+@contextmanager
+def replace_folder(folder: Path, kind: str, earlier: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
+    """Yields a new, empty folder that takes the place of `folder` when the block ends well.
+
+    For folders that mmtard makes as a whole and may make again: a report, an exported model. `kind` says which ("report").
+    A manifest in the folder lists what mmtard wrote there. UserError, before anything is written, where `folder` exists
+    and is not mmtard's own: no manifest of this kind, or a file that the manifest does not list. An empty folder may be
+    taken. `earlier` says whether a folder without a manifest was made by a version that wrote none.
+    Where the block fails, the old folder stays and the new one is removed.
+    """
+    folder = Path(folder)
+    check_replaceable(folder, kind, earlier)
+    with _new_folder(folder) as scratch:
+        yield scratch
+        listed = json.dumps({"made_by": "mmtard", "kind": kind, "files": _files_of(scratch)}, indent=1)
+        (scratch / MANIFEST).write_text(listed + "\n", encoding="utf-8")
+        check_replaceable(folder, kind, earlier)
+        _swap(scratch, folder)
+
+
+def check_replaceable(folder: Path, kind: str, earlier: Callable[[Path], bool] = lambda _: False) -> None:
+    """Raises UserError where `replace_folder` would remove something that mmtard did not make."""
+    remedy = "choose another folder, or move what is yours out of it"
+    if folder.is_symlink():
+        raise UserError(f"'{folder}' is a link, which mmtard does not replace; name the folder itself")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"'{folder}' exists and is not a folder; choose another name")
+    if not any(folder.iterdir()):
+        return
+    try:
+        made = json.loads((folder / MANIFEST).read_bytes())
+        known = set(made["files"]) if made["kind"] == kind and made["made_by"] == "mmtard" else None
+    except (OSError, ValueError, KeyError, TypeError):
+        known = None
+    if known is None:
+        if (folder / MANIFEST).exists() or not earlier(folder):
+            raise UserError(f"'{folder}' exists and is not a {kind} that mmtard made; {remedy}")
+        return
+    foreign = sorted(set(_files_of(folder)) - known - {MANIFEST})
+    if foreign:
+        raise UserError(f"'{folder}' holds '{foreign[0]}', which mmtard did not write there; {remedy}")
+
+
+def _files_of(folder: Path) -> list[str]:
+    """Every file and link below a folder, as paths relative to it; links are not followed."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        found += [os.path.relpath(os.path.join(parent, name), folder) for name in files + links]
+    return sorted(found)
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder`, made new under a name nobody can guess; removed afterwards if it is still there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        scratch.chmod(0o777 & ~umask)  # mkdtemp makes it for its owner alone; the finished folder is like any other
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _swap(scratch: Path, folder: Path) -> None:
+    """Put `scratch` in the place of `folder`; the old folder stays whole until the new one is there."""
     if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+        old = scratch.with_suffix(".old")
+        folder.rename(old)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        scratch.rename(folder)

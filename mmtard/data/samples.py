@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
@@ -22,11 +22,12 @@ LEFT_OUT = -1
 
 @dataclass
 class Batch:
-    """b samples: `images` uint8 [b,3,H,W]; `labels`, `sample_ids`, `seeds` int64 [b]; `captions` str [b], empty where there is none.
+    """b samples of a data set.
 
-    `sample_ids` name the samples whose images these are; `seeds` are uint64 bit patterns. `replaced` has (asked name, given name,
-    reason) for each sample that could not be used; `left_out` has (name, reason) of those that no other replaced. `stored`: teacher ->
-    its embeddings [b,D] float32 of these very images.
+    `images` uint8 [b,3,H,W]; `labels`, `sample_ids`, `seeds` int64 [b]; `captions` str [b], empty where there is none.
+    `sample_ids` name the samples whose images these are; `seeds` are uint64 bit patterns. `replaced` has (asked name,
+    given name, reason) for each sample that could not be used; `left_out` has (name, reason) of those that no other
+    replaced. `teacher_embeddings`: teacher -> its embeddings [b,D] float32 of these very images.
     """
 
     images: Tensor
@@ -41,38 +42,40 @@ class Batch:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def split(self, size: int) -> Iterator[Batch]:
-        """The batch in parts of `size` samples, in order; the last part has what is left."""
-        for i in range(0, len(self), size):
-            part = slice(i, i + size)
-            yield replace(
-                self,
-                images=self.images[part],
-                labels=self.labels[part],
-                sample_ids=self.sample_ids[part],
-                seeds=self.seeds[part],
-                captions=self.captions[part],
-                teacher_embeddings={name: z[part] for name, z in self.teacher_embeddings.items()},
-            )
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, from which `to` copies while the accelerator computes."""
+        return self._with_tensors(lambda tensor: tensor.pin_memory())
 
-    def to(self, device: torch.device) -> Batch:
-        """The tensors that a model is given, on `device`; `sample_ids` stay on the CPU, for logs."""
-        images, labels, seeds = (x.to(device, non_blocking=True) for x in (self.images, self.labels, self.seeds))
-        embeddings = {name: z.to(device, non_blocking=True) for name, z in self.teacher_embeddings.items()}
-        return replace(self, images=images, labels=labels, seeds=seeds, teacher_embeddings=embeddings)
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with its images, labels, seeds and embeddings on `device`.
 
-    def pixels(self, device: torch.device) -> Tensor:
-        """The images on `device`, float32 [b,3,H,W] in [0, 1]."""
+        `sample_ids` stay on the CPU: they name samples in logs and files.
+        """
+        moved = self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, sample_ids=self.sample_ids)
+
+    def pixels(self, device: torch.device | str) -> Tensor:
+        """The images as float32 [b,3,H,W] in [0, 1] on `device`."""
         return self.images.to(device, non_blocking=True).float() / 255
 
-    def pin_memory(self) -> Batch:
+    def split(self, size: int) -> Iterator[Batch]:
+        """Micro-batches of `size` samples in order, the last with what is left. Views: nothing is copied.
+
+        What was replaced or left out belongs to the whole batch; the micro-batches do not repeat it.
+        """
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            micro = self._with_tensors(lambda tensor, part=part: tensor[part])
+            yield replace(micro, captions=self.captions[part], replaced=[], left_out=[])
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
             self,
-            images=self.images.pin_memory(),
-            labels=self.labels.pin_memory(),
-            sample_ids=self.sample_ids.pin_memory(),
-            seeds=self.seeds.pin_memory(),
-            teacher_embeddings={name: z.pin_memory() for name, z in self.teacher_embeddings.items()},
+            images=change(self.images),
+            labels=change(self.labels),
+            sample_ids=change(self.sample_ids),
+            seeds=change(self.seeds),
+            teacher_embeddings={name: change(rows) for name, rows in self.teacher_embeddings.items()},
         )
 
 
@@ -84,8 +87,10 @@ class EmbeddingRows(Protocol):
 
 
 class SampleRequest(NamedTuple):
-    """What is asked of a loader: samples int64 [b], their seeds uint64 [b], and which fixed view of each (int64 [b]); None: the
-    seeds decide the augmentation, too."""
+    """What is asked of a loader: samples int64 [b], their seeds uint64 [b], and which fixed view of each, int64 [b].
+
+    Without `views` (None) the seeds decide the augmentation, too.
+    """
 
     ids: np.ndarray
     seeds: np.ndarray
@@ -93,22 +98,28 @@ class SampleRequest(NamedTuple):
 
 
 class SampleReader:
-    """Request -> Batch, or the UserError that reading it met: raised in a worker it would become a traceback.
+    """Reads what a SampleRequest names: SampleRequest -> Batch.
 
-    `seed` decides what the fixed views look like. `replace`: a sample that cannot be used is replaced, else left out.
+    A UserError met while reading is returned, not raised: raised in a worker it would become a traceback.
+    `seed` decides what the fixed views look like. `embeddings`: teacher -> rows that the batches bring along.
+    `replace`: a sample that cannot be used is replaced by the next of its shard, else it is left out.
     """
 
     def __init__(
-        self, dataset: Dataset, transform: Transform | Native, need_labels: bool, staging: Staging | None, need_captions: bool = False, *, seed: int = 0,
-        stored: Mapping[str, EmbeddingRows] | None = None, replace: bool = True,
-    ):  # fmt: skip
-        self.dataset, self.transform, self.need_labels, self.need_captions = (
-            dataset,
-            transform,
-            need_labels,
-            need_captions,
-        )
-        self.seed, self.stored, self.replace = seed, stored or {}, replace
+        self,
+        dataset: Dataset,
+        transform: Transform | Native,
+        *,
+        seed: int = 0,
+        need_labels: bool = True,
+        need_captions: bool = False,
+        staging: Staging | None = None,
+        embeddings: Mapping[str, EmbeddingRows] | None = None,
+        replace: bool = True,
+    ):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.need_labels, self.need_captions = need_labels, need_captions
+        self.staging, self.embeddings, self.replace = staging, embeddings or {}, replace
         self.reader = Reader(dataset, staging)
 
     def __getitem__(self, request: SampleRequest) -> Batch | UserError:
@@ -128,24 +139,28 @@ class SampleReader:
                 replaced.append((self.dataset.name(asked), self.dataset.name(int(given[row])), reason))
         if left_out:
             there = np.flatnonzero(given != LEFT_OUT)
-            images, given, seeds, views = (
-                images[torch.from_numpy(there)],
-                given[there],
-                seeds[there],
-                None if views is None else views[there],
-            )
-        captions = [self.reader.caption(i) for i in given.tolist()]
-        stored = {
-            name: embeddings.rows(given, np.zeros_like(given) if views is None else views)
-            for name, embeddings in self.stored.items()
+            images, given, seeds = images[torch.from_numpy(there)], given[there], seeds[there]
+            views = None if views is None else views[there]
+        embeddings = {
+            name: rows.rows(given, np.zeros_like(given) if views is None else views)
+            for name, rows in self.embeddings.items()
         }
-        labels, given, seeds = (
-            torch.from_numpy(a) for a in (self.dataset.labels[given], given, seeds.view(np.int64).copy())
+        return Batch(
+            images=images,
+            labels=torch.from_numpy(self.dataset.labels[given]),
+            sample_ids=torch.from_numpy(given),
+            seeds=torch.from_numpy(seeds.view(np.int64).copy()),
+            captions=[self.reader.caption(i) for i in given.tolist()],
+            replaced=replaced,
+            teacher_embeddings=embeddings,
+            left_out=left_out,
         )
-        return Batch(images, labels, given, seeds, captions, replaced, stored, left_out)
 
     def _usable(self, asked: int, seed: int, view: int | None) -> tuple[int, np.ndarray | int, str | None]:
-        """The sample asked for, or the next usable one of its shard (the first follows the last) or LEFT_OUT, and why another was needed."""
+        """(sample, its pixels, why it is not the one asked for): the next usable sample of the shard, or LEFT_OUT.
+
+        The first sample of a shard follows its last.
+        """
         shard = self.dataset.shard_range(self.dataset.shard_of(asked))
         reason = None
         for step in range(len(shard) if self.replace else 1):
@@ -162,7 +177,8 @@ class SampleReader:
         if not self.replace:
             return LEFT_OUT, 0, reason
         raise UserError(
-            f"'{self.dataset.name(asked)}': {reason}, nor has its shard any other usable sample; repair or remove the shard"
+            f"'{self.dataset.name(asked)}': {reason}, nor has its shard any other usable sample; "
+            "repair or remove the shard"
         )
 
     def _problem(self, sample: int) -> str | None:

@@ -141,6 +141,11 @@ class Staging:
             time.sleep(0.05)  # others are fetching; what they fetch can be evicted once it is whole
 
 
+def staging_for(dataset: Dataset, cache: Cache) -> Staging | None:
+    """The staging that reading a data set needs: None where every shard is a local file. Raises as Staging does."""
+    return Staging(dataset, cache) if dataset.remote else None
+
+
 def _copy(path: str, part: Path, size: int) -> int:
     """How many bytes the opener of `path` gave, written to `part`; UserError when more than `size`."""
     got = 0

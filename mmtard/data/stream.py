@@ -1,4 +1,7 @@
-"""Batches of decoded samples, read by worker processes; which samples, and what they look like, is a function of the step alone."""
+"""Batches of decoded samples, read by worker processes.
+
+Which samples a batch holds, and what they look like, is a function of the step alone.
+"""
 
 import atexit
 import multiprocessing
@@ -11,13 +14,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from ..config import Config, Data
+from ..distributed.ranks import Ranks
 from ..errors import ProcessLostError, UserError
 from ..seeding import sample_seeds
 from .dataset import Dataset
-from .images import Native, Transform
+from .images import Transform
 from .order import Order
 from .samples import Batch, EmbeddingRows, SampleReader, SampleRequest
-from .staging import SHIELDED, Stager, Staging
+from .staging import SHIELDED, Stager, staging_for
 
 
 class ReplacedTally:
@@ -36,43 +41,47 @@ class ReplacedTally:
         if self.count > self.share * max(self.seen, 1000):
             named = "; ".join(f"{asked}: {reason}" for asked, _, reason in self.examples)
             raise UserError(
-                f"data.max_replaced: {self.count} of the first {self.seen} samples could not be used, more than the share of {float(self.share):g} "
-                f"allows ({named}); repair the shards or raise data.max_replaced"
+                f"data.max_replaced: {self.count} of the first {self.seen} samples could not be used, more than the "
+                f"share of {float(self.share):g} allows ({named}); repair the shards or raise data.max_replaced"
             )
 
 
 class TrainStream:
-    """This rank's batches for steps start..stop-1 of a run.
+    """This rank's batches for the given steps of a run, each of batch_size / world samples.
 
-    `batch_size` is global, the batches have batch_size/world samples. `seed` decides each sample's own randomness. With `views`, a
-    sample is seen in that many fixed augmentations, in epoch e in number e mod views, while its seed is another each epoch.
-    `stored`: teacher -> embeddings that the batches bring along. Iterating raises UserError when a shard cannot be read or changed,
-    or when more than `max_replaced` of this rank's samples had to be replaced.
+    `batch_size` counts the samples of all ranks. Of `settings` (the section `data`) it takes `workers`, `max_replaced`
+    and `views`: with `views`, a sample is seen in that many fixed augmentations, in epoch e in number e mod views,
+    while its seed is another each epoch. Iterating raises UserError when a shard cannot be read or changed, or when
+    more than `max_replaced` of this rank's samples had to be replaced; ProcessLostError when a worker was killed.
     """
 
     def __init__(
-        self, dataset: Dataset, order: Order, transform: Transform, *, seed: int, batch_size: int, rank: int = 0, world: int = 1,
-        start: int = 0, stop: int, workers: int = 0, need_labels: bool = True, max_replaced: float | Fraction = 0.01, staging: Staging | None = None,
-        need_captions: bool = False, views: int | None = None, stored: Mapping[str, EmbeddingRows] | None = None,
-    ):  # fmt: skip
-        self.order, self.seed, self.batch_size, self.rank, self.world = order, seed, batch_size, rank, world
-        self.start, self.stop, self.workers = start, stop, workers
-        self.samples, self.views = (
-            SampleReader(dataset, transform, need_labels, staging, need_captions, seed=seed, stored=stored),
-            views,
-        )
-        self.max_replaced, self.staging = max_replaced, staging if dataset.remote else None
+        self,
+        samples: SampleReader,
+        order: Order,
+        settings: Data,
+        *,
+        batch_size: int,
+        steps: range,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.samples, self.order, self.settings = samples, order, settings
+        self.batch_size, self.steps, self.rank, self.world = batch_size, steps, rank, world
 
     def __len__(self) -> int:
-        return max(0, self.stop - self.start)
+        return len(self.steps)
 
     def __iter__(self) -> Iterator[Batch]:
-        tally = ReplacedTally(self.max_replaced)
-        stager = Stager(self.staging, self.order, self.rank, self.world) if self.staging else None
+        tally = ReplacedTally(self.settings.max_replaced)
+        staging = self.samples.staging
+        stager = Stager(staging, self.order, self.rank, self.world) if staging else None
         if stager:
-            stager.check(self.start * self.batch_size)
+            stager.check(self.steps.start * self.batch_size)
         try:
-            for step, batch in enumerate(_load(self.samples, self._requests(), self.workers), self.start):
+            for step, batch in enumerate(
+                _load(self.samples, self._requests(), self.settings.workers), self.steps.start
+            ):
                 if stager:
                     stager.advance((step + 1) * self.batch_size)
                 tally.add(batch)
@@ -82,40 +91,85 @@ class TrainStream:
                 stager.close()
 
     def _requests(self) -> Iterator[SampleRequest]:
-        for step in range(self.start, self.stop):
+        views = self.settings.views
+        for step in self.steps:
             ids, epochs = self.order.rank_batch(step * self.batch_size, self.batch_size, self.rank, self.world)
-            yield SampleRequest(ids, sample_seeds(self.seed, epochs, ids), epochs % self.views if self.views else None)
+            yield SampleRequest(ids, sample_seeds(self.samples.seed, epochs, ids), epochs % views if views else None)
+
+
+def train_stream(
+    config: Config,
+    dataset: Dataset,
+    ranks: Ranks,
+    image_size: int,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    embeddings: Mapping[str, EmbeddingRows] | None = None,
+) -> TrainStream:
+    """The batches of a run's configuration for this rank, from step `start` to `stop` (None: the run's last)."""
+    data = config.data
+    samples = SampleReader(
+        dataset,
+        Transform(image_size, data.resize, data.crop_scale, data.flip),
+        seed=config.seed,
+        need_labels=config.needs_labels,
+        need_captions=data.targets == "captions",
+        staging=staging_for(dataset, data.cache),
+        embeddings=embeddings,
+    )
+    return TrainStream(
+        samples,
+        Order(dataset.shard_counts, config.seed, data.lanes, data.window),
+        data,
+        batch_size=config.train.batch_size,
+        steps=range(start, config.train.steps if stop is None else stop),
+        rank=ranks.rank,
+        world=ranks.world_size,
+    )
 
 
 def eval_batches(
-    dataset: Dataset, transform: Transform | Native, sample_ids, batch_size: int, seed: int = 0, workers: int = 0,
-    need_labels: bool = True, max_replaced: float | Fraction = 0.01, staging: Staging | None = None, views: np.ndarray | None = None,
-    replace: bool = True,
-) -> Iterator[Batch]:  # fmt: skip
-    """The given samples in the given order, `batch_size` at a time, the last batch with what is left. Raises as Stream does.
+    samples: SampleReader,
+    sample_ids,
+    batch_size: int,
+    *,
+    views: np.ndarray | None = None,
+    workers: int = 0,
+    max_replaced: float | Fraction = 0.01,
+) -> Iterator[Batch]:
+    """The given samples in the given order, `batch_size` at a time, the last batch with what is left.
 
-    `views` int64 as `sample_ids`: which of its fixed views each is given in; None: in that of `seed`. Without `replace`, samples that
-    cannot be used are left out of their batch, which may be empty; how many may be is up to the caller.
+    `views`, int64 as `sample_ids`: which of its fixed views each is given in; None: in the view of the reader's seed.
+    A reader that does not replace leaves out of a batch, which may become empty, the samples that cannot be used;
+    how many may be is up to the caller. Raises as TrainStream does.
     """
     ids = np.asarray(sample_ids, dtype=np.int64)
     chunks = (slice(i, i + batch_size) for i in range(0, len(ids), batch_size))
     requests = (
-        SampleRequest(ids[c], sample_seeds(seed, np.zeros_like(ids[c]), ids[c]), None if views is None else views[c])
+        SampleRequest(
+            ids[c], sample_seeds(samples.seed, np.zeros_like(ids[c]), ids[c]), None if views is None else views[c]
+        )
         for c in chunks
     )
     tally = ReplacedTally(max_replaced)
-    for batch in _load(
-        SampleReader(dataset, transform, need_labels, staging, seed=seed, replace=replace), requests, workers
-    ):
+    for batch in _load(samples, requests, workers):
         tally.add(batch)
         yield batch
 
 
 def _load(samples: SampleReader, requests: Iterator, workers: int) -> Iterator[Batch]:
     loader = DataLoader(
-        samples, sampler=requests, batch_size=None, num_workers=workers, collate_fn=_as_it_is, pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker, multiprocessing_context="fork" if workers else None, generator=torch.Generator(),
-    )  # fmt: skip
+        samples,
+        sampler=requests,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
+        multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),
+    )
     others = set(multiprocessing.active_children())
     with _signals_held():
         batches = iter(loader)
@@ -139,7 +193,8 @@ def _load(samples: SampleReader, requests: Iterator, workers: int) -> Iterator[B
         if "DataLoader worker" not in str(error):
             raise
         raise ProcessLostError(
-            f"a loader process was lost: {' '.join(str(error).split())}; if its memory ran out, lower data.workers (now {workers})"
+            f"a loader process was lost: {' '.join(str(error).split())}; "
+            f"if its memory ran out, lower data.workers (now {workers})"
         ) from None
     finally:
         end()

@@ -12,8 +12,8 @@ import torch
 from ..config import UNSTORABLE, Config, check_world
 from ..data.dataset import Dataset, open_dataset_on_all_ranks
 from ..data.images import Transform
-from ..data.samples import Batch
-from ..data.staging import Staging
+from ..data.samples import Batch, SampleReader
+from ..data.staging import staging_for
 from ..data.stream import eval_batches
 from ..distributed.interruption import EXIT_REQUEUE, Interruption
 from ..distributed.ranks import Ranks, process_group
@@ -173,7 +173,7 @@ class _Storing:
             rows, given = [], []
             for left in reversed(range(count)):
                 batch = next(batches)
-                images = batch.images.to(self.ranks.device, non_blocking=True).float() / 255
+                images = batch.pixels(self.ranks.device)
                 with torch.no_grad():
                     rows.append(tower(images).to("cpu", dtype))  # float32, but each a number of this dtype
                 given.append(batch.sample_ids)
@@ -183,17 +183,20 @@ class _Storing:
 
     def _batches(self, plan: _Plan) -> Iterator[Batch]:
         config, settings = self.config, self.config.data
-        return eval_batches(
+        samples = SampleReader(
             self.dataset,
             Transform(self.image_size, settings.resize, settings.crop_scale, settings.flip),
+            seed=config.seed,
+            need_labels=False,
+            staging=staging_for(self.dataset, settings.cache),
+        )
+        return eval_batches(
+            samples,
             plan.samples,
             self.batch,
-            seed=config.seed,
-            workers=settings.workers,
-            need_labels=False,
-            max_replaced=settings.max_replaced,
-            staging=Staging(self.dataset, settings.cache) if self.dataset.remote else None,
             views=plan.views,
+            workers=settings.workers,
+            max_replaced=settings.max_replaced,
         )
 
     def _publish(self, number: int, samples: range, rows: torch.Tensor, given: torch.Tensor) -> None:

@@ -15,8 +15,8 @@ from ..attacks.batching import AdaptiveBatchSize
 from ..config import Cache
 from ..data.dataset import Dataset
 from ..data.images import Native, Transform
-from ..data.samples import Batch
-from ..data.staging import Staging
+from ..data.samples import Batch, SampleReader
+from ..data.staging import staging_for
 from ..data.stream import eval_batches
 from ..distributed.interruption import Interruption
 from ..distributed.ranks import Ranks
@@ -59,7 +59,7 @@ class ChunkedWork:
         for _, chunk, batch in zip_longest(range(rounds), mine, self.batches(asked, self.chunk, need_labels)):
             self.interruption.stop(self.ranks, kept=f"what is measured is kept in '{progress.folder.parent}'")
             if batch is not None:
-                images, given = batch.images.to(self.ranks.device).float() / 255, batch.sample_ids.tolist()
+                images, given = batch.pixels(self.ranks.device), batch.sample_ids.tolist()
                 progress.add(
                     part,
                     chunk,
@@ -73,18 +73,15 @@ class ChunkedWork:
 
     def batches(self, ids: np.ndarray, size: int, need_labels: bool = True) -> Iterator[Batch]:
         """The samples in this order, `size` at a time."""
-        staging = Staging(self.dataset, self.cache) if self.dataset.remote else None
-        return eval_batches(
+        samples = SampleReader(
             self.dataset,
             self.transform,
-            ids,
-            size,
-            self.seed,
-            self.workers,
-            need_labels,
-            staging=staging,
+            seed=self.seed,
+            need_labels=need_labels,
+            staging=staging_for(self.dataset, self.cache),
             replace=False,
         )
+        return eval_batches(samples, ids, size, workers=self.workers)
 
 
 def check_left_out(where: str, left_out: Sequence[tuple[str, str]], n: int, most: float | Fraction) -> None:

@@ -19,7 +19,7 @@ from ..attacks.threat_model import perturbation_size
 from ..config import show_pixels
 from ..data.dataset import Dataset
 from ..data.reader import Reader
-from ..data.staging import Staging
+from ..data.staging import staging_for
 from ..errors import UserError
 from ..seeding import derive_seeds
 from . import results
@@ -44,7 +44,7 @@ class Captions:
     @classmethod
     def read(cls, dataset: Dataset, ids: list[int], cache) -> Captions:
         """Each line of a sample's .txt is a caption. Raises UserError naming a sample without any."""
-        reader = Reader(dataset, Staging(dataset, cache) if dataset.remote else None)
+        reader = Reader(dataset, staging_for(dataset, cache))
         lines = [[line.strip() for line in reader.caption(i).splitlines() if line.strip()] for i in ids]
         for i, own in zip(ids, lines):
             if not own:

@@ -19,7 +19,7 @@ from ..data.dataset import Dataset, open_dataset_on_all_ranks
 from ..data.images import DecodeError, Native, Transform, decode
 from ..data.reader import Reader
 from ..data.shard_writer import write_shards
-from ..data.staging import Staging
+from ..data.staging import staging_for
 from ..distributed.interruption import Interruption
 from ..distributed.ranks import Ranks
 from ..errors import UserError
@@ -177,7 +177,7 @@ def _prompts(source: DatasetSource, protocol: Protocol) -> list[str]:
 
 def _native_size(dataset: Dataset, cache: Cache) -> tuple[int, int]:
     """(H, W) of the first image that can be read."""
-    reader = Reader(dataset, Staging(dataset, cache) if dataset.remote else None)
+    reader = Reader(dataset, staging_for(dataset, cache))
     for sample in range(len(dataset)):
         try:
             image = decode(reader.image(sample))

@@ -121,11 +121,12 @@ def sanity(
         if ("sanity", 0) not in progress.done:
             chosen = ids[stratified(work.dataset.labels[ids], checks.SANITY_SAMPLES, work.seed)]
             (batch,) = work.batches(chosen, len(chosen))
-            images, *rest = (t.to(work.ranks.device) for t in (batch.images, batch.labels, batch.seeds))
+            images = batch.pixels(work.ranks.device)
+            labels, seeds = batch.labels.to(work.ranks.device), batch.seeds.to(work.ranks.device)
             progress.add(
                 "sanity",
                 0,
-                {"lines": checks.sanity(logits, images.float() / 255, *rest, settings, source, work.halving)},
+                {"lines": checks.sanity(logits, images, labels, seeds, settings, source, work.halving)},
             )
         return progress.done["sanity", 0]["lines"]
 

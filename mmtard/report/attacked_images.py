@@ -16,6 +16,7 @@ from ..config import Data, Model, parse_fraction
 from ..data.dataset import open_dataset
 from ..data.images import Native, Transform
 from ..data.paths import is_remote
+from ..data.samples import SampleReader
 from ..data.stream import eval_batches
 from ..errors import UserError
 from ..models import loading
@@ -133,10 +134,10 @@ def _images(dataset: Zeroshot, places: list[int], clip: Clip) -> tuple[Tensor, T
     own = Transform.of_model(height, clip.config["preprocess_cfg"], dataset.name)
     transform = Native((height, width)) if dataset.perturb_at == "native" else own
     ids = [dataset.samples.ids[i] for i in places]
-    (batch,) = eval_batches(found, transform, ids, len(ids))
+    (batch,) = eval_batches(SampleReader(found, transform), ids, len(ids))
     if batch.replaced:
         raise UserError(f"'{batch.replaced[0][0]}' can no longer be read: {batch.replaced[0][2]}")
-    return batch.images.float() / 255, batch.seeds
+    return batch.pixels("cpu"), batch.seeds
 
 
 def _model(source: ReportSource, evaluation: Evaluation, dataset: Zeroshot) -> tuple[Clip, ZeroShotHead]:

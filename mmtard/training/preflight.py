@@ -15,10 +15,7 @@ import torch
 from ..config import START, Config, Model, Teacher
 from ..data.class_names import classnames, templates
 from ..data.dataset import open_dataset_on_all_ranks
-from ..data.images import Transform
-from ..data.order import Order
-from ..data.staging import Staging
-from ..data.stream import TrainStream
+from ..data.stream import train_stream
 from ..distributed.ranks import Ranks, peer_is_gone, process_group, reduce
 from ..embeddings import identity
 from ..errors import UserError
@@ -263,21 +260,7 @@ class Checks:
         if config.data.targets == "labels":
             classnames(config.data, dataset)
             templates(config.data)
-        stream = TrainStream(
-            dataset,
-            Order(dataset.shard_counts, config.seed, config.data.lanes, config.data.window),
-            Transform(self.image_size, config.data.resize, config.data.crop_scale, config.data.flip),
-            seed=config.seed,
-            batch_size=config.train.batch_size,
-            rank=ranks.rank,
-            world=ranks.world_size,
-            stop=READ_BATCHES + 1,
-            workers=config.data.workers,
-            need_labels=config.needs_labels,
-            need_captions=config.data.targets == "captions",
-            max_replaced=config.data.max_replaced,
-            staging=Staging(dataset, config.data.cache) if dataset.remote else None,
-        )
+        stream = train_stream(config, dataset, ranks, self.image_size, stop=READ_BATCHES + 1)
         images, began = 0, None
         for batch in stream:
             if began is None:  # the first batch waits for the workers to start

@@ -38,7 +38,8 @@ def measure(asked: dict) -> dict:
     from ..config import Data, Model
     from ..data.class_names import classnames, templates
     from ..data.dataset import open_dataset
-    from ..data.staging import Staging
+    from ..data.samples import SampleReader
+    from ..data.staging import staging_for
     from ..data.stream import eval_batches
     from ..distributed.ranks import process_group
     from ..evaluation import chunks, results, zeroshot
@@ -54,9 +55,9 @@ def measure(asked: dict) -> dict:
     with process_group(asked["device"]) as ranks, full_float32():
         model = load_model(Model(weights=asked["checkpoint"], ema=asked["ema"]), ranks)
         logits = model.logits(model.head(names, templates(source), ranks))
-        staging = Staging(dataset, source.cache) if dataset.remote else None
+        samples = SampleReader(dataset, model.transform(), staging=staging_for(dataset, source.cache), replace=False)
         ids = stratified(dataset.labels, asked["n_samples"], seed=0)
-        for batch in eval_batches(dataset, model.transform(), ids, asked["batch_size"], staging=staging, replace=False):
+        for batch in eval_batches(samples, ids, asked["batch_size"]):
             left_out += batch.left_out
             if not len(batch):
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,11 +10,8 @@ import torch
 
 from ..config import Config, Teacher
 from ..data.dataset import Dataset
-from ..data.images import Transform
-from ..data.order import Order
-from ..data.samples import Batch, EmbeddingRows
-from ..data.staging import Staging
-from ..data.stream import TrainStream
+from ..data.samples import Batch
+from ..data.stream import TrainStream, train_stream
 from ..distillation.task import DistillationTask
 from ..distributed.ranks import Ranks
 from ..embeddings.identity import open_stores
@@ -72,7 +69,7 @@ def build_training(
     of_sample = sample_flops(flops, task.passes, task.objective, config.attack, adapters=bool(config.student.lora))
     log_start(config, folder, dataset, tower.image_size, heads["student"], ensemble, ranks, logger)
     return TrainingParts(
-        train_stream(config, dataset, ranks, tower.image_size, folder.step, config.train.steps, stores),
+        train_stream(config, dataset, ranks, tower.image_size, start=folder.step, embeddings=stores),
         class_targets,
         engine,
         task,
@@ -102,37 +99,6 @@ def build_teachers(
         else FrozenTeacher(name, teacher, clips[name].tower(), heads[name], ranks, dtype)
         for name, teacher in settings.items()
     }
-
-
-def train_stream(
-    config: Config,
-    dataset: Dataset,
-    ranks: Ranks,
-    image_size: int,
-    start: int,
-    stop: int,
-    embeddings: Mapping[str, EmbeddingRows] | None = None,
-) -> TrainStream:
-    """This rank's batches for the steps start..stop-1 of the run. embeddings: stored ones, by teacher."""
-    data = config.data
-    return TrainStream(
-        dataset,
-        Order(dataset.shard_counts, config.seed, data.lanes, data.window),
-        Transform(image_size, data.resize, data.crop_scale, data.flip),
-        seed=config.seed,
-        batch_size=config.train.batch_size,
-        rank=ranks.rank,
-        world=ranks.world_size,
-        start=start,
-        stop=stop,
-        workers=data.workers,
-        need_labels=config.needs_labels,
-        need_captions=data.targets == "captions",
-        max_replaced=data.max_replaced,
-        staging=Staging(dataset, data.cache) if dataset.remote else None,
-        views=data.views,
-        stored=embeddings,
-    )
 
 
 def log_start(

@@ -1,13 +1,15 @@
-"""Work spread over processes: what becomes of the processes when their parent is killed."""
+"""Files written beside and renamed, folders that may be replaced, and work spread over processes."""
 
 import signal
 import subprocess
 import sys
 import time
 
+import pytest
 from processes import alive
 
-from mmtard.files import held
+from mmtard.errors import UserError
+from mmtard.files import exclusive, held, publish, replace_folder, write_text
 
 WORK = """
 import os, sys, time
@@ -36,3 +38,63 @@ def test_the_workers_of_a_killed_parent_end_and_give_its_lock_free(tmp_path):
         assert time.monotonic() < until, "they wait for ever"
         time.sleep(0.05)
     assert not held(tmp_path / "lock")
+
+
+def test_a_link_left_where_a_file_is_written_is_replaced_and_what_it_points_at_stays(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (tmp_path / "out.json").symlink_to(precious)
+    write_text(tmp_path / "out.json", "mine")
+    assert (precious.read_text(), (tmp_path / "out.json").read_text()) == ("precious", "mine")
+    assert not (tmp_path / "out.json").is_symlink()
+    with publish(tmp_path / "a") as one, publish(tmp_path / "a") as other:
+        assert one != other, "the name beside the file cannot be known beforehand"
+        one.touch(), other.touch()
+    (tmp_path / "lock").symlink_to(precious)
+    with pytest.raises(OSError), exclusive(tmp_path / "lock"):
+        pass
+
+
+def write_report(folder, text="new"):
+    with replace_folder(folder, "report", earlier=lambda old: (old / "was-a-report").is_file()) as scratch:
+        (scratch / "figures").mkdir()
+        (scratch / "index.html").write_text(text)
+
+
+def test_a_folder_of_its_own_is_replaced_whole_and_no_scratch_stays(tmp_path):
+    out = tmp_path / "out"
+    write_report(out, "old")
+    write_report(out, "new")
+    assert (out / "index.html").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(RuntimeError), replace_folder(out, "report") as scratch:
+        (scratch / "half").touch()
+        raise RuntimeError
+    assert (out / "index.html").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["out"]
+    old = tmp_path / "of an old version"
+    old.mkdir()
+    (old / "was-a-report").touch()
+    write_report(old)
+    assert not (old / "was-a-report").exists()
+
+
+@pytest.mark.parametrize("kind", ["not made here", "of another kind", "a file of the user's in it", "a link", "a file"])
+def test_a_folder_that_is_not_its_own_is_refused_and_stays(tmp_path, kind):
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("precious")
+    if kind == "a link":
+        out.symlink_to(mine)
+    elif kind == "a file":
+        out.write_text("precious")
+    elif kind == "not made here":
+        mine.rename(out)
+    elif kind == "of another kind":
+        with replace_folder(out, "model") as scratch:
+            (scratch / "weights").touch()
+    else:
+        write_report(out)
+        (out / "figures" / ".git").symlink_to(mine)
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="mmtard|not a folder"):
+        write_report(out)
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before

@@ -14,6 +14,7 @@ from mmtard.data.class_names import classnames
 from mmtard.data.dataset import open_dataset
 from mmtard.data.images import Transform
 from mmtard.data.reader import Reader
+from mmtard.data.samples import SampleReader
 from mmtard.data.shard_writer import write_shards
 from mmtard.data.stream import eval_batches
 from mmtard.errors import UserError
@@ -189,4 +190,4 @@ def test_keys_are_plain_whatever_the_file_names(tmp_path):
     dataset = open_dataset(Data(shards=str(tmp_path / "out")))
     assert len(set(dataset.keys)) == 3 and all("." not in k and k.isascii() for k in dataset.keys)
     assert classnames(Data(shards=str(tmp_path / "out")), dataset) == ["schöne Käfer.2"]
-    assert sum(len(b) for b in eval_batches(dataset, Transform(16), range(3), 2)) == 3
+    assert sum(len(b) for b in eval_batches(SampleReader(dataset, Transform(16)), range(3), 2)) == 3

@@ -12,6 +12,7 @@ from mmtard.data.images import Transform
 from mmtard.data.index import build_index
 from mmtard.data.order import Order
 from mmtard.data.reader import Reader
+from mmtard.data.samples import SampleReader
 from mmtard.data.staging import Stager, Staging
 from mmtard.data.stream import TrainStream
 from mmtard.errors import UserError
@@ -35,6 +36,12 @@ def remote(source, tmp_path, spec="pipe:cat {0} && echo {0} >> {1}"):
     dataset = open_dataset(Data(shards=shards, index=str(tmp_path / "i.npz")))
     room = 3.5 * int(dataset.shard_sizes.max()) / 1e9
     return dataset, Staging(dataset, Cache(dir=str(tmp_path / "near"), max_gb=room))
+
+
+def stream(dataset, staging, *, lanes=2, batch_size=4, stop=9, workers=0):
+    samples = SampleReader(dataset, Transform(16), staging=staging)
+    order, data = Order(dataset.shard_counts, 0, lanes, 6), Data(shards="x", workers=workers)
+    return TrainStream(samples, order, data, batch_size=batch_size, steps=range(stop))
 
 
 def fetched(tmp_path):
@@ -89,21 +96,7 @@ def test_a_staged_shard_of_another_user_is_told_in_one_line(source, tmp_path, mo
 def test_streaming_remote_shards_equals_local(source, tmp_path, spec, workers):
     dataset, staging = remote(source, tmp_path, spec)
     local = open_dataset(Data(shards=str(source)))
-    one, other = (
-        list(
-            TrainStream(
-                d,
-                Order(d.shard_counts, 0, 2, 6),
-                Transform(16),
-                seed=0,
-                batch_size=4,
-                stop=30,
-                workers=workers,
-                staging=s,
-            )
-        )
-        for d, s in ((dataset, staging), (local, None))
-    )
+    one, other = (list(stream(d, s, stop=30, workers=workers)) for d, s in ((dataset, staging), (local, None)))
     assert len(one) == len(other) == 30 and all(
         torch.equal(a.images, b.images) and torch.equal(a.sample_ids, b.sample_ids) for a, b in zip(one, other)
     )
@@ -183,18 +176,7 @@ def test_openers_that_fail_name_the_shard(source, tmp_path, spec, words, monkeyp
     assert "2.tar" in str(caught.value) and list(staging.folder.iterdir()) == []
     for workers in (0, 1):
         with pytest.raises(UserError, match=words):
-            list(
-                TrainStream(
-                    dataset,
-                    Order(dataset.shard_counts, 0, 2, 6),
-                    Transform(16),
-                    seed=0,
-                    batch_size=4,
-                    stop=9,
-                    workers=workers,
-                    staging=staging,
-                )
-            )
+            list(stream(dataset, staging, workers=workers))
 
 
 def test_a_fetch_that_fails_now_and_then_is_tried_again(source, tmp_path, monkeypatch):
@@ -208,17 +190,7 @@ def test_a_cache_too_small_is_refused(source, tmp_path):
     with pytest.raises(UserError, match="data.cache.max_gb: shard 'pipe:cat .*0.tar"):
         Staging(dataset, Cache(dir=str(tmp_path / "near"), max_gb=1e-5))
     with pytest.raises(UserError, match="data.cache.max_gb: .* cannot hold the 6 shards"):
-        list(
-            TrainStream(
-                dataset,
-                Order(dataset.shard_counts, 0, 6, 6),
-                Transform(16),
-                seed=0,
-                batch_size=6,
-                stop=9,
-                staging=staging,
-            )
-        )
+        list(stream(dataset, staging, lanes=6, batch_size=6))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="data.cache.dir: cannot make"):
         Staging(dataset, Cache(dir=str(tmp_path / "file" / "x")))

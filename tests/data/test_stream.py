@@ -18,6 +18,7 @@ from mmtard.data.dataset import open_dataset
 from mmtard.data.images import Transform
 from mmtard.data.index import build_index
 from mmtard.data.order import Order
+from mmtard.data.samples import SampleReader
 from mmtard.data.stream import TrainStream, eval_batches
 from mmtard.errors import ProcessLostError, UserError
 
@@ -25,9 +26,16 @@ CROP = Transform(16, crop_scale=(0.5, 1.0), flip=True)
 IMAGE = encode(picture(0))
 
 
-def stream(dataset, *, lanes=4, batch_size=8, stop=9, transform=CROP, **more):
+def stream(dataset, *, lanes=4, batch_size=8, start=0, stop=9, transform=CROP, rank=0, world=1, **more):
+    needs = {name: more.pop(name) for name in ("need_labels", "need_captions") if name in more}
     return TrainStream(
-        dataset, Order(dataset.shard_counts, 1, lanes, 5), transform, seed=1, batch_size=batch_size, stop=stop, **more
+        SampleReader(dataset, transform, seed=1, **needs),
+        Order(dataset.shard_counts, 1, lanes, 5),
+        Data(shards="x", **{"workers": 0, **more}),
+        batch_size=batch_size,
+        steps=range(start, stop),
+        rank=rank,
+        world=world,
     )
 
 
@@ -76,7 +84,7 @@ def test_an_epoch_sees_other_crops(dataset):
 def test_eval_batches_give_the_samples_asked_for(dataset):
     ids = [3, 31, 4, 15, 9]
     for workers in (0, 2):
-        batches = list(eval_batches(dataset, Transform(16), ids, 2, workers=workers))
+        batches = list(eval_batches(SampleReader(dataset, Transform(16)), ids, 2, workers=workers))
         assert [len(b) for b in batches] == [2, 2, 1]
         assert torch.cat([b.sample_ids for b in batches]).tolist() == ids and torch.cat(
             [b.labels for b in batches]
@@ -93,7 +101,7 @@ def damaged(open_members, bad: dict[int, bytes], count=20):
 def test_a_truncated_jpeg_is_replaced_by_its_neighbour(open_members):
     dataset = damaged(open_members, {7: IMAGE[:-30], 8: b"nothing", 19: IMAGE[:-30]})
     for workers in (0, 2):
-        (batch,) = eval_batches(dataset, CROP, [6, 7, 19, 8], 4, seed=5, workers=workers)
+        (batch,) = eval_batches(SampleReader(dataset, CROP, seed=5), [6, 7, 19, 8], 4, workers=workers)
         assert batch.sample_ids.tolist() == [6, 9, 0, 9] and batch.labels.tolist() == [6, 2, 0, 2]
         assert [(a, b) for a, b, _ in batch.replaced] == [
             ("0.tar/s0007", "0.tar/s0009"),
@@ -101,17 +109,18 @@ def test_a_truncated_jpeg_is_replaced_by_its_neighbour(open_members):
             ("0.tar/s0008", "0.tar/s0009"),
         ]
         assert "truncated" in batch.replaced[0][2] and "not an image of a known format" in batch.replaced[2][2]
-    (asked,) = eval_batches(damaged(open_members, {}), CROP, [6, 7, 19, 8], 4, seed=5)
+    (asked,) = eval_batches(SampleReader(damaged(open_members, {}), CROP, seed=5), [6, 7, 19, 8], 4)
     assert torch.equal(batch.seeds, asked.seeds), "a replacement keeps the seed of the sample asked for"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_cannot_be_read_is_left_out_where_nothing_may_stand_for_it(open_members, workers):
     dataset = damaged(open_members, {7: IMAGE[:-30], 8: b"nothing", 19: IMAGE[:-30]})
-    first, second = eval_batches(dataset, CROP, [6, 7, 9, 19, 8], 3, seed=5, workers=workers, replace=False)
+    reader = SampleReader(dataset, CROP, seed=5, replace=False)
+    first, second = eval_batches(reader, [6, 7, 9, 19, 8], 3, workers=workers)
     assert first.sample_ids.tolist() == [6, 9] and first.labels.tolist() == [6, 2] and first.replaced == []
     assert [name for name, _ in first.left_out] == ["0.tar/s0007"] and "truncated" in first.left_out[0][1]
-    (whole,) = eval_batches(damaged(open_members, {}), CROP, [6, 9], 2, seed=5)
+    (whole,) = eval_batches(SampleReader(damaged(open_members, {}), CROP, seed=5), [6, 9], 2)
     assert (
         torch.equal(first.images, whole.images)
         and torch.equal(first.seeds, whole.seeds)
@@ -126,12 +135,12 @@ def test_what_cannot_be_read_is_left_out_where_nothing_may_stand_for_it(open_mem
 
 def test_missing_labels_are_replaced_only_where_labels_are_needed(open_members):
     dataset = open_members([("a.jpg", IMAGE), ("b.jpg", IMAGE), ("b.cls", b"x"), ("c.jpg", IMAGE), ("c.cls", b"3")])
-    (needed,) = eval_batches(dataset, CROP, [0, 1, 2], 3)
+    (needed,) = eval_batches(SampleReader(dataset, CROP), [0, 1, 2], 3)
     assert needed.sample_ids.tolist() == [2, 2, 2] and [r for *_, r in needed.replaced] == [
         "no .cls member",
         ".cls is not a class number",
     ]
-    (free,) = eval_batches(dataset, CROP, [0, 1, 2], 3, need_labels=False)
+    (free,) = eval_batches(SampleReader(dataset, CROP, need_labels=False), [0, 1, 2], 3)
     assert free.labels.tolist() == [-1, -1, 3] and free.replaced == []
 
 
@@ -151,7 +160,7 @@ def test_too_many_replaced_samples_stop_the_run(open_members, workers):
 def test_a_shard_without_any_usable_sample(open_members):
     dataset = damaged(open_members, {0: b"nothing", 1: b"nothing"}, count=2)
     with pytest.raises(UserError, match="0.tar/s0001.*nor has its shard any other usable sample"):
-        list(eval_batches(dataset, CROP, [1], 1))
+        list(eval_batches(SampleReader(dataset, CROP), [1], 1))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -171,7 +180,7 @@ def test_captions(open_members):
     dataset = open_members(
         [("a.jpg", IMAGE), ("a.cls", b"0"), ("a.txt", b"a red square"), ("b.jpg", IMAGE), ("b.cls", b"1")]
     )
-    (batch,) = eval_batches(dataset, CROP, [1, 0], 2)
+    (batch,) = eval_batches(SampleReader(dataset, CROP), [1, 0], 2)
     assert batch.captions == ["", "a red square"]
 
 
@@ -185,6 +194,22 @@ def test_a_killed_loader_process_is_told_in_one_line(dataset):
         ProcessLostError, match=r"a loader process was lost: DataLoader worker .pid.* lower data.workers \(now 1\)"
     ):
         list(batches)
+
+
+def test_micro_batches_are_the_batch_in_parts_and_name_what_was_replaced_once(open_members):
+    (batch,) = eval_batches(SampleReader(damaged(open_members, {7: b"nothing"}), CROP), [6, 7, 9, 19, 8], 5)
+    batch.teacher_embeddings = {"t": torch.arange(10.0).reshape(5, 2)}
+    parts = list(batch.split(2))
+    assert [len(part) for part in parts] == [2, 2, 1] and len(batch.replaced) == 1
+    assert not any(part.replaced or part.left_out for part in parts)
+    for name in ("images", "labels", "sample_ids", "seeds"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+    assert torch.equal(torch.cat([part.teacher_embeddings["t"] for part in parts]), batch.teacher_embeddings["t"])
+    moved = parts[0].to("meta")
+    assert moved.images.is_meta and moved.seeds.is_meta and moved.teacher_embeddings["t"].is_meta
+    assert moved.sample_ids.tolist() == [6, 8], "ids name samples in logs; they stay where they can be read"
+    pixels = batch.pixels("cpu")
+    assert pixels.dtype == torch.float32 and torch.equal((pixels * 255).round().to(torch.uint8), batch.images)
 
 
 def test_the_loader_leaves_torchs_generator_alone(dataset):
@@ -206,7 +231,7 @@ def test_real_shards(tmp_path):
         and sorted(dataset.labels) == list(range(1000))
         and classnames(data, dataset)[:2] == ["tench", "goldfish"]
     )
-    batches = list(eval_batches(dataset, Transform(64), range(0, 1000, 10), 50, max_replaced=0))
+    batches = list(eval_batches(SampleReader(dataset, Transform(64)), range(0, 1000, 10), 50, max_replaced=0))
     assert sum(len(b) for b in batches) == 100 and 60 < torch.cat([b.images for b in batches]).double().mean() < 180
 
 
@@ -216,11 +241,14 @@ from mmtard.config import Data
 from mmtard.data.dataset import open_dataset
 from mmtard.data.images import Transform
 from mmtard.data.order import Order
+from mmtard.data.samples import SampleReader
 from mmtard.data.stream import TrainStream
 import multiprocessing
-dataset = open_dataset(Data(shards=sys.argv[1]))
+data = Data(shards=sys.argv[1], workers=2)
+dataset = open_dataset(data)
 def run(stop):
-    return TrainStream(dataset, Order(dataset.shard_counts, 1, 4, 5), Transform(16), seed=1, batch_size=8, stop=stop, workers=2)
+    samples, order = SampleReader(dataset, Transform(16), seed=1), Order(dataset.shard_counts, 1, 4, 5)
+    return TrainStream(samples, order, data, batch_size=8, steps=range(stop))
 """
 
 

@@ -19,6 +19,7 @@ from mmtard import config as settings
 from mmtard.data.dataset import open_dataset
 from mmtard.data.images import Transform
 from mmtard.data.order import Order
+from mmtard.data.samples import SampleReader
 from mmtard.data.stream import TrainStream
 from mmtard.distributed import ranks
 from mmtard.distributed.interruption import EXIT_REQUEUE, Interruption
@@ -119,7 +120,8 @@ def test_the_views_of_a_sample_come_round_and_its_random_start_does_not(shards):
     dataset = open_dataset(settings.Data(shards=str(shards)))
     order, crop = Order(dataset.shard_counts, 1, 4, 4), Transform(16, crop_scale=(0.3, 1.0))
     looks, starts = {}, {}
-    for batch in TrainStream(dataset, order, crop, seed=1, batch_size=SAMPLES, stop=4, views=3, max_replaced=1):
+    data = settings.Data(shards=str(shards), workers=0, views=3, max_replaced=1)
+    for batch in TrainStream(SampleReader(dataset, crop, seed=1), order, data, batch_size=SAMPLES, steps=range(4)):
         for image, sample, seed in zip(batch.images, batch.sample_ids.tolist(), batch.seeds.tolist()):
             looks.setdefault(sample, []).append(image)
             starts.setdefault(sample, set()).add(seed)

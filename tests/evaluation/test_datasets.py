@@ -14,6 +14,7 @@ from mmtard.config import Data, Model
 from mmtard.data.dataset import open_dataset
 from mmtard.data.images import Native, decode
 from mmtard.data.reader import Reader
+from mmtard.data.samples import SampleReader
 from mmtard.data.stream import eval_batches
 from mmtard.errors import UserError
 from mmtard.evaluation import datasets, session, table
@@ -333,7 +334,7 @@ def test_evaluations_of_other_settings_have_other_folders(root):
 def test_native_pixels_are_the_stored_ones(tmp_path):
     folder = write(tmp_path / "d", 3, size=(10, 14))
     dataset = open_dataset(Data(shards=str(folder / "test")))
-    (batch,) = eval_batches(dataset, Native((10, 14)), [2, 0], 4)
+    (batch,) = eval_batches(SampleReader(dataset, Native((10, 14))), [2, 0], 4)
     reader = Reader(dataset)
     stored = [np.asarray(decode(reader.image(i))).transpose(2, 0, 1) for i in (2, 0)]
     assert batch.images.shape == (2, 3, 10, 14) and (batch.images.numpy() == stored).all()

@@ -17,6 +17,7 @@ from mmtard.cli.main import main
 from mmtard.config import Data
 from mmtard.data.dataset import open_dataset
 from mmtard.data.images import Transform
+from mmtard.data.samples import SampleReader
 from mmtard.data.stream import eval_batches
 
 pytestmark = pytest.mark.slow
@@ -133,7 +134,8 @@ def test_pyautoattack_breaks_the_exported_model_and_stays_in_the_ball(run, expor
     )
     normalise, scale = preprocess.transforms[-1], float(model.logit_scale.detach().exp())
     ids = found["samples"]["ids"]
-    (batch,) = eval_batches(open_dataset(Data(shards=str(dataset / "test"))), Transform(32), ids, len(ids))
+    samples = SampleReader(open_dataset(Data(shards=str(dataset / "test"))), Transform(32))
+    (batch,) = eval_batches(samples, ids, len(ids))
     x, y = batch.images.float() / 255, batch.labels
 
     def logits(images):

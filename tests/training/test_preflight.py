@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mmtard import config
+from mmtard.data.stream import train_stream
 from mmtard.training import preflight
 from mmtard.training.preflight import CheckFailed, Checks
 
@@ -84,9 +85,11 @@ def test_the_shards_need_what_the_training_needs_of_them(checks, monkeypatch, ov
     monkeypatch.setattr(preflight, "open_dataset_on_all_ranks", lambda settings, ranks: Shards())
     monkeypatch.setattr(preflight, "classnames", lambda *_: ["a"])
     asked = []
-    monkeypatch.setattr(preflight, "TrainStream", lambda *_, **settings: asked.append(settings) or [[0], [0]])
+    monkeypatch.setattr(
+        preflight, "train_stream", lambda *a, **more: asked.append(train_stream(*a, **more).samples) or [[0], [0]]
+    )
     checks(*overrides).shards()
-    assert [(settings["need_labels"], settings["need_captions"]) for settings in asked] == [(labels, captions)]
+    assert [(samples.need_labels, samples.need_captions) for samples in asked] == [(labels, captions)]
 
 
 class Shards:
