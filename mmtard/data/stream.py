@@ -6,6 +6,7 @@ Which samples a batch holds, and what they look like, is a function of the step 
 import atexit
 import multiprocessing
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
@@ -174,6 +175,7 @@ def _load(samples: SampleReader, requests: Iterator, workers: int) -> Iterator[B
     with _signals_held():
         batches = iter(loader)
     processes = [p for p in multiprocessing.active_children() if p not in others]
+    _raise_lost_wherever_told(workers)
 
     def end() -> None:
         if workers:
@@ -192,13 +194,40 @@ def _load(samples: SampleReader, requests: Iterator, workers: int) -> Iterator[B
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise ProcessLostError(
-            f"a loader process was lost: {' '.join(str(error).split())}; "
-            f"if its memory ran out, lower data.workers (now {workers})"
-        ) from None
+        raise _lost(error, workers) from None
     finally:
         end()
         atexit.unregister(end)
+
+
+def _lost(error: RuntimeError, workers: int) -> ProcessLostError:
+    return ProcessLostError(
+        f"a loader process was lost: {' '.join(str(error).split())}; "
+        f"if its memory ran out, lower data.workers (now {workers})"
+    )
+
+
+def _raise_lost_wherever_told(workers: int) -> None:
+    """Make torch's handler of SIGCHLD raise ProcessLostError in place of RuntimeError.
+
+    The handler runs when a worker dies, wherever the main thread then is: often inside a model's forward, where nobody
+    could tell its RuntimeError from a fault of the model, and a run that may go on would end for good.
+    """
+    if not workers or threading.current_thread() is not threading.main_thread():
+        return
+    torchs = signal.getsignal(signal.SIGCHLD)
+    torchs = getattr(torchs, "wrapped", torchs)
+    if not callable(torchs):
+        return
+
+    def handler(number, frame):
+        try:
+            torchs(number, frame)
+        except RuntimeError as error:
+            raise _lost(error, workers) from None
+
+    handler.wrapped = torchs
+    signal.signal(signal.SIGCHLD, handler)
 
 
 def _as_it_is(batch):

@@ -196,6 +196,19 @@ def test_a_killed_loader_process_is_told_in_one_line(dataset):
         list(batches)
 
 
+def test_a_loader_process_killed_while_the_model_computes_is_a_lost_process_there(dataset):
+    """torch tells it by a signal: the error comes out of whatever the main thread is doing."""
+    others = set(multiprocessing.active_children())
+    batches = iter(stream(dataset, workers=2, stop=1000))
+    next(batches)
+    worker = (set(multiprocessing.active_children()) - others).pop()
+    with pytest.raises(ProcessLostError, match=r"a loader process was lost: DataLoader worker .*now 2"):
+        worker.kill()
+        for _ in range(100):
+            time.sleep(0.05)
+    batches.close()
+
+
 def test_micro_batches_are_the_batch_in_parts_and_name_what_was_replaced_once(open_members):
     (batch,) = eval_batches(SampleReader(damaged(open_members, {7: b"nothing"}), CROP), [6, 7, 9, 19, 8], 5)
     batch.teacher_embeddings = {"t": torch.arange(10.0).reshape(5, 2)}
