@@ -8,7 +8,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from .methods import START
-from .values import Int, Number, Pixels, Section
+from .values import Int, Number, Pixels, Section, check_unit
 
 
 class AttackObjective(NamedTuple):
@@ -44,20 +44,22 @@ ATTACK_OBJECTIVES: dict[str, AttackObjective] = {
 
 
 class Attack(Section):
-    algorithm: Literal["pgd", "apgd"] = "pgd"
+    """The attack that makes the adversarial images of the training."""
+
+    algorithm: Literal["pgd", "apgd"] = Field("pgd", description="projected gradient ascent, or Auto-PGD")
     objective: str | None = Field(None, description="the loss to maximise; null: the method's own")
     fusion: dict[str, Annotated[Number, Field(gt=0)]] | None = Field(
         None, min_length=1, description="kl_fused: relative weight of each teacher; null: all listed teachers alike"
     )
-    norm: Literal["linf", "l2"] = "linf"
-    eps: Pixels = Field(Fraction(2, 255), ge=0)
+    norm: Literal["linf", "l2"] = Field("linf", description="of the perturbation; l2 is over all pixels of an image")
+    eps: Pixels = Field(Fraction(2, 255), ge=0, description="largest perturbation, in units of [0,1]")
     step_size: Pixels = Field(Fraction(1, 255), gt=0, description="pgd's step; apgd sets its own")
-    steps: Int = Field(10, ge=1)
+    steps: Int = Field(10, ge=1, description="gradient steps of each attack")
     restarts: Int = Field(
         1, ge=1, description="attacks from so many random starts, of which each sample keeps the worst"
     )
     momentum: Number = Field(0.0, ge=0, lt=1, description="pgd: momentum of the normalised gradient")
-    random_start: bool = True
+    random_start: bool = Field(True, description="start anywhere in the ball; false: at the image itself")
     alarm_every: Int | None = Field(
         100, ge=1, description="steps: 1 alone: how often its student is tried with 10 steps; null: never"
     )
@@ -68,9 +70,6 @@ class Attack(Section):
     @model_validator(mode="after")
     def _within_pixels(self):
         for name in ("eps", "step_size"):
-            if self.norm == "linf" and getattr(self, name) >= 1:
-                value = getattr(self, name)
-                raise ValueError(
-                    f"attack.{name}: {value} is in units of [0,1], the whole range of a pixel; write {value}/255 for {value} of 255 levels"
-                )
+            if self.norm == "linf":
+                check_unit(f"attack.{name}", getattr(self, name))
         return self

@@ -1,4 +1,7 @@
-"""YAML files and `key.sub=value` overrides to a validated configuration; bad input is one `UserError` that names key, value, remedy."""
+"""YAML files and `key.sub=value` overrides to a validated configuration.
+
+Bad input is one `UserError` that names key, value and remedy.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,18 @@ from pydantic import ValidationError
 
 from ..errors import UserError
 from .methods import METHODS
-from .schema import Config, Teacher
-from .values import plain_text
+from .models import Teacher
+from .schema import Config
+from .values import plain_text, shorten
+
+MOST_FAULTS = 10  # that one message lists
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> Config:
     """The validated configuration of a YAML file (with its `base:` files) and `key.sub=value` overrides.
 
-    Another `method.name` leaves the settings of the file's method behind. Raises UserError for an unreadable file, an unknown key
-    (with the nearest known one), or a value that does not fit.
+    Another `method.name` leaves the settings of the file's method behind. Raises UserError for an unreadable file, an
+    unknown key (with the nearest known one), or a value that does not fit.
     """
     tree = _read(Path(path), seen=())
     for text in sorted(overrides, key=lambda text: not text.startswith("method.name=")):
@@ -35,14 +41,19 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
 
 
 def validate(tree: dict) -> Config:
-    """The configuration of a plain dict; UserError names each bad key. A section or teacher that is null counts as left out."""
+    """The configuration of a plain dict. A section or teacher that is null counts as left out.
+
+    Raises UserError that names each bad key.
+    """
     _refuse_control_characters(tree)
     if isinstance(tree.get("teachers"), dict):
         tree = {**tree, "teachers": {k: v for k, v in tree["teachers"].items() if v is not None}}
     try:
         return Config.model_validate({k: v for k, v in tree.items() if v is not None})
     except ValidationError as error:
-        raise UserError("; ".join(_explain(e) for e in error.errors())) from None
+        faults = [_explain(e) for e in error.errors()]
+    more = f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
+    raise UserError("; ".join(faults[:MOST_FAULTS]) + more)
 
 
 def dump(config: Config) -> str:
@@ -86,11 +97,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def _siblings(path: Path) -> str:
-    near = (
-        difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        if path.parent.is_dir()
-        else []
-    )
+    names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean '{path.parent / near[0]}'?" if near else ""
 
 
@@ -98,13 +106,11 @@ def _merge(base: Any, over: Any) -> Any:
     # Null empties a block; another method replaces the base's, whose settings would not fit it.
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
-    return {
-        **base,
-        **{
-            k: _merge(base[k], v) if k in base and not (k == "method" and _another_method(base[k], v)) else v
-            for k, v in over.items()
-        },
-    }
+    merged = dict(base)
+    for key, value in over.items():
+        replaces = key not in base or (key == "method" and _another_method(base[key], value))
+        merged[key] = value if replaces else _merge(base[key], value)
+    return merged
 
 
 def _refuse_control_characters(value: Any, place: str = "") -> None:
@@ -147,36 +153,46 @@ def _set(tree: dict, keys: list[str], value: Any, text: str) -> None:
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
-    return {
-        k: v for name, sub in tree.items() for k, v in _flatten(sub, f"{prefix}.{name}" if prefix else name).items()
-    }
+    flat = {}
+    for name, sub in tree.items():
+        flat |= _flatten(sub, f"{prefix}.{name}" if prefix else name)
+    return flat
 
 
 def _explain(error: dict) -> str:
-    loc = [str(p) for p in error["loc"]]
-    if loc and loc[0] == "method" and len(loc) > 1 and loc[1] in METHODS:
-        del loc[1]  # pydantic names the union's member; the user wrote no such key
-    # Nor the members of a union of a text and a list of texts.
-    loc = [p for p in loc if not p.startswith(("function-after[", "constrained-str", "list["))]
-    key, kind = ".".join(loc), error["type"]
+    """One of pydantic's errors as `key: value: what is wrong`, with the keys that the user wrote."""
+    place, kind = _written_place(error["loc"]), error["type"]
+    key, value = ".".join(place), error["input"]
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(loc[-1], _known_keys(error["loc"][:-1]), n=1)
-        where = f" in {'.'.join(loc[:-1])}" if loc[:-1] else ""
-        return f"unknown key '{key}'" + (
-            f"; did you mean '{'.'.join([*loc[:-1], near[0]])}'?"
-            if near
-            else f"; known keys{where}: {', '.join(_known_keys(error['loc'][:-1]))}"
-        )
+        return _unknown_key(place, _known_keys(error["loc"][:-1]))
     if kind == "missing":
         return f"{key}: this setting is required"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        given = error["input"].get("name") if isinstance(error["input"], dict) else error["input"]
-        return f"method.name: unknown method '{given}'; known: {', '.join(METHODS)}"
+        name = value.get("name") if isinstance(value, dict) else value
+        return f"method.name: unknown method {shorten(name)}; known: {', '.join(METHODS)}"
     message = error["msg"].removeprefix("Value error, ")
-    given = str(error["input"]) if isinstance(error["input"], Fraction) else repr(error["input"])
-    if kind == "value_error" and (not key or message.startswith(key)):
-        return message
-    return f"{key}: {message}" if kind == "value_error" else f"{key}: {given}: {message[0].lower() + message[1:]}"
+    if kind == "value_error":
+        return message if not key or message.startswith(key) else f"{key}: {message}"
+    shown = str(value) if isinstance(value, Fraction) else repr(value)
+    shown = shown if len(shown) <= 200 else f"{shown[:190]}..."
+    return f"{key}: {shown}: {message[0].lower() + message[1:]}"
+
+
+def _written_place(loc: tuple) -> list[str]:
+    place = [str(part) for part in loc]
+    if place[:1] == ["method"] and len(place) > 1 and place[1] in METHODS:
+        del place[1]  # pydantic names the union's member; the user wrote no such key
+    # Nor the members of a union of a text and a list of texts.
+    return [part for part in place if not part.startswith(("function-after[", "constrained-str", "list["))]
+
+
+def _unknown_key(place: list[str], known: list[str]) -> str:
+    *section, name = place
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"unknown key {shorten('.'.join(place))}; did you mean '{'.'.join([*section, near[0]])}'?"
+    where = f" in {'.'.join(section)}" if section else ""
+    return f"unknown key {shorten('.'.join(place))}; known keys{where}: {', '.join(known)}"
 
 
 def _known_keys(loc: tuple) -> list[str]:

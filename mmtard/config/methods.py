@@ -1,8 +1,8 @@
-"""Settings of the objectives and of the attack inside training; `mmtard/methods/` and `mmtard/objectives.py` hold their mathematics."""
+"""Settings of the training objectives, a class each; `mmtard/distillation/methods/` holds their mathematics."""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, Union, get_args
 
 from pydantic import Field
 
@@ -14,7 +14,7 @@ START = "start"  # the teacher that is the student before training; also the fol
 class MethodSettings(Section):
     """Settings of one objective: what it needs of a run, and its equation's constants.
 
-    `teachers` are the names it asks; `start` among them is the untouched student, which the configuration need not list.
+    `teachers` are the names it asks; `start` among them is the untouched student, which need not be listed.
     """
 
     teachers: ClassVar[tuple[str, ...]] = ()
@@ -25,15 +25,21 @@ class MethodSettings(Section):
 
 
 class Clean(MethodSettings):
+    """Cross-entropy on clean images, which attacks none."""
+
     name: Literal["clean"]
 
 
 class TeCoA(MethodSettings):
+    """Cross-entropy on adversarial images."""
+
     attack: ClassVar[str | None] = "ce"
     name: Literal["tecoa"]
 
 
 class FARE(MethodSettings):
+    """Embeddings of adversarial images near those of the untouched student; no labels."""
+
     teachers: ClassVar[tuple[str, ...]] = (START,)
     attack: ClassVar[str | None] = "l2_embedding"
     labels: ClassVar[bool] = False
@@ -42,6 +48,8 @@ class FARE(MethodSettings):
 
 
 class SimCLIP(MethodSettings):
+    """As fare, by the direction of the embeddings; no labels."""
+
     teachers: ClassVar[tuple[str, ...]] = (START,)
     attack: ClassVar[str | None] = "l2_embedding"
     labels: ClassVar[bool] = False
@@ -50,6 +58,8 @@ class SimCLIP(MethodSettings):
 
 
 class PMGAFT(MethodSettings):
+    """As tecoa, and near the untouched student's and one's own clean predictions."""
+
     teachers: ClassVar[tuple[str, ...]] = (START,)
     attack: ClassVar[str | None] = "ce"
     name: Literal["pmg_aft"]
@@ -58,6 +68,8 @@ class PMGAFT(MethodSettings):
 
 
 class TGAZSR(MethodSettings):
+    """As tecoa, and text-guided attention near the untouched student's."""
+
     teachers: ClassVar[tuple[str, ...]] = (START,)
     attack: ClassVar[str | None] = "ce"
     tokens: ClassVar[bool] = True
@@ -67,17 +79,21 @@ class TGAZSR(MethodSettings):
 
 
 class TRADES(MethodSettings):
+    """Cross-entropy on clean images, and adversarial predictions near the clean ones."""
+
     attack: ClassVar[str | None] = "kl_self"
     name: Literal["trades"]
     beta: Number = Field(6.0, ge=0, description="weight of KL(p_S(x) || p_S(x')) against cross-entropy")
 
 
 class ARD(MethodSettings):
+    """One robust teacher, softened by a temperature, against cross-entropy."""
+
     teachers: ClassVar[tuple[str, ...]] = ("robust",)
     attack: ClassVar[str | None] = "ce"
     name: Literal["ard"]
     alpha: Number = Field(1.0, ge=0, le=1, description="weight of the distillation term against cross-entropy")
-    temperature: Number = Field(30.0, gt=0)
+    temperature: Number = Field(30.0, gt=0, description="divides both models' logits in the distillation term")
     teacher_view: Literal["clean", "adv"] = Field("clean", description="the image the teacher sees")
 
     @property
@@ -86,6 +102,8 @@ class ARD(MethodSettings):
 
 
 class RSLAD(MethodSettings):
+    """Soft labels of one robust teacher, in the loss and in the attack; no labels."""
+
     teachers: ClassVar[tuple[str, ...]] = ("robust",)
     attack: ClassVar[str | None] = "kl_robust"
     labels: ClassVar[bool] = False
@@ -96,6 +114,8 @@ class RSLAD(MethodSettings):
 
 
 class IAD(MethodSettings):
+    """One robust teacher, trusted as far as it withstands the student's attack."""
+
     teachers: ClassVar[tuple[str, ...]] = ("robust",)
     attack: ClassVar[str | None] = "ce"
     name: Literal["iad"]
@@ -103,6 +123,8 @@ class IAD(MethodSettings):
 
 
 class AdaAD(MethodSettings):
+    """One robust teacher, attacked where student and teacher part; no labels."""
+
     teachers: ClassVar[tuple[str, ...]] = ("robust",)
     attack: ClassVar[str | None] = "kl_adaptive"
     labels: ClassVar[bool] = False
@@ -113,6 +135,8 @@ class AdaAD(MethodSettings):
 
 
 class MTARD(MethodSettings):
+    """A clean and a robust teacher, whose weights follow their losses; no labels."""
+
     teachers: ClassVar[tuple[str, ...]] = ("clean", "robust")
     attack: ClassVar[str | None] = "ce"
     labels: ClassVar[bool] = False
@@ -122,7 +146,8 @@ class MTARD(MethodSettings):
     )
 
 
-# Whether a weighting of `mmtard` reads the samples' labels; `mmtard/weighting.py` holds them.
+# Weighting -> whether it reads the samples' labels.
+# The function of that name in `mmtard/distillation/weighting.py` computes it.
 WEIGHTINGS: dict[str, bool] = {
     "uniform": False,
     "official": True,
@@ -135,6 +160,8 @@ WEIGHTINGS: dict[str, bool] = {
 
 
 class MMTARD(MethodSettings):
+    """Any number of teachers, weighted sample by sample: the method of this project."""
+
     attack: ClassVar[str | None] = "kl_clean"
     name: Literal["mmtard"]
     views: dict[str, Literal["clean", "adv"]] = Field(
@@ -142,7 +169,9 @@ class MMTARD(MethodSettings):
         min_length=1,
         description="each teacher's image, which is also the student's for its term",
     )
-    weighting: Literal[tuple(WEIGHTINGS)] = "official"
+    weighting: Literal[tuple(WEIGHTINGS)] = Field(
+        "official", description="how each sample's loss is weighted over the teachers; official: as published"
+    )
     robust_weight: Number = Field(
         50.0, ge=0, description="official, constant: factor of a teacher that sees the adversarial image"
     )
@@ -174,10 +203,6 @@ class MMTARD(MethodSettings):
         return WEIGHTINGS[self.weighting]
 
 
-Method = Annotated[
-    Clean | TeCoA | FARE | PMGAFT | TGAZSR | SimCLIP | TRADES | ARD | RSLAD | IAD | AdaAD | MTARD | MMTARD,
-    Field(discriminator="name"),
-]
-METHODS: dict[str, type[MethodSettings]] = {
-    get_args(m.model_fields["name"].annotation)[0]: m for m in get_args(get_args(Method)[0])
-}
+METHOD_CLASSES = (Clean, TeCoA, FARE, PMGAFT, TGAZSR, SimCLIP, TRADES, ARD, RSLAD, IAD, AdaAD, MTARD, MMTARD)
+METHODS: dict[str, type[MethodSettings]] = {get_args(m.model_fields["name"].annotation)[0]: m for m in METHOD_CLASSES}
+Method = Annotated[Union[METHOD_CLASSES], Field(discriminator="name")]  # noqa: UP007  (made of the tuple)

@@ -8,7 +8,7 @@ import unicodedata
 from fractions import Fraction
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 # An exponent of more digits would make a number that fills the memory.
 _DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
@@ -30,6 +30,15 @@ def parse_fraction(value: Any) -> Fraction:
 def show_pixels(value: Fraction) -> str:
     """A radius or step as the field writes it: over 255 where that is exact (3/255, not 1/85)."""
     return f"{value * 255}/255" if value.denominator != 1 and (value * 255).denominator == 1 else str(value)
+
+
+def check_unit(key: str, value: Fraction) -> None:
+    """Raise ValueError for an L-inf radius or step that is meant in levels of 255."""
+    if value >= 1:
+        raise ValueError(
+            f"{key}: {value} is in units of [0,1], the whole range of a pixel; "
+            f"write {value}/255 for {value} of 255 levels"
+        )
 
 
 def plain_text(text: str) -> str:
@@ -71,9 +80,12 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
-Pixels = Annotated[Fraction, BeforeValidator(parse_fraction), PlainSerializer(show_pixels, return_type=str)]
-Ratio = Annotated[Fraction, BeforeValidator(parse_fraction), PlainSerializer(str, return_type=str)]
-Int = Annotated[int, BeforeValidator(_no_bool)]
+_FRACTION_SCHEMA = WithJsonSchema({"type": ["number", "string"]})
+Pixels = Annotated[
+    Fraction, BeforeValidator(parse_fraction), PlainSerializer(show_pixels, return_type=str), _FRACTION_SCHEMA
+]
+Ratio = Annotated[Fraction, BeforeValidator(parse_fraction), PlainSerializer(str, return_type=str), _FRACTION_SCHEMA]
+Int = Annotated[int, BeforeValidator(_no_bool), Field(le=2**63 - 1)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 PathText = Annotated[
     str, Field(min_length=1), AfterValidator(expand_path)

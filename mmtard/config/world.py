@@ -20,11 +20,13 @@ def check_world(config: Config, world_size: int) -> int:
     micro = min(config.train.micro_batch_size or share, share)
     if share % micro:
         raise UserError(
-            f"train.micro_batch_size: {micro} does not divide a rank's {share} samples (batch_size {batch} over {world_size} ranks); choose a divisor of {share}"
+            f"train.micro_batch_size: {micro} does not divide a rank's {share} samples "
+            f"(batch_size {batch} over {world_size} ranks); choose a divisor of {share}"
         )
     if config.student.batch_norm == "synced" and share != micro:
         raise UserError(
-            f"train.micro_batch_size: student.batch_norm 'synced' takes its statistics over the whole batch; let a rank take its {share} samples at once, or use more ranks"
+            "train.micro_batch_size: student.batch_norm 'synced' takes its statistics over the whole batch; "
+            f"let a rank take its {share} samples at once, or use more ranks"
         )
     return share // micro
 

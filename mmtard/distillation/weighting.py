@@ -1,8 +1,9 @@
 """Weights of the teachers in multi-teacher distillation, for each sample and each of any number of teachers.
 
 A weighting is a function of the settings, the teachers' `Prediction`s on the images they see (name -> Prediction), the labels,
-and the state carried from step to step; it returns name -> weight [B] and is called without gradient. `WEIGHTINGS` names
-them; `mmtard.config.WEIGHTINGS` says which read labels. All but `official`, its factors alone, and `mtard` are ours, not the paper's.
+and the state carried from step to step; it returns name -> weight [B] and is called without gradient.
+`mmtard.config.WEIGHTINGS` names them and says which read labels; each is the function of that name here. All but `official`,
+its factors alone, and `mtard` are ours, not the paper's.
 """
 
 import math
@@ -10,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..config import WEIGHTINGS
 from ..errors import unknown_name
 from ..losses import true_class
 
@@ -73,7 +75,7 @@ def _split(settings, confidence: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(confidence, settings.budget * torch.stack(scores).softmax(0)))
 
 
-WEIGHTINGS = {f.__name__: f for f in (uniform, official, constant, confidence_sigmoid, hardness, entropy, mtard)}
+FUNCTIONS = {name: globals()[name] for name in WEIGHTINGS}
 
 
 def teacher_weights(settings, teachers, labels: Tensor, state: dict[str, float]) -> dict[str, Tensor]:
@@ -81,7 +83,7 @@ def teacher_weights(settings, teachers, labels: Tensor, state: dict[str, float])
     if settings.weighting not in WEIGHTINGS:
         raise unknown_name("weighting", settings.weighting, WEIGHTINGS)
     with torch.no_grad():
-        return WEIGHTINGS[settings.weighting](settings, teachers, labels, state)
+        return FUNCTIONS[settings.weighting](settings, teachers, labels, state)
 
 
 # ---------------------------------------------------------------- loss balancing

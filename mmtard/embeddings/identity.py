@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..config import Config, model_of
+from ..config import Config
 from ..distillation import attack_objectives, methods
 from ..distributed.ranks import Ranks
 from ..errors import UserError
@@ -43,7 +43,7 @@ def cacheable_teachers(config: Config) -> list[str]:
 
 def load_teacher_clip(config: Config, teacher: str) -> Clip:
     """A teacher before any run of the configuration: the untouched student need not be in the run's folder yet."""
-    spec = model_of(config, teacher)
+    spec = config.model_of(teacher)
     return loading.load_clip(spec, config.seed, "student" if spec is config.student else f"teachers.{teacher}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..config import Config, Data, Model, model_of
+from ..config import Config, Data, Model
 from ..data.paths import default_index, expand_shards
 from ..errors import UserError
 
@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 
 def embedding_recipe(config: Config, teacher: str) -> dict:
     """The settings that a teacher's stored embeddings come from, as a manifest keeps them."""
-    data, model = config.data, model_of(config, teacher)
+    data, model = config.data, config.model_of(teacher)
     made = {
         "teacher": _named(model),
         "student": _named(config.student),  # for the size of the images

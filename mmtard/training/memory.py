@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..config import START, Config, check_world
+from ..config import Config, check_world
 from ..distillation import attack_objectives, methods
 from ..models import loading, lora, student
 from ..models.clip import Clip
@@ -136,7 +136,7 @@ def of_run(config: Config, world: int) -> dict[str, list[float]]:
 def _model(config: Config, name: str) -> Clip:
     if name == "student":
         return loading.load_skeleton(config.student, name)
-    return loading.load_skeleton(config.student if name == START else config.ensemble[name], f"teachers.{name}")
+    return loading.load_skeleton(config.model_of(name), f"teachers.{name}")
 
 
 def _text_parameters(clip: Clip) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import START, Config, Model, Teacher
+from ..config import Config, Model
 from ..data.class_names import classnames, templates
 from ..data.dataset import open_dataset_on_all_ranks
 from ..data.stream import train_stream
@@ -161,13 +161,11 @@ class Checks:
         micro = min(config.train.micro_batch_size or share, share)
         attacked = config.attack_objective is not None
         seconds = self._pass(config.student, "student", micro, attacked) * (config.attack.steps + 1 if attacked else 1)
-        untouched = (
-            {START: config.student} if config.teachers.get(START, Teacher()).weights == START else {}
-        )  # the run has not stored it yet
+        # The untouched student is the student itself here: the run has not stored it yet.
         return micro / (
             seconds
             + sum(
-                self._pass(untouched.get(name, t), f"teachers.{name}", micro, False)
+                self._pass(config.model_of(name), f"teachers.{name}", micro, False)
                 for name, t in config.ensemble.items()
                 if not t.stored
             )

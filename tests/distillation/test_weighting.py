@@ -108,7 +108,7 @@ def test_balanced_losses_survive_a_teacher_that_begins_at_zero():
     assert balanced_next(0.5, state, {"robust": 0.0, "clean": 0.0}) == state
 
 
-@pytest.mark.parametrize("name", weighting.WEIGHTINGS)
+@pytest.mark.parametrize("name", config.WEIGHTINGS)
 def test_a_weighting_reads_labels_if_the_schema_says_so(name):
     state = {"w_robust": 0.6, "w_clean": 0.4}
     found = [weights(name, labels=labels, state=state) for labels in (LABELS, torch.tensor([1, 0]))]
@@ -116,7 +116,7 @@ def test_a_weighting_reads_labels_if_the_schema_says_so(name):
 
 
 def test_the_weightings_are_those_of_the_schema_and_an_unknown_one_is_answered_with_them():
-    assert weighting.WEIGHTINGS.keys() == config.WEIGHTINGS.keys()
+    assert weighting.FUNCTIONS.keys() == config.WEIGHTINGS.keys()
     with pytest.raises(
         UserError,
         match="unknown weighting 'entrpy'; known: confidence_sigmoid, constant, entropy, hardness, mtard, official, uniform",

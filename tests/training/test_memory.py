@@ -89,6 +89,12 @@ def test_adapters_and_checkpointing_take_less():
     assert less[memory.TRAINING][0] < 0.3 * whole[memory.TRAINING][0]
 
 
+def test_a_start_with_weights_of_its_own_is_counted_by_its_own_architecture():
+    other = {"start": {"arch": "ViT-L-14", "weights": "openai"}}
+    fare = memory.of_run(run(method={"name": "fare"}, teachers=other), 1)
+    assert fare["teacher start, replicated"] == [2 * 303966208] * 4
+
+
 def test_the_start_is_held_too_and_an_attack_through_a_teacher_keeps_its_activations():
     fare = memory.of_run(run(method={"name": "fare"}, teachers={}), 2)
     assert fare["teacher start, replicated"] == [2 * 87849216] * 4
