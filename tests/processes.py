@@ -17,12 +17,12 @@ def alive(pid: int | str) -> bool:
 @contextmanager
 def only_rank() -> Iterator:
     """This process as the only one of its group; the environment that joining it changes is put back."""
-    from mmtard.distributed import ranks  # torch, which most tests of the command line do without
+    from mmtard.distributed import ranks as process_group  # torch, which most tests of the command line do without
 
     before = dict(os.environ)
     try:
-        yield ranks.start("cpu")
+        yield process_group.start("cpu")
     finally:
-        ranks.stop()
+        process_group.stop()
         os.environ.clear()
         os.environ.update(before)

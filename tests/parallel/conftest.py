@@ -67,13 +67,13 @@ def job(tmp_path_factory):
 def train_here():
     """Call with a configuration file: its run trained in this process, as the only rank; the exit status. Raises what ends the run."""
     from mmtard import config
-    from mmtard.distributed import interruption, ranks
+    from mmtard.distributed import interruption, ranks as process_group
     from mmtard.training.train import train
 
     before = dict(os.environ)
     os.environ["DS_ACCELERATOR"] = "cpu"
     yield lambda path: train(config.load(path), interruption.Interruption())
-    ranks.stop()
+    process_group.stop()
     os.environ.clear()
     os.environ.update(before)
 

@@ -13,7 +13,7 @@ from open_clip.transformer import VisionTransformer
 
 from mmtard import config
 from mmtard.distillation.task import DistillationTask
-from mmtard.distributed import ranks
+from mmtard.distributed import ranks as process_group
 from mmtard.distributed.processes import exit_process
 from mmtard.distributed.ranks import Ranks
 from mmtard.losses import kl
@@ -196,12 +196,12 @@ def through_a_teacher(placement: str, ranks: Ranks) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    ranks = ranks.start("cpu")
+    ranks = process_group.start("cpu")
     results = {case: zero(case, ranks) for case in CASES}
     placements = {p: through_a_teacher(p, ranks) for p in ("replicated", "sharded")}
     if ranks.is_first:
         torch.save({case: r["weights"] for case, r in results.items()} | placements, sys.argv[1])
         with open(f"{sys.argv[1]}.json", "w") as out:
             json.dump({case: {k: v for k, v in r.items() if k != "weights"} for case, r in results.items()}, out)
-    ranks.stop()
+    process_group.stop()
     exit_process(0)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 
 from mmtard import config, losses, seeding
-from mmtard.distributed import ranks
+from mmtard.distributed import ranks as process_group
 from mmtard.distributed.processes import exit_process
 from mmtard.distributed.ranks import Ranks
 from mmtard.models.image_tower import ImageTower
@@ -124,9 +124,9 @@ def engine(ranks: Ranks, case: str) -> dict:
 
 if __name__ == "__main__":
     out, *cases = sys.argv[1:]
-    ranks = ranks.start("cpu")
+    ranks = process_group.start("cpu")
     results = {case: plain() if case == "plain" else engine(ranks, case) for case in cases}
     if ranks.is_first:
         torch.save(results, out)
-    ranks.stop()
+    process_group.stop()
     exit_process(0)

@@ -7,7 +7,7 @@ import torch
 
 from mmtard.cli.main import main
 from mmtard.distillation.methods import tecoa
-from mmtard.distributed import ranks
+from mmtard.distributed import ranks as process_group
 from mmtard.distributed.processes import exit_process
 
 step, configs = int(sys.argv[1]), sys.argv[2:]
@@ -24,7 +24,7 @@ def loss(settings, predictions, labels, state):
 
 
 tecoa.loss = loss
-ranks.stop = lambda: None  # the next run meets in the same group
+process_group.stop = lambda: None  # the next run meets in the same group
 for config in configs:
     calls = 0
     status = main(["train", config])

@@ -3,7 +3,7 @@
 import sys
 
 from mmtard import config
-from mmtard.distributed import ranks
+from mmtard.distributed import ranks as process_group
 from mmtard.distributed.interruption import Interruption
 from mmtard.distributed.processes import exit_process
 from mmtard.embeddings.build import cache
@@ -25,8 +25,8 @@ class After(Interruption):
 
 if __name__ == "__main__":
     settings = config.load(sys.argv[1])
-    ranks = ranks.start("cpu")
-    ranks.stop, stop = lambda: None, ranks.stop
+    ranks = process_group.start("cpu")
+    process_group.stop, stop = lambda: None, process_group.stop
     try:
         cache(settings, After(8) if ranks.rank == ranks.world_size - 1 else Interruption())
     except RunError as error:

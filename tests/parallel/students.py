@@ -12,7 +12,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 
 from mmtard import config
-from mmtard.distributed import ranks
+from mmtard.distributed import ranks as process_group
 from mmtard.distributed.processes import exit_process
 from mmtard.distributed.ranks import Ranks
 from mmtard.models import batch_norm, lora, student
@@ -135,9 +135,9 @@ def case(kind: str, stage: int, ranks: Ranks) -> dict:
 
 if __name__ == "__main__":
     out, *cases = sys.argv[1:]
-    ranks = ranks.start("cpu")
+    ranks = process_group.start("cpu")
     results = {name: case(*(int(x) if x.isdigit() else x for x in name.split("-")), ranks) for name in cases}
     if ranks.is_first:
         torch.save(results, out)
-    ranks.stop()
+    process_group.stop()
     exit_process(0)
