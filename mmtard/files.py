@@ -5,6 +5,7 @@ Locks; write beside and rename; folders that mmtard may replace because they are
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -86,6 +87,44 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def discard(path: Path) -> None:
+    """Remove a file, a folder with all in it, or a link itself, never what it points to; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def why_not_written(path: Path, error: OSError, needed: int | None = None) -> str:
+    """Say why `path` could not be written: which disk is full and how much is needed, or the system's own words.
+
+    needed: bytes of what was to be written, where they are known.
+    """
+    reason = error.strerror or str(error)
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"cannot write '{path}': {reason}"
+    wanted = f", {_size(needed)} needed" if needed else ""
+    return f"cannot write '{path}': {reason} ({free_space(path)}{wanted}); free space there, then start again"
+
+
+def free_space(path: Path) -> str:
+    """Say which disk a path is on, and how much of it is free."""
+    folder = Path(os.path.abspath(path))
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    while not folder.is_mount():
+        folder = folder.parent
+    return f"the disk at '{folder}' has {_size(free)} free"
+
+
+def _size(n_bytes: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.1f} {unit}"
+    return f"{n_bytes / 2**10:.1f} KiB"
 
 
 def read_json_lines(path: Path) -> list[dict]:

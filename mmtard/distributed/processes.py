@@ -11,6 +11,8 @@ import threading
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# The variables by which a process takes itself for a rank. Children that are no ranks start without them.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "MMTARD_INIT_FILE")
 
 
 def die_with_parent(parent: int) -> None:
@@ -25,8 +27,9 @@ def die_with_parent(parent: int) -> None:
 def exit_process(status: int) -> NoReturn:
     """End this process with a status as the interpreter would, without taking the interpreter down.
 
-    A thread of gloo or of autograd may hold a tensor for a moment after the last collective or backward. If it lets go of it while the
-    interpreter is taken down, the whole process aborts, and a finished run looks like a failed one (pytorch issue 190489).
+    A thread of gloo or of autograd may hold a tensor for a moment after the last collective or backward. If it
+    releases the tensor while the interpreter is taken down, the whole process aborts, and a finished run looks like a
+    failed one (pytorch issue 190489).
     """
     threading._shutdown()  # as multiprocessing ends its processes
     atexit._run_exitfuncs()

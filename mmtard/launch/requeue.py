@@ -8,8 +8,7 @@ import subprocess
 from pathlib import Path
 
 from ..distributed import slurm
-
-LEAKING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MMTARD_INIT_FILE")
+from ..distributed.processes import RANK_VARIABLES
 
 
 def outside() -> dict[str, str]:
@@ -17,7 +16,7 @@ def outside() -> dict[str, str]:
     kept = {
         k: v
         for k, v in os.environ.items()
-        if k not in LEAKING and not k.startswith(("SLURM_", "SRUN_", "SBATCH_", "SUBMITIT_"))
+        if k not in RANK_VARIABLES and not k.startswith(("SLURM_", "SRUN_", "SBATCH_", "SUBMITIT_"))
     }
     return kept | {k: v for k, v in os.environ.items() if k == "SLURM_CONF"}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..runs import history
-from ..runs.layout import EVENTS, METRICS
+from ..runs.layout import EVENTS, HISTORY, METRICS
 from .records import About, Evaluation, read as read_results
 
 PROBES, CONFIG, ENVIRONMENT, RESULTS = "probes.jsonl", "config.yaml", "environment.json", "results.json"
@@ -64,7 +64,7 @@ def _read(path: Path) -> list[ReportSource]:
                 _stem(path), path, evaluations=[evaluation], missing=["training: these are evaluation results alone"]
             )
         ]
-    if any((path / name).is_file() for name in (CONFIG, METRICS, history.FILE)):
+    if any((path / name).is_file() for name in (CONFIG, METRICS, HISTORY)):
         return _columns(read_run(path))
     evaluations, damaged = _evaluations(path)
     if not evaluations:
@@ -147,7 +147,7 @@ def read_run(path: Path) -> ReportSource:
         ("training curves", METRICS, source.metrics),
         ("clean and robust accuracy during training", PROBES, source.probes),
         ("configuration", CONFIG, source.config),
-        ("history of starts", history.FILE, source.starts),
+        ("history of starts", HISTORY, source.starts),
         ("accuracy under attack", f"evaluations/**/{RESULTS}", source.evaluations),
     ):
         if not have:

@@ -19,19 +19,13 @@ from ..config import Config, Data, show_pixels
 from ..data.class_names import classnames, templates
 from ..data.dataset import open_dataset
 from ..distributed.interruption import Interruption
+from ..distributed.processes import RANK_VARIABLES
 from ..runs.checkpoints import Checkpoints, published
 from ..runs.layout import PROBES
 from ..runs.metrics import MetricLogger
 
 FOLDER = ".probe"
 PROCESS = [sys.executable, "-m", "mmtard.training.probe_process"]
-LAUNCH = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "SLURM_PROCID",
-    "MMTARD_INIT_FILE",
-)  # by which a process would take itself for a rank
 
 
 def check(config: Config) -> None:
@@ -143,7 +137,7 @@ class Probe(SilentProbe):
             "device": s.device,
         }
         (folder / "asked.json").write_text(json.dumps(asked))
-        env = {k: v for k, v in os.environ.items() if k not in LAUNCH} | {"OMP_NUM_THREADS": str(s.threads)}
+        env = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES} | {"OMP_NUM_THREADS": str(s.threads)}
         if s.device == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""  # torch alone would take some of the GPU's memory
         command = [*PROCESS, str(os.getpid()), str(folder / "asked.json"), str(folder / "results.json")]

@@ -87,7 +87,7 @@ class Watchdog:
         try:
             history.record_end(self.run, how, why, self._place[0])
             refused = history.why_not_restart(self.run, self.bounds) or history.why_not_restart_job(self.run)
-        except OSError:
+        except (OSError, UserError):
             refused = None  # the next start counts it as lost
         if how != history.LOST:
             return why, 1

@@ -249,7 +249,7 @@ def test_forbidden_requeue_a_bound_and_another_number_of_nodes(cluster, jobs, un
     (first, second, third), run, (waiting, handed) = jobs["moved"].result()
     log = cluster.log(first)  # the second job goes on in the first one's log
     assert log.count("submitted again") == 1 and log.count("start 2 on") == 1
-    assert handed == f"afterok:{second}(unfulfilled)" and (run / history.SUCCESSOR).read_text() == f"{first} {second}\n"
+    assert handed == f"afterok:{second}(unfulfilled)" and (run / "goes_on_as").read_text() == f"{first} {second}\n"
     assert cluster.job(waiting)["JobState"] == "PENDING"  # since the second job did not end well
     cluster.run("scancel", waiting)
     fields = cluster.job(second)
