@@ -1,14 +1,9 @@
-"""The folder of a run: what it decided, where it goes on from, and that one start at a time works in it."""
+"""The folder of a run: what it decided, where it goes on from, and that nothing in it is lost that is not the run's."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import os
-import shutil
 import socket
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -17,11 +12,27 @@ from .. import config as settings
 from ..config import Config
 from ..distributed.ranks import Ranks
 from ..errors import RunError, UserError
-from . import checkpoints, history
+from ..files import discard, why_not_written, write_text
+from . import checkpoints, checksums, history, layout, lock
 from .environment import device_name, environment
-from .layout import CONFIG, ENVIRONMENT, HEARTBEATS, LOCK
 
-LOCK_WAIT_S = 60.0  # a start that was killed on another node may leave the file system a while to notice
+# What a start writes anew, cuts or removes. In a folder that is no run's, these files are someone else's.
+WRITTEN = (
+    layout.CONFIG,
+    layout.ENVIRONMENT,
+    layout.METRICS,
+    layout.EVENTS,
+    layout.PROBES,
+    layout.HISTORY,
+    layout.CHECKSUMS,
+    layout.CLASS_EMBEDDINGS,
+    layout.WANDB,
+    layout.START,
+    layout.CHECKPOINTS,
+    layout.HEARTBEATS,
+    layout.PROBE,
+)
+MAY_BE_LINKS = (layout.CHECKPOINTS,)  # a folder on another disk
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class RunFolder:
     path: Path
     checkpoint: Path | None
     state: dict
-    lock: list[IO] = field(default_factory=list, repr=False)  # of the first rank; given up with this object
+    lock: list[IO | lock.Owner] = field(default_factory=list, repr=False)  # of the first rank; goes with this object
 
     @property
     def step(self) -> int:
@@ -39,94 +50,123 @@ class RunFolder:
 
 
 def prepare(config: Config, fingerprint: str, ranks: Ranks) -> RunFolder:
-    """Find where the run goes on, refuse what changed, and write config.yaml, environment.json and a line of resume.jsonl.
+    """Find where the run goes on, refuse what changed, and write config.yaml, environment.json and a line of history.
 
-    Collective. Raises UserError on every rank when the configuration or the data differ from the run's and `resume.allow`
-    does not list the keys, when there are checkpoints but none is whole, or when another process works in the folder; RunError
-    when the bounds of `resume` do not let it start again.
+    Collective. Raises UserError on every rank when the configuration or the data differ from the run's and
+    `resume.allow` does not list the keys, when there are checkpoints but none is whole, when the folder holds files
+    that are not a run's, or when another process works in it; RunError when the bounds of `resume` do not let it start
+    again.
     """
-    lock: list[IO] = []
+    held: list[IO | lock.Owner] = []
     hosts = ranks.all_gather(f"{socket.gethostname()} rank {ranks.rank} {device_name(ranks.device)}")
-    found = ranks.run_on_first(lambda: _prepare(config, fingerprint, ranks.world_size, hosts, lock))
+    found = ranks.run_on_first(lambda: _prepare(config, fingerprint, ranks.world_size, hosts, held))
     if isinstance(found, str):
         raise RunError(f"'{config.run_dir}': {found}")
-    return RunFolder(*found, lock)
+    return RunFolder(*found, held)
 
 
 def _prepare(
-    config: Config, fingerprint: str, world_size: int, hosts: list[str], lock: list[IO]
+    config: Config, fingerprint: str, world_size: int, hosts: list[str], held: list
 ) -> tuple[Path, Path | None, dict] | str:
     run = Path(config.run_dir)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / ".writable").touch()
-        (run / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"run_dir: cannot write to '{run}': {error.strerror}; choose another folder") from None
-    lock += _lock(run)
+    _make(run)
+    _refuse_links(run)
+    refuse_foreign(run)
+    held += lock.take(run)
+    checksums.verify(
+        run,
+        layout.CONFIG,
+        "put it back (changes are given as key=value), or move it away to go on with the settings given now",
+    )
     newest, passed_over = checkpoints.newest_valid(run)
     if newest is None and passed_over:
         raise UserError(
-            f"'{run}' has checkpoints but none is whole ({'; '.join(passed_over)}); remove '{run / 'checkpoints'}' to start over"
+            f"'{run}' has checkpoints but none is whole ({'; '.join(passed_over[:4])}); "
+            f"remove '{run / layout.CHECKPOINTS}' to start over"
         )
     state = checkpoints.read_state(newest) if newest else {}
-    changed = _changes(run, config, state, fingerprint) if newest else {}
-    refused = [k for k in changed if not any(k == a or k.startswith(f"{a}.") for a in config.resume.allow)]
-    if refused:
-        told = "; ".join(f"{k}: {changed[k][0]!r} -> {changed[k][1]!r}" for k in refused)
-        raise UserError(
-            f"'{run}' was started with other settings ({told}); restore them, list the keys in resume.allow, or choose another run_dir"
-        )
+    changed = _refuse_changes(run, config, state, fingerprint) if newest else {}
     refused = history.why_not_restart(run, config.resume, state.get("step", 0))
     if refused:
         return refused
-    _write(run / CONFIG, settings.dump(config))
-    _write(run / ENVIRONMENT, json.dumps(environment(hosts), indent=1) + "\n")
-    shutil.rmtree(run / HEARTBEATS, ignore_errors=True)  # of an earlier start
     start = {
         "step": state.get("step", 0),
         "checkpoint": newest.name if newest else None,
         "world_size": world_size,
         "passed_over": passed_over,
-        "changed": {k: list(v) for k, v in changed.items()},
+        "changed": {key: list(values) for key, values in changed.items()},
     }
-    history.record_start(run, start)
+    try:
+        _write_start(run, config, hosts, start)
+    except OSError as error:
+        raise UserError(why_not_written(run, error)) from None
     return run, newest, state
 
 
-def _lock(run: Path) -> list[IO]:
-    """The run's lock, held as long as the file is open; nothing where the file system knows no locks."""
-    # A lock by fcntl belongs to the process alone: loader workers that outlive it for a moment do not hold it.
-    file = (run / LOCK).open("a+")
-    end = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return []
-        if time.monotonic() > end:
-            file.seek(0)
+def refuse_foreign(run: Path) -> None:
+    """Raise UserError when a start in this folder would replace files that are not a run's."""
+    found = [name for name in WRITTEN if (run / name).exists()]
+    if found and not _is_run(run):
+        raise UserError(
+            f"run_dir: '{run}' is no run's folder, and holds {', '.join(found)}, which a run would replace; "
+            "move what is yours (a configuration, too) out of it, or choose another folder"
+        )
+
+
+def _is_run(run: Path) -> bool:
+    """Whether the folder has a run's history, or a checkpoint of one that lost it."""
+    path = run / layout.HISTORY
+    begun = path.is_file() and path.stat().st_size == 0
+    return begun or bool(history.read(run)) or checkpoints.any_manifest(run)
+
+
+def _make(run: Path) -> None:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        trial = run / ".writable"
+        discard(trial)
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        raise UserError(f"run_dir: cannot write to '{run}': {error.strerror}; choose another folder") from None
+
+
+def _refuse_links(run: Path) -> None:
+    """Raise UserError for a link in the place of a file of the run: what it points to would be written."""
+    for name in (*WRITTEN, layout.LOCK, layout.OWNER):
+        if (run / name).is_symlink() and name not in MAY_BE_LINKS:
             raise UserError(
-                f"run_dir: '{run}' is in use by {file.read().strip() or 'another process'}; wait for it to end, end it, or choose another folder"
+                f"run_dir: '{run / name}' is a link, and a run writes through none; "
+                "put the file itself there, or remove the link"
             )
-        time.sleep(0.5)
-    file.truncate(0)
-    file.write(f"{socket.gethostname()} process {os.getpid()}")
-    file.flush()
-    return [file]
+
+
+def _refuse_changes(run: Path, config: Config, state: dict, fingerprint: str) -> dict[str, tuple]:
+    """What changed since the run was started, by key; UserError when `resume.allow` does not list all of it."""
+    changed = _changes(run, config, state, fingerprint)
+    allowed = config.resume.allow
+    refused = [key for key in changed if not any(key == a or key.startswith(f"{a}.") for a in allowed)]
+    if refused:
+        listed = "; ".join(f"{key}: {changed[key][0]!r} -> {changed[key][1]!r}" for key in refused)
+        raise UserError(
+            f"'{run}' was started with other settings ({listed}); "
+            "restore them, list the keys in resume.allow, or choose another run_dir"
+        )
+    return changed
 
 
 def _changes(run: Path, config: Config, state: dict, fingerprint: str) -> dict[str, tuple]:
-    stored = settings.load(run / CONFIG) if (run / CONFIG).is_file() else config
+    stored = settings.load(run / layout.CONFIG) if (run / layout.CONFIG).is_file() else config
     changed = settings.differences(stored, config)
     if state.get("data_fingerprint") != fingerprint:
         changed["data.fingerprint"] = (state.get("data_fingerprint"), fingerprint)
     return changed
 
 
-def _write(path: Path, text: str) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+def _write_start(run: Path, config: Config, hosts: list[str], start: dict) -> None:
+    (run / layout.HISTORY).touch()  # first: from now on the folder is known as a run's
+    with checksums.renewed(run, layout.CONFIG):
+        write_text(run / layout.CONFIG, settings.dump(config))
+    write_text(run / layout.ENVIRONMENT, json.dumps(environment(hosts), indent=1) + "\n")
+    discard(run / layout.HEARTBEATS)  # of an earlier start
+    history.record_start(run, start)

@@ -17,6 +17,7 @@ from .. import config as settings
 from ..distributed import slurm
 from ..errors import UserError
 from . import history
+from .layout import HISTORY
 
 RECENT = 20  # steps whose mean speed is shown
 TAIL_BYTES = 65536
@@ -61,7 +62,7 @@ def find_runs(folder: Path) -> list[Row]:
     """A row for each run folder below (or at) `folder`, by name."""
     runs = []
     for path, below, files in os.walk(folder):
-        if history.FILE in files:
+        if HISTORY in files:
             runs.append(Path(path))
             below.clear()
     jobs = {run: history.current_job(run, history.read(run)[-1]) for run in runs if history.read(run)}

@@ -20,7 +20,8 @@ from ..data.class_names import classnames, templates
 from ..data.dataset import open_dataset
 from ..distributed.interruption import Interruption
 from ..distributed.processes import RANK_VARIABLES
-from ..runs.checkpoints import Checkpoints, published
+from ..runs.checkpoint_writer import Checkpoints
+from ..runs.checkpoints import published
 from ..runs.layout import PROBES
 from ..runs.metrics import MetricLogger
 

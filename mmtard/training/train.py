@@ -14,7 +14,7 @@ from ..distributed.interruption import EXIT_REQUEUE, Interruption
 from ..distributed.ranks import Ranks
 from ..errors import RunError
 from ..runs import folder as run_folder, history, trackers
-from ..runs.checkpoints import Checkpoints
+from ..runs.checkpoint_writer import Checkpoints
 from ..runs.metrics import MetricLogger, SilentLogger
 from . import probe
 from .engine import UpdateResult

@@ -9,7 +9,7 @@ from mmtard.config import Model
 from mmtard.export.folder import export
 from mmtard.models import clip, loading
 from mmtard.models.weights import tensors_sha256
-from mmtard.runs.checkpoints import Checkpoints
+from mmtard.runs.checkpoint_writer import Checkpoints
 
 ACC = {"accuracy": 0.5, "interval95": [0.401, 0.599], "n": 100}
 

@@ -9,7 +9,7 @@ from mmtard.errors import UserError
 from mmtard.export.folder import export
 from mmtard.models import clip, loading
 from mmtard.models.clip import START_FOLDER
-from mmtard.runs.checkpoints import Checkpoints
+from mmtard.runs.checkpoint_writer import Checkpoints
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from mmtard.errors import UserError
 from mmtard.export.folder import export
 from mmtard.models import loading, lora, student
 from mmtard.models.clip import START_FOLDER
-from mmtard.runs.checkpoints import Checkpoints
+from mmtard.runs.checkpoint_writer import Checkpoints
 
 SETTINGS = Lora(r=4, alpha=8, dropout=0.25)
 IMAGES = torch.rand(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

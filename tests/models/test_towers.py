@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from mmtard.config import Model
 from mmtard.errors import UserError
 from mmtard.models import clip, image_tower, loading
-from mmtard.runs import checkpoints
+from mmtard.runs import checkpoint_writer
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_a_tag_gives_its_weights_with_the_activation_they_were_trained_with(
 def test_a_run_gives_the_weights_of_its_checkpoint_not_of_its_start(base, vit, tmp_path, at):
     loading.load_clip(Model(arch=vit, weights="random"), seed=4).save(tmp_path / clip.START_FOLDER)
     tower = loading.load_clip(Model(arch=vit, weights="random"), seed=5).tower()
-    saver = checkpoints.Checkpoints(tmp_path, keep_last=2)
+    saver = checkpoint_writer.Checkpoints(tmp_path, keep_last=2)
     for step, weights in ((1, base.tower().state_dict()), (2, tower.state_dict())):
         saver.save(step, dict(weights), {}, {})
         saver.wait()
@@ -203,7 +203,7 @@ def test_an_image_tower_or_checkpoint_that_does_not_fit_is_refused_with_the_key(
     with pytest.raises(UserError, match=rf"^teachers.clean.weights.*1 {how} \((proj|head)"):
         loading.load_clip(Model(arch=vit, weights=str(tmp_path / "tower.pt"), text="random"), where="teachers.clean")
     base.save(tmp_path / "start")
-    saver = checkpoints.Checkpoints(tmp_path, keep_last=1)
+    saver = checkpoint_writer.Checkpoints(tmp_path, keep_last=1)
     saver.save(1, {f"visual.{k}": v for k, v in tower.items()}, {}, {})
     saver.wait()
     with pytest.raises(UserError, match=rf"^checkpoint '.*step-1' does not fit.*1 {how} \(visual"):

@@ -9,7 +9,8 @@ from saved_checkpoints import save, steps, tensors
 
 from mmtard.errors import UserError
 from mmtard.runs import checkpoints
-from mmtard.runs.checkpoints import Checkpoints, newest_valid, resolve
+from mmtard.runs.checkpoint_writer import Checkpoints
+from mmtard.runs.checkpoints import newest_valid, resolve
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import yaml
 
 from mmtard import config
 from mmtard.errors import RunError, UserError
-from mmtard.runs import folder
-from mmtard.runs.checkpoints import Checkpoints
+from mmtard.runs import folder, lock
+from mmtard.runs.checkpoint_writer import Checkpoints
 
 FINGERPRINT = "a1b2"
 
@@ -53,7 +53,13 @@ def test_a_new_run_starts_at_zero_and_writes_what_it_decided(prepare, tree, writ
     assert {k: start[k] for k in ("step", "checkpoint", "world_size", "passed_over", "changed")} == {
         "step": 0, "checkpoint": None, "world_size": 1, "passed_over": [], "changed": {}
     }  # fmt: skip
-    assert {p.name for p in found.path.iterdir()} == {"config.yaml", "environment.json", "resume.jsonl", ".lock"}
+    assert {p.name for p in found.path.iterdir()} == {
+        "config.yaml",
+        "environment.json",
+        "resume.jsonl",
+        "checksums.json",
+        ".lock",
+    }
 
 
 def test_environment_names_versions_commit_and_hosts(prepare):
@@ -90,7 +96,7 @@ def test_a_run_past_its_bounds_is_refused_and_nothing_is_written(prepare, run):
 
 
 def test_a_folder_that_another_process_works_in_is_refused(prepare, run, monkeypatch):
-    monkeypatch.setattr(folder, "LOCK_WAIT_S", 0.0)
+    monkeypatch.setattr(lock, "LOCK_WAIT_S", 0.0)
     code = f"import fcntl; f = open({str(run / '.lock')!r}, 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); f.truncate(0); f.write('node7 process 3'); f.flush(); print(1, flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:

@@ -9,7 +9,7 @@ from mmtard.evaluation import model
 from mmtard.export.folder import export
 from mmtard.models import clip, loading
 from mmtard.runs import checkpoints
-from mmtard.runs.checkpoints import Checkpoints
+from mmtard.runs.checkpoint_writer import Checkpoints
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from saved_checkpoints import save, steps
 
 from mmtard.config import validate
 from mmtard.errors import UserError
-from mmtard.runs.checkpoints import Checkpoints, resolve
+from mmtard.runs.checkpoint_writer import Checkpoints
+from mmtard.runs.checkpoints import resolve
 from mmtard.runs.metrics import MetricLogger
 from mmtard.training import probe
 from mmtard.training.probe import Probe

@@ -8,7 +8,7 @@ import pytest
 
 from mmtard import config
 from mmtard.errors import ProcessLostError, RunError
-from mmtard.runs import history
+from mmtard.runs import history, layout
 from mmtard.training import watchdog
 
 pytestmark = pytest.mark.filterwarnings(
@@ -37,7 +37,7 @@ def hang(tree, write, tmp_path, monkeypatch):
         ) as watch:
             watch.at(3, "set-up")
             other = {"rank": 1, "host": "node2", "pid": 7, "step": 3, "phase": "update", "beat": 5, "said": said}
-            (run / watchdog.FOLDER / "rank-1.json").write_text(json.dumps(other))
+            (run / layout.HEARTBEATS / "rank-1.json").write_text(json.dumps(other))
             watch.at(3, "update")
             assert ended.wait(10)
         (start,) = history.read(run)

@@ -1,0 +1,137 @@
+"""One start at a time works in a run's folder, also where the file system has no locks."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+import weakref
+from pathlib import Path
+from typing import IO
+
+from ..errors import UserError
+from .layout import HEARTBEATS, LOCK, OWNER
+
+LOCK_WAIT_S = 60.0  # a start that was killed on another node may leave the file system a while to notice
+
+
+class Owner:
+    """The file that stands for a lock where the file system has none; it goes with this object, or with the process."""
+
+    def __init__(self, path: Path, text: str):
+        self.release = weakref.finalize(self, _remove_own, path, text)
+
+
+def take(run: Path) -> list[IO | Owner]:
+    """Take the run's lock; it is held as long as what is returned is kept. Raises UserError when another start has it."""
+    try:
+        # A link that someone left in its place is not followed.
+        fd = os.open(run / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise UserError(
+            f"run_dir: '{run / LOCK}' cannot be opened: {error.strerror}; remove it, or choose another folder"
+        ) from None
+    file = os.fdopen(fd, "r+")
+    until = time.monotonic() + LOCK_WAIT_S
+    while not (locked := _try_lock(file)):
+        if locked is None:
+            file.close()
+            return [_take_owner_file(run, until)]
+        if time.monotonic() > until:
+            raise _in_use(run, file.read().strip())
+        time.sleep(0.5)
+    file.truncate(0)
+    file.write(f"{socket.gethostname()} process {os.getpid()}")
+    file.flush()
+    return [file]
+
+
+def is_taken(run: Path) -> bool:
+    """Whether a start holds the run's lock, on whatever node. Takes nothing."""
+    try:
+        with (run / LOCK).open("rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return (run / OWNER).exists()
+    return False
+
+
+def _try_lock(file: IO) -> bool | None:
+    """Whether the lock is ours now; None where the file system knows no locks."""
+    try:
+        # A lock by fcntl belongs to the process alone: loader workers that outlive it for a moment do not hold it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _take_owner_file(run: Path, until: float) -> Owner:
+    path, seen = run / OWNER, None
+    own = f"{json.dumps({'host': socket.gethostname(), 'pid': os.getpid(), 'since': time.time_ns()})}\n"
+    while True:
+        try:
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "w") as file:
+                file.write(own)
+            return Owner(path, own)
+        except FileExistsError:
+            text = _read(path)
+        host, pid = _host_and_pid(text)
+        beat = _read(run / HEARTBEATS / "rank-0.json")
+        if host == socket.gethostname() and pid is not None and not _is_alive(pid):
+            _remove_own(path, text)
+        elif seen is not None and beat != seen:
+            raise _in_use(run, f"{host} process {pid}")
+        elif time.monotonic() > until:
+            if host == socket.gethostname():
+                raise _in_use(run, f"{host} process {pid}")
+            _remove_own(path, text)  # of another node, and without a heartbeat for all of the wait
+        else:
+            seen = beat
+            time.sleep(0.5)
+
+
+def _in_use(run: Path, owner: str) -> UserError:
+    return UserError(
+        f"run_dir: '{run}' is in use by {owner or 'another process'}; "
+        "wait for it to end, end it, or choose another folder"
+    )
+
+
+def _host_and_pid(text: str) -> tuple[str, int | None]:
+    try:
+        owner = json.loads(text)
+        return str(owner["host"]), int(owner["pid"])
+    except (ValueError, KeyError, TypeError):
+        return "another node", None  # being written, or damaged
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _remove_own(path: Path, text: str) -> None:
+    """Remove the owner's file if it still says `text`: nobody else has taken the folder since."""
+    if _read(path) == text:
+        path.unlink(missing_ok=True)
