@@ -168,5 +168,6 @@ def _write_start(run: Path, config: Config, hosts: list[str], start: dict) -> No
     with checksums.renewed(run, layout.CONFIG):
         write_text(run / layout.CONFIG, settings.dump(config))
     write_text(run / layout.ENVIRONMENT, json.dumps(environment(hosts), indent=1) + "\n")
-    discard(run / layout.HEARTBEATS)  # of an earlier start
+    for left in (run / layout.HEARTBEATS, *run.glob(".*.part")):  # by an earlier start that was killed
+        discard(left)
     history.record_start(run, start)
