@@ -38,7 +38,7 @@ def save_transformers(clip: Clip, folder: Path) -> None:
             f"--hf: transformers' CLIPModel has no such architecture: {reason}; "
             "leave --hf out, the open_clip folder holds the model"
         )
-    tokenizer = open_clip.get_tokenizer(clip.name)
+    tokenizer = clip.tokenizer()
     model = transformers.CLIPModel(_config(clip, tokenizer, transformers)).eval()
     missing, unexpected = model.load_state_dict(convert(clip.model.state_dict()), strict=False)
     if missing or unexpected:

@@ -10,20 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..files import write_text
 from ..runs.checkpoints import save_tensors
 from .image_tower import ImageTower
+from .tokenizer import load_tokenizer
 
 CONFIG_FILE, WEIGHTS_FILE, START_FOLDER = "open_clip_config.json", "open_clip_model.safetensors", "start"
 
 
 class TextTower(nn.Module):
-    """An open_clip model without its image tower, and its own tokenizer: N texts -> embeddings [N,D] float32, normalised, without gradient."""
+    """An open_clip model without its image tower, and its own tokenizer.
+
+    N texts -> embeddings [N,D] float32, normalised, without gradient.
+    """
 
     def __init__(self, model: nn.Module, tokenize: Callable[[list[str]], Tensor]):
         super().__init__()
@@ -70,17 +73,14 @@ class Clip:
         return TextTower(self.model, self.tokenizer())
 
     def tokenizer(self) -> Callable[[list[str]], Tensor]:
-        """The model's own: N texts -> token ids int64 [N,L]. Raises UserError for one of Hugging Face that is not at hand."""
-        try:
-            return open_clip.get_tokenizer(self.name)
-        except (OSError, ValueError, ImportError) as error:
-            name = self.config["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
-            raise UserError(
-                f"{self.name}: its tokenizer '{name}' is not at hand ({' '.join(str(error).split())}); download it once"
-            ) from None
+        """The model's own: N texts -> token ids int64 [N,L]. Raises UserError as `load_tokenizer` does."""
+        return load_tokenizer(self.config["model_cfg"]["text_cfg"], self.name)
 
     def class_embeddings(self, classnames: list[str], templates: list[str], device="cpu") -> Tensor:
-        """t_k, [C,D] float32 normalised, on the CPU: each prompt's embedding normalised, averaged over the templates, normalised."""
+        """t_k, [C,D] float32 normalised, on the CPU.
+
+        Each prompt's embedding is normalised, the mean over the templates is taken, and that is normalised again.
+        """
         prompts = [t.replace("{}", name) for name in classnames for t in templates]
         text = self.text_tower().to(device)
         z = text(prompts).cpu()
@@ -88,15 +88,26 @@ class Clip:
         return F.normalize(z.view(len(classnames), len(templates), -1).mean(1), dim=-1)
 
     def save(self, folder: Path) -> None:
-        """Write a folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads. Published by rename."""
+        """Write a folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads. Published by rename.
+
+        A scratch folder of its own name is made anew, so a link planted there is removed and never followed.
+        """
+        folder = Path(folder)
         scratch = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(scratch, ignore_errors=True)
+        _remove(scratch)
         scratch.mkdir(parents=True)
-        save_tensors(
-            {k: v.detach().clone().contiguous() for k, v in self.model.state_dict().items()}, scratch / WEIGHTS_FILE
-        )
-        (scratch / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
+        tensors = {name: value.detach().clone().contiguous() for name, value in self.model.state_dict().items()}
+        save_tensors(tensors, scratch / WEIGHTS_FILE)
+        write_text(scratch / CONFIG_FILE, json.dumps(self.config, indent=2) + "\n")
         if self.config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):  # open_clip looks for it in the folder itself
             self.tokenizer().save_pretrained(scratch)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         scratch.rename(folder)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or the file or link of that name, never what a link points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import open_clip
 import torch
-from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file
-from torch import nn
+from open_clip.convert import convert_state_dict
+from open_clip.model import convert_to_custom_text_state_dict
+from open_clip.pretrained import download_pretrained_from_hf
+from torch import Tensor, nn
 
 from .. import config as settings
 from ..config import Model
@@ -21,51 +23,35 @@ from ..errors import UserError
 from ..runs.checkpoints import read_weights, resolve
 from . import lora
 from .clip import CONFIG_FILE, START_FOLDER, WEIGHTS_FILE, Clip
-from .weights import load_strictly, load_trained, read_state_dict
+from .model_config import build, check_model_config, check_preprocess, read_json
+from .weights import load_strictly, load_trained, read_state_dict, require_finite
+
+HUB = "hf-hub:"
+# The names of weights in a model folder, the preferred first, as open_clip looks for them.
+FOLDER_WEIGHTS = (
+    WEIGHTS_FILE,
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
 
 
 def load_clip(spec: Model, seed: int = 0, where: str = "student") -> Clip:
     """The open_clip model a `Model` setting describes, on the CPU in float32, every weight accounted for.
 
-    Raises UserError naming `where` for an unknown source, a wrong architecture, weights that do not fit (with the keys), or an
-    activation (QuickGELU) that is not the one the weights were trained with.
+    Raises UserError naming `where` for an unknown source, a configuration with unknown keys, a wrong architecture, weights that do
+    not fit (with the keys) or are not finite, or an activation (QuickGELU) that is not the one the weights were trained with.
     """
-    source = Path(spec.weights)
-    if spec.ema and not (source.is_dir() and not (source / CONFIG_FILE).is_file()):
+    if spec.ema and not _is_run(spec):
         raise UserError(
             f"{where}.ema: '{spec.weights}' is no run or checkpoint, which alone hold a moving average; leave ema out"
         )
-    if spec.weights.startswith("hf-hub:"):
-        return _no_arch(spec, where, _from_open_clip(spec.weights, where))
-    if (source / CONFIG_FILE).is_file():
-        return _no_arch(spec, where, _from_open_clip(f"local-dir:{source}", where))
-    if source.is_dir():
-        return _no_arch(spec, where, _from_run(source, spec.ema))
-    if "/" in spec.weights and not source.exists():
-        raise UserError(
-            f"{where}.weights: '{spec.weights}' does not exist; correct the path, or make it first if it is a run's folder"
-        )
-    if spec.arch is None:
-        raise UserError(
-            f"{where}.arch: weights '{spec.weights}' do not name their architecture; set it, e.g. arch: ViT-B-32"
-        )
-    name = _architecture(spec.arch, where)
-    if spec.weights == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(f"{seed} {where}".encode()))  # a teacher is not its student
-            return _create(name, quick_gelu=_wanted_gelu(name, spec.quick_gelu, None, spec.weights, where))
-    if source.is_file():
-        return _from_file(source, name, spec, where)
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if spec.weights not in tags:
-        raise UserError(
-            f"{where}.weights: '{spec.weights}' is neither a file, a folder, hf-hub:..., 'random' nor a tag of {spec.arch}"
-            f" (tags: {', '.join(tags) or 'none'})"
-        )
-    trained = bool(open_clip.get_pretrained_cfg(name, spec.weights).get("quick_gelu", False))
-    return _create(
-        name, pretrained=spec.weights, quick_gelu=_wanted_gelu(name, spec.quick_gelu, trained, spec.weights, where)
-    )
+    load = next(load for matches, load in SOURCES if matches(spec))
+    return load(spec, seed, where)
 
 
 def load_skeleton(spec: Model, where: str) -> Clip:
@@ -74,29 +60,154 @@ def load_skeleton(spec: Model, where: str) -> Clip:
     folder = next((f for f in (source, source / START_FOLDER) if (f / CONFIG_FILE).is_file()), None)
     if spec.arch is None and folder is None:
         raise UserError(
-            f"{where}: '{spec.weights}' is not here and does not say its architecture; for this table, give {where}.arch=ViT-L-14 or another"
+            f"{where}: '{spec.weights}' is not here and does not say its architecture; for this table, give {where}.arch=ViT-L-14"
+            " or another"
         )
-    name, gelu = f"local-dir:{folder}", None
-    if spec.arch is not None:
-        name = _architecture(spec.arch, where)
-        tagged = spec.weights in open_clip.list_pretrained_tags_by_model(name)
-        trained = bool(open_clip.get_pretrained_cfg(name, spec.weights).get("quick_gelu", False)) if tagged else None
-        gelu = _wanted_gelu(name, spec.quick_gelu, trained, spec.weights, where)
+    if spec.arch is None:
+        cfg, preprocess = _folder_config(folder / CONFIG_FILE, where, str(folder))
+        with torch.device("meta"):
+            return _clip(build(cfg, preprocess), f"local-dir:{folder}", cfg)
+    name = _architecture(spec.arch, where)
+    tagged = spec.weights in open_clip.list_pretrained_tags_by_model(name)
+    quick_gelu = _wanted_gelu(name, spec, _trained_gelu(name, spec.weights) if tagged else None, where)
     with torch.device("meta"):
-        return _unloaded(name, gelu)
+        return _of_architecture(name, quick_gelu)
+
+
+# ---------------------------------------------------------------- the sources
+
+
+def _is_hub(spec: Model) -> bool:
+    return spec.weights.startswith(HUB)
+
+
+def _is_exported(spec: Model) -> bool:
+    return (Path(spec.weights) / CONFIG_FILE).is_file()
+
+
+def _is_run(spec: Model) -> bool:
+    return Path(spec.weights).is_dir() and not _is_exported(spec)
+
+
+def _is_absent(spec: Model) -> bool:
+    return "/" in spec.weights and not Path(spec.weights).exists()
+
+
+def _is_random(spec: Model) -> bool:
+    return spec.weights == "random"
+
+
+def _is_file(spec: Model) -> bool:
+    return Path(spec.weights).is_file()
+
+
+def _is_tag(spec: Model) -> bool:
+    return True  # whatever is nothing else
+
+
+def _from_hub(spec: Model, seed: int, where: str) -> Clip:
+    repository = spec.weights.removeprefix(HUB)
+    try:
+        config = Path(huggingface_hub.hf_hub_download(repository, CONFIG_FILE))
+        weights = Path(download_pretrained_from_hf(repository))
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"{where}.weights: cannot load '{spec.weights}': {' '.join(str(error).split())}") from None
+    return _no_arch(spec, where, _from_folder(config, weights, spec.weights, where))
+
+
+def _from_exported(spec: Model, seed: int, where: str) -> Clip:
+    return _no_arch(spec, where, _exported_folder(Path(spec.weights), where))
+
+
+def _from_run(spec: Model, seed: int, where: str) -> Clip:
+    run, checkpoint = resolve(Path(spec.weights))
+    clip = _exported_folder(run / START_FOLDER, "weights")
+    weights, tower = read_weights(checkpoint, spec.ema), clip.tower()
+    if lora.is_adapter(weights):
+        lora.attach(tower.visual, settings.load(run / "config.yaml").student.lora, tower.layout)
+        load_trained(tower, weights, f"checkpoint '{checkpoint}'")
+        lora.merge(tower.visual)
+    else:
+        load_strictly(tower, weights, f"checkpoint '{checkpoint}'")
+    return _no_arch(spec, where, clip)
+
+
+def _absent(spec: Model, seed: int, where: str) -> Clip:
+    raise UserError(
+        f"{where}.weights: '{spec.weights}' does not exist; correct the path, or make it first if it is a run's folder"
+    )
+
+
+def _from_seed(spec: Model, seed: int, where: str) -> Clip:
+    name = _architecture(spec.arch, where, spec.weights)
+    with torch.random.fork_rng(devices=[]):
+        # The setting's name is part of the seed, so that a random teacher differs from a random student.
+        torch.manual_seed(zlib.crc32(f"{seed} {where}".encode()))
+        return _of_architecture(name, _wanted_gelu(name, spec, None, where))
+
+
+def _from_file(spec: Model, seed: int, where: str) -> Clip:
+    name, path = _architecture(spec.arch, where, spec.weights), Path(spec.weights)
+    state = read_state_dict(path, where)
+    whole = any(k.startswith("visual.") for k in state) and any(not k.startswith("visual.") for k in state)
+    if not whole:
+        return _with_text_of(spec, state, where)
+    if spec.text is not None:
+        raise UserError(f"{where}.text: '{path}' already holds a text tower; leave text out")
+    if spec.quick_gelu is None and not spec.arch.endswith(".json") and not name.endswith("quickgelu"):
+        raise UserError(
+            f"{where}.quick_gelu: the file '{path}' does not say which activation it was trained with; set quick_gelu to true"
+            " (OpenAI's) or false"
+        )
+    clip = _of_architecture(name, _wanted_gelu(name, spec, None, where))
+    load_strictly(clip.model, _in_names_of(clip.model, state), f"{where}.weights '{path}'")
+    return clip
+
+
+def _from_tag(spec: Model, seed: int, where: str) -> Clip:
+    name = _architecture(spec.arch, where, spec.weights)
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if spec.weights not in tags:
+        raise UserError(
+            f"{where}.weights: '{spec.weights}' is neither a file, a folder, hf-hub:..., 'random' nor a tag of {spec.arch}"
+            f" (tags: {', '.join(tags) or 'none'})"
+        )
+    return _pretrained(name, spec.weights, _wanted_gelu(name, spec, _trained_gelu(name, spec.weights), where))
+
+
+# The first row that matches a `Model` setting loads it.
+SOURCES: tuple[tuple[Callable[[Model], bool], Callable[[Model, int, str], Clip]], ...] = (
+    (_is_hub, _from_hub),
+    (_is_exported, _from_exported),
+    (_is_run, _from_run),
+    (_is_absent, _absent),
+    (_is_random, _from_seed),
+    (_is_file, _from_file),
+    (_is_tag, _from_tag),
+)
+
+
+# ---------------------------------------------------------------- architectures and configurations
 
 
 def _no_arch(spec: Model, where: str, clip: Clip) -> Clip:
+    """The same model. Raises UserError when the setting says what the source itself says already."""
     if spec.arch is not None:
         raise UserError(f"{where}.arch: '{spec.weights}' brings its own architecture; leave arch out")
     if spec.quick_gelu is not None and spec.quick_gelu != bool(clip.config["model_cfg"].get("quick_gelu", False)):
         raise UserError(
-            f"{where}.quick_gelu: {spec.quick_gelu}, but '{spec.weights}' was trained with quick_gelu {not spec.quick_gelu}; leave it out"
+            f"{where}.quick_gelu: {spec.quick_gelu}, but '{spec.weights}' was trained with quick_gelu {not spec.quick_gelu};"
+            " leave it out"
         )
     return clip
 
 
-def _architecture(arch: str, where: str) -> str:
+def _architecture(arch: str | None, where: str, weights: str = "") -> str:
+    """The name under which open_clip has an architecture, after adding that of a .json file to its list."""
+    if arch is None:
+        raise UserError(
+            f"{where}.arch: weights '{weights}' do not name their architecture; set it, e.g. arch: ViT-B-32"
+        )
     if not arch.endswith(".json"):
         name = arch.replace("/", "-")
         if name not in open_clip.list_models():
@@ -106,14 +217,7 @@ def _architecture(arch: str, where: str) -> str:
             )
         return name
     path = Path(arch)
-    try:
-        cfg = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}.arch: cannot read model config '{arch}': {error}") from None
-    if not isinstance(cfg, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= cfg.keys():
-        raise UserError(
-            f"{where}.arch: '{arch}' is no open_clip model config; it needs embed_dim, vision_cfg and text_cfg"
-        )
+    cfg = check_model_config(read_json(path, f"{where}.arch"), f"{where}.arch", arch)
     known = open_clip.get_model_config(path.stem)
     if known is not None and known != cfg:
         raise UserError(f"{where}.arch: open_clip already has an architecture '{path.stem}'; rename '{arch}'")
@@ -121,98 +225,113 @@ def _architecture(arch: str, where: str) -> str:
     return path.stem
 
 
-def _wanted_gelu(name: str, asked: bool | None, trained: bool | None, weights: str, where: str) -> bool:
-    of_arch = bool(open_clip.get_model_config(name).get("quick_gelu", False))
-    wanted = asked if asked is not None else trained if trained is not None and not of_arch else of_arch
-    if trained is not None and wanted != trained:
+def _trained_gelu(name: str, tag: str) -> bool:
+    """Whether the weights of a tag were trained with QuickGELU."""
+    return bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False))
+
+
+def _wanted_gelu(name: str, spec: Model, trained: bool | None, where: str) -> bool:
+    """Whether the model is to run with QuickGELU. trained: whether its weights were; None where nothing says so.
+
+    Raises UserError when the weights were trained with the other activation.
+    """
+    architecture_default = bool(open_clip.get_model_config(name).get("quick_gelu", False))
+    if spec.quick_gelu is not None:
+        quick_gelu = spec.quick_gelu
+    elif trained is not None and not architecture_default:
+        quick_gelu = trained
+    else:
+        quick_gelu = architecture_default
+    if trained is not None and quick_gelu != trained:
+        asked = "quick_gelu" if spec.quick_gelu is not None else f"arch {name}"
         raise UserError(
-            f"{where}: weights '{weights}' were trained with quick_gelu {str(trained).lower()}, but "
-            f"{'quick_gelu' if asked is not None else 'arch ' + name} asks for {str(wanted).lower()}; leave quick_gelu out and name the plain architecture"
+            f"{where}: weights '{spec.weights}' were trained with quick_gelu {str(trained).lower()}, but {asked} asks for"
+            f" {str(quick_gelu).lower()}; leave quick_gelu out and name the plain architecture"
         )
-    return wanted
+    return quick_gelu
 
 
-def _create(name: str, quick_gelu: bool, pretrained: str | None = None) -> Clip:
+def _folder_config(path: Path, where: str, source: str) -> tuple[dict, dict]:
+    """(model_cfg, preprocess_cfg) of an open_clip_config.json, every key of them known."""
+    where = f"{where}.weights"
+    content = read_json(path, where)
+    cfg = check_model_config(content.get("model_cfg"), where, str(path))
+    return cfg, check_preprocess(content.get("preprocess_cfg") or {}, where, str(path))
+
+
+# ---------------------------------------------------------------- models
+
+
+def _of_architecture(name: str, quick_gelu: bool) -> Clip:
+    """An architecture of open_clip's list with random weights."""
+    cfg = {**open_clip.get_model_config(name), "quick_gelu": quick_gelu}
+    return _clip(build(cfg), name, cfg)
+
+
+def _pretrained(name: str, tag: str, quick_gelu: bool) -> Clip:
+    """An architecture with the weights of one of open_clip's own tags."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # decided by _wanted_gelu
-        logging.disable(logging.WARNING)  # open_clip's that weights are random: they were asked for, or come next
+        logging.disable(logging.WARNING)
         try:
-            model = open_clip.create_model(name, pretrained=pretrained, pretrained_text=False, quick_gelu=quick_gelu)
+            model = open_clip.create_model(name, pretrained=tag, pretrained_text=False, quick_gelu=quick_gelu)
         except (RuntimeError, OSError) as error:
-            raise UserError(f"cannot load weights '{pretrained}' of {name}: {' '.join(str(error).split())}") from None
+            raise UserError(f"cannot load weights '{tag}' of {name}: {' '.join(str(error).split())}") from None
         finally:
             logging.disable(logging.NOTSET)
-    return Clip(
-        model,
-        name,
-        {
-            "model_cfg": {**open_clip.get_model_config(name), "quick_gelu": quick_gelu},
-            "preprocess_cfg": _preprocess(model),
-        },
-    )
+    require_finite(model.state_dict(), f"weights '{tag}' of {name}")
+    return _clip(model, name, {**open_clip.get_model_config(name), "quick_gelu": quick_gelu})
 
 
-def _unloaded(name: str, quick_gelu: bool | None) -> Clip:
-    logging.disable(logging.WARNING)  # that its weights are random
-    try:
-        model = open_clip.create_model(
-            name, load_weights=False, device="meta", **({} if quick_gelu is None else {"quick_gelu": quick_gelu})
+def _exported_folder(folder: Path, where: str) -> Clip:
+    found = [folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()]
+    if not found:
+        raise UserError(
+            f"{where}.weights: cannot load 'local-dir:{folder}': it holds no weights (such as {WEIGHTS_FILE}); copy them there"
         )
-    finally:
-        logging.disable(logging.NOTSET)
-    return Clip(model, name, {"preprocess_cfg": _preprocess(model)})
+    return _from_folder(folder / CONFIG_FILE, found[0], f"local-dir:{folder}", where)
 
 
-def _from_open_clip(name: str, where: str) -> Clip:
-    try:
-        model = open_clip.create_model(name, require_pretrained=True)
-        kind, _, at = name.partition(":")
-        described = Path(at) / CONFIG_FILE if kind == "local-dir" else Path(hf_hub_download(at, CONFIG_FILE))
-        cfg = json.loads(described.read_text())["model_cfg"]
-        if kind == "local-dir" and (Path(at) / WEIGHTS_FILE).is_file():
-            # open_clip itself would stretch positional embeddings of another size to fit, without a word.
-            load_strictly(model, load_file(Path(at) / WEIGHTS_FILE), f"{where}.weights '{at}'")
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f"{where}.weights: cannot load '{name}': {' '.join(str(error).split())}") from None
-    return Clip(model, name, {"model_cfg": cfg, "preprocess_cfg": _preprocess(model)})
-
-
-def _from_run(folder: Path, ema: bool) -> Clip:
-    run, checkpoint = resolve(folder)
-    clip = _from_open_clip(f"local-dir:{run / START_FOLDER}", "weights")
-    weights, tower = read_weights(checkpoint, ema), clip.tower()
-    if lora.is_adapter(weights):
-        lora.attach(tower.visual, settings.load(run / "config.yaml").student.lora, tower.layout)
-        load_trained(tower, weights, f"checkpoint '{checkpoint}'")
-        lora.merge(tower.visual)
-    else:
-        load_strictly(tower, weights, f"checkpoint '{checkpoint}'")
+def _from_folder(config: Path, weights: Path, name: str, where: str) -> Clip:
+    """A model from its open_clip_config.json and its weights. open_clip's own reader would pass on every key of the config, and
+    stretch positional embeddings of another size to fit, without a word."""
+    cfg, preprocess = _folder_config(config, where, name)
+    clip = _clip(build(cfg, preprocess), name, cfg)
+    state = _in_names_of(clip.model, read_state_dict(weights, where))
+    load_strictly(
+        clip.model, state, f"{where}.weights: cannot load '{name}': {weights.name}", "check that the folder is whole"
+    )
     return clip
 
 
-def _from_file(path: Path, name: str, spec: Model, where: str) -> Clip:
-    state = read_state_dict(path, where)
-    if any(k.startswith("visual.") for k in state) and any(not k.startswith("visual.") for k in state):
-        if spec.text is not None:
-            raise UserError(f"{where}.text: '{path}' already holds a text tower; leave text out")
-        if spec.quick_gelu is None and not spec.arch.endswith(".json") and not name.endswith("quickgelu"):
-            raise UserError(
-                f"{where}.quick_gelu: the file '{path}' does not say which activation it was trained with; set quick_gelu to true (OpenAI's) or false"
-            )
-        clip = _create(name, quick_gelu=_wanted_gelu(name, spec.quick_gelu, None, spec.weights, where))
-        load_strictly(clip.model, state, f"{where}.weights '{path}'")
-        return clip
+def _with_text_of(spec: Model, tower: dict[str, Tensor], where: str) -> Clip:
+    """An image tower's weights beside the text tower of another source."""
     if spec.text is None:
         raise UserError(
-            f"{where}.text: '{path}' holds an image tower alone; name the source of its text tower, e.g. text: openai"
+            f"{where}.text: '{spec.weights}' holds an image tower alone; name the source of its text tower, e.g. text: openai"
         )
     clip = load_clip(spec.model_copy(update={"weights": spec.text, "text": None}), where=f"{where}.text")
-    load_strictly(
-        clip.model.visual, {k.removeprefix("visual."): v for k, v in state.items()}, f"{where}.weights '{path}'"
-    )
+    state = {k.removeprefix("visual."): v for k, v in tower.items()}
+    load_strictly(clip.model.visual, state, f"{where}.weights '{spec.weights}'")
     return clip
 
 
-def _preprocess(model: nn.Module) -> dict:
-    cfg = dict(open_clip.model.get_model_preprocess_cfg(model))
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in cfg.items()}
+def _in_names_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A whole model's weights in the names and shapes of `model`: open_clip's own conversions of older files and MobileCLIP's."""
+    state = dict(convert_state_dict(model, state))
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    for name in ("logit_scale", "logit_bias"):
+        own = getattr(model, name, None)
+        if own is not None and name in state and state[name].numel() == own.numel():
+            state[name] = state[name].reshape(own.shape)
+    positions = "text.transformer.embeddings.position_ids"
+    if positions not in model.state_dict():
+        state.pop(positions, None)  # newer transformers keep no such buffer
+    return state
+
+
+def _clip(model: nn.Module, name: str, cfg: dict) -> Clip:
+    preprocess = dict(open_clip.model.get_model_preprocess_cfg(model))
+    preprocess = {k: list(v) if isinstance(v, tuple) else v for k, v in preprocess.items()}
+    return Clip(model, name, {"model_cfg": cfg, "preprocess_cfg": preprocess})

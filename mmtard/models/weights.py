@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
+import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -10,6 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .archive import Inert, is_torchscript, module_tensors, read_archive
+
+# The entries under which trainers keep a model's weights; the last is DeepSpeed's.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "vision_encoder_state_dict", "module")
+# What wrappers of a model put before every name: DDP, torch.compile, Lightning. Any of them, in any order.
+PREFIXES = ("module.", "_orig_mod.", "model.")
+OPENAI_CONSTANTS = ("input_resolution", "context_length", "vocab_size")  # buffers of its archives that are no weights
 
 
 def tensors_sha256(state: dict[str, Tensor]) -> str:
@@ -22,8 +32,12 @@ def tensors_sha256(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Load every weight or raise UserError naming the keys that are missing, unexpected or of another shape."""
+def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str, remedy: str = "check `arch`") -> None:
+    """Load every weight into `module`.
+
+    what: how the message calls the weights. Raises UserError naming the keys that are missing, unexpected or of another shape,
+    and the first tensor that holds NaN or infinity.
+    """
     own = module.state_dict()
     problems = {
         "missing": [k for k in own if k not in state],
@@ -34,13 +48,14 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str) -> Non
             if k in state and own[k].shape != state[k].shape
         ],
     }
-    told = [
+    message = [
         f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
         for kind, keys in problems.items()
         if keys
     ]
-    if told:
-        raise UserError(f"{what} does not fit the architecture: {'; '.join(told)}; check `arch`")
+    if message:
+        raise UserError(f"{what} does not fit the architecture: {'; '.join(message)}; {remedy}")
+    require_finite(state, what)
     module.load_state_dict(state, strict=True)
 
 
@@ -50,20 +65,106 @@ def load_trained(module: nn.Module, weights: dict[str, Tensor], what: str) -> No
     load_strictly(module, frozen | weights, what)
 
 
+def require_finite(state: dict[str, Tensor], what: str) -> None:
+    """Raise UserError naming the first tensor that holds NaN or infinity: a model with such weights measures nothing."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
+            continue
+        low, high = tensor.detach().aminmax()  # both are NaN where any element is
+        if not (low.isfinite() and high.isfinite()):
+            count = int((~tensor.detach().isfinite()).sum())
+            raise UserError(
+                f"{what} is not finite: '{name}' holds NaN or infinity in {count} of its {tensor.numel()} numbers; take other weights"
+            )
+
+
 def read_state_dict(path: Path, where: str) -> dict[str, Tensor]:
-    try:
-        state = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:  # every loader has its own family of errors for a file that is not its own
-        raise UserError(
-            f"{where}.weights: cannot read '{path}' as safetensors or a weights-only torch file: {str(error).splitlines()[0]}"
-        ) from None
-    for wrapper in ("state_dict", "model", "vision_encoder_state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    """The weights of a file by name: safetensors, a torch checkpoint, or a TorchScript archive. No code of the file runs.
+
+    Prefixes of DDP, torch.compile and Lightning are taken off; entries that are no tensors, such as an epoch, are left out.
+    Raises UserError that begins with `where`, for a file that is empty, cut, damaged, or holds no weights.
+    """
+    content = _read(path, where)
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    state = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    if not state or not all(isinstance(name, str) for name in state):
+        foreign = _foreign(content)
+        if foreign:
+            raise UserError(
+                f"{where}.weights: cannot read '{path}': it holds a Python object ({foreign}) in place of weights, which is never"
+                " run; save the model's state_dict() alone"
+            )
         raise UserError(f"{where}.weights: '{path}' holds no state_dict (names and tensors)")
-    return {k.removeprefix("module."): v for k, v in state.items()}
+    return _without_prefixes(state, path, where)
+
+
+def _without_prefixes(state: dict[str, Tensor], path: Path, where: str) -> dict[str, Tensor]:
+    """The names as the model itself has them. torch.compile may wrap a part of a model, so its prefix goes wherever it stands."""
+    while True:
+        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None)
+        if prefix is None:
+            break
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    plain: dict[str, Tensor] = {}
+    for name, value in state.items():
+        short = name.removeprefix("module.").replace("_orig_mod.", "")
+        if short in plain:
+            raise UserError(
+                f"{where}.weights: '{path}' holds '{short}' twice, with and without a prefix; keep one of them"
+            )
+        plain[short] = value
+    return plain
+
+
+def _read(path: Path, where: str) -> object:
+    refused = f"{where}.weights: cannot read '{path}'"
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+        if not start:
+            raise UserError(f"{refused}: the file is empty (0 bytes); fetch it again")
+        if start.startswith(b"version ") and b"git-lfs" in start:
+            raise UserError(f"{refused}: it is a pointer of Git LFS, not the file itself; run git lfs pull beside it")
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if start.startswith(b"PK") and not zipfile.is_zipfile(path):
+            raise UserError(
+                f"{refused}: it is cut short, {path.stat().st_size} bytes of a torch archive; fetch it again"
+            )
+        if is_torchscript(path):
+            tensors = module_tensors(_module(read_archive(path)), path)
+            return {name: value for name, value in tensors.items() if name not in OPENAI_CONSTANTS}
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            if zipfile.is_zipfile(path):
+                return read_archive(path)
+            named = re.search(r"GLOBAL (\S+)", str(error))
+            if named is None:
+                raise
+            raise UserError(
+                f"{refused}: it holds a Python object ({named[1]}), which is never run, in torch's old format; write the weights"
+                " alone with torch.save(checkpoint['state_dict'], 'weights.pt')"
+            ) from None
+    except UserError:
+        raise
+    except Exception as error:  # every loader has its own family of errors for a file that is not its own
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UserError(f"{refused} as safetensors or a weights-only torch file: {reason}") from None
+
+
+def _module(content: object) -> Inert:
+    if not isinstance(content, Inert):
+        raise ValueError("a TorchScript archive without a module")
+    return content
+
+
+def _foreign(content: object) -> str | None:
+    """The class of the first object in `content` that stands for one of another library."""
+    if isinstance(content, Inert):
+        return content.origin
+    if isinstance(content, dict):
+        return next((value.origin for value in content.values() if isinstance(value, Inert)), None)
+    return None

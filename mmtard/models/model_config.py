@@ -1,0 +1,247 @@
+"""What a model's configuration may say, and the open_clip model that it describes.
+
+The configuration of a folder, a repository or a `.json` file was written by others, and open_clip passes parts of it on to other
+libraries, some of which run code on request. So only the keys below pass; any other is refused by its name.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import open_clip
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from torch import nn
+
+from ..errors import UserError
+
+Known = dict[str, "tuple[type, ...] | Known"]
+
+_COUNT, _NUMBER, _FLAG, _NAME = (int,), (int, float), (bool,), (str,)
+LARGEST = 20_000_000  # of any number: larger ones are damage, and would take the machine's memory
+_BLOCKS: Known = {
+    "width": _COUNT,
+    "layers": _COUNT,
+    "mlp_ratio": _NUMBER,
+    "ls_init_value": _NUMBER,
+    "pool_type": _NAME,
+    "final_ln_after_pool": _FLAG,
+    "output_tokens": _FLAG,
+    "act_kwargs": {"approximate": _NAME},
+    "norm_kwargs": {"eps": _NUMBER},
+    "block_type": _NAME,
+    "qk_norm": _FLAG,
+    "scaled_cosine_attn": _FLAG,
+    "scale_heads": _FLAG,
+    "scale_attn_inner": _FLAG,
+    "scale_attn": _FLAG,
+    "scale_fc": _FLAG,
+}
+_VISION: Known = _BLOCKS | {
+    "layers": (int, list),
+    "head_width": _COUNT,
+    "patch_size": (int, list),
+    "image_size": (int, list),
+    "patch_dropout": _NUMBER,
+    "attentional_pool": (bool, str),
+    "attn_pooler_queries": _COUNT,
+    "attn_pooler_heads": _COUNT,
+    "no_ln_pre": _FLAG,
+    "pos_embed_type": _NAME,
+    "timm_model_name": _NAME,
+    "timm_model_pretrained": _FLAG,
+    "timm_pool": _NAME,
+    "timm_proj": _NAME,
+    "timm_proj_bias": _FLAG,
+    "timm_drop": _NUMBER,
+    "timm_drop_path": _NUMBER,
+}
+TOKENIZER_KEYS: Known = {"clean": _NAME, "strip_sep_token": _FLAG, "language": _NAME}
+_TEXT: Known = _BLOCKS | {
+    "context_length": _COUNT,
+    "vocab_size": _COUNT,
+    "heads": _COUNT,
+    "hf_tokenizer_name": _NAME,
+    "tokenizer_mode": _NAME,
+    "tokenizer_kwargs": TOKENIZER_KEYS,
+    "embed_cls": _FLAG,
+    "pad_id": _COUNT,
+    "eos_id": _COUNT,
+    "no_causal_mask": _FLAG,
+    "proj_bias": _FLAG,
+    "proj_type": _NAME,
+    "hf_model_name": _NAME,
+    "hf_model_pretrained": _FLAG,
+    "hf_proj_type": _NAME,
+    "hf_pooler_type": _NAME,
+}
+_MODEL: Known = {
+    "embed_dim": _COUNT,
+    "vision_cfg": _VISION,
+    "text_cfg": _TEXT,
+    "multimodal_cfg": _TEXT | {"dim_head": _COUNT, "n_queries": _COUNT, "attn_pooler_heads": _COUNT},
+    "custom_text": _FLAG,
+    "quick_gelu": _FLAG,
+    "init_logit_scale": _NUMBER,
+    "init_logit_bias": _NUMBER,
+    "nonscalar_logit_scale": _FLAG,
+}
+_PREPROCESS: Known = {
+    "size": (int, list),
+    "mode": _NAME,
+    "mean": (list,),
+    "std": (list,),
+    "interpolation": _NAME,
+    "resize_mode": _NAME,
+    "fill_color": (int, list),
+}
+REQUIRED = ("embed_dim", "vision_cfg", "text_cfg")
+
+
+def read_json(path: Path, where: str) -> dict:
+    """The object in a JSON file. Raises UserError that begins with `where` and names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{where}: cannot read model config '{path}': {reason}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: cannot read model config '{path}': it is no object of names and values")
+    return content
+
+
+def check_model_config(cfg: object, where: str, path: str) -> dict:
+    """The same `model_cfg`, when every key and value of it is one that open_clip's models know.
+
+    Raises UserError that begins with `where`, naming the key and the file or repository `path` that holds it.
+    """
+    if not isinstance(cfg, dict) or not all(key in cfg for key in REQUIRED):
+        raise UserError(
+            f"{where}: '{path}' is no open_clip model config; it needs {', '.join(REQUIRED[:2])} and text_cfg"
+        )
+    _check(cfg, _MODEL, "", where, path)
+    timm_name = cfg["vision_cfg"].get("timm_model_name")
+    if timm_name:
+        _check_timm(timm_name, where, path)
+    if cfg["text_cfg"].get("hf_model_name"):
+        _check_text_model(cfg["text_cfg"]["hf_model_name"], where, path)
+    return cfg
+
+
+def check_preprocess(cfg: object, where: str, path: str) -> dict:
+    """The same `preprocess_cfg`, when every key and value of it is known: mean and std are three finite numbers each.
+
+    Raises UserError that begins with `where`, naming the key and the file or repository `path` that holds it.
+    """
+    if not isinstance(cfg, dict):
+        raise UserError(f"{where}: preprocess_cfg in '{path}' is no object of names and values; correct the file")
+    _check(cfg, _PREPROCESS, "preprocess_cfg.", where, path)
+    for key in ("mean", "std"):
+        if cfg.get(key) is not None and (len(cfg[key]) != 3 or (key == "std" and min(cfg[key]) <= 0)):
+            raise UserError(
+                f"{where}: preprocess_cfg.{key} is {json.dumps(cfg[key])[:80]} in '{path}'; it must be three numbers"
+                + (" above 0" if key == "std" else "")
+            )
+    return cfg
+
+
+def build(cfg: dict, preprocess: dict | None = None, quick_gelu: bool | None = None) -> nn.Module:
+    """open_clip's model of a checked `model_cfg`, in float32 with random weights, drawn from torch's generator.
+
+    preprocess: what its folder says of `preprocess_cfg`. quick_gelu: in place of what the configuration says.
+    Raises UserError when there is no such model.
+    """
+    cfg = copy.deepcopy(cfg)
+    if quick_gelu is not None:
+        cfg["quick_gelu"] = quick_gelu
+    hf_text = "hf_model_name" in cfg["text_cfg"]
+    if "timm_model_name" in cfg["vision_cfg"]:
+        cfg["vision_cfg"]["timm_model_pretrained"] = False
+    if hf_text:
+        cfg["text_cfg"]["hf_model_pretrained"] = False
+    custom_text = cfg.pop("custom_text", False) or hf_text
+    if custom_text and "multimodal_cfg" in cfg:
+        kind = open_clip.CoCa
+    elif custom_text:
+        kind = open_clip.CustomTextCLIP
+    else:
+        kind = open_clip.CLIP
+    try:
+        model = kind(**cfg)
+    except Exception as error:  # open_clip, timm and transformers check little and raise what comes of it
+        raise UserError(f"no model can be made of its config: {_line(error)}; correct model_cfg") from None
+    final = merge_preprocess_dict(asdict(PreprocessCfg()), preprocess or {})
+    final["size"] = getattr(model.visual, "image_size", final["size"])
+    open_clip.model.set_model_preprocess_cfg(model, final)
+    return model
+
+
+def _check(cfg: dict, known: Known, prefix: str, where: str, path: str) -> None:
+    for key, value in cfg.items():
+        kinds = known.get(key)
+        if kinds is None:
+            raise UserError(
+                f"{where}: '{path}' sets {prefix}{key}, which mmtard does not pass on to any library; remove it from the file"
+            )
+        if value is None:
+            continue
+        if isinstance(kinds, dict):
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{where}: {prefix}{key} in '{path}' is no object of names and values; correct the file"
+                )
+            _check(value, kinds, f"{prefix}{key}.", where, path)
+        elif not _fits(value, kinds):
+            shown = json.dumps(value)[:80]
+            raise UserError(f"{where}: {prefix}{key} is {shown} in '{path}', which it cannot be; correct the file")
+
+
+def _fits(value: object, kinds: tuple[type, ...]) -> bool:
+    if isinstance(value, list):
+        return list in kinds and all(_fits(item, (int, float)) for item in value)
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, (int, float)):
+        return type(value) in kinds and math.isfinite(value) and abs(value) <= LARGEST
+    return type(value) in kinds
+
+
+def _check_timm(name: str, where: str, path: str) -> None:
+    """Refuse what timm would fetch from elsewhere, such as hf-hub:..., and names it does not have."""
+    if importlib.util.find_spec("timm") is None:
+        raise UserError(f"{where}: '{path}' is a model of timm, which is not installed; pip install timm")
+    import timm
+
+    if ":" in name or "/" in name or not timm.is_model(name):
+        raise UserError(
+            f"{where}: vision_cfg.timm_model_name is '{name}' in '{path}', which this timm does not have; correct it"
+        )
+
+
+def _check_text_model(name: str, where: str, path: str) -> None:
+    """Refuse a text tower whose Hugging Face configuration asks for code of its own."""
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError(f"{where}: the text tower of '{path}' needs transformers; pip install transformers")
+    import transformers
+    from open_clip.hf_configs import arch_dict
+
+    at = f"{where}: text_cfg.hf_model_name '{name}' in '{path}'"
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{at} asks to run code of its own, which mmtard never does; take another model") from None
+        raise UserError(f"{at} is not at hand ({_line(error)}); download it once") from None
+    attention = getattr(config, "_attn_implementation", None)
+    if getattr(config, "auto_map", None) or attention not in (None, "eager", "sdpa"):
+        raise UserError(f"{at} asks to run code of its own, which mmtard never does; take another model")
+    if config.model_type not in arch_dict:
+        raise UserError(f"{at} is a {config.model_type}; known are {', '.join(arch_dict)}")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

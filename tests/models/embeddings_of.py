@@ -1,0 +1,27 @@
+"""What a model gives, and how a setting is refused, for the tests of this room."""
+
+import re
+
+import pytest
+import torch
+
+from mmtard.config import Model
+from mmtard.errors import UserError
+from mmtard.models import loading
+
+
+def images(size, batch=2):
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def embeddings(clip):
+    with torch.no_grad():
+        image = clip.tower().eval()(images(clip.model.visual.image_size[0]))
+        text = clip.model.eval().encode_text(clip.tokenizer()(["a cat", "two dogs"]))
+    return torch.cat([image, text])
+
+
+def refused(words, where="student", **settings):
+    with pytest.raises(UserError, match=f"^{re.escape(where)}") as error:
+        loading.load_clip(Model(**settings), where=where)
+    assert all(word in str(error.value) for word in words.split("|")) and "\n" not in str(error.value), error.value
