@@ -13,7 +13,7 @@ from embeddings_of import embeddings, images, refused
 from mmtard.config import Model
 from mmtard.errors import UserError
 from mmtard.models import clip, loading
-from mmtard.runs import checkpoints
+from mmtard.runs import checkpoint_writer
 
 
 def test_an_exported_folder_gives_its_embeddings_here_and_in_open_clip(base, tmp_path):
@@ -99,7 +99,7 @@ def test_a_tag_gives_its_weights_with_the_activation_they_were_trained_with(
 def test_a_run_gives_the_weights_of_its_checkpoint_not_of_its_start(base, vit, tmp_path, at):
     loading.load_clip(Model(arch=vit, weights="random"), seed=4).save(tmp_path / clip.START_FOLDER)
     tower = loading.load_clip(Model(arch=vit, weights="random"), seed=5).tower()
-    saver = checkpoints.Checkpoints(tmp_path, keep_last=2)
+    saver = checkpoint_writer.Checkpoints(tmp_path, keep_last=2)
     for step, weights in ((1, base.tower().state_dict()), (2, tower.state_dict())):
         saver.save(step, dict(weights), {}, {})
         saver.wait()

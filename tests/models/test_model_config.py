@@ -11,7 +11,7 @@ from embeddings_of import refused
 from mmtard.config import Model
 from mmtard.errors import UserError
 from mmtard.models import clip, loading, model_config
-from mmtard.runs import checkpoints
+from mmtard.runs import checkpoint_writer
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_folder_that_asks_for_remote_code_is_refused_by_the_keys_name(stranger
 
 def test_a_runs_start_that_asks_for_remote_code_is_refused(base, stranger, tmp_path):
     shutil.copytree(stranger(**REMOTE), tmp_path / "run" / clip.START_FOLDER)
-    saver = checkpoints.Checkpoints(tmp_path / "run", keep_last=1)
+    saver = checkpoint_writer.Checkpoints(tmp_path / "run", keep_last=1)
     saver.save(1, dict(base.tower().state_dict()), {}, {})
     saver.wait()
     with pytest.raises(UserError, match="trust_remote_code"):

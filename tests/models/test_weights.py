@@ -12,7 +12,7 @@ from mmtard.config import Model
 from mmtard.errors import UserError
 from mmtard.models import clip, loading
 from mmtard.models.weights import read_state_dict
-from mmtard.runs import checkpoints
+from mmtard.runs import checkpoint_writer
 
 SOURCES = {  # how the whole model is written
     "pt": lambda s, d: torch.save(s, d / "w.pt"),
@@ -78,7 +78,7 @@ def test_an_image_tower_or_checkpoint_that_does_not_fit_is_refused_with_the_key(
     with pytest.raises(UserError, match=rf"^teachers.clean.weights.*1 {how} \((proj|head)"):
         loading.load_clip(Model(arch=vit, weights=str(tmp_path / "tower.pt"), text="random"), where="teachers.clean")
     base.save(tmp_path / "start")
-    saver = checkpoints.Checkpoints(tmp_path, keep_last=1)
+    saver = checkpoint_writer.Checkpoints(tmp_path, keep_last=1)
     saver.save(1, {f"visual.{k}": v for k, v in tower.items()}, {}, {})
     saver.wait()
     with pytest.raises(UserError, match=rf"^checkpoint '.*step-1' does not fit.*1 {how} \(visual"):
