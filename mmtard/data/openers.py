@@ -6,16 +6,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from webdataset.gopen import gopen
-
 from ..errors import UserError
+from .paths import is_remote
 
 
 @contextmanager
 def open_shard(shard: str) -> Iterator[BinaryIO]:
-    """The bytes of a local or remote shard as a stream. Raises OSError when it cannot be opened or its opener's program fails."""
+    """The bytes of a local or remote shard as a stream.
+
+    A `pipe:` shard runs its command; whether it may is decided where shards are named (`paths.check_openers`).
+    Raises OSError when the shard cannot be opened or its opener's program fails.
+    """
+    if not is_remote(shard):
+        with open(shard, "rb") as file:
+            yield file
+        return
+    if any(not character.isprintable() for character in shard):
+        raise OSError("its address holds a control character")
     try:
+        from webdataset.gopen import gopen
+
         stream = gopen(shard, "rb")
+    except ModuleNotFoundError as error:
+        raise UserError(f"shard '{shard}': reading it needs {error.name}; pip install {error.name}") from None
     except ValueError:  # a scheme that webdataset has no opener for
         raise OSError(
             "no opener for this scheme; write it as a command, like pipe:aws s3 cp s3://bucket/0.tar -"
