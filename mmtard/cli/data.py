@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config.argument_types import jpeg_quality, path, path_text, positive
-from ..data.paths import default_index, expand_shards
+from ..data.paths import check_openers, default_index, expand_shards
 from .command import add_command
 
 
@@ -73,12 +73,16 @@ def _add_index(commands) -> None:
         metavar="SHARDS",
         help="a folder, a brace pattern, or openers such as pipe:...",
     )
+    p.add_argument(
+        "--allow-pipe", action="store_true", help="let SHARDS name pipe: commands, which run on this machine"
+    )
     p.add_argument("--out", type=path, metavar="FILE", help="default: beside the shards")
     p.add_argument("--jobs", type=positive, metavar="N", help="processes; default: one a core")
 
 
 def _index(args) -> None:
     shards = expand_shards(args.shards)
+    check_openers(shards, args.allow_pipe)
     from ..data.index import build_index
 
     out = args.out or default_index(shards)

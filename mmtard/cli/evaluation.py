@@ -53,6 +53,9 @@ def _evaluation_arguments(p: argparse.ArgumentParser) -> None:
         metavar="ROOT",
         help="a dataset (shards, or images in class folders), or a folder of them as CLIP_benchmark lays them out",
     )
+    p.add_argument(
+        "--allow-pipe", action="store_true", help="let --data name pipe: commands, which run on this machine"
+    )
     p.add_argument("--datasets", nargs="+", metavar="NAME", help="of those in ROOT; default: all")
     p.add_argument("--index", type=path_text, metavar="FILE", help="default: beside the shards")
     p.add_argument(
@@ -127,7 +130,7 @@ def _measure(args, interruption: Interruption) -> int:
         args.protocol, args.eps, transfer is not None, args.n_samples == "all", n_samples=n_samples, norm=args.norm, iters=args.iters,
         restarts=args.restarts, seed=args.seed, perturb_at=args.perturb_at, attacks=args.attacks and tuple(args.attacks),
     )  # fmt: skip
-    sources = datasets.find_datasets(args.data, args.datasets, args.index, args.classnames)
+    sources = datasets.find_datasets(args.data, args.datasets, args.index, args.classnames, args.allow_pipe)
     with heavy_imports():
         from ..attacks import checks
         from ..data.class_names import templates

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import config as settings
 from ..config.argument_types import positive
-from ..data.paths import expand_shards
+from ..data.paths import shards_of
 from ..distributed.interruption import Interruption
 from ..errors import RunError
 from ..runs import history, trackers
@@ -115,7 +115,7 @@ def _ready(args) -> settings.Config:
     """The configuration of a launch, and that its ranks and shards fit it."""
     config = settings.load(args.config, args.overrides)
     settings.check_world(config, settings.world_size_from_env())
-    expand_shards(config.data.shards)
+    shards_of(config.data)
     trackers.check(config.log)
     if config.engine.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU that is there

@@ -74,6 +74,15 @@ class Data(Section):
     max_replaced: Ratio = Field(
         Fraction(1, 100), ge=0, le=1, description="share of unreadable samples above which the run stops"
     )
+    allow_pipe: bool = Field(
+        False, description="whether shards may be read through pipe: commands, which run on this machine"
+    )
+    label_key: str | None = Field(
+        None, min_length=1, description="read labels from this key of the .json members; null: from .cls members"
+    )
+    caption_key: str | None = Field(
+        None, min_length=1, description="read captions from this key of the .json members; null: from .txt members"
+    )
     cache: Cache = Cache()
 
     @property

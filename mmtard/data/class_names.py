@@ -6,7 +6,7 @@ from pathlib import Path
 from ..config import Data
 from ..errors import UserError
 from .dataset import Dataset
-from .paths import expand_shards, is_remote
+from .paths import is_remote, shards_of
 
 
 def classnames(settings: Data, dataset: Dataset) -> list[str]:
@@ -27,7 +27,7 @@ def classnames(settings: Data, dataset: Dataset) -> list[str]:
 def _classnames_file(settings: Data) -> Path:
     if settings.classnames:
         return Path(settings.classnames)
-    first = expand_shards(settings.shards)[0]
+    first = shards_of(settings)[0]
     if not is_remote(first):
         folder = Path(os.path.abspath(first)).parent
         for path in (folder / "classnames.txt", folder.parent / "classnames.txt"):

@@ -12,7 +12,7 @@ from ..config import Data
 from ..errors import UserError
 from ..files import exclusive
 from .index import EXTENSIONS, LABEL_MISSING, LABEL_OK, Index, build_index, load_index, shard_name
-from .paths import default_index, expand_shards, is_remote
+from .paths import default_index, is_remote, shards_of
 
 INDEXING = timedelta(days=1)  # at the most; a terabyte takes a core some two hours
 
@@ -77,7 +77,7 @@ def open_dataset(settings: Data) -> Dataset:
     Any number of processes may call this at once: one builds, the others of its node wait for it.
     Raises UserError for remote shards without an index, and when the shards are no longer those indexed.
     """
-    shards = expand_shards(settings.shards)
+    shards = shards_of(settings)
     path = Path(settings.index) if settings.index else default_index(shards)
     if not path.is_file():
         if any(map(is_remote, shards)):

@@ -67,9 +67,13 @@ def _folder(spec: str) -> list[str]:
     folder = Path(spec)
     found = sorted(folder.glob("*.tar"), key=_natural) or sorted((folder / "train").glob("*.tar"), key=_natural)
     if not found:
-        packed = next((p.name for end in ("gz", "tgz", "zst", "bz2", "xz") for p in sorted(folder.glob(f"*.{end}"))), None)
+        packed = next(
+            (p.name for end in ("gz", "tgz", "zst", "bz2", "xz") for p in sorted(folder.glob(f"*.{end}"))), None
+        )
         if packed:
-            raise UserError(f"data.shards: no .tar in '{spec}' but '{packed}'; unpack it to plain .tar, which is read at any place")
+            raise UserError(
+                f"data.shards: no .tar in '{spec}' but '{packed}'; unpack it to plain .tar, which is read at any place"
+            )
         raise UserError(f"data.shards: no .tar in '{spec}'; write shards with `mmtard shards IMAGES {spec}`")
     return _as_files(found)
 

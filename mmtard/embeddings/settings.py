@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ..config import Config, Data, Model
-from ..data.paths import default_index, expand_shards
+from ..data.paths import default_index, shards_of
 from ..errors import UserError
 
 
@@ -14,7 +14,7 @@ def embeddings_folder(settings: Data) -> Path:
     """Where the stored teacher embeddings of this data belong: `settings.embeddings`, else embeddings/ beside the index."""
     if settings.embeddings:
         return Path(settings.embeddings)
-    index = Path(settings.index) if settings.index else default_index(expand_shards(settings.shards))
+    index = Path(settings.index) if settings.index else default_index(shards_of(settings))
     return index.parent / "embeddings"
 
 

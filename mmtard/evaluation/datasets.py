@@ -6,7 +6,7 @@ Imports no torch, so that a missing dataset is answered at once.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..config import Data
@@ -80,7 +80,11 @@ class DatasetSource:
 
 
 def find_datasets(
-    root: str, wanted: list[str] | None = None, index: str | None = None, classnames: str | None = None
+    root: str,
+    wanted: list[str] | None = None,
+    index: str | None = None,
+    classnames: str | None = None,
+    allow_pipe: bool = False,
 ) -> list[DatasetSource]:
     """The datasets at or below ROOT: ROOT itself, else ROOT/[wds/][vtab/]NAME[/test]; `wanted` names some of them.
 
@@ -101,6 +105,8 @@ def find_datasets(
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--data: '{root}' holds the dataset {name} twice; name its folder in --data")
+    if allow_pipe:
+        found = [replace(s, data=s.data.model_copy(update={"allow_pipe": True})) for s in found]
     return found if wanted is None else [_pick(found, name, root) for name in dict.fromkeys(wanted)]
 
 

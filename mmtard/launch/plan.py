@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import config as settings
 from ..config import Config
-from ..data.paths import expand_shards
+from ..data.paths import check_openers, expand_shards
 from ..embeddings.settings import embedding_recipe, stored_teachers
 from ..errors import UserError
 from ..files import slug
@@ -85,8 +85,9 @@ def plan(path: Path, overrides: list[str], sweeps: list[str], pipeline: bool, ev
         if (out / "results.json").is_file() and config not in to_train:
             notes.append(f"evaluated: {out}")
             continue
-        _shards_exist(shards, "--evaluate: ")
+        _shards_exist(shards, config.data.allow_pipe, "--evaluate: ")
         words = ("evaluate", str(run), "--data", shards, "--device", config.engine.device, "--out", str(out))
+        words += ("--allow-pipe",) if config.data.allow_pipe else ()
         stages.append(Stage("evaluation", (Work(run, None, words),), (run,) if config in to_train else ()))
     return Plan(folder, stages, notes)
 
@@ -193,12 +194,12 @@ def _training(config: Config, world: int, where: str = "") -> Work:
         settings.check_world(config, world)
     except UserError as error:
         raise UserError(f"{where}{error}") from None
-    _shards_exist(config.data.shards, where)
+    _shards_exist(config.data.shards, config.data.allow_pipe, where)
     return Work(Path(config.run_dir), config, ("train",))
 
 
-def _shards_exist(shards: str | list[str], where: str) -> None:
+def _shards_exist(shards: str | list[str], allow_pipe: bool, where: str) -> None:
     try:
-        expand_shards(shards)
+        check_openers(expand_shards(shards), allow_pipe)
     except UserError as error:
         raise UserError(f"{where}{error}") from None

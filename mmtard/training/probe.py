@@ -190,7 +190,8 @@ class Probe(SilentProbe):
 def _source(config: Config) -> Data:
     """The probe's data with the prompts of the run's."""
     p = config.probe
-    shared = {"templates": templates(config.data), "max_replaced": config.data.max_replaced, "cache": config.data.cache}
+    shared = {name: getattr(config.data, name) for name in ("max_replaced", "cache", "allow_pipe")}
+    shared["templates"] = templates(config.data)
     return Data(shards=p.data, index=p.index, classnames=p.classnames, **shared)
 
 

@@ -10,6 +10,7 @@ import pytest
 import webdataset
 from tiny_shards import encode, picture, samples, write_tar
 
+from mmtard.cli import main as cli
 from mmtard.config import Data
 from mmtard.data.class_names import classnames, templates
 from mmtard.data.dataset import open_dataset
@@ -257,12 +258,12 @@ def test_several_processes_open_at_once_and_one_builds(folder):
 def test_remote_shards_are_indexed_through_their_opener(folder, tmp_path, spec):
     remote, local = ([form.format(folder / f"{i}.tar") for i in range(3)] for form in (spec, "{}"))
     with pytest.raises(UserError, match="mmtard index SHARDS --out FILE"):
-        open_dataset(Data(shards=remote, index=str(tmp_path / "i.npz")))
+        open_dataset(Data(shards=remote, index=str(tmp_path / "i.npz"), allow_pipe=True))
     assert (
         build_index(remote, tmp_path / "i.npz", 2, False).fingerprint
         == build_index(local, tmp_path / "l.npz", 1, False).fingerprint
     )
-    assert len(open_dataset(Data(shards=remote, index=str(tmp_path / "i.npz")))) == 32
+    assert len(open_dataset(Data(shards=remote, index=str(tmp_path / "i.npz"), allow_pipe=True))) == 32
 
 
 @pytest.mark.parametrize("spec, words", [
@@ -296,3 +297,44 @@ def test_classnames_that_are_not_there(folder):
         classnames(Data(shards=str(folder)), None)
     with pytest.raises(UserError, match="cannot read"):
         classnames(Data(shards=str(folder), classnames="/nowhere/names.txt"), None)
+
+
+def test_a_file_found_in_a_folder_is_a_file_whatever_its_name(folder, tmp_path, monkeypatch):
+    """`pipe:COMMAND.tar` among downloaded shards would run the command of a stranger."""
+    planted = folder / "pipe:touch PLANTED; cat 0.tar"
+    shutil.copy(folder / "0.tar", planted)
+    monkeypatch.chdir(folder)
+    for shards in (".", "*.tar", "./", str(folder)):
+        build_index(expand_shards(shards), tmp_path / "i.npz", 1, False)
+        dataset = open_dataset(Data(shards=shards, index=str(tmp_path / "i.npz"), allow_pipe=True))
+        assert dataset.name(len(dataset) - 1).startswith("pipe:touch") and not dataset.remote
+        assert Reader(dataset).image(len(dataset) - 1)
+    assert not (folder / "PLANTED").exists()
+
+
+@pytest.mark.parametrize(
+    "shards", ["pipe:touch RAN; cat 0.tar", ["0.tar", "pipe:touch RAN; cat 0.tar"], "{pip,pip}e:touch RAN"]
+)
+def test_a_command_runs_only_where_it_is_allowed(folder, dataset, monkeypatch, shards):
+    monkeypatch.chdir(folder)
+    index = str(folder / "mmtard-index.npz")
+    with pytest.raises(UserError, match="runs a command on this machine.*data.allow_pipe=true.*--allow-pipe"):
+        open_dataset(Data(shards=shards, index=index))
+    with pytest.raises(UserError, match="runs a command"):
+        classnames(Data(shards=shards), dataset)
+    assert not (folder / "RAN").exists()
+    assert cli.main(["index", *([shards] if isinstance(shards, str) else shards), "--out", "i.npz"]) == 2
+    assert not (folder / "RAN").exists() and not (folder / "i.npz").exists()
+
+
+def test_patterns_of_other_programs_are_taken(folder, tmp_path):
+    """`*.tar` in quotes, and open_clip's `::` between several."""
+    shards = [str(folder / f"{i}.tar") for i in range(3)]
+    assert expand_shards(f"{folder}/*.tar") == expand_shards("::".join(shards)) == shards
+    assert expand_shards(f"{folder}/[01].tar::{folder}/{{2..2}}.tar") == shards
+    with pytest.raises(UserError, match="data.shards: no file matches '.*/z.*tar'"):
+        expand_shards(f"{folder}/z*.tar")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "0.tar.gz").touch()
+    with pytest.raises(UserError, match="no .tar in .*packed' but '0.tar.gz'; unpack it"):
+        expand_shards(str(tmp_path / "packed"))

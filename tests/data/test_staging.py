@@ -33,7 +33,7 @@ def remote(source, tmp_path, spec="pipe:cat {0} && echo {0} >> {1}"):
     shards = [spec.format(source / f"{i}.tar", tmp_path / "fetched.txt") for i in range(SHARDS)]
     if not (tmp_path / "i.npz").exists():
         build_index([str(source / f"{i}.tar") for i in range(SHARDS)], tmp_path / "i.npz", 1, False)
-    dataset = open_dataset(Data(shards=shards, index=str(tmp_path / "i.npz")))
+    dataset = open_dataset(Data(shards=shards, index=str(tmp_path / "i.npz"), allow_pipe=True))
     room = 3.5 * int(dataset.shard_sizes.max()) / 1e9
     return dataset, Staging(dataset, Cache(dir=str(tmp_path / "near"), max_gb=room))
 

@@ -65,6 +65,7 @@ def limited(cluster, tiny, _):
     config, run = tiny("limited", **LONG)
     (shard,) = (run.parents[1] / "data" / "train").glob("*.tar")
     data = [f"data.shards=pipe:sleep 35; cat {shard}", f"data.index={shard.with_name('mmtard-index.npz')}"]
+    data.append("data.allow_pipe=true")
     data += [f"data.classnames={shard.with_name('classnames.txt')}", f"data.cache.dir={run.parents[1] / 'cache'}"]
     job = cluster.submit(config, *data, *WORDS, options=("--time=2", "--signal=USR2@80", "--nodelist=node[3-4]"))
     until(lambda: begun(run, 1, 1) and cluster.job(job)["JobState"] == "PENDING", cluster, job, pause=0.5)
