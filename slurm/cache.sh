@@ -25,15 +25,6 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-set -euo pipefail
-. slurm/common.sh # found from the project's folder, where sbatch is called
-
-configured "$@"
-say "start $starts on $SLURM_JOB_NODELIST, ranks meet at $MASTER_ADDR:$MASTER_PORT, ${words[*]}"
-status=0
-ranks cache "${words[@]}" || status=$?
-say "storing ended with status $status"
-if wants_more "$status" && [ "$starts" -le 20 ]; then
-    go_on
-fi
-exit "$status"
+. "${MMTARD_SETUP:-/dev/null}" # a file of yours, e.g. one that loads modules
+set -eu
+exec "${MMTARD_PYTHON:-python}" -m mmtard.launch.batch --script "$0" cache -- "$@"

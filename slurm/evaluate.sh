@@ -22,24 +22,6 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-set -euo pipefail
-. slurm/common.sh # found from the project's folder, where sbatch is called
-
-model=${1:?the first argument is the model, such as runs/b32}
-shift
-datasets=()
-while [ $# -gt 0 ] && [ "$1" != -- ]; do
-    datasets+=("$1")
-    shift
-done
-[ $# -eq 0 ] || shift
-dataset=${datasets[${SLURM_ARRAY_TASK_ID:-0}]:?no dataset for this task; give as many as the array has tasks}
-say "start $starts on $SLURM_JOB_NODELIST, $model on $dataset $*"
-
-status=0
-ranks evaluate "$model" --data "$dataset" "$@" || status=$?
-say "evaluation ended with status $status"
-if wants_more "$status" && [ "$starts" -le 20 ]; then
-    go_on
-fi
-exit "$status"
+. "${MMTARD_SETUP:-/dev/null}" # a file of yours, e.g. one that loads modules
+set -eu
+exec "${MMTARD_PYTHON:-python}" -m mmtard.launch.batch --script "$0" evaluate -- "$@"

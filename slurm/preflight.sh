@@ -20,9 +20,6 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 
-set -euo pipefail
-. slurm/common.sh # found from the project's folder, where sbatch is called
-
-configured "$@"
-say "on $SLURM_JOB_NODELIST, ranks meet at $MASTER_ADDR:$MASTER_PORT, ${words[*]}"
-ranks preflight "${words[@]}"
+. "${MMTARD_SETUP:-/dev/null}" # a file of yours, e.g. one that loads modules
+set -eu
+exec "${MMTARD_PYTHON:-python}" -m mmtard.launch.batch --script "$0" preflight -- "$@"

@@ -23,9 +23,6 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-set -euo pipefail
-. slurm/common.sh # found from the project's folder, where sbatch is called
-
-configs=(configs/teachers/clean_vitl14.yaml configs/teachers/pmg_aft2_vitl14.yaml)
-config=${configs[$SLURM_ARRAY_TASK_ID]}
-train "$config" "$@"
+. "${MMTARD_SETUP:-/dev/null}" # a file of yours, e.g. one that loads modules
+set -eu
+exec "${MMTARD_PYTHON:-python}" -m mmtard.launch.batch --script "$0" train configs/teachers/clean_vitl14.yaml configs/teachers/pmg_aft2_vitl14.yaml -- "$@"

@@ -30,8 +30,6 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-set -euo pipefail
-. slurm/common.sh # found from the project's folder, where sbatch is called
-
-configured "$@"
-train "${words[@]}"
+. "${MMTARD_SETUP:-/dev/null}" # a file of yours, e.g. one that loads modules
+set -eu
+exec "${MMTARD_PYTHON:-python}" -m mmtard.launch.batch --script "$0" train -- "$@"

@@ -78,6 +78,12 @@ def states(jobs: set[str]) -> dict[str, str]:
     return {words[0]: words[1] for words in found if len(words) == 2 and words[0] in jobs}
 
 
+def job_fields(job: str) -> dict[str, str]:
+    """What `scontrol show job` says of a job, field by field; {} where the controller does not answer."""
+    shown = _ask("scontrol", "show", "job", "--oneliner", job)
+    return dict(re.findall(r"(?:^|\s)([\w:/]+)=(.*?)(?=\s+[\w:/]+=|\s*$)", shown.partition("\n")[0]))
+
+
 def _ask(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout

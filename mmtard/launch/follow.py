@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .requeue import successor
+from .resubmit import successor
 
 ENDED = (
     "COMPLETED",

@@ -22,17 +22,8 @@ try:
 except ImportError:
     raise UserError("submitit is missing in this Python; install it: python -m pip install submitit") from None
 
-# The first lines of the job, as slurm/train_vitb32.sh has them with their reasons.
-SETUP = (
-    'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)',
-    "MASTER_ADDR=$(scontrol show node --oneliner \"$first\" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')",
-    "MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))",
-    "export MASTER_ADDR MASTER_PORT SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
-    'echo "$(date "+%F %T") job $SLURM_JOB_ID: start $((${SLURM_RESTART_COUNT:-0} + ${MMTARD_SUBMITTED_AGAIN:-0} + 1)) on $SLURM_JOB_NODELIST, ranks meet at $MASTER_ADDR:$MASTER_PORT"',
-    "export OMP_NUM_THREADS=1 NCCL_DEBUG=WARN PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1",
-)
 # A signal to the job reaches a rank's Python while it starts, and would end it: ignored until `Task` listens.
-SHIELD = ("sh", "-c", 'trap "" USR2 TERM; exec "$@"', "sh")
+SHIELD = ("sh", "-c", 'trap "" USR2 TERM INT; exec "$@"', "sh")
 
 
 @dataclass(frozen=True)
@@ -53,6 +44,8 @@ class JobRequest:
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
+    setup: str | None = None  # a file that the job's shell sources before Python starts
+    srun: tuple[str, ...] = ()  # words after srun's own flags
     more: dict[str, str | bool] = field(default_factory=dict)
 
     @property
@@ -140,13 +133,21 @@ def _executor(stage: Stage, request: JobRequest, snapshot: Snapshot, after: list
         array_parallelism=request.at_once,
         wckey=None,
         stderr_to_stdout=True,
-        # The snapshot before an installed mmtard, and the directory that the job was submitted in not at all.
-        setup=[
-            *SETUP,
-            f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(snapshot.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        ],
+        setup=_setup(request, snapshot),
         # A rank that ends badly leaves the others waiting for it in a collective: end them, too.
-        srun_args=["--kill-on-bad-exit=1", "--open-mode=append"],
+        srun_args=["--kill-on-bad-exit=1", "--open-mode=append", *request.srun],
         additional_parameters=more,
     )
     return executor
+
+
+def _setup(request: JobRequest, snapshot: Snapshot) -> list[str]:
+    """The first lines of the job's shell: the user's own file, the code, and where the ranks meet."""
+    own = [f". {shlex.quote(request.setup)} || exit"] if request.setup else []
+    return [
+        *own,
+        # The snapshot before an installed mmtard, and the directory that the job was submitted in not at all.
+        f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(snapshot.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"exports=$({shlex.quote(request.python)} -m mmtard.launch.environment) || exit",
+        'eval "$exports"',
+    ]

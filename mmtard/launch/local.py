@@ -9,10 +9,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from .task import REQUEUE
+from ..distributed.interruption import EXIT_REQUEUE, Interruption
 
 OTHERS_TURN_S = 30  # for the other ranks to end by themselves after one that ended badly
-SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
 def run(python: str, words: tuple[str, ...], code: Path, world: int) -> int:
@@ -21,7 +20,7 @@ def run(python: str, words: tuple[str, ...], code: Path, world: int) -> int:
     Signals are passed on. A rank that ends badly takes the others with it.
     """
     told: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: told.append(n)) for number in SIGNALS}
+    before = {number: signal.signal(number, lambda n, _: told.append(n)) for number in Interruption.SIGNALS}
     processes = []
     try:
         with tempfile.TemporaryDirectory(prefix="mmtard-") as meet:
@@ -60,5 +59,5 @@ def _watch(processes: list[subprocess.Popen], told: list[int]) -> int:
             end = time.monotonic() + OTHERS_TURN_S
         time.sleep(0.2)
     # A rank that was killed leaves it to the others to say whether the run can be started again.
-    bad = [REQUEUE] if REQUEUE in statuses else [s for s in statuses if s]
+    bad = [EXIT_REQUEUE] if EXIT_REQUEUE in statuses else [s for s in statuses if s]
     return 0 if not bad else bad[0] if bad[0] > 0 else 128 - bad[0]

@@ -1,67 +1,126 @@
-"""A job that may not be requeued goes on as another: the same script, after this job has ended, with the same logs and results' folder."""
+"""How a job goes on after a start that is not its last: back to the queue or, where that is forbidden, as another job."""
 
 from __future__ import annotations
 
 import os
-import shutil
+import signal
 import subprocess
-from pathlib import Path
+import sys
+import time
+from collections.abc import Callable, Sequence
 
 from ..distributed import slurm
+from ..distributed.interruption import EXIT_REQUEUE, Interruption
 from ..distributed.processes import RANK_VARIABLES
+from .environment import say
+
+# Evaluation and caching do not count their own starts, so this bounds them.
+MAX_REQUEUES = 20
+TRIES, PAUSE_S = 3, 5.0  # for a controller that is too busy to answer
+MAY_GO_ON = ("RUNNING", "SIGNALING", "")  # states of a job; "" where the controller does not say
+# What scontrol says where a requeue is forbidden, rather than not taken at this moment.
+FORBIDDEN = ("disabled", "denied", "permission", "not permitted", "not allowed")
 
 
-def outside() -> dict[str, str]:
-    """This environment without the shape and the ranks of the job it may belong to, which sbatch would take for the new one's."""
-    kept = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in RANK_VARIABLES and not k.startswith(("SLURM_", "SRUN_", "SBATCH_", "SUBMITIT_"))
-    }
-    return kept | {k: v for k, v in os.environ.items() if k == "SLURM_CONF"}
+class CannotGoOnError(RuntimeError):
+    """A job could neither be requeued nor be submitted again. The message names the reasons and what is left to do."""
 
 
-def submit_again(folder: Path) -> str:
-    """Submit this job's script anew, to start when this job has ended; the new job's id.
+def ignore_signals() -> None:
+    """Ignore the signals that ask a run to stop; for children that must outlive them, before they start."""
+    for number in Interruption.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
-    folder: where submitit keeps scripts, works and logs. Own jobs that wait for this one are made to wait for the new one.
-    Raises RuntimeError with sbatch's words when it refuses.
+
+def wants_more(status: int) -> bool:
+    """Whether an exit status asks for another start: 75, the state is saved; over 128, a rank was killed by a signal."""
+    return status == EXIT_REQUEUE or status > 128
+
+
+def may_start(when: str, words: tuple[str, ...], launcher: Sequence[str] = (sys.executable,)) -> int:
+    """The status of `mmtard config --may-start WHEN WORDS`: 0 when the run of a configuration may be started.
+
+    One message about a wrong setting, or about a run that was started too often or failed, rather than one from every rank.
+    when: "now", or "again" where this job's own start has just ended. words: the configuration and its overrides.
+    launcher: what runs Python where the ranks' Python is not this one.
     """
-    env, job = os.environ, slurm.job()
-    first, task = env.get("SLURM_ARRAY_JOB_ID", env["SLURM_JOB_ID"]), env.get("SLURM_ARRAY_TASK_ID")
-    # The log goes on in the files that are being watched.
-    text = (
-        (folder / f"{first}_submission.sh")
-        .read_text()
-        .replace("%j", job)
-        .replace("%A", first)
-        .replace("%a", task or "")
-    )
-    command = [
-        "sbatch",
-        "--parsable",
-        f"--dependency=afterany:{job}",
-        "--no-requeue",
-        *([f"--array={task}"] if task else []),
-    ]
-    done = subprocess.run(
-        command,
-        input=text,
-        env=outside() | {"MMTARD_SUBMITTED_AGAIN": str(slurm.starts())},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(" ".join(done.stderr.split()))
-    number = done.stdout.strip().partition(";")[0]
-    new = f"{number}_{task}" if task else number
-    (folder / f"{number}_submission.sh").write_text(text)
-    shutil.copyfile(folder / f"{job}_submitted.pkl", folder / f"{new}_submitted.pkl")
-    successor(folder, job).write_text(new)
+    command = [*launcher, "-m", "mmtard", "config", "--may-start", when, *words]
+    return subprocess.run(command, stdout=subprocess.DEVNULL, preexec_fn=ignore_signals).returncode
+
+
+def go_on(
+    job: str,
+    resubmit: Callable[[], str],
+    remedy: str = "the same sbatch command goes on from the saved state",
+    training: tuple[str, ...] = (),
+) -> str | None:
+    """Start a job again, unless somebody decided otherwise: `scontrol requeue` would bring a cancelled job back to life.
+
+    resubmit: submits the work as another job, to begin when this one has ended, and returns its id; RuntimeError says why not.
+    training: the configuration of a training and its overrides, whose run folder is told which job goes on.
+    Returns the job that goes on: this one, back in the queue, or another; None for a job that is no longer ours to start.
+    Raises CannotGoOnError, with the `remedy` for the user.
+    """
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(PAUSE_S)
+        fields = slurm.job_fields(job)
+        state = fields.get("JobState", "")
+        if state not in MAY_GO_ON:
+            say(f"is {state}, and is not started again from here", job)
+            return None
+        if fields.get("Requeue") == "0":
+            return _as_another(job, resubmit, "", remedy, training)
+        say("goes back to the queue", job)
+        refused = _requeue(job)
+        if refused is None:
+            return job
+        if any(word in refused.lower() for word in FORBIDDEN):
+            return _as_another(job, resubmit, f" ({refused})", remedy, training)
+        if refused:
+            say(f"scontrol requeue: {refused}", job)
+    raise CannotGoOnError(f"could not go back to the queue; {remedy}")
+
+
+def _requeue(job: str) -> str | None:
+    """Ask Slurm to requeue a job: None when it does, else what it says."""
+    try:
+        # Requeueing ends the job with a SIGTERM to all its processes, scontrol too.
+        command = ["scontrol", "requeue", job]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, preexec_fn=ignore_signals)
+    except OSError as error:
+        return f"scontrol: {error.strerror}"
+    return None if done.returncode == 0 else " ".join(done.stderr.split())
+
+
+def _as_another(job: str, resubmit: Callable[[], str], refused: str, remedy: str, training: tuple[str, ...]) -> str:
+    try:
+        new = resubmit()
+    except (RuntimeError, OSError) as error:
+        reasons = f"neither go back to the queue{refused} nor be submitted again ({' '.join(str(error).split())})"
+        raise CannotGoOnError(f"could {reasons}; {remedy}") from None
+    say(f"may not be requeued{refused}; submitted again as job {new}", job)
     slurm.hand_over(job, new)
+    if training:
+        _tell_the_run(job, new, training)
     return new
 
 
-def successor(folder: Path, job: str) -> Path:
-    """The file that names the job which goes on for `job`; absent while there is none."""
-    return folder / f"{job}_goes_on_as"
+def _tell_the_run(old: str, new: str, training: tuple[str, ...]) -> None:
+    """Name the new job in the run folder, for `mmtard runs` while that job waits."""
+    try:
+        # The batch script of a container's job runs in a Python that may have no more than the standard library.
+        from ..runs import history
+    except ImportError:
+        return
+    history.record_successor(old, new, *training)
+
+
+def outside(env: dict[str, str] | None = None) -> dict[str, str]:
+    """An environment (this one) without the shape and the ranks of the job it may belong to.
+
+    sbatch would take them for those of the new job.
+    """
+    env = dict(os.environ) if env is None else env
+    shape = ("SLURM_", "SRUN_", "SBATCH_", "SUBMITIT_")
+    return {k: v for k, v in env.items() if k == "SLURM_CONF" or not (k in RANK_VARIABLES or k.startswith(shape))}

@@ -356,7 +356,7 @@ def test_requeueing_can_be_left_out_where_it_is_forbidden(submit):
 def test_the_status_that_asks_for_another_start_is_mmtards():
     from mmtard.launch import task
 
-    assert task.REQUEUE == interruption.EXIT_REQUEUE
+    assert task.EXIT_REQUEUE == interruption.EXIT_REQUEUE
     assert set(task.SIGNALS) <= set(interruption.Interruption.SIGNALS)
 
 

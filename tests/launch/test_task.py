@@ -16,7 +16,8 @@ CALL = """
 import os, sys
 from pathlib import Path
 from mmtard.launch import task
-task.OTHERS_TURN_S = float(os.environ.get("OTHERS_TURN_S", task.OTHERS_TURN_S))
+for name in ("OTHERS_TURN_S", "SURVIVORS_TURN_S", "LOOK_EVERY_S"):
+    setattr(task, name, float(os.environ.get(name, getattr(task, name))))
 task.Task(tuple(sys.argv[2:]), Path(sys.argv[1]))()
 """
 MMTARD = """
@@ -30,13 +31,18 @@ open("started", "a").write("x")
 
 @pytest.fixture
 def task(tmp_path):
-    """Call with what mmtard does, the state that squeue tells and whether the run may start again: the process of a task, which notes each `scontrol` in `requeued`."""
+    """Call with what mmtard does, the job's state and whether the run may start again: the process of a task.
+
+    It notes each `scontrol`, other than questions, in `requeued`.
+    """
     (tmp_path / "mmtard").mkdir()
     (tmp_path / "mmtard" / "__init__.py").write_text(
         f"__path__.append({str(ROOT / 'mmtard')!r})"
     )  # all but __main__ is the real one
-    for name in ("squeue", "scontrol"):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{'cat state' if name == 'squeue' else 'echo $@ >>requeued'}\n")
+    shown = 'echo "JobId=7 JobState=$(cat state) Requeue=1"'
+    scontrol = f'#!/bin/sh\ncase "$*" in "show job"*) {shown} ;; *) echo "$@" >>requeued ;; esac\n'
+    for name, text in {"scontrol": scontrol, "squeue": "#!/bin/sh\n"}.items():
+        (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
     def start(body, state="RUNNING", words=("train", "x.yaml"), may_start=True, **env):
@@ -93,18 +99,34 @@ def test_a_run_that_ended_for_good_is_never_requeued(task, tmp_path, body, statu
 )
 def test_a_run_that_asks_for_another_start_is_requeued_by_its_own_name(task, tmp_path, env, job):
     process = task("raise SystemExit(75)", **env)
-    assert f"job {job} goes back to the queue" in process.communicate(timeout=30)[0] and process.returncode == 0
+    assert f"job {job}: goes back to the queue" in process.communicate(timeout=30)[0] and process.returncode == 0
     assert requeued(tmp_path) == f"requeue {job}\n"
 
 
-def test_a_run_whose_only_rank_was_killed_is_requeued_within_its_bounds(task, tmp_path):
-    """By the kernel, say, for want of memory. What keeps no account of its starts is left to the user."""
-    killed = "os.kill(os.getpid(), 9)"
-    process = task(killed)
-    assert "job 7 goes back to the queue" in process.communicate(timeout=30)[0] and process.returncode == 0
+@pytest.mark.parametrize("words", [("train", "x.yaml"), ("evaluate", "run"), ("cache", "x.yaml")], ids=lambda w: w[0])
+def test_work_whose_only_rank_was_killed_goes_back_to_the_queue(task, tmp_path, words):
+    """By the kernel, say, for want of memory."""
+    process = task("os.kill(os.getpid(), 9)", words=words)
+    assert "job 7: goes back to the queue" in process.communicate(timeout=30)[0] and process.returncode == 0
     assert requeued(tmp_path) == "requeue 7\n"
-    assert task(killed, words=("evaluate", "run"), SLURM_RESTART_COUNT="1").wait(30) == 1
-    assert requeued(tmp_path) == "requeue 7\n"
+
+
+def test_a_rank_that_was_killed_beside_one_that_failed_starts_nothing_again(task, tmp_path):
+    (tmp_path / "7_1_ended_1").write_text("1")
+    process = task("os.kill(os.getpid(), 9)", words=("evaluate", "run"), SLURM_NTASKS="2")
+    assert "mmtard evaluate ended with status -9" in process.communicate(timeout=30)[0] and process.returncode == 1
+    assert requeued(tmp_path) == ""
+
+
+def test_a_rank_that_waits_for_a_killed_one_is_ended_within_its_turn_and_the_job_goes_on(task, tmp_path):
+    """As inside a kernel of NCCL, where neither a closed connection nor a signal is noticed."""
+    turns = {"SLURM_NTASKS": "2", "SURVIVORS_TURN_S": "1", "LOOK_EVERY_S": "0.5"}
+    deaf = task("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)", **turns)
+    started(deaf, tmp_path)
+    killed = task("os.kill(os.getpid(), 9)", SLURM_PROCID="1", **turns)
+    printed = deaf.communicate(timeout=20)[0]
+    assert "rank 0 still waits for a rank that is gone" in printed and deaf.returncode == 0
+    assert killed.wait(20) == 0 and requeued(tmp_path) == "requeue 7\n"
 
 
 def test_a_run_whose_every_rank_was_ended_by_a_signal_is_requeued_once(task, tmp_path):
@@ -132,10 +154,8 @@ def test_a_job_that_slurm_is_signalling_still_runs(task, tmp_path):
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])
 def test_a_cancelled_job_is_left_alone(task, tmp_path, state):
     process = task("raise SystemExit(75)", state)
-    assert (
-        f"job 7 is {state}: it is not requeued from here" in process.communicate(timeout=30)[0]
-        and process.returncode == 0
-    )
+    printed = process.communicate(timeout=30)[0]
+    assert f"job 7: is {state}, and is not started again from here" in printed and process.returncode == 0
     assert requeued(tmp_path) == ""
 
 
@@ -169,7 +189,7 @@ def forbidden(tmp_path, task):
 def test_where_requeue_is_forbidden_one_other_job_goes_on_and_takes_over_those_that_wait(task, forbidden, tmp_path):
     forbidden("41")
     process = task("raise SystemExit(75)")
-    assert "job 7 may not be requeued (disabled); submitted again as job 41" in process.communicate(timeout=30)[0]
+    assert "job 7: may not be requeued (disabled); submitted again as job 41" in process.communicate(timeout=30)[0]
     assert process.returncode == 75  # not 0: to whoever waits for job 7 to end well, its work is not done
     assert task("raise SystemExit(75)").wait(30) == 0  # another rank
     assert (tmp_path / "submitted").read_text() == "--parsable --dependency=afterany:7 --no-requeue 1 \n"
@@ -217,10 +237,8 @@ def test_a_job_that_can_go_on_in_no_way_fails_with_both_reasons(task, forbidden)
     process = task("raise SystemExit(75)")
     printed = process.communicate(timeout=30)[0]
     assert process.returncode == 1
-    assert (
-        "job 7 could neither be requeued (disabled) nor submitted again (sbatch: error: closed); submit it to go on"
-        in printed
-    )
+    reasons = "job 7 could neither go back to the queue (disabled) nor be submitted again (sbatch: error: closed)"
+    assert f"{reasons}; submit it again to go on from what is saved" in printed
 
 
 def test_an_evaluation_is_requeued_twenty_times_at_most(task, tmp_path):
@@ -255,3 +273,30 @@ def test_a_signal_to_a_run_that_has_ended_changes_nothing(task, tmp_path):
         process.send_signal(signal.SIGTERM)
     process.communicate(timeout=15)
     assert process.returncode == 0 and requeued(tmp_path) == ""
+
+
+def test_a_person_who_interrupts_a_job_ends_it_once_and_for_good(task, tmp_path):
+    """`scancel --signal=INT`, which reaches both the task and mmtard: a second SIGINT would end mmtard unsaved."""
+    body = "signal.signal(signal.SIGINT, lambda *_: open('heard', 'a').write('x')); open('ready', 'w').close()\n"
+    body += "time.sleep(2.5); sys.exit(75)"
+    for words, why in {("train", "x.yaml"): "status 75", ("evaluate", "run"): "status 75"}.items():
+        for name in ("heard", "ready", "started"):
+            (tmp_path / name).unlink(missing_ok=True)
+        process = task(body, words=words, may_start=False, SLURM_RESTART_COUNT=str(len(words[1])))
+        while not (tmp_path / "ready").exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (process.pid, int(child)):
+            os.kill(pid, signal.SIGINT)
+        assert why in process.communicate(timeout=20)[0] and process.returncode == 1
+        assert (tmp_path / "heard").read_text() == "x" and requeued(tmp_path) == ""
+
+
+def test_an_interrupt_that_comes_before_mmtard_listens_reaches_it(task, tmp_path):
+    process = task(LISTENS_LATE.replace("SIGUSR2", "SIGINT"), may_start=False)
+    started(process, tmp_path)
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, int(child)):
+        os.kill(pid, signal.SIGINT)
+    assert "ended with status 75" in process.communicate(timeout=15)[0] and requeued(tmp_path) == ""

@@ -115,7 +115,7 @@ def tiny(tmp_path_factory):
         run, path = folder / "runs" / name, folder / f"{name}.yaml"
         content = {
             "run_dir": str(run),
-            "student": {"arch": str(ROOT / "mmtard" / "quickstart" / "tiny_clip.json"), "weights": "random"},
+            "student": {"arch": str(ROOT / "mmtard" / "examples" / "tiny_clip.json"), "weights": "random"},
             "method": {"name": "tecoa"},
             "attack": {"steps": 2},
             "data": {"shards": str(shards), "lanes": 4, "window": 16, "workers": 1},

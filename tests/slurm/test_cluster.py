@@ -74,7 +74,7 @@ if os.environ["SLURM_PROCID"] == "0":
     time.sleep(100)
 while not history.read(run)[-1:] or history.read(run)[-1].get("end"):
     time.sleep(0.1)
-history.ended(run, history.FAILED, "rank 1: out of memory", 0)
+history.record_end(run, history.FAILED, "rank 1: out of memory", 0)
 raise SystemExit(1)
 """
 

@@ -38,9 +38,10 @@ def script(tmp_path, tree, write):
     """Call with a script, its words and the status of srun, whose ranks note `end` as the end of their start: the finished process."""
     write(tree)
     sbatch = '#!/bin/sh\necho "$@" >>"$(dirname "$0")/submitted"\necho 8\n'
-    for name, text in {"scontrol": SCONTROL, "srun": SRUN, "sleep": "#!/bin/sh\n", "sbatch": sbatch}.items():
+    for name, text in {"scontrol": SCONTROL, "srun": SRUN, "sbatch": sbatch}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep = lambda seconds: None\n")
 
     def call(name, *words, status=0, end=None, state="RUNNING", requeue=1, refusals=0, **env):
         for file, content in {"status": status, "state": state, "requeue": requeue, "refusals": refusals}.items():
@@ -50,7 +51,7 @@ def script(tmp_path, tree, write):
         )
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MMTARD_"))}
         job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "x", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1"}
-        own = {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+        own = {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
         return subprocess.run(
             ["bash", f"slurm/{name}", *map(str, words)],
             cwd=ROOT,

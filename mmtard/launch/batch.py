@@ -1,0 +1,156 @@
+"""The body of a job of slurm/*.sh: start the ranks, keep their log, and have the job start again while its work is not done.
+
+    exec python -m mmtard.launch.batch --script "$0" train [CONFIG...] -- "$@"
+
+Before `--` stands the command of mmtard, and for an array of trainings one configuration a task; after it stand the
+arguments of the script. Three variables fit it to a cluster: MMTARD_PYTHON, the Python of the ranks (default: python);
+MMTARD_SRUN, words that follow srun's own flags, such as `apptainer exec --nv mmtard.sif` or `--container-image=...`;
+MMTARD_SETUP, a file that the scripts source before Python starts. Where MMTARD_SRUN is set, the standard library is
+enough for this program: whatever needs more runs where the ranks run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from .. import resources
+from ..distributed import slurm
+from ..errors import UserError
+from .environment import announcement, rendezvous, say
+from .requeue import MAX_REQUEUES, CannotGoOnError, go_on, ignore_signals, may_start, wants_more
+from .resubmit import submit_script_again
+
+DEFAULT_CONFIG = "configs/vitb32_mmtard.yaml"
+# How the log calls the work of a command.
+WORK = {"train": "training", "cache": "storing", "evaluate": "evaluation", "preflight": "checking"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the body of a job; the exit status of the ranks, of a signal as 128 + its number. 2: the user's to mend."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as a shell would end
+    try:
+        return _run(*_parse(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"mmtard: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _parse(argv: list[str]) -> tuple[str, str, list[str], list[str]]:
+    """(script, command of mmtard, configurations of an array's tasks, arguments of the script)."""
+    own, arguments = argv, []
+    if "--" in argv:
+        cut = argv.index("--")
+        own, arguments = argv[:cut], argv[cut + 1 :]
+    parser = argparse.ArgumentParser(prog="python -m mmtard.launch.batch", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--script", required=True, help="the script of this job, to be submitted again")
+    parser.add_argument("command", choices=tuple(WORK))
+    parser.add_argument("configs", nargs="*", metavar="CONFIG", help="one for each task of a job array")
+    args = parser.parse_args(own)
+    return args.script, args.command, args.configs, arguments
+
+
+def _run(script: str, command: str, configs: list[str], arguments: list[str]) -> int:
+    setup = os.environ.get("MMTARD_SETUP")
+    if setup and not Path(setup).is_file():
+        raise UserError(f"MMTARD_SETUP: '{setup}' is no file on {os.uname().nodename}; give its whole path")
+    os.environ.update(rendezvous(os.environ))
+    words = _evaluation(arguments) if command == "evaluate" else _configured(configs, arguments)
+    say(announcement(os.environ, f", {' '.join(words)}"))
+    if command == "train" and (refused := _may_start("now", words)):
+        return refused
+    status = _ranks((command, *words))
+    if command == "preflight":
+        return status
+    say(f"{WORK[command]} ended with status {status}")
+    if wants_more(status) and _may_go_on(command, words):
+        training = words if command == "train" else ()
+        try:
+            go_on(slurm.job(), lambda: submit_script_again(script, arguments), training=training)
+        except CannotGoOnError as error:
+            say(str(error))
+    return status
+
+
+def _may_go_on(command: str, words: tuple[str, ...]) -> bool:
+    if command != "train":
+        return slurm.starts() <= MAX_REQUEUES
+    return _may_start("again", words) == 0
+
+
+def _srun(*flags: str) -> list[str]:
+    """srun of the ranks' Python."""
+    return ["srun", *flags, *shlex.split(os.environ.get("MMTARD_SRUN", "")), _python()]
+
+
+def _python() -> str:
+    return os.environ.get("MMTARD_PYTHON") or "python"
+
+
+def _may_start(when: str, words: tuple[str, ...]) -> int:
+    """The status of the check that one rank can do for all: in the ranks' container, where there is one."""
+    one_rank = ("--nodes=1", "--ntasks=1")
+    return may_start(when, words, _srun(*one_rank) if os.environ.get("MMTARD_SRUN") else [_python()])
+
+
+def _ranks(words: tuple[str, ...]) -> int:
+    """`mmtard WORDS` on every rank; srun's exit status, of a signal as 128 + its number.
+
+    What the ranks print goes to the job's log, which keeps every start, and to a file of this start.
+    """
+    log = slurm.job_fields(slurm.job()).get("StdOut")  # a controller that is busy says nothing
+    own = f"{log.removesuffix('.log')}-start{slurm.starts()}.log" if log else os.devnull
+    # Slurm's signals, which the ranks heed, would end tee before the ranks' last lines.
+    tee = subprocess.Popen(["tee", "-a", own], stdin=subprocess.PIPE, preexec_fn=ignore_signals)
+    # A rank that is killed leaves the others waiting for it in a collective: end them, too.
+    flags = ("--kill-on-bad-exit=1", "--label")
+    try:
+        command = [*_srun(*flags), "-m", "mmtard", *words]
+        ranks = subprocess.Popen(command, stdout=tee.stdin, stderr=subprocess.STDOUT)
+    except OSError as error:
+        raise UserError(f"srun: {error.strerror}; the ranks of a job are started by Slurm's srun") from None
+    finally:
+        tee.stdin.close()
+    status = ranks.wait()
+    tee.wait()
+    return status if status >= 0 else 128 - status
+
+
+def _evaluation(arguments: list[str]) -> tuple[str, ...]:
+    """The arguments of `mmtard evaluate` for this task of the array, of `MODEL DATASET... [-- FLAGS...]`."""
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    (model, *datasets), flags = arguments[:cut] or [""], arguments[cut + 1 :]
+    if not model:
+        raise UserError("the first argument is the model, such as runs/b32")
+    task = int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)
+    if task >= len(datasets):
+        raise UserError(f"no dataset for task {task} of the array; give as many datasets as the array has tasks")
+    return (model, "--data", datasets[task], *flags)
+
+
+def _configured(configs: list[str], arguments: list[str]) -> tuple[str, ...]:
+    """The configuration and its overrides: this task's, or the first argument, or MMTARD_CONFIG, or the ViT-B/32's."""
+    if configs:
+        task = int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)
+        if task >= len(configs):
+            raise UserError(f"no configuration for task {task} of the array; ask for --array=0-{len(configs) - 1}")
+        return (_found(configs[task]), *arguments)
+    if arguments and "=" not in arguments[0]:
+        return tuple(arguments)
+    return (os.environ.get("MMTARD_CONFIG") or _found(DEFAULT_CONFIG), *arguments)
+
+
+def _found(config: str) -> str:
+    """A configuration of mmtard's own, as seen from here: in a checkout as it is written, else in the installed package."""
+    if Path(config).exists():
+        return config
+    return str(resources.folder("configs").parent / config)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
