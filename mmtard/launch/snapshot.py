@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 
 from .. import config as settings
+from .. import resources
 from ..errors import UserError
 from ..files import slug
 from .plan import Plan, Work
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Snapshot:
@@ -26,6 +25,15 @@ class Snapshot:
         self.folder = next(f for f in ((run / "submissions" / name).absolute() for name in taken) if not f.exists())
         self.code, self.jobs = self.folder / "code", self.folder / "jobs"
 
+    def refuse_patterns(self) -> None:
+        """Raise UserError for a name that Slurm and submitit would not take as it is, where the logs are."""
+        for character in "%\\":
+            if character in str(self.folder):
+                raise UserError(
+                    f"run_dir: '{self.folder.parents[1]}' holds '{character}', which Slurm takes for a pattern in the path "
+                    "of a log; choose a folder without it"
+                )
+
     def words(self, work: Work) -> tuple[str, ...]:
         """The arguments of mmtard for a work, with its configuration as the file in this folder."""
         return (*work.words, str(self._yaml(work))) if work.config else work.words
@@ -34,8 +42,8 @@ class Snapshot:
         """Copy mmtard/ and configs/, write the resolved configurations and where they came from."""
         try:
             self.jobs.mkdir(parents=True)
-            for name in ("mmtard", "configs"):
-                shutil.copytree(ROOT / name, self.code / name, ignore=shutil.ignore_patterns("__pycache__"))
+            for source, name in ((resources.PACKAGE, "mmtard"), (resources.folder("configs"), "configs")):
+                shutil.copytree(source, self.code / name, ignore=shutil.ignore_patterns("__pycache__"))
             for work in (work for stage in plan.stages for work in stage.works if work.config):
                 self._yaml(work).write_text(settings.dump(work.config), encoding="utf-8")
             origin = {
@@ -58,15 +66,17 @@ class Snapshot:
 
 
 def _git() -> dict | None:
+    """The commit of the checkout that mmtard runs from, and what is changed in it; None outside a checkout."""
+    checkout = resources.PACKAGE.parent
+    if not (checkout / ".git").exists():  # an installed package may lie inside the repository of something else
+        return None
+
     def ask(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True, timeout=20
-        ).stdout
+        command = ["git", "-C", str(checkout), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
 
     try:
-        return {
-            "commit": ask("rev-parse", "HEAD").strip(),
-            "changed": ask("status", "--porcelain", "--untracked-files=no").splitlines(),
-        }
+        changed = ask("status", "--porcelain", "--untracked-files=no").splitlines()
+        return {"commit": ask("rev-parse", "HEAD").strip(), "changed": changed}
     except (OSError, subprocess.SubprocessError):
-        return None  # a copy without its history
+        return None

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from mmtard import config as settings
-from mmtard.distributed import interruption
 from mmtard.embeddings.settings import embedding_recipe, embeddings_folder
 
 HERE = Path(__file__).parent
@@ -48,6 +47,16 @@ WRONG = [  # arguments, what the one line on stderr says
     (["--slurm", "nodes=3"], "--slurm: 'nodes' is set by --nodes"),
     (["--slurm", "open-mode=truncate"], "leave it out"),
     (["--slurm", "mail-type="], "'mail-type=' is not of the form key=value"),
+    (["--slurm", "x; touch y=1"], "--slurm: 'x; touch y' is no flag of sbatch"),
+    (["--job-name=x\n#SBATCH --uid=0"], "holds the control character '\\n'; take it out"),
+    (["--partition", "x\rtouch y"], "holds the control character '\\r'; take it out"),
+    (["--slurm", "comment=x\ntouch y"], "holds the control character '\\n'; take it out"),
+    (["--account=x\u2028"], "holds the control character '\\u2028'; take it out"),
+    (['run_dir="a\\nb"'], "holds the control character '\\n'"),
+    (["run_dir=100%job"], "/100%job' holds '%', which Slurm takes for a pattern"),
+    (["run_dir=a\\b"], "pattern in the path of a log; choose a folder without it"),
+    (["--setup", "gone.sh"], "--setup: 'gone.sh' is no file; give the shell lines that the job begins with"),
+    (["--srun", "'x"], "--srun: ''x' is not a list of words: No closing quotation"),
 ]
 
 
@@ -173,9 +182,9 @@ def test_a_sweep_is_split_at_the_commas_between_its_values(sweep, values):
     ],
 )
 def test_a_time_limit_is_read_as_slurm_reads_it(time, minutes):
-    from mmtard.launch import job
+    from mmtard.launch import request
 
-    assert job.minutes(time) == minutes
+    assert request.minutes(time) == minutes
 
 
 # ---------------------------------------------------------------- pipeline
@@ -351,13 +360,6 @@ def test_a_stage_that_cannot_run_is_named(submit, teachers):
 def test_requeueing_can_be_left_out_where_it_is_forbidden(submit):
     printed = submit("--gpus-per-node", "4", "--dry-run", "--slurm", "no-requeue").stdout
     assert "#SBATCH --no-requeue\n" in printed and "#SBATCH --requeue" not in printed
-
-
-def test_the_status_that_asks_for_another_start_is_mmtards():
-    from mmtard.launch import task
-
-    assert task.EXIT_REQUEUE == interruption.EXIT_REQUEUE
-    assert set(task.SIGNALS) <= set(interruption.Interruption.SIGNALS)
 
 
 def test_the_dry_run_can_be_cut_short(submit, tmp_path):
