@@ -8,7 +8,6 @@ import os
 import shlex
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 from ..errors import UserError
 from .plan import Stage

@@ -9,8 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from .. import config as settings
-from .. import resources
+from .. import config as settings, resources
 from ..errors import UserError
 from ..files import slug
 from .plan import Plan, Work
