@@ -21,7 +21,7 @@ from .order import Order
 from .paths import is_remote
 
 # A scheduler sends these to a whole job; only the training loop may react to them.
-SHIELDED = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+SHIELDED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 
 
 class Staging:

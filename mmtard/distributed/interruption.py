@@ -10,20 +10,22 @@ EXIT_REQUEUE = 75  # exit status of a run that saved its state and wants to be s
 
 
 class Interruption:
-    """Remembers the first SIGTERM, SIGUSR2 (Slurm's and submitit's warning) or SIGINT; a second SIGINT interrupts at once.
+    """Remembers the first signal that asks for an end; a second SIGINT interrupts at once.
 
-    Use as a context manager around the loops; afterwards the signals are ignored, since a late one must not turn a finished
-    run into a failed one.
+    These are SIGTERM, SIGUSR2 (Slurm's and submitit's warning), SIGINT, and SIGHUP of a terminal that is closed, unless
+    the process was started to ignore it (nohup). Use as a context manager around the loops; afterwards the signals are
+    ignored, since a late one must not turn a finished run into a failed one.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self):
         self.signal: str | None = None
 
     def __enter__(self) -> Interruption:
         for number in self.SIGNALS:
-            signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_) -> None:
@@ -35,10 +37,14 @@ class Interruption:
 
     @property
     def name(self) -> str:
+        """The signal in words."""
         return self.signal or "a signal to another rank"
 
     def stop(self, ranks, kept: str = "nothing was written") -> None:
-        """Raise RunError with status REQUEUE on every rank when any of them was interrupted; it says what is `kept`. Collective."""
+        """Raise RunError with status EXIT_REQUEUE on every rank when any of them was interrupted; it says what is kept.
+
+        Collective.
+        """
         if ranks.any(bool(self)):
             raise RunError(f"stopped by {self.name}; {kept}, start it again", EXIT_REQUEUE)
 

@@ -1,11 +1,10 @@
-"""What a run reports: `metrics.jsonl` (every step), `events.jsonl`, `probes.jsonl`, lines on the console, and the trackers."""
+"""What a run reports: `metrics.jsonl` (every step), `events.jsonl`, `probes.jsonl`, console lines, and the trackers."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,16 +14,15 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..distributed.console import lasting, printable
+from .journal import Journal
 from .layout import EVENTS, METRICS, PROBES
-from .trackers import Tracker, finite
+from .trackers import Tracker, curves
 
-TIMINGS = (
-    "seconds",
-    "images_per_s",
-    "tflops_a_rank",
-    "mfu",
-    "memory_gib",
-)  # the columns that differ between equal runs
+# The columns that differ between equal runs.
+TIMINGS = ("seconds", "images_per_s", "tflops_a_rank", "mfu", "memory_gib")
+# What a console line leaves out of a row, beside the quantiles.
+NOT_SHOWN = ("step", "batch", "skipped", "replaced", "seconds", "images_per_s", "tflops_a_rank", "memory_gib")
 
 
 class StepNumbers(Protocol):
@@ -64,8 +62,9 @@ class SilentLogger:
 class MetricLogger(SilentLogger):
     """The reports of one run, written by its first rank.
 
-    Opening cuts its files back to the step the run goes on from, so that a step that was lost in an
-    interruption and done again stands there once. `trackers` open one each; one that fails is named and left out from then on.
+    Opening cuts its files back to the step the run goes on from, so that a step that was lost in an interruption and
+    done again stands there once. `trackers` open one each; one that fails is named and left out from then on. Raises
+    UserError where a file cannot be written, such as on a full disk.
     """
 
     def __init__(
@@ -76,26 +75,18 @@ class MetricLogger(SilentLogger):
         log_every: int,
         trackers: dict[str, Callable[[], Tracker]] | None = None,
     ):
-        for name in (METRICS, EVENTS, PROBES):
-            cut(run / name, start)
-        self._metrics = (run / METRICS).open("a", buffering=1)
-        self._events = (run / EVENTS).open("a", buffering=1)
         self.run, self.steps, self.log_every = run, steps, log_every
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._bar = None
-        if self._console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total}"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task(run.name, total=steps, completed=start)
-            self._bar.start()
+        self._stream = lasting(sys.stdout)
+        self._console = Console(file=self._stream, highlight=False, soft_wrap=True)
+        self._console_is_gone = False
+        self._journals = {name: Journal(run / name, start, name != PROBES) for name in (METRICS, EVENTS, PROBES)}
+        self._bar = self._open_bar(start) if self._console.is_terminal else None
         self._began, self._start = time.monotonic(), start
         self._step_began, self._cost = self._began, lambda seconds: {"seconds": seconds}
         self._trackers: dict[str, Tracker] = {}
+        for name, journal in self._journals.items():
+            if journal.damaged:
+                self.event(start, "damaged lines left out", file=name, lines=journal.damaged)
         for name, make in (trackers or {}).items():
             self._attempt(name, lambda: self._trackers.update({name: make()}))
 
@@ -113,8 +104,8 @@ class MetricLogger(SilentLogger):
 
     def write_row(self, row: dict[str, float | int]) -> None:
         """Write a row of numbers; those that are not finite are stored as null."""
-        self._metrics.write(_line(row))
-        self._track(lambda tracker: tracker.log(row["step"], finite(row)))
+        self._journals[METRICS].append(_storable(row))
+        self._track(lambda tracker: tracker.log(row["step"], curves(row)))
         if self._bar is not None:
             self._bar.update(self._task, completed=row["step"])
         if row["step"] % self.log_every == 0 or row["step"] == self.steps:
@@ -122,33 +113,51 @@ class MetricLogger(SilentLogger):
 
     def event(self, step: int, kind: str, **details) -> None:
         """Record and print something out of the ordinary."""
-        self._events.write(_line({"step": step, "event": kind, **details}))
+        self._journals[EVENTS].append(_storable({"step": step, "event": kind, **details}))
         shown = "  ".join(f"{k} {_short(v)}" for k, v in details.items())
         self.print(f"step {step}: {kind}  {shown}")
 
     def probe(self, row: dict) -> None:
-        """Record a probe of the checkpoint of `row["step"]`: clean and robust accuracy, the latter's interval95, n samples, its protocol."""
-        with (self.run / PROBES).open("a") as file:
-            file.write(_line(row))
-        self._track(lambda tracker: tracker.log_probe(row["step"], {f"probe/{k}": row[k] for k in ("clean", "robust")}))
+        """Record a probe of the checkpoint of `row["step"]`.
+
+        Its columns are the clean and the robust accuracy, the latter's interval95, n samples, and its protocol.
+        """
+        self._journals[PROBES].append(_storable(row))
+        accuracies = {f"accuracy/{kind}": row[kind] for kind in ("clean", "robust")}
+        self._track(lambda tracker: tracker.log_probe(row["step"], accuracies))
         clean, robust, low, high = (100 * x for x in (row["clean"], row["robust"], *row["interval95"]))
         against = f"{row['protocol']['norm']} {row['protocol']['eps']}"
         self.print(
-            f"probe of step {row['step']}: clean {clean:.1f} %, robust {robust:.1f} % ({low:.1f}-{high:.1f}) against {against}, {row['n']} samples"
+            f"probe of step {row['step']}: clean {clean:.1f} %, robust {robust:.1f} % ({low:.1f}-{high:.1f}) "
+            f"against {against}, {row['n']} samples"
         )
 
     def print(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        """Print a line. A console that was closed is noted once, as an event, and the run goes on without it."""
+        self._console.print(printable(text), markup=False)
+        if self._stream.closed_by_reader and not self._console_is_gone:
+            self._console_is_gone = True
+            self.event(self._start, "the console was closed", remedy="mmtard runs shows how the run goes on")
 
     def close(self) -> None:
         """Every record is on disk, every tracker told that this start is over, the terminal as it was."""
-        for file in (self._metrics, self._events):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+        for journal in self._journals.values():
+            journal.close()
         self._track(lambda tracker: tracker.close())
         if self._bar is not None:
             self._bar.stop()
+
+    def _open_bar(self, start: int) -> Progress:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+        )
+        bar = Progress(*columns, console=self._console)
+        self._task = bar.add_task(printable(self.run.name), total=self.steps, completed=start)
+        bar.start()
+        return bar
 
     def _track(self, call: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._trackers.items()):
@@ -159,38 +168,22 @@ class MetricLogger(SilentLogger):
         try:
             call()
         except Exception as error:  # of a service or a library: whatever it is, training is worth more
-            self.print(
-                f"{name} gets no more numbers of this start: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            )
+            reason = " ".join(str(error).split())[:300]
+            self.print(f"{name} gets no more numbers of this start: {type(error).__name__}: {reason}")
             return False
         return True
 
     def _summary(self, row: dict) -> str:
         done, width = row["step"], len(str(self.steps))
-        left = (time.monotonic() - self._began) / max(1, done - self._start) * (self.steps - done)
-        hidden = ("step", "batch", "skipped", "replaced", "seconds", "images_per_s", "tflops_a_rank", "memory_gib")
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in hidden and not re.search(r"_p\d\d$", k))
-        return f"step {done:{width}d}/{self.steps}  {shown}  {row['images_per_s']:.4g} images/s  left {timedelta(seconds=round(left))}"
+        seconds = (time.monotonic() - self._began) / max(1, done - self._start) * (self.steps - done)
+        shown = {k: v for k, v in row.items() if k not in NOT_SHOWN and not re.search(r"_p\d\d$", k)}
+        numbers = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
+        speed = f"{row['images_per_s']:.4g} images/s  left {timedelta(seconds=round(seconds))}"
+        return f"step {done:{width}d}/{self.steps}  {numbers}  {speed}"
 
 
-def cut(path: Path, step: int) -> None:
-    """Keep the lines of a JSONL file up to `step`; a last line that an interruption cut short goes too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:
-            break
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text("".join(f"{line}\n" for line in kept))
-    scratch.replace(path)
-
-
-def _line(row: dict) -> str:
-    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}) + "\n"
+def _storable(row: dict) -> dict:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def _short(value) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import uuid
 from collections.abc import Callable
 from functools import partial
@@ -13,20 +14,35 @@ from typing import Protocol
 
 from ..config import Config, Log
 from ..errors import UserError
+from ..files import write_text
+from .layout import TENSORBOARD, WANDB
 
-WANDB_FILE = "wandb.json"
+# The group of a column, by which a tracker sorts its curves; what stands in none of them is a term of the loss.
+GROUPS = {
+    "lr": "optimizer",
+    "grad_norm": "optimizer",
+    "skipped": "counts",
+    "replaced": "counts",
+    "seconds": "speed",
+    "images_per_s": "speed",
+    "tflops_a_rank": "speed",
+    "mfu": "speed",
+    "memory_gib": "speed",
+}
+NO_CURVES = ("step", "batch")  # `batch` is a digest of the samples
 
 
 class Tracker(Protocol):
     """One place of record. Constructing it opens it; any of its calls may raise."""
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
-        """The finite numbers of a finished step."""
+        """Take the finite numbers of a finished step, by tag."""
 
     def log_probe(self, step: int, numbers: dict[str, float]) -> None:
-        """The numbers `probe/...` of the checkpoint of `step`, which later steps may have overtaken."""
+        """Take the numbers `accuracy/...` of the checkpoint of `step`, which later steps may have overtaken."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Bring all numbers to their place."""
 
 
 def check(log: Log) -> None:
@@ -44,9 +60,18 @@ def chosen(config: Config, start: int) -> dict[str, Callable[[], Tracker]]:
     return board | ({"Weights & Biases": partial(WandB, config, run)} if config.log.wandb else {})
 
 
-def finite(row: dict[str, float | None]) -> dict[str, float]:
-    """The numbers of a metrics row that can be drawn."""
-    return {k: v for k, v in row.items() if k != "step" and v is not None and math.isfinite(v)}
+def curves(row: dict[str, float | None]) -> dict[str, float]:
+    """The finite numbers of a metrics row by the tag of their curve: `loss/kl_clean`, `weight/clean`, `speed/mfu`."""
+    numbers = {k: v for k, v in row.items() if k not in NO_CURVES and v is not None and math.isfinite(v)}
+    return {_tag(name): value for name, value in numbers.items()}
+
+
+def _tag(column: str) -> str:
+    if column == "loss":
+        return "loss/total"
+    if column in GROUPS:
+        return f"{GROUPS[column]}/{column}"
+    return f"weight/{column.removeprefix('w_')}" if column.startswith("w_") else f"loss/{column}"
 
 
 class TensorBoard:
@@ -55,7 +80,7 @@ class TensorBoard:
     def __init__(self, run: Path, start: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
+        self._writer = SummaryWriter(str(run / TENSORBOARD), purge_step=start + 1)
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
@@ -87,8 +112,8 @@ class WandB:
             settings=wandb.Settings(console="off", init_timeout=60, finish_timeout=30),
         )
         # W&B's own step only grows; a probe's numbers belong to a step that is over.
-        self._run.define_metric("probe/step", hidden=True)
-        self._run.define_metric("probe/*", step_metric="probe/step")
+        self._run.define_metric("accuracy/step", hidden=True)
+        self._run.define_metric("accuracy/*", step_metric="accuracy/step")
         self._newest = 0
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
@@ -96,16 +121,19 @@ class WandB:
         self._run.log(numbers, step=step)
 
     def log_probe(self, step: int, numbers: dict[str, float]) -> None:
-        self._run.log({**numbers, "probe/step": step}, step=max(self._newest, step))
+        self._run.log({**numbers, "accuracy/step": step}, step=max(self._newest, step))
 
     def close(self) -> None:
         self._run.finish()
 
 
 def _identity(run: Path) -> str:
-    path = run / WANDB_FILE
-    if not path.is_file():
-        scratch = path.with_name(path.name + ".tmp")
-        scratch.write_text(json.dumps({"id": uuid.uuid4().hex[:16]}) + "\n")
-        scratch.replace(path)
-    return json.loads(path.read_text())["id"]
+    """The id that the run has at W&B, made at its first start. A damaged file is made anew."""
+    try:
+        known = json.loads((run / WANDB).read_bytes())["id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        known = ""
+    if not isinstance(known, str) or not re.fullmatch(r"[\w-]{1,64}", known):
+        known = uuid.uuid4().hex[:16]
+        write_text(run / WANDB, json.dumps({"id": known}) + "\n")
+    return known

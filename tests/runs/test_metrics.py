@@ -1,10 +1,14 @@
+import errno
+import io
 import json
 import math
 from types import SimpleNamespace
 
 import pytest
 
-from mmtard.runs.metrics import MetricLogger, SilentLogger, cut
+from mmtard.errors import UserError
+from mmtard.runs.journal import cut
+from mmtard.runs.metrics import MetricLogger, SilentLogger
 
 
 def rows(path):
@@ -41,6 +45,8 @@ LINES = "".join(json.dumps({"step": n, "loss": n / 2}) + "\n" for n in (1, 2, 3)
         (LINES + '{"step": 4, "lo', 9, [1, 2, 3]),
         (LINES + "\0\0\0\0", 9, [1, 2, 3]),  # what a power cut may leave
         ("", 5, []),
+        (LINES.replace('"step": 2', '"st'), 9, [1, 3]),  # a damaged line takes none of the later ones with it
+        ('12\n"x"\n{"a": 1}\n{"step": "2"}\n' + LINES, 9, [1, 2, 3]),
     ],
 )
 def test_cut_keeps_whole_lines_up_to_the_step(tmp_path, text, step, kept):
@@ -109,3 +115,54 @@ def test_a_step_is_a_row_of_what_the_ranks_agreed_on_and_the_silent_twin_takes_t
     assert list(made) == [*expected, "seconds", "images_per_s"] and made.items() >= expected.items()
     calls = {name for name in vars(MetricLogger) if not name.startswith("_")}
     assert calls == {name for name in vars(SilentLogger) if not name.startswith("_")}
+
+
+def test_damaged_lines_are_told_of_and_bytes_that_are_no_text_are_left_out(tmp_path, opened, capsys):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\n{"step": 2}\n')
+    opened(tmp_path, start=2)
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+    assert rows(tmp_path / "events.jsonl") == [
+        {"step": 2, "event": "damaged lines left out", "file": "metrics.jsonl", "lines": 1}
+    ]
+
+
+def test_a_full_disk_is_one_line_that_names_it_and_leaves_no_half_row(tmp_path, opened):
+    metrics = opened(tmp_path)
+    metrics.write_row(row(1))
+    file = metrics._journals["metrics.jsonl"]._file
+
+    class Full:
+        """Takes ten bytes of a row, and no more."""
+
+        seek, truncate, fileno, close = file.seek, file.truncate, file.fileno, file.close
+
+        def write(self, data):
+            if len(data) < 20:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return file.write(data[: len(data) - 10])
+
+    metrics._journals["metrics.jsonl"]._file = Full()
+    words = (
+        r"cannot write '.*metrics.jsonl': No space left on device \(the disk at '.*' has .* free\); free space there"
+    )
+    with pytest.raises(UserError, match=words):
+        metrics.write_row(row(2))
+    assert [r["step"] for r in rows(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_a_console_that_is_closed_is_noted_and_the_run_goes_on(tmp_path, opened, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Closed())
+    metrics = opened(tmp_path, log_every=1)
+    for step in (1, 2, 3):
+        metrics.write_row(row(step))
+    assert len(rows(tmp_path / "metrics.jsonl")) == 3
+    assert [r["event"] for r in rows(tmp_path / "events.jsonl")] == ["the console was closed"]
+
+
+def test_a_run_name_is_no_markup_and_no_control_characters_reach_the_terminal(tmp_path, opened, capsys):
+    opened(tmp_path).event(1, "replaced", samples=["a[red]b", "c\x1b[2Jd"])
+    assert capsys.readouterr().out == "step 1: replaced  samples a[red]b, c?[2Jd\n"

@@ -36,12 +36,17 @@ def test_tensorboard_shows_a_step_that_was_done_again_once(tmp_path):
     again.probe({"step": 1, **PROBED})  # of a checkpoint that steps have overtaken
     again.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1.0), (2, 0.5)]
-    assert [(e.step, e.value) for name in ("clean", "robust") for e in board.Scalars(f"probe/{name}")] == [
+    assert [(e.step, e.value) for e in board.Scalars("loss/total")] == [(1, 1.0), (2, 0.5)]
+    assert [(e.step, e.value) for name in ("clean", "robust") for e in board.Scalars(f"accuracy/{name}")] == [
         (1, 0.75),
         (1, 0.5),
     ]
-    assert set(board.Tags()["scalars"]) == {"loss", "images_per_s", "probe/clean", "probe/robust"}
+    assert set(board.Tags()["scalars"]) == {
+        "loss/total",
+        "speed/images_per_s",
+        "accuracy/clean",
+        "accuracy/robust",
+    }
 
 
 class Broken:
@@ -77,7 +82,7 @@ def test_a_tracker_that_fails_is_named_once_and_ends_nothing(tmp_path, capsys, a
         metrics.write_row(row(step, grad_norm=math.nan))
     metrics.close()
     assert [s for s, _ in made[0].logged] == logged if made else logged is None
-    assert whole.logged == [(s, {"loss": 1 / s, "images_per_s": 100.0}) for s in (1, 2, 3)]
+    assert whole.logged == [(s, {"loss/total": 1 / s, "speed/images_per_s": 100.0}) for s in (1, 2, 3)]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     lines = [line for line in capsys.readouterr().out.splitlines() if "broken" in line]
     assert lines == [f"broken gets no more numbers of this start: {said}"]
@@ -100,7 +105,7 @@ from mmtard.runs.trackers import chosen
 config, start = load(sys.argv[1]), int(sys.argv[2])
 metrics = MetricLogger(__import__("pathlib").Path(config.run_dir), start, 4, 99, chosen(config, start))
 for step in range(start + 1, start + 3):
-    metrics.write_row({{"step": step, "loss": 1.0 / step, "images_per_s": 1.0}})
+    metrics.write_row({{"step": step, "loss": 1.0 / step, "images_per_s": 1.0, "batch": 7}})
 metrics.probe({{"step": start + 1, **{PROBED}}})
 metrics.close()
 """
@@ -142,13 +147,27 @@ def test_every_start_of_a_run_goes_on_in_one_weights_and_biases_run(tree, write,
                 settings |= {u.key: json.loads(u.value_json) for u in record.run.config.update}
             if record.HasField("history"):
                 numbers = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.history.item}
-                if "loss" in numbers:
-                    history[numbers["_step"]] = numbers["loss"]
-                if "probe/step" in numbers:
-                    probes.append((numbers["probe/step"], numbers["probe/clean"], numbers["probe/robust"]))
-            if record.HasField("metric") and record.metric.glob_name == "probe/*":
-                assert record.metric.step_metric == "probe/step"
+                if "loss/total" in numbers:
+                    history[numbers["_step"]] = numbers["loss/total"]
+                if "accuracy/step" in numbers:
+                    probes.append(tuple(numbers[f"accuracy/{name}"] for name in ("step", "clean", "robust")))
+            if record.HasField("metric") and record.metric.glob_name == "accuracy/*":
+                assert record.metric.step_metric == "accuracy/step"
     identity = json.loads((run / "wandb.json").read_text())["id"]
     assert set(map(str, runs)) == {str((identity, "robust", ["a"]))}
     assert history == {s: 1 / s for s in (1, 2, 3, 4)} and probes == [(1, 0.75, 0.5), (3, 0.75, 0.5)]
     assert settings["train"]["batch_size"] == 8 and settings["attack"]["eps"] == "2/255"
+
+
+def test_curves_are_grouped_and_a_digest_is_none_of_them():
+    columns = ("step", "loss", "kl_clean", "w_clean", "w_clean_p10", "lr", "grad_norm", "batch", "skipped", "mfu")
+    tags = {"loss/total", "loss/kl_clean", "weight/clean", "weight/clean_p10"}
+    tags |= {"optimizer/lr", "optimizer/grad_norm", "counts/skipped", "speed/mfu"}
+    assert trackers.curves(dict.fromkeys(columns, 1.0)).keys() == tags
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"id": "../../x"}', '{"id": null}', "\0\0"])
+def test_a_damaged_identity_of_a_run_is_made_anew(tmp_path, content):
+    (tmp_path / "wandb.json").write_text(content)
+    made = trackers._identity(tmp_path)
+    assert len(made) == 16 and trackers._identity(tmp_path) == made

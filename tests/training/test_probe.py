@@ -241,7 +241,7 @@ time.sleep(60)
 def test_the_process_is_deaf_to_the_jobs_signals_and_dies_with_its_parent():
     parent = subprocess.Popen([sys.executable, "-c", PARENT, BACKGROUND, "0"], stdout=subprocess.PIPE, text=True)
     child, *words = parent.stdout.readline().split()
-    assert words == ["19", "SIGINT+SIGTERM+SIGUSR2", "7"]
+    assert words == ["19", "SIGHUP+SIGINT+SIGTERM+SIGUSR2", "7"]
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         os.kill(int(child), number)
     time.sleep(0.2)

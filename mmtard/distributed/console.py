@@ -1,0 +1,72 @@
+"""Output that outlives its terminal or pipe: what closes it ends no work."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TextIO
+
+
+class LastingStream:
+    """A text stream that drops what is written once its other end is closed (`| head`, a terminal that is gone).
+
+    The file descriptor then leads to /dev/null, so that libraries and child processes meet no closed pipe either.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.closed_by_reader = False
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except UnicodeEncodeError:  # such as a folder's name in a locale without its letters
+            return self.write(text.encode("ascii", "backslashreplace").decode())
+        except OSError:
+            self._detach()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._detach()
+
+    def writelines(self, lines) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def _detach(self) -> None:
+        self.closed_by_reader = True
+        try:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+        except (OSError, ValueError):
+            pass  # a stream without a descriptor
+
+
+def lasting(stream: TextIO) -> LastingStream:
+    """The stream, made to outlive its reader."""
+    return stream if isinstance(stream, LastingStream) else LastingStream(stream)
+
+
+def outlive_reader() -> None:
+    """Let this process's standard output and error go on without a reader."""
+    if sys.stdout is not None:
+        sys.stdout = lasting(sys.stdout)
+    if sys.stderr is not None:
+        sys.stderr = lasting(sys.stderr)
+
+
+def is_unread() -> bool:
+    """Whether nobody can read this process's standard output any more."""
+    return getattr(sys.stdout, "closed_by_reader", False)
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which could move a terminal's cursor or change what it shows."""
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -1,0 +1,55 @@
+"""A closed pipe or terminal ends no work."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from mmtard.distributed.console import LastingStream, printable
+from mmtard.distributed.interruption import Interruption
+from mmtard.runs import history
+
+
+def test_a_process_whose_pipe_is_closed_goes_on_and_ends_well():
+    code = "from mmtard.distributed.console import *; from mmtard.distributed.processes import exit_process; import sys\n"
+    code += "outlive_reader(); [print('x' * 9999) for _ in range(99)]; sys.stdout.flush()\n"
+    code += "print(is_unread(), file=sys.stderr); exit_process(0)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "True\n" and process.wait(20) == 0
+
+
+def test_a_word_that_the_locale_cannot_write_is_written_in_its_letters():
+    raw = io.BytesIO()
+    stream = LastingStream(io.TextIOWrapper(raw, encoding="ascii"))
+    stream.write("Lauf mit Ü")
+    stream.flush()
+    assert raw.getvalue() == rb"Lauf mit \xdc"
+
+
+def test_control_characters_are_not_printed():
+    assert printable("a\x1b[2J\tb\n中 Ü") == "a?[2J?b?中 Ü"
+
+
+@pytest.fixture
+def handlers():
+    before = {number: signal.getsignal(number) for number in Interruption.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_closed_terminal_is_a_persons_stop(handlers):
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert interruption.name == "SIGHUP" and history.kind_of_stop(interruption.signal) == history.STOPPED
+
+
+def test_under_nohup_a_closed_terminal_means_nothing(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not interruption
