@@ -14,7 +14,9 @@ from mmtard.runs import history
 
 
 def test_a_process_whose_pipe_is_closed_goes_on_and_ends_well():
-    code = "from mmtard.distributed.console import *; from mmtard.distributed.processes import exit_process; import sys\n"
+    code = (
+        "from mmtard.distributed.console import *; from mmtard.distributed.processes import exit_process; import sys\n"
+    )
     code += "outlive_reader(); [print('x' * 9999) for _ in range(99)]; sys.stdout.flush()\n"
     code += "print(is_unread(), file=sys.stderr); exit_process(0)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
