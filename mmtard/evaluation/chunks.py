@@ -1,5 +1,5 @@
-"""The work of a dataset, cut into chunks of samples that are the same at every world size, shared by the ranks, and measured in
-batches as large as the memory allows."""
+"""The work of a dataset, cut into chunks of samples that are the same at every world size, shared by the ranks, and
+measured in batches as large as the memory allows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from ..distributed.ranks import Ranks
 from ..errors import UserError
 from .partial_results import PartialResults
 
-CPU_BATCH, CUDA_BATCH = 64, 128  # where none is asked for; memory that is too small for it halves what is taken at once
+# Images a rank takes at once where no number is asked for. Memory that is too small for them halves the number.
+CPU_BATCH, CUDA_BATCH = 64, 128
 SAY_EVERY_S = 10.0
 
 
@@ -33,38 +34,44 @@ class ChunkedWork:
 
     dataset: Dataset
     transform: Transform | Native
-    chunk: int
+    chunk: int  # samples
     seed: int
     workers: int
     cache: Cache
     ranks: Ranks
-    halving: AdaptiveBatchSize
+    in_batches: AdaptiveBatchSize
     interruption: Interruption
     say: Callable
     max_left_out: float | Fraction = 0.01  # share of samples that may be unreadable
 
     def measure(
-        self, part: str, ids: np.ndarray, progress: PartialResults, measure: Callable, need_labels: bool = True, max_left_out: float | Fraction = 0
-    ) -> tuple[list[dict], list[tuple[str, str]]]:  # fmt: skip
-        """Measure what is left of a part and return, on every rank, the rows of chunks in their order and (name, reason) of each sample
-        that could not be read and is in no row. Collective.
+        self,
+        part: str,
+        ids: np.ndarray,
+        progress: PartialResults,
+        measure: Callable,
+        need_labels: bool = True,
+        max_left_out: float | Fraction = 0,
+    ) -> tuple[list[dict], list[tuple[str, str]]]:
+        """Measure what is left of a part. Collective.
 
-        measure(images [b,3,H,W] float32, batch, their ids) -> the row. Raises UserError when more than the share `max_left_out` cannot
-        be read; RunError with status REQUEUE on an interruption: all that was measured is kept.
+        measure(images [b,3,H,W] float32 in [0,1], batch, their ids) -> the row. Returns, on every rank, the rows of the
+        chunks in their order, and (name, reason) of each sample that could not be read and is in no row. Raises
+        UserError when more than the share `max_left_out` cannot be read; RunError with status REQUEUE on an
+        interruption: all that was measured is kept.
         """
         chunks = [ids[i : i + self.chunk] for i in range(0, len(ids), self.chunk)]
         mine, rounds = progress.mine(part, len(chunks))
-        asked = np.concatenate([chunks[c] for c in mine]) if mine else np.empty(0, dtype=np.int64)
-        meter = RateMeter(part, sum(len(chunks[c]) for c in range(len(chunks)) if (part, c) not in progress.done), self)
-        for _, chunk, batch in zip_longest(range(rounds), mine, self.batches(asked, self.chunk, need_labels)):
+        my_ids = np.concatenate([chunks[c] for c in mine]) if mine else np.empty(0, dtype=np.int64)
+        meter = RateMeter(
+            part, sum(len(chunk) for c, chunk in enumerate(chunks) if (part, c) not in progress.done), self
+        )
+        for _, chunk, batch in zip_longest(range(rounds), mine, self.batches(my_ids, self.chunk, need_labels)):
             self.interruption.stop(self.ranks, kept=f"what is measured is kept in '{progress.folder.parent}'")
             if batch is not None:
-                images, given = batch.pixels(self.ranks.device), batch.sample_ids.tolist()
-                progress.add(
-                    part,
-                    chunk,
-                    {"ids": given, "left_out": batch.left_out, **(measure(images, batch, given) if given else {})},
-                )
+                read = batch.sample_ids.tolist()
+                row = measure(batch.pixels(self.ranks.device), batch, read) if read else {}
+                progress.add(part, chunk, {"ids": read, "left_out": batch.left_out, **row})
                 meter.add(len(chunks[chunk]))
         rows = progress.rows(part)
         left_out = [tuple(named) for row in rows for named in row["left_out"]]
@@ -87,8 +94,11 @@ class ChunkedWork:
 def check_left_out(where: str, left_out: Sequence[tuple[str, str]], n: int, most: float | Fraction) -> None:
     """Raises UserError when more than the share `most` of n samples, or all of them, could not be read."""
     if left_out and (len(left_out) > most * n or len(left_out) == n):
-        told = f"{len(left_out)} of {n} samples cannot be read, and {float(100 * most):g} % may be left out ({named(left_out)})"
-        raise UserError(f"{where}: {told}; repair or remove them")
+        message = (
+            f"{len(left_out)} of {n} samples cannot be read, "
+            f"and {float(100 * most):g} % may be left out ({named(left_out)})"
+        )
+        raise UserError(f"{where}: {message}; repair or remove them")
 
 
 def named(left_out: Sequence[tuple[str, str]]) -> str:
@@ -105,6 +115,7 @@ class RateMeter:
         self.said = self.began
 
     def add(self, n: int) -> None:
+        """Count n more samples of this rank; the other ranks are taken to be as fast."""
         self.done += n * self.work.ranks.world_size
         now = time.monotonic()
         if self.work.ranks.is_first and now - self.said > SAY_EVERY_S:

@@ -6,21 +6,25 @@ import json
 import os
 import re
 import socket
+import zlib
 from pathlib import Path
 from typing import IO
 
 from ..distributed.ranks import Ranks
-from ..errors import UserError
-from ..files import slug
+from ..errors import RunError, UserError
+from ..files import read_json_lines, slug
 
 FOLDER = "partial"
+CHECKSUM = "crc32"
+_OWN_FILE = re.compile(r".+-[0-9a-f]{16}\.\d+-.+-\d+\.jsonl")  # DATASET-KEY.RANK-HOST-PROCESS.jsonl
 
 
 class PartialResults:
     """The chunks of one dataset that are done, whichever ranks of whichever start did them.
 
-    A chunk's result is a line of JSON in a file of the process that made it, `OUT/partial/NAME-KEY.*.jsonl`. `key` stands for the
-    model, the data and the settings: results of another key are removed, with a line. Collective.
+    A chunk's result is a line of JSON in a file of the process that made it, `OUT/partial/NAME-KEY.*.jsonl`, with a
+    checksum: a line that is cut off or damaged is measured again. `key` stands for the model, the data and the settings:
+    results of another key are removed, with a line. Collective.
     """
 
     def __init__(self, out: Path, name: str, key: str, ranks: Ranks, say=print):
@@ -31,31 +35,25 @@ class PartialResults:
     def _read(self, name: str, say) -> dict[tuple[str, int], dict]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            of_dataset = [p for p in own_files(self.folder) if re.fullmatch(rf"{re.escape(name)}-\w{{16}}\..*", p.name)]
+            stale = [path for path in of_dataset if not path.name.startswith(f"{self.stem}.")]
+            for path in stale:
+                path.unlink()
+            lines = [row for path in of_dataset if path not in stale for row in read_json_lines(path)]
         except OSError as error:
             raise UserError(
-                f"--out: cannot write to '{self.folder.parent}': {error.strerror}; choose another folder"
+                f"--out: cannot work in '{self.folder}': {error.strerror or error}; choose another folder"
             ) from None
-        stale = [
-            p
-            for p in self.folder.glob(f"{name}-*.jsonl")
-            if not p.name.startswith(self.stem) and re.fullmatch(rf"{re.escape(name)}-\w{{16}}\..*", p.name)
-        ]
-        for path in stale:
-            path.unlink()
         if stale:
             say(
-                f"{name}: the partial results in '{self.folder}' are of another model, data or settings; they are removed, it starts anew"
+                f"{name}: the partial results in '{self.folder}' are of another model, data or settings; "
+                "they are removed, it starts anew"
             )
-        done = {}
-        for path in sorted(self.folder.glob(f"{self.stem}.*.jsonl")):
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # cut off by a kill
-                done[row["part"], row["chunk"]] = row
+        done = {(row["part"], row["chunk"]): row for row in lines if row.pop(CHECKSUM, None) == _checksum(row)}
         if done:
             say(f"{name}: goes on, {len(done)} chunks are done")
+        if len(done) < len(lines):
+            say(f"{name}: {len(lines) - len(done)} damaged lines in '{self.folder}' are measured again")
         return done
 
     def mine(self, part: str, chunks: int) -> tuple[list[int], int]:
@@ -64,15 +62,23 @@ class PartialResults:
         return left[self.ranks.rank :: self.ranks.world_size], -(-len(left) // self.ranks.world_size)
 
     def add(self, part: str, chunk: int, row: dict) -> None:
+        """Keep a chunk's result, on disk first. Raises RunError where it cannot be written, naming the disk."""
         row = {"part": part, "chunk": chunk, **row}
-        if self._file is None:
-            self.folder.mkdir(parents=True, exist_ok=True)  # the first rank's is another disk's where OUT is not shared
-            self._file = (
-                self.folder / f"{self.stem}.{self.ranks.rank}-{socket.gethostname()}-{os.getpid()}.jsonl"
-            ).open("a")
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            if self._file is None:
+                # The first rank's folder is on another disk where OUT is not shared.
+                self.folder.mkdir(parents=True, exist_ok=True)
+                own = f"{self.stem}.{self.ranks.rank}-{socket.gethostname()}-{os.getpid()}.jsonl"
+                self._file = (self.folder / own).open("a")
+            self._file.write(json.dumps(row | {CHECKSUM: _checksum(row)}) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self.abandon()
+            raise RunError(
+                f"--out: cannot write to '{self.folder}': {error.strerror or error}; "
+                "free space there and start it again: what is measured is kept"
+            ) from None
         self.done[part, chunk] = row
 
     def rows(self, part: str) -> list[dict]:
@@ -81,6 +87,34 @@ class PartialResults:
             self.done |= done
         return [self.done[key] for key in sorted(k for k in self.done if k[0] == part)]
 
+    def abandon(self) -> None:
+        """Close the file without writing what its buffer still holds, which the disk did not take."""
+        file, self._file = self._file, None
+        if file is not None:
+            try:
+                file.close()
+            except OSError:
+                pass  # told already, by the write that failed
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def own_files(folder: Path) -> list[Path]:
+    """The files of partial results in a folder, sorted. Whatever else lies there is not mmtard's and is left alone."""
+    return sorted(path for path in folder.glob("*.jsonl") if path.is_file() and _OWN_FILE.fullmatch(path.name))
+
+
+def remove(out: Path) -> None:
+    """Remove the partial results of a finished evaluation, and their folder where nothing else lies in it."""
+    for path in own_files(out / FOLDER):
+        path.unlink(missing_ok=True)
+    try:
+        (out / FOLDER).rmdir()
+    except OSError:
+        pass  # it holds something of the user's own, or another evaluation works there
+
+
+def _checksum(row: dict) -> int:
+    return zlib.crc32(json.dumps(row, sort_keys=True).encode())

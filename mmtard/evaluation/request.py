@@ -1,4 +1,7 @@
-"""What an evaluation is asked to do, from the words of a command line; says what is wrong with them before torch is imported."""
+"""What an evaluation is asked to do, from the words of a command line.
+
+Imports no torch: what is wrong with the words is said at once.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ class EvaluationRequest:
     batch_size: int | None = None  # images a rank takes at once; None: by the device
     workers: int = 2
     sanity: bool = False  # the costly health checks, too
+    datasets_prompts: bool = False  # each dataset's own prompts, although the model is a run with prompts of its own
 
 
 def protocol(

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..attacks.checks import health_line
 from ..errors import UserError
+from ..files import write_text
+from ..runs.layout import RESULTS as FILE
 from .chunks import named
 from .statistics import wilson_interval
 
 
+FORMAT = 2
+
+
 def unread(left_out: Sequence[tuple[str, str]], n: int) -> list[dict]:
     """A line about the samples, of n, that could not be read, and so are in no number; none where all could."""
-    return (
-        [
-            health_line(
-                "every image was read", False, f"{len(left_out)} of {n} are left out of every number: {named(left_out)}"
-            )
-        ]
-        if left_out
-        else []
-    )
-
-
-FORMAT, FILE = 2, "results.json"
+    if not left_out:
+        return []
+    detail = f"{len(left_out)} of {n} are left out of every number: {named(left_out)}"
+    return [health_line("every image was read", False, detail)]
 
 
 def accuracy(flags: list[bool]) -> dict:
@@ -82,24 +78,62 @@ def read(path: Path) -> dict:
     """The results in a file, or in the results.json of a folder. Raises UserError when they are not of this format."""
     path = path / FILE if path.is_dir() else path
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(
             f"cannot read '{path}': {error.strerror}; give a results.json, or the folder that `mmtard evaluate` wrote"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"'{path}' is not JSON; give a results.json that `mmtard evaluate` wrote") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         of = found.get("format") if isinstance(found, dict) else None
         raise UserError(f"'{path}' has format {of}, this version reads {FORMAT}; evaluate the model again")
+    if (problem := _problem(found)) is not None:
+        raise UserError(f"'{path}' is damaged: {problem}; evaluate the model again")
     return found
 
 
+# The types of what readers of results.json rely on.
+_RESULT = {"protocol": str, "model": dict, "settings": dict, "datasets": list, "averages": dict}
+_DATASET = {"name": str, "kind": str, "key": str, "fingerprint": str, "eps": dict, "samples": dict, "health": list}
+
+
+def _problem(found: dict) -> str | None:
+    """What of results has not the type that `mmtard evaluate` writes; None when all has."""
+    datasets = found.get("datasets")
+    rows = list(enumerate(datasets)) if isinstance(datasets, list) else []
+    checked = [(f"'{key}'", found.get(key, kind()), kind) for key, kind in _RESULT.items()]
+    checked += [(f"'datasets[{i}]'", d, dict) for i, d in rows]
+    checked += [
+        (f"'datasets[{i}].{key}'", d.get(key, kind()), kind)
+        for i, d in rows
+        if isinstance(d, dict)
+        for key, kind in _DATASET.items()
+    ]
+    return next(
+        (f"{where} is no {kind.__name__}" for where, value, kind in checked if not isinstance(value, kind)), None
+    )
+
+
+def check_complete(found: dict, path: Path) -> None:
+    """Raises UserError naming what results lack that an evaluation needs to go on from them."""
+    missing = [key for key in _RESULT if key not in found]
+    missing += [
+        f"datasets[{i}].{key}" for i, d in enumerate(found.get("datasets", [])) for key in _DATASET if key not in d
+    ]
+    if missing:
+        raise UserError(f"'{path}' is damaged: it has no '{missing[0]}'; evaluate the model again")
+
+
 def write(results: dict, folder: Path) -> Path:
-    """Write FOLDER/results.json, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write FOLDER/results.json, whole or not at all. Raises UserError where it cannot be written."""
     path = folder / FILE
-    scratch = folder / f".{FILE}.{os.getpid()}.tmp"
-    scratch.write_text(json.dumps(results, indent=1) + "\n")
-    scratch.replace(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(results, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"--out: cannot write '{path}': {error.strerror or error}; free space there and start it again: "
+            "what is measured is kept"
+        ) from None
     return path

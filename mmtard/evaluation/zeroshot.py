@@ -1,16 +1,26 @@
-"""Zero-shot classification of one dataset: clean on all samples, then the attacks on a stratified sample, at every radius."""
+"""Zero-shot classification of one dataset.
+
+The clean pass over all samples, then the attacks on a stratified sample at every radius, then the summary.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..attacks import checks, ensemble
+from ..attacks.checks import health_line
+from ..attacks.ensemble import AttackFacts
 from ..attacks.state import AttackSettings, Classifier
 from ..config import show_pixels
 from ..data.dataset import Dataset
+from ..data.samples import Batch
 from ..errors import UserError
 from . import results
 from .chunks import ChunkedWork
@@ -18,119 +28,211 @@ from .partial_results import PartialResults
 from .protocols import Protocol
 from .statistics import stratified
 
-NOTHING_ATTACKED = {
-    "check": "attacks",
-    "status": "WARN",
-    "detail": "no sample is classified correctly: nothing to attack",
-}
+NO_PREDICTION = -1  # of a sample whose logits are not all finite
+NOTHING_ATTACKED = health_line("attacks", False, "no sample is classified correctly: nothing to attack")
 
 
-def measure(
-    work: ChunkedWork,
-    logits: Classifier,
-    source: Classifier | None,
-    names: list[str],
-    protocol: Protocol,
-    name: str,
-    progress: PartialResults,
-) -> dict:
-    """The numbers of a dataset, sample by sample, as results.json holds them. Collective.
+@dataclass(frozen=True)
+class ZeroShotTask:
+    """One dataset to be classified. transfer_from: the model that `transfer` attacks in place of this one."""
 
-    source: the model that `transfer` attacks in place of this one.
+    name: str
+    work: ChunkedWork
+    progress: PartialResults
+    logits: Classifier
+    transfer_from: Classifier | None
+    class_names: list[str]
+    protocol: Protocol
+
+
+@dataclass(frozen=True)
+class CleanPass:
+    """What the model says of every readable sample, and which of them are attacked."""
+
+    labelled: int  # samples with a label, readable or not
+    left_out: list[tuple[str, str]]  # (name, reason) of those that could not be read
+    prediction: dict[int, int]  # sample id -> class, or NO_PREDICTION
+    label: dict[int, int]
+    ids: list[int]  # the stratified sample, in the order of the ids
+
+    def right(self, sample: int) -> bool:
+        return self.prediction[sample] == self.label[sample]
+
+
+@dataclass(frozen=True)
+class AtRadius:
+    """What the attacks of one radius did to the samples that are right without attack.
+
+    facts: None where there is no such sample.
     """
 
-    def clean_chunk(images, batch, asked):
-        with torch.no_grad():
-            found = [z.argmax(1).tolist() for z in work.halving(logits, [images])]
-        return {"prediction": sum(found, []), "labels": batch.labels.tolist()}
+    settings: AttackSettings
+    facts: AttackFacts | None
+    broken_by: dict[int, str | None]  # sample id -> the attack that it fell to
+    prediction: dict[int, int]
 
-    asked_for = np.flatnonzero(work.dataset.labels >= 0)
-    rows, left_out = work.measure(f"{name} clean", asked_for, progress, clean_chunk, max_left_out=work.max_left_out)
-    prediction, label = (dict(zip(_all(rows, "ids"), _all(rows, key))) for key in ("prediction", "labels"))
-    everyone = np.array(_all(rows, "ids"))
-    ids = everyone[stratified(work.dataset.labels[everyone], protocol.n_samples, protocol.seed)].tolist()
-    labels, clean = [label[i] for i in ids], [prediction[i] == label[i] for i in ids]
-    attackable = np.array([i for i, right in zip(ids, clean) if right], dtype=np.int64)
-    ran, skipped = defined_attacks(protocol, len(names), name)
-    by_eps, samples_by_eps, facts = {}, {}, []
-    for eps in protocol.radii(name):
-        settings = attack_settings(protocol, float(eps))
 
-        def attack_chunk(images, batch, asked):
-            def attack(x, y, s):
-                return ensemble.run_attacks(logits, x, y, s, ran, settings, source)
+def measure(task: ZeroShotTask) -> dict:
+    """The numbers of a dataset, sample by sample, as results.json holds them. Collective."""
+    attacks, skipped = defined_attacks(task.protocol, len(task.class_names), task.name)
+    clean = clean_pass(task)
+    at_radius = {
+        show_pixels(eps): attack_at(task, clean, attacks, eps) for eps in task.protocol.radii(task.name)
+    }  # fmt: skip
+    return summary(task, clean, attacks, skipped, at_radius)
 
-            outcomes = work.halving(attack, [images, batch.labels.to(images.device), batch.seeds.to(images.device)])
-            merged = ensemble.merge([o.facts for o in outcomes])
-            # A sample that this pass no longer classifies correctly, in another batch than the clean one, is not robust either.
-            broken = [
-                by or (None if right else ran[0]) for o in outcomes for by, right in zip(o.broken_by, o.clean.tolist())
-            ]
-            return {
-                "broken_by": broken,
-                "prediction": sum((o.prediction.tolist() for o in outcomes), []),
-                "facts": asdict(merged),
-            }
 
-        found, _ = work.measure(f"{name} {show_pixels(eps)}", attackable, progress, attack_chunk)
-        at_eps = ensemble.merge([ensemble.AttackFacts(**row["facts"]) for row in found]) if found else None
-        facts += [(settings, replace(at_eps, skipped=skipped))] if at_eps else []
-        broken_by, attacked = (dict(zip(_all(found, "ids"), _all(found, key))) for key in ("broken_by", "prediction"))
-        broken = [broken_by.get(i) for i in ids]
-        summary = results.under_attack(ran, broken, clean, labels, names, at_eps.seconds if at_eps else {})
-        by_eps[show_pixels(eps)] = {**summary, "skipped": skipped}
-        samples_by_eps[show_pixels(eps)] = {
-            "broken_by": broken,
-            "prediction": [attacked.get(i, prediction[i]) for i in ids],
-            "robust": [right and by is None for right, by in zip(clean, broken)],
-        }
+def clean_pass(task: ZeroShotTask) -> CleanPass:
+    """Classify every labelled sample, and choose those that are attacked. Collective."""
+    labels = task.work.dataset.labels
+    labelled = np.flatnonzero(labels >= 0)
+    rows, left_out = task.work.measure(
+        f"{task.name} clean", labelled, task.progress, partial(_clean_chunk, task), max_left_out=task.work.max_left_out
+    )
+    read = np.array(_all(rows, "ids"))
+    return CleanPass(
+        labelled=len(labelled),
+        left_out=left_out,
+        prediction=dict(zip(read.tolist(), _all(rows, "prediction"))),
+        label=dict(zip(read.tolist(), _all(rows, "labels"))),
+        ids=read[stratified(labels[read], task.protocol.n_samples, task.protocol.seed)].tolist(),
+    )
+
+
+def _clean_chunk(task: ZeroShotTask, images: Tensor, batch: Batch, ids: list[int]) -> dict:
+    def predict(x: Tensor) -> list[int]:
+        logits = task.logits(x)
+        # The largest of some NaN is the first class, which would be right for that class's samples.
+        return torch.where(logits.isfinite().all(1), logits.argmax(1), NO_PREDICTION).tolist()
+
+    with torch.no_grad():
+        return {"prediction": sum(task.work.in_batches(predict, [images]), []), "labels": batch.labels.tolist()}
+
+
+def attack_at(task: ZeroShotTask, clean: CleanPass, attacks: list[str], eps: Fraction) -> AtRadius:
+    """Set the attacks, at one radius, on the sampled images that are right without attack. Collective."""
+    settings = attack_settings(task.protocol, float(eps))
+    right = np.array([i for i in clean.ids if clean.right(i)], dtype=np.int64)
+    rows, _ = task.work.measure(
+        f"{task.name} {show_pixels(eps)}", right, task.progress, partial(_attack_chunk, task, attacks, settings)
+    )
+    attacked = _all(rows, "ids")
+    return AtRadius(
+        settings=settings,
+        facts=ensemble.merge([AttackFacts(**row["facts"]) for row in rows]) if rows else None,
+        broken_by=dict(zip(attacked, _all(rows, "broken_by"))),
+        prediction=dict(zip(attacked, _all(rows, "prediction"))),
+    )
+
+
+def _attack_chunk(
+    task: ZeroShotTask, attacks: list[str], settings: AttackSettings, images: Tensor, batch: Batch, ids: list[int]
+) -> dict:
+    def attack(x: Tensor, labels: Tensor, seeds: Tensor) -> ensemble.Outcome:
+        return ensemble.run_attacks(task.logits, x, labels, seeds, attacks, settings, task.transfer_from)
+
+    labels, seeds = batch.labels.to(images.device), batch.seeds.to(images.device)
+    outcomes = task.work.in_batches(attack, [images, labels, seeds])
     return {
-        "n_total": len(everyone),
-        "left_out": len(left_out),
-        "clean_all": results.accuracy([prediction[i] == label[i] for i in everyone.tolist()]),
-        "clean": results.accuracy(clean),
-        "eps": by_eps,
-        "samples": {
-            "ids": ids,
-            "keys": [work.dataset.keys[i] for i in ids],
-            "labels": labels,
-            "clean": clean,
-            "clean_prediction": [prediction[i] for i in ids],
-            "eps": samples_by_eps,
-        },
-        "health": results.unread(left_out, len(asked_for)) + (checks.check(facts) if facts else [NOTHING_ATTACKED]),
+        # In another batch than the clean pass's, a sample may no longer be right: it is not robust either.
+        "broken_by": [
+            attack or (None if right else attacks[0])
+            for outcome in outcomes
+            for attack, right in zip(outcome.broken_by, outcome.clean.tolist())
+        ],
+        "prediction": sum((outcome.prediction.tolist() for outcome in outcomes), []),
+        "facts": asdict(ensemble.merge([outcome.facts for outcome in outcomes])),
     }
 
 
-def sanity(
-    work: ChunkedWork,
-    logits: Classifier,
-    source: Classifier | None,
-    samples: dict,
-    protocol: Protocol,
-    name: str,
-    progress: PartialResults,
-) -> list[dict]:
-    """The health checks that need attacks of their own, by the first rank, on some of the measured `samples` of all classes. Collective."""
+def summary(
+    task: ZeroShotTask,
+    clean: CleanPass,
+    attacks: list[str],
+    skipped: dict[str, str],
+    at_radius: dict[str, AtRadius],
+) -> dict:
+    """The part of results.json that says what was measured: accuracies, every sample's outcome, health lines."""
+    ids, n_all = clean.ids, len(clean.prediction)
+    labels, right = [clean.label[i] for i in ids], [clean.right(i) for i in ids]
+    broken = {eps: [found.broken_by.get(i) for i in ids] for eps, found in at_radius.items()}
+    by_eps = {
+        eps: results.under_attack(
+            attacks, broken[eps], right, labels, task.class_names, found.facts.seconds if found.facts else {}
+        )
+        | {"skipped": skipped}
+        for eps, found in at_radius.items()
+    }
+    return {
+        "n_total": n_all,
+        "left_out": len(clean.left_out),
+        "clean_all": results.accuracy([clean.right(i) for i in clean.prediction]),
+        "clean": results.accuracy(right),
+        "eps": by_eps,
+        "samples": {
+            "ids": ids,
+            "keys": [task.work.dataset.keys[i] for i in ids],
+            "labels": labels,
+            "clean": right,
+            "clean_prediction": [clean.prediction[i] for i in ids],
+            "eps": {
+                eps: {
+                    "broken_by": broken[eps],
+                    "prediction": [found.prediction.get(i, clean.prediction[i]) for i in ids],
+                    "robust": [stands and by is None for stands, by in zip(right, broken[eps])],
+                }
+                for eps, found in at_radius.items()
+            },
+        },
+        "health": [
+            *results.unread(clean.left_out, clean.labelled),
+            *not_finite(task.work.dataset, clean.prediction),
+            *attack_lines(at_radius.values(), skipped),
+        ],
+    }
+
+
+def not_finite(dataset: Dataset, prediction: dict[int, int]) -> list[dict]:
+    """A line that names the samples without a prediction; none where all logits are finite."""
+    bad = [dataset.name(i) for i, k in prediction.items() if k == NO_PREDICTION]
+    if not bad:
+        return []
+    first = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
+    return [
+        health_line(
+            "finite logits",
+            False,
+            f"clean: {len(bad)} of {len(prediction)} samples have logits that are NaN or infinite "
+            f"and count as wrong ({first}): the model's weights or its text embeddings are not finite, or overflow",
+            "FAIL",
+        )
+    ]
+
+
+def attack_lines(at_radius: Sequence[AtRadius], skipped: dict[str, str]) -> list[dict]:
+    """Whether the attacks can be believed, by what they did at every radius."""
+    facts = [(found.settings, replace(found.facts, skipped=skipped)) for found in at_radius if found.facts]
+    return checks.check(facts) if facts else [NOTHING_ATTACKED]
+
+
+def sanity(task: ZeroShotTask, samples: dict) -> list[dict]:
+    """The health checks that need attacks of their own, by the first rank, on some of the measured `samples` of all
+    classes. Collective."""
     ids = np.array([i for i, right in zip(samples["ids"], samples["clean"]) if right], dtype=np.int64)
-    settings = attack_settings(protocol, float(protocol.radii(name)[0]))
+    return task.work.ranks.run_on_first(partial(_sanity_lines, task, ids)) if len(ids) else []
 
-    def lines() -> list[dict]:
-        if not len(ids):
-            return []
-        if ("sanity", 0) not in progress.done:
-            chosen = ids[stratified(work.dataset.labels[ids], checks.SANITY_SAMPLES, work.seed)]
-            (batch,) = work.batches(chosen, len(chosen))
-            images = batch.pixels(work.ranks.device)
-            labels, seeds = batch.labels.to(work.ranks.device), batch.seeds.to(work.ranks.device)
-            progress.add(
-                "sanity",
-                0,
-                {"lines": checks.sanity(logits, images, labels, seeds, settings, source, work.halving)},
-            )
-        return progress.done["sanity", 0]["lines"]
 
-    return work.ranks.run_on_first(lines)
+def _sanity_lines(task: ZeroShotTask, ids: np.ndarray) -> list[dict]:
+    work, done = task.work, task.progress.done
+    if ("sanity", 0) not in done:
+        settings = attack_settings(task.protocol, float(task.protocol.radii(task.name)[0]))
+        chosen = ids[stratified(work.dataset.labels[ids], checks.SANITY_SAMPLES, work.seed)]
+        (batch,) = work.batches(chosen, len(chosen))
+        images = batch.pixels(work.ranks.device)
+        labels, seeds = batch.labels.to(work.ranks.device), batch.seeds.to(work.ranks.device)
+        lines = checks.sanity(task.logits, images, labels, seeds, settings, task.transfer_from, work.in_batches)
+        task.progress.add("sanity", 0, {"lines": lines})
+    return done["sanity", 0]["lines"]
 
 
 def attack_settings(protocol: Protocol, eps: float) -> AttackSettings:
@@ -147,7 +249,10 @@ def attack_settings(protocol: Protocol, eps: float) -> AttackSettings:
 
 
 def defined_attacks(protocol: Protocol, n_classes: int, name: str) -> tuple[list[str], dict[str, str]]:
-    """The protocol's attacks that exist for so many classes, and why the others do not. Raises UserError when none does."""
+    """The protocol's attacks that exist for so many classes, and why the others do not.
+
+    Raises UserError when none does.
+    """
     ran, skipped = ensemble.defined_attacks(protocol.attacks, n_classes)
     if not ran:
         reasons = "; ".join(f"{attack}: {reason}" for attack, reason in skipped.items())
@@ -165,5 +270,6 @@ def check_labels(dataset: Dataset, names: list[str], where: str) -> None:
         raise UserError(f"'{where}' has no labelled sample; evaluation needs a .cls member beside each image")
     if dataset.labels.max() >= len(names):
         raise UserError(
-            f"classnames: {len(names)} names, but '{where}' has label {dataset.labels.max()}; give the names of these labels"
+            f"classnames: {len(names)} names, but '{where}' has label {dataset.labels.max()}; "
+            "give the names of these labels"
         )

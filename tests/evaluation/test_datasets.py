@@ -17,7 +17,7 @@ from mmtard.data.reader import Reader
 from mmtard.data.samples import SampleReader
 from mmtard.data.stream import eval_batches
 from mmtard.errors import UserError
-from mmtard.evaluation import datasets, session, table
+from mmtard.evaluation import datasets, prompts, table
 from mmtard.evaluation.protocols import FARE_SETS, PROTOCOLS
 from mmtard.evaluation.request import default_out, protocol
 
@@ -215,26 +215,26 @@ def test_class_folders_are_read_as_they_are(measure, tmp_path):
 
 
 def test_prompts_are_the_datasets_own_then_imagenets_then_the_simple_one(tmp_path):
-    def prompts(name, file=None, protocol="quick"):
+    def of(name, file=None, protocol="quick"):
         folder = write(tmp_path / name, 1)
         if file:
             (folder / "zeroshot_classification_templates.txt").write_text(file)
         (source,) = datasets.find_datasets(str(folder))
-        return session._prompts(source, PROTOCOLS[protocol])
+        return prompts.prompts_of(source, PROTOCOLS[protocol])[0]
 
-    assert prompts("pets", "a photo of a {c}, a type of pet.\n") == ["a photo of a {}, a type of pet."]
+    assert of("pets", "a photo of a {c}, a type of pet.\n") == ["a photo of a {}, a type of pet."]
     assert (
-        prompts("imagenet-a") == [t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]
+        of("imagenet-a") == [t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]
         and len(open_clip.OPENAI_IMAGENET_TEMPLATES) == 80
     )
-    assert prompts("imagenet-r", "the {c}\n") == ["the {}"]
-    assert prompts("own") == ["This is a photo of a {}"] == prompts("cars", "a {c}\n", protocol="tecoa")
+    assert of("imagenet-r", "the {c}\n") == ["the {}"]
+    assert of("own") == ["This is a photo of a {}"] == of("cars", "a {c}\n", protocol="tecoa")
 
 
 def test_imagenets_subsets_have_their_own_class_names(tmp_path):
     def names(folder):
         (source,) = datasets.find_datasets(str(folder))
-        return session._names(source, open_dataset(source.data))
+        return prompts.names_of(source, open_dataset(source.data))
 
     assert names(write(tmp_path / "imagenet-a", 2, classes=COLOURS)) == list(COLOURS)
     folder = write(tmp_path / "imagenetv2", 1000, size=(1, 1), classes=[str(i) for i in range(1000)])

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import zlib
 from fractions import Fraction
 
 import numpy as np
@@ -223,7 +224,7 @@ def test_an_added_dataset_leaves_the_others_as_they_are(colours, measure, tmp_pa
     write(root / "more", 8)
     measured = []
     run = zeroshot.measure
-    monkeypatch.setattr(zeroshot, "measure", lambda *args: measured.append(args[5]) or run(*args))
+    monkeypatch.setattr(zeroshot, "measure", lambda *args: measured.append(args[0].name) or run(*args))
     found = measure(root)
     assert (
         measured == ["more"]
@@ -350,7 +351,8 @@ def test_a_probe_leaves_out_what_cannot_be_read(damaged, exported, ranks):
 def test_partial_results_of_other_settings_are_dropped_with_a_line(ranks, tmp_path):
     folder, said = tmp_path / partial_results.FOLDER, []
     folder.mkdir()
-    row = json.dumps({"part": "colours clean", "chunk": 0})
+    row = {"part": "colours clean", "chunk": 0}
+    row = json.dumps(row | {"crc32": zlib.crc32(json.dumps(row, sort_keys=True).encode())})
     for name in (f"colours-{'0' * 16}", f"colours-{'1' * 16}", f"colours-2-{'0' * 16}"):
         (folder / f"{name}.0-host-1.jsonl").write_text(f"{row}\n")
     found = partial_results.PartialResults(tmp_path, "colours", "1" * 16, ranks, said.append)
