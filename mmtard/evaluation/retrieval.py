@@ -1,11 +1,17 @@
-"""Image-text retrieval of one dataset with captions: recall at 1, 5, 10 in both directions, clean and with attacked images."""
+"""Image-text retrieval of one dataset with captions.
+
+Recall at 1, 5 and 10 in both directions, clean and with attacked images.
+"""
 
 from __future__ import annotations
 
 import base64
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,11 +20,14 @@ from torch import Tensor
 
 from ..attacks import checks
 from ..attacks.apgd import apgd
+from ..attacks.checks import health_line
 from ..attacks.ensemble import AttackFacts
+from ..attacks.state import AttackSettings
 from ..attacks.threat_model import perturbation_size
-from ..config import show_pixels
+from ..config import Cache, show_pixels
 from ..data.dataset import Dataset
 from ..data.reader import Reader
+from ..data.samples import Batch
 from ..data.staging import staging_for
 from ..errors import UserError
 from ..seeding import derive_seeds
@@ -42,88 +51,166 @@ class Captions:
     image: Tensor
 
     @classmethod
-    def read(cls, dataset: Dataset, ids: list[int], cache) -> Captions:
-        """Each line of a sample's .txt is a caption. Raises UserError naming a sample without any."""
+    def read(cls, dataset: Dataset, ids: list[int], cache: Cache) -> Captions:
+        """The captions of the samples, in their order. Raises UserError naming a sample without any."""
         reader = Reader(dataset, staging_for(dataset, cache))
-        lines = [[line.strip() for line in reader.caption(i).splitlines() if line.strip()] for i in ids]
-        for i, own in zip(ids, lines):
+        captions = [captions_in(reader.caption(i)) for i in ids]
+        for i, own in zip(ids, captions):
             if not own:
                 raise UserError(f"'{dataset.name(i)}' has no caption; retrieval needs a .txt member beside each image")
-        return cls(sum(lines, []), torch.tensor([place for place, own in enumerate(lines) for _ in own]))
+        return cls(sum(captions, []), torch.tensor([place for place, own in enumerate(captions) for _ in own]))
+
+    def of(self, chosen: np.ndarray) -> tuple[Captions, Tensor]:
+        """The captions of the images at the places `chosen`, sorted, and which of these captions they are: bool [T]."""
+        theirs = torch.isin(self.image, torch.from_numpy(chosen))
+        image = torch.searchsorted(torch.from_numpy(chosen), self.image[theirs])
+        return Captions([text for text, own in zip(self.texts, theirs.tolist()) if own], image), theirs
 
 
-def measure(
-    work: ChunkedWork,
-    embed: Callable[[Tensor], Tensor],
-    texts: Callable[[list[str]], Tensor],
-    logit_scale: float,
-    protocol: Protocol,
-    name: str,
-    progress: PartialResults,
-) -> dict:
-    """Clean recall over all images, and clean and attacked recall over the sampled ones with their captions. Collective.
+def captions_in(text: str) -> list[str]:
+    """The captions in a .txt member: those of a JSON list of texts, else its lines that are not blank."""
+    if text.lstrip().startswith("["):
+        try:
+            listed = json.loads(text)
+        except (ValueError, RecursionError):
+            listed = None
+        if isinstance(listed, list) and listed and all(isinstance(caption, str) for caption in listed):
+            return [" ".join(caption.split()) for caption in listed if caption.strip()]
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
-    embed: images [B,3,H,W] -> embeddings [B,D], differentiable; texts: T captions -> normalised embeddings [T,D].
-    """
 
-    def clean_chunk(images, batch, asked):
-        with torch.no_grad():
-            return {"embeddings": _pack(torch.cat(work.halving(embed, [images])))}
+@dataclass(frozen=True)
+class RetrievalTask:
+    """One dataset of images with captions, and the model that matches them."""
 
-    asked_for = np.arange(len(work.dataset))
+    name: str
+    work: ChunkedWork
+    progress: PartialResults
+    embed: Callable[[Tensor], Tensor]  # images [B,3,H,W] -> embeddings [B,D], differentiable
+    embed_texts: Callable[[list[str]], Tensor]  # T captions -> normalised embeddings [T,D]; collective
+    logit_scale: float
+    protocol: Protocol
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The images that are attacked: their ids, their captions, and the captions' embeddings [T,D]."""
+
+    ids: np.ndarray
+    captions: Captions
+    texts: Tensor
+
+
+def measure(task: RetrievalTask) -> dict:
+    """Recall over all images, and clean and attacked recall over the sampled ones with their captions. Collective."""
+    work, dataset = task.work, task.work.dataset
     rows, left_out = work.measure(
-        f"{name} clean", asked_for, progress, clean_chunk, need_labels=False, max_left_out=work.max_left_out
+        f"{task.name} clean",
+        np.arange(len(dataset)),
+        task.progress,
+        partial(_clean_chunk, task),
+        need_labels=False,
+        max_left_out=work.max_left_out,
     )
-    everyone = np.array([i for row in rows for i in row["ids"]])
-    of_all, all_captions = _embeddings(rows), Captions.read(work.dataset, everyone.tolist(), work.cache)
-    text = texts(all_captions.texts)
-    chosen = stratified(np.zeros(len(everyone), dtype=np.int64), protocol.n_samples, protocol.seed)  # of everyone's
-    ids = everyone[chosen]
-    captions = Captions.read(work.dataset, ids.tolist(), work.cache)
-    own_text = text[torch.isin(all_captions.image, torch.from_numpy(chosen))]  # both in the order of the images
-    place = {int(i): k for k, i in enumerate(ids)}
-    targets, of_caption = own_text.to(work.ranks.device), captions.image.to(work.ranks.device)
-    clean_ranks = ranks_of(of_all[torch.from_numpy(chosen)], own_text, captions.image)
-    eps_out, samples, lines = {}, {}, results.unread(left_out, len(asked_for))
-    for eps in protocol.radii(name):
-        settings = attack_settings(protocol, float(eps))
-
-        def attack_chunk(images, batch, asked):
-            def attack(x, s, own):
-                return _attack(lambda z: away(logit_scale * embed(z) @ targets.T, own), x, s, settings)
-
-            began = time.monotonic()
-            own = torch.tensor([place[i] for i in asked], device=images.device)[:, None] == of_caption[None, :]
-            adv = torch.cat(work.halving(attack, [images, batch.seeds.to(images.device), own]))
-            with torch.no_grad():
-                z = torch.cat(work.halving(embed, [adv]))
-            facts = {
-                "largest": float(perturbation_size(adv - images, settings.norm).max()), "low": float(adv.min()), "high": float(adv.max()),
-                "not_finite": int((~z.isfinite().all(1)).sum()), "seconds": time.monotonic() - began,
-            }  # fmt: skip
-            return {"embeddings": _pack(z), "facts": facts}
-
-        found, _ = work.measure(f"{name} {show_pixels(eps)}", ids, progress, attack_chunk, need_labels=False)
-        ranks, facts = ranks_of(_embeddings(found), own_text, captions.image), [row["facts"] for row in found]
-        eps_out[show_pixels(eps)] = {"recall": recalls(*ranks), "seconds": round(sum(f["seconds"] for f in facts), 3)}
-        samples[show_pixels(eps)] = _per_sample(*ranks)
-        lines += _health(settings, facts, len(ids))
+    images = _embeddings(rows)
+    read = np.array([i for row in rows for i in row["ids"]])
+    captions = Captions.read(dataset, read.tolist(), work.cache)
+    texts = task.embed_texts(captions.texts)
+    chosen = stratified(np.zeros(len(read), dtype=np.int64), task.protocol.n_samples, task.protocol.seed)
+    own, theirs = captions.of(chosen)
+    sample = Sample(read[chosen], own, texts[theirs])
+    clean = ranks_of(images[torch.from_numpy(chosen)], sample.texts, own.image)
+    at_radius = {show_pixels(eps): attack_at(task, sample, eps) for eps in task.protocol.radii(task.name)}
     return {
-        "n_total": len(everyone),
-        "captions": len(all_captions.texts),
+        "n_total": len(read),
+        "captions": len(captions.texts),
         "attack": ATTACK,
         "left_out": len(left_out),
-        "clean_all": recalls(*ranks_of(of_all, text, all_captions.image)),
-        "clean": recalls(*clean_ranks),
-        "eps": eps_out,
+        "clean_all": recalls(*ranks_of(images, texts, captions.image)),
+        "clean": recalls(*clean),
+        "eps": {eps: found["recall"] for eps, found in at_radius.items()},
         "samples": {
-            "ids": ids.tolist(),
-            "keys": [work.dataset.keys[i] for i in ids.tolist()],
-            "clean": _per_sample(*clean_ranks),
-            "eps": samples,
+            "ids": sample.ids.tolist(),
+            "keys": [dataset.keys[i] for i in sample.ids.tolist()],
+            "clean": _per_sample(*clean),
+            "eps": {eps: _per_sample(*found["ranks"]) for eps, found in at_radius.items()},
         },
-        "health": lines,
+        "health": [
+            *results.unread(left_out, len(dataset)),
+            *_not_finite(dataset, read, images, texts),
+            *(line for found in at_radius.values() for line in found["health"]),
+        ],
     }
+
+
+def _clean_chunk(task: RetrievalTask, images: Tensor, batch: Batch, ids: list[int]) -> dict:
+    with torch.no_grad():
+        return {"embeddings": _pack(torch.cat(task.work.in_batches(task.embed, [images])))}
+
+
+def attack_at(task: RetrievalTask, sample: Sample, eps: Fraction) -> dict:
+    """Attack the sampled images at one radius: {recall: as results.json holds it, ranks, health}. Collective."""
+    settings = attack_settings(task.protocol, float(eps))
+    rows, _ = task.work.measure(
+        f"{task.name} {show_pixels(eps)}",
+        sample.ids,
+        task.progress,
+        partial(_attack_chunk, task, sample, settings),
+        need_labels=False,
+    )
+    ranks, facts = ranks_of(_embeddings(rows), sample.texts, sample.captions.image), [row["facts"] for row in rows]
+    seconds = round(sum(f["seconds"] for f in facts), 3)
+    return {
+        "recall": {"recall": recalls(*ranks), "seconds": seconds},
+        "ranks": ranks,
+        "health": _health(settings, facts, len(sample.ids)),
+    }
+
+
+def _attack_chunk(
+    task: RetrievalTask, sample: Sample, settings: AttackSettings, images: Tensor, batch: Batch, ids: list[int]
+) -> dict:
+    """Attack the images of a chunk; its embeddings and facts."""
+    began, device = time.monotonic(), images.device
+    place = torch.from_numpy(np.searchsorted(sample.ids, ids)).to(device)
+    own = place[:, None] == sample.captions.image.to(device)[None, :]
+    texts = sample.texts.to(device)
+
+    def attack(x: Tensor, seeds: Tensor, own: Tensor) -> Tensor:
+        def loss(z: Tensor) -> Tensor:
+            return away(task.logit_scale * task.embed(z) @ texts.T, own)
+
+        return _attack(loss, x, seeds, settings)
+
+    adv = torch.cat(task.work.in_batches(attack, [images, batch.seeds.to(device), own]))
+    with torch.no_grad():
+        z = torch.cat(task.work.in_batches(task.embed, [adv]))
+    facts = {
+        "largest": float(perturbation_size(adv - images, settings.norm).max()),
+        "low": float(adv.min()),
+        "high": float(adv.max()),
+        "not_finite": int((~z.isfinite().all(1)).sum()),
+        "seconds": time.monotonic() - began,
+    }
+    return {"embeddings": _pack(z), "facts": facts}
+
+
+def _not_finite(dataset: Dataset, ids: np.ndarray, images: Tensor, texts: Tensor) -> list[dict]:
+    """A line about embeddings that are NaN or infinite; none where all are finite."""
+    bad = ids[~images.isfinite().all(1).numpy()].tolist()
+    bad_texts = int((~texts.isfinite().all(1)).sum())
+    if not bad and not bad_texts:
+        return []
+    first = f" ({dataset.name(bad[0])})" if bad else ""
+    return [
+        health_line(
+            "finite embeddings",
+            False,
+            f"clean: {len(bad)} of {len(ids)} images{first} and {bad_texts} of {len(texts)} captions have embeddings that "
+            "are NaN or infinite; they find nothing",
+            "FAIL",
+        )
+    ]
 
 
 def away(logits: Tensor, own: Tensor) -> Tensor:
@@ -191,12 +278,22 @@ def _attack(loss_fn: Callable[[Tensor], Tensor], images: Tensor, seeds: Tensor, 
     return best
 
 
-def _health(settings, facts: list[dict], n: int) -> list[dict]:
+def _health(settings: AttackSettings, facts: list[dict], n: int) -> list[dict]:
     merged = AttackFacts(
-        n=n, attacked=n, largest_perturbation=max(f["largest"] for f in facts), lowest_pixel=min(f["low"] for f in facts),
-        highest_pixel=max(f["high"] for f in facts), not_finite=sum(f["not_finite"] for f in facts), zero_gradient_ce=0,
-        zero_gradient_dlr=None, taken_back=0, broken={}, seconds={}, queries={}, skipped={},
-    )  # fmt: skip
+        n=n,
+        attacked=n,
+        largest_perturbation=max(f["largest"] for f in facts),
+        lowest_pixel=min(f["low"] for f in facts),
+        highest_pixel=max(f["high"] for f in facts),
+        not_finite=sum(f["not_finite"] for f in facts),
+        zero_gradient_ce=0,
+        zero_gradient_dlr=None,
+        taken_back=0,
+        broken={},
+        seconds={},
+        queries={},
+        skipped={},
+    )
     return [line for line in checks.check([(settings, merged)]) if line["check"] in CERTAIN]
 
 

@@ -150,9 +150,10 @@ class EvaluationSession:
         def texts(captions: list[str]):
             return self.model.head(captions, ["{}"], self.ranks).class_embeddings.cpu()
 
-        return retrieval.measure(
-            work, self.model.embed, texts, self.model.clip.logit_scale, self.request.protocol, name, progress
+        task = retrieval.RetrievalTask(
+            name, work, progress, self.model.embed, texts, self.model.clip.logit_scale, self.request.protocol
         )
+        return retrieval.measure(task)
 
     def _entry(self, source: DatasetSource, dataset: Dataset, key: str, measured: dict, found: dict) -> dict:
         """A dataset's part of results.json."""
