@@ -13,7 +13,6 @@ from ..runs.layout import RESULTS as FILE
 from .chunks import named
 from .statistics import wilson_interval
 
-
 FORMAT = 2
 
 
