@@ -181,10 +181,10 @@ def test_cifar_is_perturbed_at_its_own_size_and_resized_inside_the_model(measure
 
 
 def test_images_of_several_sizes_have_no_native_size(measure, tmp_path):
-    folder = tmp_path / "photos" / "val" / "cat"
-    folder.mkdir(parents=True)
-    for i, size in enumerate([(20, 20), (24, 20)]):
-        Image.fromarray(np.full((*size, 3), 90, np.uint8)).save(folder / f"{i}.png")
+    for name, size in (("cat", (20, 20)), ("dog", (24, 20))):
+        folder = tmp_path / "photos" / "val" / name
+        folder.mkdir(parents=True)
+        Image.fromarray(np.full((*size, 3), 90, np.uint8)).save(folder / "0.png")
     with pytest.raises(
         UserError,
         match="'.*' is 2.x2. pixels, others are 2.x2.: images of several sizes have no common native size; use --perturb-at input",
