@@ -8,7 +8,8 @@ import pytest
 import yaml
 from processes import only_rank
 
-# torch.compile, which DeepSpeed names and no test compiles with, would import a compiler in every process: a second of each launch.
+# torch.compile, which DeepSpeed names and no test compiles with, would import a compiler in every process: a second
+# of each launch.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 WORDS = ["a", "photo", "of", "cat", "dog", "cow", "red", "square"]
@@ -53,7 +54,9 @@ def ranks():
 
 @pytest.fixture
 def command(ranks):
-    """Call with the words of a command line: its exit status, from this process, whose signals and environment are put back."""
+    """Call with the words of a command line: its exit status, from this process, whose signals and environment are
+    put back.
+    """
     from mmtard.cli.main import main
     from mmtard.distributed.interruption import Interruption
 

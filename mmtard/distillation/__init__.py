@@ -1,1 +1,3 @@
-"""What a training step computes: objectives (methods/), teacher weights, attack objectives, and the task that joins them."""
+"""What a training step computes: objectives (methods/), teacher weights, attack objectives, and the task that joins
+them.
+"""

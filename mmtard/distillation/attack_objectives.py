@@ -29,7 +29,9 @@ class Objective(NamedTuple):
 
 
 class References(NamedTuple):
-    """What an objective's loss is measured against: labels, seeds int64 [B]; predictions on x, by model, without gradient."""
+    """What an objective's loss is measured against: labels, seeds int64 [B]; predictions on x, by model, without
+    gradient.
+    """
 
     labels: Tensor
     seeds: Tensor
@@ -107,6 +109,8 @@ def attack_loss(objective: Objective, references: dict[Pass, Prediction], labels
 
 
 def wrong_class(labels: Tensor, seeds: Tensor, classes: int) -> Tensor:
-    """A class other than the label's, uniform over the others, from each sample's own seed: labels, seeds int64 [B] -> int64 [B]."""
+    """A class other than the label's, uniform over the others, from each sample's own seed: labels, seeds int64 [B]
+    -> int64 [B].
+    """
     offset = (sample_uniform(derive_seeds(seeds, TARGET_DRAW), (1,)).squeeze(1).double() * (classes - 1)).long()
     return remainder(labels + 1 + offset, classes)

@@ -21,8 +21,9 @@ class StudentModel(Protocol):
     """What distillation needs of the engine."""
 
     def __call__(self, images: Tensor, seeds: Tensor, tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """The one forward that is differentiated: V views of B samples, [V*B,3,H,W] and int64 [B] -> embeddings [V*B,D], with patch
-        tokens [V*B,P,D] when asked for."""
+        """The one forward that is differentiated: V views of B samples, [V*B,3,H,W] and int64 [B] -> embeddings
+        [V*B,D], with patch tokens [V*B,P,D] when asked for.
+        """
 
     def attack_forward(self) -> AbstractContextManager[Forward]:
         """The same tower in evaluation mode for input gradients, gathering none for its weights."""
@@ -64,8 +65,8 @@ class DistillationTask:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """images [B,3,H,W] float32 in [0,1], labels and seeds int64 [B] -> (loss [B], {term: [B]}).
 
-        stored: teacher -> its embeddings [B,D] of these images, read instead of running the teacher on them. The caller runs
-        one backward of the loss: there has been one forward of the student that is differentiated.
+        stored: teacher -> its embeddings [B,D] of these images, read instead of running the teacher on them. The
+        caller runs one backward of the loss: there has been one forward of the student that is differentiated.
         """
         views = {"clean": images}
         predictions = self._teacher_predictions(views, stored)
@@ -77,7 +78,9 @@ class DistillationTask:
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def end_step(self, means: dict[str, float]) -> None:
-        """Move the method's state on after an update: `means` of the terms over the step's global batch, the same on every rank."""
+        """Move the method's state on after an update: `means` of the terms over the step's global batch, the same on
+        every rank.
+        """
         self.state = methods.next_state(self.method, self.settings, self.state, means)
 
     def adversarial(

@@ -15,9 +15,11 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def perturb(attack: Attack, loss_fn: LossFn, images: Tensor, seeds: Tensor) -> Tensor:
-    """The adversarial images of an `attack` section: maximises `loss_fn(images) -> [B]` inside the ball around `images`.
+    """The adversarial images of an `attack` section: maximises `loss_fn(images) -> [B]` inside the ball around
+    `images`.
 
-    With restarts, each sample keeps the images of its largest loss; the first restart's start is that of a single attack.
+    With restarts, each sample keeps the images of its largest loss; the first restart's start is that of a single
+    attack.
     """
     shared = dict(norm=attack.norm, eps=float(attack.eps), steps=attack.steps)
 

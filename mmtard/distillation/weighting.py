@@ -1,9 +1,9 @@
 """Weights of the teachers in multi-teacher distillation, for each sample and each of any number of teachers.
 
-A weighting is a function of the settings, the teachers' `Prediction`s on the images they see (name -> Prediction), the labels,
-and the state carried from step to step; it returns name -> weight [B] and is called without gradient.
-`mmtard.config.WEIGHTINGS` names them and says which read labels; each is the function of that name here. All but `official`,
-its factors alone, and `mtard` are ours, not the paper's.
+A weighting is a function of the settings, the teachers' `Prediction`s on the images they see (name -> Prediction),
+the labels, and the state carried from step to step; it returns name -> weight [B] and is called without gradient.
+`mmtard.config.WEIGHTINGS` names them and says which read labels; each is the function of that name here. All but
+`official`, its factors alone, and `mtard` are ours, not the paper's.
 """
 
 import math
@@ -24,16 +24,18 @@ def uniform(settings, teachers, labels, state) -> dict[str, Tensor]:
 def official(settings, teachers, labels, state) -> dict[str, Tensor]:
     """The weights of the published MMT-ARD code: factor times the raw cosine to the true class.
 
-    w^m_i = robust_weight * <z_m(x'_i), t_{y_i}> for a teacher that sees the adversarial image, clean_weight * <z_m(x_i), t_{y_i}>
-    for one that sees the clean image (50 and 5 in the published recipe, which has one of each). A cosine can be
-    negative, and its weight then pushes the student away from that teacher: that is the recipe.
+    w^m_i = robust_weight * <z_m(x'_i), t_{y_i}> for a teacher that sees the adversarial image, clean_weight *
+    <z_m(x_i), t_{y_i}> for one that sees the clean image (50 and 5 in the published recipe, which has one of each). A
+    cosine can be negative, and its weight then pushes the student away from that teacher: that is the recipe.
     """
     factors = {"adv": settings.robust_weight, "clean": settings.clean_weight}
     return {name: factors[settings.views[name]] * true_class(t.cosines, labels) for name, t in teachers.items()}
 
 
 def constant(settings, teachers, labels, state) -> dict[str, Tensor]:
-    """The factors of `official` alone, the same for every sample: robust_weight or clean_weight by the image a teacher sees."""
+    """The factors of `official` alone, the same for every sample: robust_weight or clean_weight by the image a
+    teacher sees.
+    """
     factors = {"adv": settings.robust_weight, "clean": settings.clean_weight}
     return {name: torch.full_like(t.logits[:, 0], factors[settings.views[name]]) for name, t in teachers.items()}
 
@@ -98,8 +100,8 @@ def balanced_next(rate: float, state: dict[str, float], losses: dict[str, float]
     """The state after a step whose mean losses over the global batch were `losses` (teacher -> L_m).
 
     MTARD, adaptive normalisation: with L_m(0) the first step's loss and r_m = (L_m / L_m(0)) / sum_n (L_n / L_n(0)),
-    w_m <- rate * r_m + (1 - rate) * w_m. Here the weights follow the step before, whose losses are known on all ranks; there
-    they follow the step itself. A teacher whose first loss was 0 has nothing to teach and keeps r_m = 0.
+    w_m <- rate * r_m + (1 - rate) * w_m. Here the weights follow the step before, whose losses are known on all
+    ranks; there they follow the step itself. A teacher whose first loss was 0 has nothing to teach and keeps r_m = 0.
     """
     first = {name: state.get(f"first_{name}", loss) for name, loss in losses.items()}
     relative = {name: loss / first[name] if first[name] > 0 else 0.0 for name, loss in losses.items()}

@@ -51,7 +51,8 @@ def _stored(path: Path, clips, classnames, templates, ranks) -> dict[str, torch.
         with safe_open(path, "pt") as file:
             if file.metadata().get("prompts") != asked:
                 raise UserError(
-                    f"data.classnames: not the names and templates that '{path}' was made with; restore them or choose another run_dir"
+                    f"data.classnames: not the names and templates that '{path}' was made with; "
+                    "restore them or choose another run_dir"
                 )
             if file.metadata().get("text_towers") == text_towers:
                 return {name: file.get_tensor(name) for name in clips}
@@ -63,7 +64,9 @@ def _stored(path: Path, clips, classnames, templates, ranks) -> dict[str, torch.
 def build_class_targets(
     config: Config, run: Path, clips: dict[str, Clip], dataset: Dataset, ranks: Ranks
 ) -> tuple[dict[str, ZeroShotHead], Callable[[Batch], Batch]]:
-    """(a Head for each model, what every batch has to pass before it is trained on), by `data.targets`. Both are collective."""
+    """(a Head for each model, what every batch has to pass before it is trained on), by `data.targets`. Both are
+    collective.
+    """
     if config.data.targets == "captions":
         captions = CaptionTargets(clips, ranks)
         return captions.heads, captions
@@ -77,9 +80,9 @@ def build_class_targets(
 class CaptionTargets:
     """Makes the captions of a step's global batch its classes, each embedded by every model's own frozen text tower.
 
-    Which classes there are, and in which order, depends on the global batch alone: equal captions are one class, the classes are
-    sorted. A rank embeds the captions of its own samples and receives the others', so that the text towers' work is shared. They
-    stay on the ranks' device in float32.
+    Which classes there are, and in which order, depends on the global batch alone: equal captions are one class, the
+    classes are sorted. A rank embeds the captions of its own samples and receives the others', so that the text
+    towers' work is shared. They stay on the ranks' device in float32.
     """
 
     def __init__(self, clips: dict[str, Clip], ranks: Ranks):
@@ -88,7 +91,9 @@ class CaptionTargets:
         self.heads = {name: CaptionHead(clip.logit_scale) for name, clip in clips.items()}
 
     def __call__(self, batch: Batch) -> Batch:
-        """Give the heads the classes of this step; the rank's batch with each sample's own caption as its label. Collective."""
+        """Give the heads the classes of this step; the rank's batch with each sample's own caption as its label.
+        Collective.
+        """
         own = sorted(set(batch.captions))
         shared = self.ranks.all_gather((own, {name: tower(own).cpu() for name, tower in self.towers.items()}))
         place = {

@@ -38,8 +38,8 @@ class UpdateResult:
 class Engine:
     """An ImageTower trained by AdamW under ZeRO; exactly one call for each `backward`.
 
-    The attack must use `attack_forward`, never the call: DeepSpeed's forward is armed for a backward, and under stage 3 an attack
-    through it ends in silently wrong weights.
+    The attack must use `attack_forward`, never the call: DeepSpeed's forward is armed for a backward, and under stage
+    3 an attack through it ends in silently wrong weights.
     """
 
     def __init__(self, config: Config, tower: ImageTower, ranks: Ranks):
@@ -85,8 +85,8 @@ class Engine:
     def __call__(self, images: Tensor, seeds: Tensor, tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """The forward that `backward` differentiates; what is random in it comes from the seeds.
 
-        images [V*B,3,H,W] float32 in [0,1]: V groups of the same B samples; seeds int64 [B] -> embeddings [V*B,D] float32.
-        tokens: also the patches' tokens [V*B,P,D].
+        images [V*B,3,H,W] float32 in [0,1]: V groups of the same B samples; seeds int64 [B] -> embeddings [V*B,D]
+        float32. tokens: also the patches' tokens [V*B,P,D].
         """
         self.ds.module.layout.describe(len(images), seeds)
         self.ds.train()
@@ -96,8 +96,8 @@ class Engine:
     def attack_forward(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """The tower in evaluation mode for `torch.autograd.grad` on its input; its weights gather no gradient.
 
-        One surrounding autocast region keeps each weight's bf16 copy for all attack steps; it is disabled itself, so that
-        everything outside the tower stays float32.
+        One surrounding autocast region keeps each weight's bf16 copy for all attack steps; it is disabled itself, so
+        that everything outside the tower stays float32.
         """
         module = self.ds.module
         module.eval()

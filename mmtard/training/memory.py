@@ -1,8 +1,8 @@
 """What a run will take of each GPU's memory: weights and states counted, activations traced, without weights or a GPU.
 
-Exact: the parameters, and what the graph keeps for a backward (traced with shapes alone, so what a GPU's kernels keep may differ
-a little). By rule: ZeRO's partitions and buffers. Not counted: kernels' working memory, a teacher's passing activations, the
-allocator's slack, the CUDA context; keep some 2 GiB for them.
+Exact: the parameters, and what the graph keeps for a backward (traced with shapes alone, so what a GPU's kernels keep
+may differ a little). By rule: ZeRO's partitions and buffers. Not counted: kernels' working memory, a teacher's
+passing activations, the allocator's slack, the CUDA context; keep some 2 GiB for them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ ATTACK, TRAINING = "activations, attack step", "activations, training step"
 
 
 class Saved:
-    """Bytes that autograd keeps of a forward, parameters and buffers left out: in all, and of each of the tower's blocks."""
+    """Bytes that autograd keeps of a forward, parameters and buffers left out: in all, and of each of the tower's
+    blocks.
+    """
 
     def __init__(self, tower: ImageTower, images: torch.Tensor):
         known = {p.untyped_storage()._cdata for p in (*tower.parameters(), *tower.buffers())}
@@ -54,9 +56,11 @@ class Saved:
 
 
 def per_image(tower: ImageTower, through: bool = False) -> tuple[int, int, int]:
-    """(bytes kept for an image, bytes kept however many there are, bytes of its largest block for an image): a tower without data.
+    """(bytes kept for an image, bytes kept however many there are, bytes of its largest block for an image): a tower
+    without data.
 
-    What does not grow with the images is the weights' copies in another precision. through: the images ask for a gradient.
+    What does not grow with the images is the weights' copies in another precision. through: the images ask for a
+    gradient.
     """
     with FakeTensorMode():
         for module in tower.modules():
@@ -88,7 +92,9 @@ def trained_tower(config: Config, checkpointing: bool) -> ImageTower:
 
 
 def of_run(config: Config, world: int) -> dict[str, list[float]]:
-    """Row -> bytes on each GPU at ZeRO stages 0, 1, 2, 3. Raises UserError for a model whose architecture is not known here."""
+    """Row -> bytes on each GPU at ZeRO stages 0, 1, 2, 3. Raises UserError for a model whose architecture is not
+    known here.
+    """
     accumulated, checkpointing = check_world(config, world), config.engine.checkpoint_activations
     tower = trained_tower(config, checkpointing)
     trained, frozen = (
@@ -163,5 +169,6 @@ def show(config: Config, world: int) -> None:
     Console(highlight=False, width=110).print(table)
     kept = "with" if config.engine.checkpoint_activations else "without"
     print(
-        f"* engine.zero_stage. Activations {kept} engine.checkpoint_activations; an estimate, without kernels' working memory, slack and the CUDA context."
+        f"* engine.zero_stage. Activations {kept} engine.checkpoint_activations; "
+        "an estimate, without kernels' working memory, slack and the CUDA context."
     )

@@ -1,7 +1,7 @@
 """The alarm for catastrophic overfitting: a student robust to the one-step attack it trains on, and to nothing else.
 
-Wong et al., "Fast is better than free", ICLR 2020, found it, and that it comes within a few hundred steps; Andriushchenko &
-Flammarion, NeurIPS 2020, explain it. The thresholds are ours.
+Wong et al., "Fast is better than free", ICLR 2020, found it, and that it comes within a few hundred steps;
+Andriushchenko & Flammarion, NeurIPS 2020, explain it. The thresholds are ours.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class OverfittingAlarm:
     def after_step(self, step: int, batch: Batch) -> dict | None:
         """Report the alarm as an event where it goes off after `step`; what it reported, the same on every rank.
 
-        None when it does not go off, or is not due. Collective. The student is in evaluation mode, and neither it nor any
-        random state changes.
+        None when it does not go off, or is not due. Collective. The student is in evaluation mode, and neither it nor
+        any random state changes.
         """
         if self.every is None or step % self.every:
             return None

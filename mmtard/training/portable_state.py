@@ -16,7 +16,8 @@ MOMENTS, EMA = ("exp_avg", "exp_avg_sq"), "ema"
 
 
 class PortableState:
-    """Weights, AdamW's moments and the moving average of a DeepSpeed engine: gathered for a checkpoint, and restored from one.
+    """Weights, AdamW's moments and the moving average of a DeepSpeed engine: gathered for a checkpoint, and restored
+    from one.
 
     ema: the decay of the moving average of the weights; None where none is kept.
     """
@@ -73,7 +74,9 @@ class PortableState:
         return int(next(iter(self._states.values()))["step"].item())
 
     def _prepare(self) -> dict[Tensor, dict[str, Tensor]]:
-        """Make AdamW's state now: it would come with the first update, too late to restore or save a checkpoint before it."""
+        """Make AdamW's state now: it would come with the first update, too late to restore or save a checkpoint
+        before it.
+        """
         zero = self.ds.optimizer
         if self.stage == 0:
             base, flat = zero, [parameter for _, parameter in self._trained()]

@@ -1,4 +1,6 @@
-"""Before hours are spent: whether these ranks, this data and this folder can carry the run. A PASS or FAIL line for each check."""
+"""Before hours are spent: whether these ranks, this data and this folder can carry the run. A PASS or FAIL line for
+each check.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def preflight(config: Config) -> int:
 
 
 class Checks:
-    """Each check has a part that every rank does, which may fail on some of them only, and a verdict on what they all found."""
+    """Each check has a part that every rank does, which may fail on some of them only, and a verdict on what they all
+    found.
+    """
 
     def __init__(self, config: Config, ranks: Ranks):
         self.config, self.ranks = config, ranks
@@ -153,7 +157,8 @@ class Checks:
         rate = REDUCED_MIB / 1024 / max(seconds for _, seconds in found) * 2 * (world - 1) / world
         return f"{world} ranks reach each other, all-reduce of {REDUCED_MIB} MiB at {rate:.3g} GiB/s of bus bandwidth"
 
-    # ---------------------------------------------------------------- student and teachers load, and what their passes allow
+    # ---------------------------------------------------------------- student and teachers load, and what their
+    # passes allow
 
     def models(self) -> float:
         config = self.config
@@ -197,7 +202,8 @@ class Checks:
         names = [name for name, teacher in self.config.ensemble.items() if not teacher.stored]
         return f"{', '.join(['student', *names])} load; their passes alone allow {sum(found):.4g} images/s at most"
 
-    # ---------------------------------------------------------------- stored embeddings are those of the teachers and the shards
+    # ---------------------------------------------------------------- stored embeddings are those of the teachers and
+    # the shards
 
     def embeddings(self) -> dict[str, Path]:
         config = self.config
@@ -215,7 +221,8 @@ class Checks:
             f"those of teacher {name} are stored in {folder} and match" for name, folder in found[0].items()
         )
 
-    # ---------------------------------------------------------------- the run's folder is shared, writable, and large enough
+    # ---------------------------------------------------------------- the run's folder is shared, writable, and large
+    # enough
 
     def folder(self) -> int:
         """Bytes free in the run folder; Fault when it cannot be written or the nodes do not share it."""

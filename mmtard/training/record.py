@@ -85,5 +85,8 @@ class StepRecord:
 
 
 def batch_digest(seeds: Tensor) -> float:
-    """A number for which samples of which epoch these are: seeds int64 [b]; adds up over ranks, in any order, exactly."""
+    """A number for which samples of which epoch these are: seeds int64 [b].
+
+    It adds up over ranks, in any order, exactly.
+    """
     return float((seeds & 0xFFFFFFFF).sum().item())

@@ -35,7 +35,10 @@ Ensemble = dict[str, FrozenTeacher | StoredTeacher]
 
 @dataclass(frozen=True)
 class TrainingParts:
-    """What the loop works with. class_targets: gives a batch its labels, or makes its captions the classes of the step."""
+    """What the loop works with.
+
+    class_targets: gives a batch its labels, or makes its captions the classes of the step.
+    """
 
     stream: TrainStream
     class_targets: Callable[[Batch], Batch]

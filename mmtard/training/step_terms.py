@@ -1,4 +1,6 @@
-"""What the loss and its terms were over one optimisation step's global batch: sums, and quantiles of the teachers' weights."""
+"""What the loss and its terms were over one optimisation step's global batch: sums, and quantiles of the teachers'
+weights.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class TermSums:
                 self._weights.setdefault(name, []).extend(term.tolist())
 
     def quantiles(self, ranks: Ranks) -> dict[str, float]:
-        """`w_NAME_p10`, `_p50`, `_p90` over all ranks' samples, whatever their order. Collective; asks nothing where there is no weight."""
+        """`w_NAME_p10`, `_p50`, `_p90` over all ranks' samples, whatever their order. Collective; asks nothing where
+        there is no weight.
+        """
         if not self._weights:
             return {}
         shares = ranks.all_gather(self._weights)

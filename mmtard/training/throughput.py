@@ -15,7 +15,8 @@ from ..distillation.attack_objectives import Objective
 from ..distillation.methods import Pass
 from ..models.image_tower import ImageTower
 
-# Dense bf16 peak of a device, in FLOP/s, by words of its name (NVIDIA's data sheets); of those that fit, the first counts.
+# Dense bf16 peak of a device, in FLOP/s, by words of its name (NVIDIA's data sheets); of those that fit, the first
+# counts.
 PEAK = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
@@ -46,9 +47,9 @@ def sample_flops(
     """FLOPs of training on one sample, from the forward FLOPs of each model (`student` and the teachers' names).
 
     A differentiated pass of the student costs three forwards, or two where only low-rank `adapters` learn: the frozen
-    weights ask for no gradient. An attack step costs two of every model that the gradient goes through, since the input
-    gradient costs as much as the forward. A teacher's pass costs one, and so does the loss after each of several restarts.
-    objective: what the attack maximises; None: no attack is made.
+    weights ask for no gradient. An attack step costs two of every model that the gradient goes through, since the
+    input gradient costs as much as the forward. A teacher's pass costs one, and so does the loss after each of
+    several restarts. objective: what the attack maximises; None: no attack is made.
     """
     training = sum((2 if adapters else 3) * forward["student"] for p in passes if p.model == "student")
     training += sum(forward[p.model] for p in passes if p.model != "student")

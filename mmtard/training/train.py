@@ -29,8 +29,8 @@ from .watchdog import Watchdog
 def train(config: Config, interruption: Interruption) -> int:
     """Train or go on training the run of `config`; 0 when it is complete, EXIT_REQUEUE when it was asked to stop.
 
-    A set `interruption` is acted on after the step under way, so that every start makes progress.
-    Collective over the ranks of this launch. Raises UserError for what the user can mend, RunError for what ended the run.
+    A set `interruption` is acted on after the step under way, so that every start makes progress. Collective over the
+    ranks of this launch. Raises UserError for what the user can mend, RunError for what ended the run.
     """
     ranks = process_group.start(config.engine.device)
     with Watchdog(config, ranks) as watchdog:

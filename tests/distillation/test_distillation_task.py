@@ -72,10 +72,17 @@ def setting(method, attack=None):
         ["start"] if method["name"] in ("fare", "sim_clip", "pmg_aft") else []
     )  # which the configuration need not list
     attack = {"eps": "4/255", "step_size": "2/255", "steps": STEPS, **(attack or {})}
-    config = validate({
-        "run_dir": "r", "student": {"weights": "random"}, "teachers": {n: {"weights": "random"} for n in needs},
-        "method": method, "attack": attack, "data": {"shards": "s", "lanes": 2}, "train": {"steps": 1, "batch_size": B},
-    })  # fmt: skip
+    config = validate(
+        {
+            "run_dir": "r",
+            "student": {"weights": "random"},
+            "teachers": {n: {"weights": "random"} for n in needs},
+            "method": method,
+            "attack": attack,
+            "data": {"shards": "s", "lanes": 2},
+            "train": {"steps": 1, "batch_size": B},
+        }
+    )
     head = ZeroShotHead(F.normalize(torch.randn(C, D, generator=torch.Generator().manual_seed(9)), dim=-1), 10.0)
     student, teachers = Student(), {n: Teacher(seed, head) for seed, n in enumerate([*needs, *untouched], 1)}
     return DistillationTask(config, student, head, teachers), student, {n: t.tower for n, t in teachers.items()}

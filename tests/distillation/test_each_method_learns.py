@@ -1,4 +1,6 @@
-"""Every objective's loss falls on photographs of CIFAR-10. Needs the research images of ../shared/data; skipped where they are absent."""
+"""Every objective's loss falls on photographs of CIFAR-10. Needs the research images of ../shared/data; skipped where
+they are absent.
+"""
 
 import io
 from pathlib import Path
@@ -51,17 +53,23 @@ def batches():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_loss_falls(batches, name):
-    """From the first to the last look at the same images; the teachers are another width than the student, `start` is the student."""
+    """From the first to the last look at the same images; the teachers are another width than the student, `start` is
+    the student.
+    """
     # Random teachers' cosines have both signs, with which the published weights would push the student away from some.
     options = {"weighting": "confidence_sigmoid"} if name == "mmtard" else {}
     needs = set(METHODS[name](name=name).teachers) - {"start"}
     given = config.validate(
         {
-            "run_dir": "unused", "student": {"weights": "random"}, "teachers": {n: {"weights": "random"} for n in needs}, "method": {"name": name, **options},
-            "attack": {"eps": "4/255", "step_size": "2/255", "steps": 2}, "data": {"shards": "unused", "lanes": 1},
+            "run_dir": "unused",
+            "student": {"weights": "random"},
+            "teachers": {n: {"weights": "random"} for n in needs},
+            "method": {"name": name, **options},
+            "attack": {"eps": "4/255", "step_size": "2/255", "steps": 2},
+            "data": {"shards": "unused", "lanes": 1},
             "train": {"steps": STEPS, "batch_size": BATCH},
         }
-    )  # fmt: skip
+    )
     student = Plain(tower(0), lr=1e-3)
     teachers = {
         n: PlainTeacher(tower(0), head()) if n == "start" else PlainTeacher(tower(seed, 48, 24), head(24))

@@ -19,16 +19,40 @@ TOKENS = {p: RNG.standard_normal((B, P, D)) * 2 for p in PASSES}
 STATE = {"w_robust": 0.7, "w_clean": 0.2, "w_third": 0.1}
 THREE = {"views": {"clean": "clean", "third": "adv", "robust": "adv"}}
 CASES = [
-    ("clean", {}), ("tecoa", {}), ("mmtard", {}), ("mmtard", {"weighting": "confidence_sigmoid", "slope": 3.0, "bias": -0.4, "budget": 2.5}),
-    ("mmtard", {"robust_weight": 60.0, "clean_weight": 7.0}), ("ard", {}), ("ard", {"alpha": 0.3, "temperature": 5.0}),
-    ("ard", {"alpha": 0.0}), ("ard", {"temperature": 1.0, "teacher_view": "adv"}),
-    ("fare", {}), ("sim_clip", {}), ("pmg_aft", {}), ("pmg_aft", {"general_weight": 0.5, "clean_weight": 2.0}), ("tga_zsr", {}),
-    ("tga_zsr", {"alpha": 3.0, "beta": 2.0}), ("trades", {}), ("trades", {"beta": 1.5}), ("rslad", {}), ("rslad", {"alpha": 0.3}), ("iad", {}),
-    ("iad", {"beta": 0.9}), ("adaad", {}), ("adaad", {"alpha": 0.4}), ("adaad", {"alpha": 0.0}), ("mtard", {}),
-    ("mmtard", {"weighting": "uniform", "cross_modal_weight": 7.0}), ("mmtard", {**THREE, "cross_modal_weight": 2.0}),
-    *(("mmtard", {**THREE, "weighting": w, "slope": 2.0, "bias": 0.6, "budget": 1.5}) for w in ("uniform", "constant", "confidence_sigmoid", "entropy", "hardness", "mtard")),
-    ("mmtard", {"views": {"robust": "adv"}, "weighting": "uniform"}), ("mmtard", {"views": {"clean": "clean"}, "weighting": "hardness"}),
-]  # fmt: skip
+    ("clean", {}),
+    ("tecoa", {}),
+    ("mmtard", {}),
+    ("mmtard", {"weighting": "confidence_sigmoid", "slope": 3.0, "bias": -0.4, "budget": 2.5}),
+    ("mmtard", {"robust_weight": 60.0, "clean_weight": 7.0}),
+    ("ard", {}),
+    ("ard", {"alpha": 0.3, "temperature": 5.0}),
+    ("ard", {"alpha": 0.0}),
+    ("ard", {"temperature": 1.0, "teacher_view": "adv"}),
+    ("fare", {}),
+    ("sim_clip", {}),
+    ("pmg_aft", {}),
+    ("pmg_aft", {"general_weight": 0.5, "clean_weight": 2.0}),
+    ("tga_zsr", {}),
+    ("tga_zsr", {"alpha": 3.0, "beta": 2.0}),
+    ("trades", {}),
+    ("trades", {"beta": 1.5}),
+    ("rslad", {}),
+    ("rslad", {"alpha": 0.3}),
+    ("iad", {}),
+    ("iad", {"beta": 0.9}),
+    ("adaad", {}),
+    ("adaad", {"alpha": 0.4}),
+    ("adaad", {"alpha": 0.0}),
+    ("mtard", {}),
+    ("mmtard", {"weighting": "uniform", "cross_modal_weight": 7.0}),
+    ("mmtard", {**THREE, "cross_modal_weight": 2.0}),
+    *(
+        ("mmtard", {**THREE, "weighting": w, "slope": 2.0, "bias": 0.6, "budget": 1.5})
+        for w in ("uniform", "constant", "confidence_sigmoid", "entropy", "hardness", "mtard")
+    ),
+    ("mmtard", {"views": {"robust": "adv"}, "weighting": "uniform"}),
+    ("mmtard", {"views": {"clean": "clean"}, "weighting": "hardness"}),
+]
 
 
 class OnlyDeclared(dict):
@@ -245,7 +269,7 @@ def test_stopped_gradients():
 
 
 def test_sim_clip_has_the_gradient_of_one_cosine_in_full():
-    """d(-cos)/dz = -(u0 - cos u) / |z|, u and u0 unit vectors: not half of it, as with a second term that is stopped."""
+    """d(-cos)/dz = -(u0 - cos u) / |z|, u and u0 unit vectors: not half of it, as with a stopped second term."""
     settings, method, predictions = setup("sim_clip", {})
     leaves = leaves_of(predictions)
     method.loss(settings, leaves, torch.tensor(LABELS), STATE)[0].sum().backward()
@@ -301,6 +325,7 @@ def test_every_method_of_the_schema_has_a_file_and_a_case_here():
 def test_an_unknown_method_is_answered_with_the_known_ones():
     with pytest.raises(
         UserError,
-        match="unknown method 'mmtrd'; known: adaad, ard, clean, fare, iad, mmtard, mtard, pmg_aft, rslad, sim_clip, tecoa, tga_zsr, trades",
+        match="unknown method 'mmtrd'; known: adaad, ard,"
+        " clean, fare, iad, mmtard, mtard, pmg_aft, rslad, sim_clip, tecoa, tga_zsr, trades",
     ):
         methods.find_method("mmtrd")

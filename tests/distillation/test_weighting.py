@@ -119,6 +119,7 @@ def test_the_weightings_are_those_of_the_schema_and_an_unknown_one_is_answered_w
     assert weighting.FUNCTIONS.keys() == config.WEIGHTINGS.keys()
     with pytest.raises(
         UserError,
-        match="unknown weighting 'entrpy'; known: confidence_sigmoid, constant, entropy, hardness, mtard, official, uniform",
+        match="unknown weighting 'entrpy'; known: confidence_sigmoid, constant,"
+        " entropy, hardness, mtard, official, uniform",
     ):
         teacher_weights(SimpleNamespace(weighting="entrpy"), {}, LABELS, {})

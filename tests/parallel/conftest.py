@@ -19,7 +19,9 @@ MODEL = {
 
 @pytest.fixture(scope="session")
 def job(tmp_path_factory):
-    """A tiny job: shards of noisy coloured squares and a configuration of 24 MMT-ARD steps; `job(name, **changes)` writes its YAML."""
+    """A tiny job: shards of noisy coloured squares and a configuration of 24 MMT-ARD steps; `job(name, **changes)`
+    writes its YAML.
+    """
     folder = tmp_path_factory.mktemp("job")
     shards = folder / "shards"
     shards.mkdir()
@@ -65,7 +67,9 @@ def job(tmp_path_factory):
 
 @pytest.fixture
 def train_here():
-    """Call with a configuration file: its run trained in this process, as the only rank; the exit status. Raises what ends the run."""
+    """Call with a configuration file: its run trained in this process, as the only rank; the exit status. Raises what
+    ends the run.
+    """
     from mmtard import config
     from mmtard.distributed import interruption, ranks as process_group
     from mmtard.training.train import train

@@ -1,6 +1,7 @@
 """Three steps of every objective on fixed tiny towers and images: under ZeRO as ranks of a launch, or in plain PyTorch.
 
-Usage: each_method.py OUT; one ZeRO stage and teachers' placement a case. Teachers differ in width, resolution and embedding.
+Usage: each_method.py OUT; one ZeRO stage and teachers' placement a case. Teachers differ in width, resolution and
+embedding.
 """
 
 import json
@@ -23,8 +24,12 @@ from mmtard.zero_shot import ZeroShotHead
 
 STEPS, BATCH, CLASSES, LR = 3, 8, 5, 1e-3
 TOWERS = {  # seed, width, embedding, pixels
-    "student": (0, 32, 16, 16), "start": (0, 32, 16, 16), "clean": (1, 32, 16, 16), "robust": (2, 48, 24, 24), "third": (3, 16, 8, 8),
-}  # fmt: skip
+    "student": (0, 32, 16, 16),
+    "start": (0, 32, 16, 16),
+    "clean": (1, 32, 16, 16),
+    "robust": (2, 48, 24, 24),
+    "third": (3, 16, 8, 8),
+}
 CASES = {  # method, attack, ZeRO stage, placement of the teachers
     "clean": ({"name": "clean"}, {}, 1, None),
     "tecoa": ({"name": "tecoa"}, {"objective": "ce_targeted", "restarts": 2}, 2, None),
@@ -41,9 +46,18 @@ CASES = {  # method, attack, ZeRO stage, placement of the teachers
     "mtard": ({"name": "mtard", "rate": 0.5}, {"steps": 1}, 2, "replicated"),
     "mmtard": ({"name": "mmtard"}, {"objective": "kl_fused"}, 2, "sharded"),
     "mmtard, three teachers": (
-        {"name": "mmtard", "weighting": "mtard", "rate": 0.5, "cross_modal_weight": 1.0, "views": {"clean": "clean", "third": "adv", "robust": "adv"}}, {}, 2, "sharded",
+        {
+            "name": "mmtard",
+            "weighting": "mtard",
+            "rate": 0.5,
+            "cross_modal_weight": 1.0,
+            "views": {"clean": "clean", "third": "adv", "robust": "adv"},
+        },
+        {},
+        2,
+        "sharded",
     ),
-}  # fmt: skip
+}
 
 
 def tower(name: str) -> ImageTower:
@@ -180,7 +194,9 @@ def zero(case: str, ranks: Ranks) -> dict:
 
 
 def through_a_teacher(placement: str, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """A teacher's logits, and the gradient of KL(p_T(x) || p_S(x)) to the images through the teacher, twice: as in two attack steps."""
+    """A teacher's logits, and the gradient of KL(p_T(x) || p_S(x)) to the images through the teacher, twice: as in
+    two attack steps.
+    """
     from mmtard.models.teachers import FrozenTeacher
 
     spec = config.Teacher(weights="random", placement=placement)

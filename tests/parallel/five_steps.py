@@ -1,4 +1,5 @@
-"""A rank of the equivalence test: five MMT-ARD steps with PGD inside on fixed tiny towers and images. Saves what came out.
+"""A rank of the equivalence test: five MMT-ARD steps with PGD inside on fixed tiny towers and images. Saves what came
+out.
 
 Usage: five_steps.py OUT CASE...; CASE is `plain` (PyTorch alone) or STAGE-PLACEMENT-PRECISION-MICROBATCH, such as
 `2-sharded-float32-4`.

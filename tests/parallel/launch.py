@@ -1,7 +1,7 @@
 """Start the ranks of a test as processes that meet at a file, without a TCP port.
 
-They are forked from a process that has done the imports, which take a rank longer than most of the tests; `test_launchers.py` and the
-tests on Slurm start theirs as a user does.
+They are forked from a process that has done the imports, which take a rank longer than most of the tests;
+`test_launchers.py` and the tests on Slurm start theirs as a user does.
 """
 
 import atexit
@@ -85,7 +85,7 @@ def start_ranks(argv: list, world: int, meet: Path, log: Path) -> list[Rank]:
 
 
 def run_ranks(argv: list, world: int, folder: Path, name: str, timeout: float = 300) -> str:
-    """Run the ranks to their end and return what rank 0 printed; fails with the output of all when one does not exit 0."""
+    """Run the ranks to their end; what rank 0 printed. Fails with the output of all when one does not exit 0."""
     log = folder / name
     processes = start_ranks(argv, world, folder / f"{name}.meet", log)
     try:

@@ -1,4 +1,6 @@
-"""A rank whose objective gives NaN for one sample at step STEP of each run: nan_at_step.py STEP CONFIG... Otherwise `mmtard train CONFIG`."""
+"""A rank whose objective gives NaN for one sample at step STEP of each run: nan_at_step.py STEP CONFIG... Otherwise
+`mmtard train CONFIG`.
+"""
 
 import os
 import sys

@@ -1,4 +1,6 @@
-"""A rank that stores embeddings, is stopped by a signal to the last rank alone, and goes on. Usage: store_twice.py CONFIG."""
+"""A rank that stores embeddings, is stopped by a signal to the last rank alone, and goes on. Usage: store_twice.py
+CONFIG.
+"""
 
 import sys
 

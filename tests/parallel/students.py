@@ -1,7 +1,7 @@
 """A rank that trains each kind of student for a few steps. Saves what came out.
 
-Usage: students.py OUT CASE...; CASE is KIND-STAGE. Kinds: `ema` (and activation checkpointing) and `lora`, a ViT; `bn`, a ResNet with synced
-batch norm, which `bnc` computes a second time (activation checkpointing).
+Usage: students.py OUT CASE...; CASE is KIND-STAGE. Kinds: `ema` (and activation checkpointing) and `lora`, a ViT;
+`bn`, a ResNet with synced batch norm, which `bnc` computes a second time (activation checkpointing).
 """
 
 import sys
@@ -32,11 +32,16 @@ SETTINGS = {
 
 def settings(kind: str, stage: int) -> config.Config:
     own = SETTINGS[kind]
-    return config.validate({
-        "run_dir": "unused", "student": {"weights": "random", **own.get("student", {})}, "method": {"name": "clean"}, "data": {"shards": "unused", "lanes": BATCH},
-        "train": {"steps": STEPS, "batch_size": BATCH, "lr": LR, **own.get("train", {})},
-        "engine": {"zero_stage": stage, "precision": "float32", "device": "cpu", **own.get("engine", {})},
-    })  # fmt: skip
+    return config.validate(
+        {
+            "run_dir": "unused",
+            "student": {"weights": "random", **own.get("student", {})},
+            "method": {"name": "clean"},
+            "data": {"shards": "unused", "lanes": BATCH},
+            "train": {"steps": STEPS, "batch_size": BATCH, "lr": LR, **own.get("train", {})},
+            "engine": {"zero_stage": stage, "precision": "float32", "device": "cpu", **own.get("engine", {})},
+        }
+    )
 
 
 def start(kind: str, synced: bool = True, checkpointing: bool = True) -> ImageTower:

@@ -27,7 +27,9 @@ TEMPLATES = ["a photo of a {c}", "a blurry picture of a {c}"]
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """A WebDataset root in CLIP_benchmark's layout: the job's kind of images, but squares so faint that a good model misses some."""
+    """A WebDataset root in CLIP_benchmark's layout: the job's kind of images, but squares so faint that a good model
+    misses some.
+    """
     root = tmp_path_factory.mktemp("wds") / "squares"
     (root / "test").mkdir(parents=True)
     rng = np.random.default_rng(1)

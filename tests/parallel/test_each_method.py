@@ -1,4 +1,6 @@
-"""Every objective on two ranks under ZeRO: the same three steps as plain PyTorch, teachers of different widths, states included."""
+"""Every objective on two ranks under ZeRO: the same three steps as plain PyTorch, teachers of different widths,
+states included.
+"""
 
 import json
 from pathlib import Path

@@ -11,7 +11,8 @@ from .launch import run_ranks
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("five_steps.py")
 
-# Sums in another order change the last bits of a gradient: after 5 steps of lr 1e-3, a weight may differ by a hundredth of one step.
+# Sums in another order change the last bits of a gradient: after 5 steps of lr 1e-3, a weight may differ by a
+# hundredth of one step.
 LOSS, WEIGHT = 1e-5, 1e-5
 
 
@@ -46,7 +47,9 @@ def largest_difference(a: dict, b: dict) -> float:
 
 
 def settled(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """A weight without the key bias of attention: softmax cancels it, its gradient is rounding noise, and AdamW makes steps of it."""
+    """A weight without the key bias of attention: softmax cancels it, its gradient is rounding noise, and AdamW makes
+    steps of it.
+    """
     if not name.endswith("in_proj_bias"):
         return weight
     query, _, value = weight.chunk(3)

@@ -60,7 +60,8 @@ def test_sigkill_at_any_moment_changes_neither_weights_nor_metrics(job, undistur
         return any((run / "checkpoints").glob(".writing-*")) if run.exists() else False
 
     def at_a_random_moment():
-        # Two checkpoints, so that there is one to fall back to, and the scratch folder that the first kill left is gone.
+        # Two checkpoints, so that there is one to fall back to, and the scratch folder that the first kill left is
+        # gone.
         return steps_done(run) > 8 + more and not in_a_checkpoint_write()
 
     more = rng.randint(1, 6)

@@ -1,4 +1,6 @@
-"""A rank that is killed, hangs or fails ends the others in time, with one line that names it and a status that says what next."""
+"""A rank that is killed, hangs or fails ends the others in time, with one line that names it and a status that says
+what next.
+"""
 
 import json
 import os
@@ -19,7 +21,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def two(job, tmp_path):
-    """Call with a name and settings: two ranks of that run past their second step, and its folder; they are gone afterwards."""
+    """Call with a name and settings: two ranks of that run past their second step, and its folder; they are gone
+    afterwards.
+    """
     started = []
 
     def start(name, **changes):
@@ -92,9 +96,16 @@ def test_a_rank_that_fails_is_no_loss_and_is_not_started_again(job, tmp_path):
     path, run = job("failed", train={"steps": 24, "batch_size": 16, "lr": 1e-3})
     script = tmp_path / "fails.py"
     script.write_text(
-        "import os, sys\nfrom mmtard.cli import main\nfrom mmtard.training import train\nupdate = train.Trainer._optimizer_step\n"
-        "def fail(self, batch, lr):\n    if self.step == 3 and os.environ['RANK'] == '1':\n        raise MemoryError('out of memory')\n"
-        "    return update(self, batch, lr)\ntrain.Trainer._optimizer_step = fail\nraise SystemExit(main.main(['train', sys.argv[1]]))\n"
+        "import os, sys\n"
+        "from mmtard.cli import main\n"
+        "from mmtard.training import train\n"
+        "update = train.Trainer._optimizer_step\n"
+        "def fail(self, batch, lr):\n"
+        "    if self.step == 3 and os.environ['RANK'] == '1':\n"
+        "        raise MemoryError('out of memory')\n"
+        "    return update(self, batch, lr)\n"
+        "train.Trainer._optimizer_step = fail\n"
+        "raise SystemExit(main.main(['train', sys.argv[1]]))\n"
     )
     processes = start_ranks([script, path], 2, tmp_path / "meet", tmp_path / "log")
     assert [p.wait(120) for p in processes] == [1, 1]

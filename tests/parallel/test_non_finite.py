@@ -21,7 +21,9 @@ STAGES = (0, 2, 3)  # 1 shares the code of 2
 
 @pytest.fixture(scope="module")
 def ended(job, tmp_path_factory):
-    """What two ranks leave that train, one after another, a run of each ZeRO stage with a NaN in it, and one that diverges: (runs, log)."""
+    """What two ranks leave that train, one after another, a run of each ZeRO stage with a NaN in it, and one that
+    diverges: (runs, log).
+    """
     jobs, tecoa = {}, {"method": {"name": "tecoa"}, "teachers": {}}
     for stage in STAGES:
         engine = {"precision": "float32", "device": "cpu", "zero_stage": stage}

@@ -33,7 +33,8 @@ def test_imagenette_at_224_with_the_main_jobs_models(job, tmp_path):
     assert "ViT" not in printed and "4735 samples of 10 classes, images 224 px" in printed
     assert [row["skipped"] for row in rows(run)] == [0, 0]
     assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows(run))
-    # A ViT-L/14 image tower has 304 M parameters, 1.2 GB in float32: half of it on each rank. A ViT-B/32 of 88 M stands whole on both.
+    # A ViT-L/14 image tower has 304 M parameters, 1.2 GB in float32: half of it on each rank. A ViT-B/32 of 88 M
+    # stands whole on both.
     held = {
         line.split()[1]: line.split("a rank holds ")[1].removesuffix(" MiB").split(", ")
         for line in printed.splitlines()

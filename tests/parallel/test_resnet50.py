@@ -45,16 +45,35 @@ def rows(run):
 def command(name, run, shards, vit, resnet, **student):
     """Two steps of configs/NAME_mmtard.yaml with two small teachers."""
     return [
-        "-m", "mmtard", "train", CONFIGS / f"{name}_mmtard.yaml", f"data.shards={shards}", f"run_dir={run}", "student.weights=random",
+        "-m",
+        "mmtard",
+        "train",
+        CONFIGS / f"{name}_mmtard.yaml",
+        f"data.shards={shards}",
+        f"run_dir={run}",
+        "student.weights=random",
         *(f"student.{key}={value}" for key, value in student.items()),
-        *(f"teachers.{teacher}={{arch: {arch}, weights: random}}" for teacher, arch in (("clean", vit), ("robust", resnet))),
-        "train.batch_size=4", "train.steps=2", "train.warmup_steps=0", "train.lr=1e-3", "data.lanes=4", "data.workers=1", "attack.steps=2",
-        "checkpoint.every=1", "engine.device=cpu", "engine.precision=float32",
-    ]  # fmt: skip
+        *(
+            f"teachers.{teacher}={{arch: {arch}, weights: random}}"
+            for teacher, arch in (("clean", vit), ("robust", resnet))
+        ),
+        "train.batch_size=4",
+        "train.steps=2",
+        "train.warmup_steps=0",
+        "train.lr=1e-3",
+        "data.lanes=4",
+        "data.workers=1",
+        "attack.steps=2",
+        "checkpoint.every=1",
+        "engine.device=cpu",
+        "engine.precision=float32",
+    ]
 
 
 def changes(run):
-    """The run's last weights; tensor -> how far it went from the start, of those that some gradient reaches (softmax cancels k_proj.bias)."""
+    """The run's last weights; tensor -> how far it went from the start, of those that some gradient reaches (softmax
+    cancels k_proj.bias).
+    """
     assert (
         all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["skipped"] == 0 for row in rows(run).values())
         and len(rows(run)) == 2

@@ -1,4 +1,6 @@
-"""What a student may be, on two ranks and in every ZeRO stage: whole, with adapters, or with batch norm; its weights averaged."""
+"""What a student may be, on two ranks and in every ZeRO stage: whole, with adapters, or with batch norm; its weights
+averaged.
+"""
 
 import pytest
 import torch
@@ -42,7 +44,8 @@ def test_two_ranks_train_as_plain_pytorch_does(trained, alone, kind, stage):
     final = trained[f"{kind}-{stage}"]["weights"][-1]
     if not kind.startswith("bn"):
         return assert_close(final, {k: alone[kind][k] for k in final})
-    # Before batch norm some gradients are rounding noise, and AdamW makes steps of them: whole tensors are compared with how far they went.
+    # Before batch norm some gradients are rounding noise, and AdamW makes steps of them: whole tensors are compared
+    # with how far they went.
     before = start(kind).state_dict()
     for name, value in final.items():
         gone, apart = ((x.double() - alone[kind][name]).norm().item() for x in (before[name], value))

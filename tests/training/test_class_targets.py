@@ -1,4 +1,4 @@
-"""Captions as classes: which there are, their embeddings, and that neither depends on how many ranks share the batch."""
+"""Captions as classes: which there are and their embeddings, whatever the number of ranks that share the batch."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -75,7 +75,9 @@ def test_the_losses_are_those_of_the_global_batch_at_every_world_size(clips):
     z = {name: torch.randn(8, 16, generator=g) for name in ("student", "clean", "robust")}
 
     def losses(world):
-        """Per sample, in the order of the global batch, of which each rank has every world-th sample, in micro-batches of two."""
+        """Per sample, in the order of the global batch, of which each rank has every world-th sample, in
+        micro-batches of two.
+        """
         out = torch.empty(8)
         for r, (heads, labels) in enumerate(ask(clips, [CAPTIONS[r::world] for r in range(world)])):
             for i in range(0, 8 // world, 2):

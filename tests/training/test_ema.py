@@ -1,4 +1,4 @@
-"""The moving average of the weights in the place of the weights; how it is made is in tests/parallel/test_students.py."""
+"""The moving average in the place of the weights; tests/parallel/test_students.py holds how it is made."""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""`mmtard config --memory`: parameters to the last one, activations as autograd keeps them, states by ZeRO's arithmetic."""
+"""`mmtard config --memory`: parameters to the last one, activations as autograd keeps them, states by ZeRO's
+arithmetic.
+"""
 
 import pytest
 import torch
@@ -11,10 +13,17 @@ from mmtard.training import memory
 
 
 def run(**changes):
-    return validate({
-        "run_dir": "r", "student": {"arch": "ViT-B-32", "weights": "openai"}, "teachers": {"robust": {"arch": "ViT-B-32", "weights": "openai", "placement": "sharded"}},
-        "method": {"name": "ard"}, "data": {"shards": "s", "lanes": 4}, "train": {"steps": 1, "batch_size": 16}, **changes,
-    })  # fmt: skip
+    return validate(
+        {
+            "run_dir": "r",
+            "student": {"arch": "ViT-B-32", "weights": "openai"},
+            "teachers": {"robust": {"arch": "ViT-B-32", "weights": "openai", "placement": "sharded"}},
+            "method": {"name": "ard"},
+            "data": {"shards": "s", "lanes": 4},
+            "train": {"steps": 1, "batch_size": 16},
+            **changes,
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,9 +90,14 @@ def test_a_checkpointed_timm_tower_computes_one_of_its_blocks_again():
 
 @pytest.mark.slow
 def test_adapters_and_checkpointing_take_less():
-    whole, adapters, less = (memory.of_run(run(**changes), 1) for changes in (
-        {}, {"student": {"arch": "ViT-B-32", "weights": "openai", "lora": {}}}, {"engine": {"checkpoint_activations": True}},
-    ))  # fmt: skip
+    whole, adapters, less = (
+        memory.of_run(run(**changes), 1)
+        for changes in (
+            {},
+            {"student": {"arch": "ViT-B-32", "weights": "openai", "lora": {}}},
+            {"engine": {"checkpoint_activations": True}},
+        )
+    )
     trained = 12 * 16 * (768 + 3 * 768 + 768 + 768)  # r x (in + out) of qkv and of the output projection, in 12 blocks
     assert adapters["gradients"][0] == 4 * trained and adapters["weights"][0] == 4 * (87849216 + trained)
     assert less[memory.TRAINING][0] < 0.3 * whole[memory.TRAINING][0]
@@ -99,7 +113,8 @@ def test_the_start_is_held_too_and_an_attack_through_a_teacher_keeps_its_activat
     fare = memory.of_run(run(method={"name": "fare"}, teachers={}), 2)
     assert fare["teacher start, replicated"] == [2 * 87849216] * 4
     through, beside = (memory.of_run(run(method={"name": name}), 1) for name in ("adaad", "ard"))
-    # The student's trained copy keeps float32 beside bf16; a frozen teacher in bf16 keeps about what a student of its kind does.
+    # The student's trained copy keeps float32 beside bf16; a frozen teacher in bf16 keeps about what a student of its
+    # kind does.
     assert beside[memory.ATTACK][0] < through[memory.ATTACK][0] < 2.1 * beside[memory.ATTACK][0]
     assert through[memory.TRAINING] == beside[memory.TRAINING]
     stored = run(method={"name": "ard"}, teachers={"robust": {"arch": "ViT-B-32", "weights": "openai", "stored": True}})

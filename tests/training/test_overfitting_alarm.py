@@ -54,10 +54,16 @@ def plane(delta):
 
 def check(margin, step=100, totals=None, **attack):
     settings = {"eps": "8/255", "step_size": "16/255", "steps": 1, **attack}
-    config = validate({
-        "run_dir": "r", "student": {"weights": "random"}, "method": {"name": "tecoa"}, "attack": settings,
-        "data": {"shards": "s", "lanes": 2}, "train": {"steps": 1, "batch_size": 2},
-    })  # fmt: skip
+    config = validate(
+        {
+            "run_dir": "r",
+            "student": {"weights": "random"},
+            "method": {"name": "tecoa"},
+            "attack": settings,
+            "data": {"shards": "s", "lanes": 2},
+            "train": {"steps": 1, "batch_size": 2},
+        }
+    )
     student = Student(margin)
     ranks = SimpleNamespace(device=torch.device("cpu"), sum=totals or (lambda numbers: [float(n) for n in numbers]))
     alarm = OverfittingAlarm(config, DistillationTask(config, student, HEAD, {}), ranks, 16, SilentLogger())

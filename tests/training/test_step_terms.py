@@ -27,7 +27,8 @@ def test_sums_and_quantiles_are_those_of_the_global_batch_whoever_holds_which_sa
     a, b = terms(values[:4], values[4:12]), terms(values[12:])
     assert a.sums == {"loss": 12.0, "w_clean": sum(values[:12])}
     found = a.quantiles(TwoRanks(b))
-    # the squares of 0..19, linear between order statistics: position 1.9 between 1 and 4, 9.5 between 81 and 100, 17.1 between 289 and 324
+    # the squares of 0..19, linear between order statistics: position 1.9 between 1 and 4, 9.5 between 81 and 100,
+    # 17.1 between 289 and 324
     assert found == pytest.approx({"w_clean_p10": 1 + 0.9 * 3, "w_clean_p50": 90.5, "w_clean_p90": 289 + 0.1 * 35})
     assert b.quantiles(TwoRanks(a)) == terms(values[::-1]).quantiles(TwoRanks(terms([]))) == found
 

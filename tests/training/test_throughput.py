@@ -25,7 +25,8 @@ def test_a_training_sample_is_the_sum_of_its_passes():
     attack = Attack(steps=10)
     mmtard = {Pass("student", "adv"), Pass("student", "clean"), Pass("robust", "adv"), Pass("clean", "clean")}
     forward = {"student": 1, "clean": 100, "robust": 1000}
-    # two differentiated student passes, ten attack steps, one pass of each teacher (the attack's target is asked anyway)
+    # two differentiated student passes, ten attack steps, one pass of each teacher (the attack's target is asked
+    # anyway)
     assert sample_flops(forward, mmtard, find_objective("kl_clean"), attack) == 6 + 20 + 1100
     assert sample_flops({"student": 1}, {Pass("student", "clean")}, None, attack) == 3
     assert sample_flops({"student": 1}, {Pass("student", "clean")}, None, attack, adapters=True) == 2
@@ -57,11 +58,21 @@ def test_the_peak_of_an_unknown_device_is_not_guessed():
 @pytest.mark.parametrize(
     "name, tera",
     [
-        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
-        ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA GH200 480GB", 989), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500),
-        ("NVIDIA RTX A1000", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA GeForce RTX 4090", None),
     ],
-)  # fmt: skip
+)
 def test_the_peak_is_that_of_the_very_model(monkeypatch, name, tera):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda", 0)) == (tera and tera * 1e12)

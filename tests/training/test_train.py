@@ -1,4 +1,4 @@
-"""Whole runs in this process: ensembles of unlike teachers, state that survives an interruption, data without labels."""
+"""Whole runs in this process: unlike teachers, state that survives an interruption, data without labels."""
 
 import io
 import json
@@ -79,11 +79,16 @@ def settings(tmp_path, vit):
             if labels:
                 (shards / "classnames.txt").write_text("cat\ndog\ncow\n")
         base = {
-            "run_dir": str(tmp_path / name), "student": {"arch": vit, "weights": "random"},
-            "attack": {"eps": "8/255", "step_size": "4/255", "steps": 2}, "data": {"shards": str(shards), "lanes": 2, "window": 8, "workers": 0, **dict(data)},
-            "train": {"steps": 4, "batch_size": 8, "lr": 1e-3}, "engine": {"precision": "float32", "device": "cpu"},
-            "checkpoint": {"every": 4}, "log": {"tensorboard": False}, "resume": {"max_preemptions": None},
-        }  # fmt: skip
+            "run_dir": str(tmp_path / name),
+            "student": {"arch": vit, "weights": "random"},
+            "attack": {"eps": "8/255", "step_size": "4/255", "steps": 2},
+            "data": {"shards": str(shards), "lanes": 2, "window": 8, "workers": 0, **dict(data)},
+            "train": {"steps": 4, "batch_size": 8, "lr": 1e-3},
+            "engine": {"precision": "float32", "device": "cpu"},
+            "checkpoint": {"every": 4},
+            "log": {"tensorboard": False},
+            "resume": {"max_preemptions": None},
+        }
         return config.validate({**base, **changes}), tmp_path / name
 
     return make
@@ -145,7 +150,9 @@ def test_three_unlike_teachers_and_their_balanced_weights_survive_an_interruptio
 def test_each_model_of_an_ensemble_reads_the_class_names_with_its_own_tokenizer(
     train, settings, vit, word_tokenizer, tmp_path
 ):
-    """CLIP's byte pairs for the student and the clean teacher; whole words for a text tower like SigLIP's, and for a BERT."""
+    """CLIP's byte pairs for the student and the clean teacher; whole words for a text tower like SigLIP's, and for a
+    BERT.
+    """
     transformers = pytest.importorskip("transformers")
     words = len(open_clip.tokenizer.HFTokenizer(str(word_tokenizer)).tokenizer)
     bert = transformers.BertConfig(
@@ -159,10 +166,24 @@ def test_each_model_of_an_ensemble_reads_the_class_names_with_its_own_tokenizer(
     bert.save_pretrained(tmp_path / "bert-config")
     hugging_face = {"hf_tokenizer_name": str(word_tokenizer), "context_length": 9}
     texts = {
-        "siglip": {**hugging_face, "tokenizer_kwargs": {"clean": "canonicalize"}, "vocab_size": words, "width": 16, "heads": 2, "layers": 1,
-                   "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
-        "bert": {**hugging_face, "hf_model_name": str(tmp_path / "bert-config"), "hf_proj_type": "linear", "hf_pooler_type": "mean_pooler"},
-    }  # fmt: skip
+        "siglip": {
+            **hugging_face,
+            "tokenizer_kwargs": {"clean": "canonicalize"},
+            "vocab_size": words,
+            "width": 16,
+            "heads": 2,
+            "layers": 1,
+            "no_causal_mask": True,
+            "proj_bias": True,
+            "pool_type": "last",
+        },
+        "bert": {
+            **hugging_face,
+            "hf_model_name": str(tmp_path / "bert-config"),
+            "hf_proj_type": "linear",
+            "hf_pooler_type": "mean_pooler",
+        },
+    }
     for name, text in texts.items():
         vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
         cfg = {"embed_dim": 12, "custom_text": True, "vision_cfg": vision, "text_cfg": text}
@@ -198,7 +219,9 @@ def test_each_model_of_an_ensemble_reads_the_class_names_with_its_own_tokenizer(
 
 @pytest.mark.parametrize("method", ["fare", "sim_clip"])
 def test_a_method_of_embeddings_trains_on_images_alone_as_it_does_with_classes(train, settings, method, capfd):
-    """No label, no class names; against the start of its run; with an attack of one step, whose alarm has no accuracy to watch."""
+    """No label, no class names; against the start of its run; with an attack of one step, whose alarm has no accuracy
+    to watch.
+    """
     changes = {
         "method": {"name": method},
         "teachers": {"start": {"placement": "sharded"}},
@@ -232,7 +255,8 @@ def test_a_run_that_cannot_be_built_leaves_its_records_closed_and_the_terminal_a
 def test_images_alone_are_no_data_for_a_method_of_classes(train, settings):
     with pytest.raises(
         UserError,
-        match="data.targets: 'none' leaves no classes, which method 'fare' with attack objective 'kl_clean' needs; set it to labels or captions",
+        match="data.targets: 'none' leaves no classes, which method 'fare' with attack objective 'kl_clean' needs; "
+        "set it to labels or captions",
     ):
         settings(
             "kl",
@@ -244,6 +268,7 @@ def test_images_alone_are_no_data_for_a_method_of_classes(train, settings):
     given, _ = settings("labels", labels=False, method={"name": "fare"})
     with pytest.raises(
         UserError,
-        match="no classnames.txt beside .*; set data.classnames to a file .*, or data.targets=none where the method reads embeddings alone",
+        match="no classnames.txt beside .*; set data.classnames to a file .*, or "
+        "data.targets=none where the method reads embeddings alone",
     ):
         train(given, Never())

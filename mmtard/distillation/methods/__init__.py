@@ -1,14 +1,20 @@
 """Objectives by name: one small file each, found here; the training step computes exactly the passes one declares.
 
 A method file defines
-    passes(settings) -> set[Pass]                  the (model, view) pairs it needs; model is "student" or a teacher's name
-    loss(settings, predictions, labels, state)     predictions: dict[Pass, Prediction], labels int64 [B], the method's state
-        -> (per-sample loss [B], {name: per-sample term [B]})
+
+    passes(settings) -> set[Pass]
+        The (model, image) pairs it needs; the model is "student" or a teacher's name.
+    loss(settings, predictions, labels, state) -> (loss [B], {name: term [B]})
+        predictions: dict[Pass, Prediction]; labels int64 [B]; state: the method's own.
+
 and, when it carries numbers from step to step,
+
     first_state(settings) -> dict[str, float]
-    next_state(settings, state, means) -> dict[str, float]     means: the terms' means over the step's global batch
-Its settings are a class in `mmtard.config` with the same name. Views: "clean" (x) and "adv" (x'). The teacher "start" (T0) is the
-student before training. Terms that start with `w_` are weights.
+    next_state(settings, state, means) -> dict[str, float]
+        means: the terms' means over the step's global batch.
+
+Its settings are a class in `mmtard/config/methods.py` with the same name. The image is "clean" (x) or "adv" (x'). The
+teacher "start" (T0) is the student before training. Terms that start with `w_` are weights.
 """
 
 from importlib import import_module

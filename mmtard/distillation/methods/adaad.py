@@ -2,8 +2,8 @@
 
     a * KL(p_T(x') || p_S(x')) + (1 - a) * KL(p_T(x) || p_S(x)),      x' = argmax KL(p_T(x') || p_S(x')),
 
-with the attack's gradient through the teacher too; no labels. Huang et al., "Boosting Accuracy and Robustness of Student Models
-via Adaptive Adversarial Distillation", CVPR 2023 (a = 1).
+with the attack's gradient through the teacher too; no labels. Huang et al., "Boosting Accuracy and Robustness of
+Student Models via Adaptive Adversarial Distillation", CVPR 2023 (a = 1).
 """
 
 from ...losses import kl

@@ -2,8 +2,8 @@
 
     || z_S(x') - z_T0(x) ||^2,
 
-the embeddings not normalised, no labels; the attack maximises the same distance. Schlarmann et al., "Robust CLIP: Unsupervised
-Adversarial Fine-Tuning of Vision Embeddings for Robust Large Vision-Language Models", ICML 2024.
+the embeddings not normalised, no labels; the attack maximises the same distance. Schlarmann et al., "Robust CLIP:
+Unsupervised Adversarial Fine-Tuning of Vision Embeddings for Robust Large Vision-Language Models", ICML 2024.
 """
 
 from ...losses import squared_distance

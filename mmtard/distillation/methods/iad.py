@@ -2,9 +2,9 @@
 
     KL(p_T(x) || p_S(x')) + (1 - p_T(y | x')^b) * KL(p_S(x) || p_S(x')),
 
-the attack on CE. Zhu et al., "Reliable Adversarial Distillation with Unreliable Teachers", ICLR 2022 (b = .1). The last KL's gradient
-flows through both images, none through the teacher's confidence. Both terms count from the first step; the public code adds the second
-after a number of epochs.
+the attack on CE. Zhu et al., "Reliable Adversarial Distillation with Unreliable Teachers", ICLR 2022 (b = .1). The
+last KL's gradient flows through both images, none through the teacher's confidence. Both terms count from the first
+step; the public code adds the second after a number of epochs.
 """
 
 from ...losses import kl, true_class

@@ -1,12 +1,14 @@
-"""`mmtard`: multi-teacher adversarially robust distillation (arXiv 2511.17448), for any number of teachers m with views x^m,
+"""`mmtard`: multi-teacher adversarially robust distillation (arXiv 2511.17448), for any number of teachers m with
+views x^m,
 
     L_i = sum_m w^m_i * KL(p_m(x^m_i) || p_S(x^m_i)) + lambda * sum_m ||c_m(x^m_i) - c_S(x^m_i)||^2.
 
-By default the robust teacher sees x' and the clean one x, as published. `weighting: official` is the published recipe, whose
-loss is the mean over samples AND classes: L = 1/(B*C) sum_i [ 50 c^r_i KL + 5 c^c_i KL ], so that its L_i is divided by C; so is that
-of `constant`, which leaves the cosines c away. Under the other weightings the loss is a plain mean over samples. The attack maximises KL(p_Tc(x) || p_S(x')), the clean
-teacher on the clean image. The second sum is ours, with c_M(x) the cosines of M's image embedding with its class embeddings: it
-keeps the student's image-text similarity matrix near the teachers'; lambda (`cross_modal_weight`) is 0 unless set.
+By default the robust teacher sees x' and the clean one x, as published. `weighting: official` is the published
+recipe, whose loss is the mean over samples AND classes: L = 1/(B*C) sum_i [ 50 c^r_i KL + 5 c^c_i KL ], so that its
+L_i is divided by C; so is that of `constant`, which leaves the cosines c away. Under the other weightings the loss is
+a plain mean over samples. The attack maximises KL(p_Tc(x) || p_S(x')), the clean teacher on the clean image. The
+second sum is ours, with c_M(x) the cosines of M's image embedding with its class embeddings: it keeps the student's
+image-text similarity matrix near the teachers'; lambda (`cross_modal_weight`) is 0 unless set.
 """
 
 from ...losses import kl, squared_distance

@@ -2,8 +2,8 @@
 
     w_r * KL(p_Tr(x') || p_S(x')) + w_c * KL(p_Tc(x) || p_S(x)),      w_r + w_c = 1,
 
-the attack on CE. Zhao et al., "Enhanced Accuracy and Robustness via Multi-Teacher Adversarial Distillation", ECCV 2022. The
-weights start equal and follow the relative losses with `rate` (.025): see `mmtard.weighting.balanced_next`.
+the attack on CE. Zhao et al., "Enhanced Accuracy and Robustness via Multi-Teacher Adversarial Distillation", ECCV
+2022. The weights start equal and follow the relative losses with `rate` (.025): see `mmtard.weighting.balanced_next`.
 """
 
 import torch

@@ -2,9 +2,10 @@
 
     CE(p_S(x'), y) + a * KL(p_T0(x') || p_S(x')) + b * KL(p_S(x) || p_S(x')),
 
-the attack on CE. Wang et al., "Pre-trained Model Guided Fine-Tuning for Zero-Shot Adversarial Robustness", CVPR 2024 (a = b = 1). The
-public code normalises text features that carry the logit scale and so drops the scale from the KL terms; here every p is
-softmax(s <z, t>), as in the paper. The gradient of the last term flows through both of its images.
+the attack on CE. Wang et al., "Pre-trained Model Guided Fine-Tuning for Zero-Shot Adversarial Robustness", CVPR 2024
+(a = b = 1). The public code normalises text features that carry the logit scale and so drops the scale from the KL
+terms; here every p is softmax(s <z, t>), as in the paper. The gradient of the last term flows through both of its
+images.
 """
 
 from ...losses import cross_entropy, kl

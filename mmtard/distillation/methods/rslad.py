@@ -2,8 +2,8 @@
 
     a * KL(p_T(x) || p_S(x')) + (1 - a) * KL(p_T(x) || p_S(x)),
 
-the attack on the first term; no labels. Zi et al., "Revisiting Adversarial Robustness Distillation: Robust Soft Labels Make
-Student Better", ICCV 2021 (a = 5/6).
+the attack on the first term; no labels. Zi et al., "Revisiting Adversarial Robustness Distillation: Robust Soft
+Labels Make Student Better", ICCV 2021 (a = 5/6).
 """
 
 from ...losses import kl

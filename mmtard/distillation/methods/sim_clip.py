@@ -2,9 +2,10 @@
 
     - cos(z_S(x'), z_T0(x)),
 
-no labels; the attack maximises || z_S(x') - z_T0(x) ||^2. Hossain & Imteaj, "Sim-CLIP: Unsupervised Siamese Adversarial Fine-Tuning for
-Robust and Semantically-Rich Vision-Language Models", arXiv 2407.14971. The clean branch is T0, to which no gradient flows. The
-public code adds the same cosine with the gradient of z_S(x') stopped: a term without any gradient, which is left out here.
+no labels; the attack maximises || z_S(x') - z_T0(x) ||^2. Hossain & Imteaj, "Sim-CLIP: Unsupervised Siamese
+Adversarial Fine-Tuning for Robust and Semantically-Rich Vision-Language Models", arXiv 2407.14971. The clean branch
+is T0, to which no gradient flows. The public code adds the same cosine with the gradient of z_S(x') stopped: a term
+without any gradient, which is left out here.
 """
 
 import torch.nn.functional as F

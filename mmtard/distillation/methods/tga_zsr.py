@@ -2,11 +2,11 @@
 
     CE(p_S(x'), y) + a * dist(A_S(x'), A_T0(x)) + b * dist(A_S(x), A_T0(x)),      dist(A, B) = sqrt(||A - B||^2 + 1e-6),
 
-the attack on CE. Yu et al., "Text-Guided Attention is All You Need for Zero-Shot Robustness in Vision-Language Models", NeurIPS 2024
-(a = .08, b = .05). A(x) [P] is the text-guided attention: the cosine of each patch token with the true class's text
-embedding, brought to [0,1] over the image's patches. It stays on the grid of patches, without enlarging it to the image. The paper's
-distance is the L2 norm itself; but the student starts as T0, and a norm's gradient near 0 is rounding noise brought to length 1,
-which is another at every batch size.
+the attack on CE. Yu et al., "Text-Guided Attention is All You Need for Zero-Shot Robustness in Vision-Language
+Models", NeurIPS 2024 (a = .08, b = .05). A(x) [P] is the text-guided attention: the cosine of each patch token with
+the true class's text embedding, brought to [0,1] over the image's patches. It stays on the grid of patches, without
+enlarging it to the image. The paper's distance is the L2 norm itself; but the student starts as T0, and a norm's
+gradient near 0 is rounding noise brought to length 1, which is another at every batch size.
 """
 
 import torch

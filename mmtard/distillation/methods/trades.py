@@ -2,8 +2,8 @@
 
     CE(p_S(x), y) + b * KL(p_S(x) || p_S(x')),
 
-the attack on the KL. Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", ICML 2019 (b = 6). The KL's
-gradient flows through both images.
+the attack on the KL. Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", ICML 2019 (b
+= 6). The KL's gradient flows through both images.
 """
 
 from ...losses import cross_entropy, kl
