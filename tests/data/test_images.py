@@ -55,16 +55,13 @@ def test_exif_orientation_is_not_applied():
     assert rotated.size == (40, 30) and (pixels(rotated) == pixels(plain)).all()
 
 
-@pytest.mark.parametrize(
-    "data, words",
-    [
-        (encode(picture(1))[:-200], "truncated"),
-        (encode(picture(1, (200, 200)), "PNG")[:-500], "truncated|broken"),
-        (b"no image", "not an image of a known format"),
-        (b"", "not an image of a known format"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image of a known format"),
-    ],
-)
+@pytest.mark.parametrize("data, words", [
+    (encode(picture(1))[:-200], "truncated"),
+    (encode(picture(1, (200, 200)), "PNG")[:-500], "truncated|broken"),
+    (b"no image", "not an image of a known format"),
+    (b"", "not an image of a known format"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image of a known format"),
+])  # fmt: skip
 def test_damaged_images_are_decode_errors(data, words):
     with pytest.raises(DecodeError, match=words):
         decode(data)
@@ -132,13 +129,10 @@ def test_a_models_own_way_is_open_clips(size, mode, interpolation):
     assert (Transform.of_model(24, cfg, "m")(image, 0) == (theirs * 255).round().byte().numpy()).all()
 
 
-@pytest.mark.parametrize(
-    "cfg, message",
-    [
-        ({"resize_mode": "longest"}, "'m': .* resize_mode 'longest'; shortest and squash are known"),
-        ({"interpolation": "nearest"}, "'m': .* interpolation 'nearest'; bicubic and bilinear are known"),
-    ],
-)
+@pytest.mark.parametrize("cfg, message", [
+    ({"resize_mode": "longest"}, "'m': .* resize_mode 'longest'; shortest and squash are known"),
+    ({"interpolation": "nearest"}, "'m': .* interpolation 'nearest'; bicubic and bilinear are known"),
+])  # fmt: skip
 def test_a_way_of_resizing_that_is_not_known_is_refused(cfg, message):
     with pytest.raises(UserError, match=message):
         Transform.of_model(24, cfg, "'m'")

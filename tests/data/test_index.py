@@ -37,21 +37,12 @@ def test_reading_equals_webdatasets_own(folder, dataset):
 
 def test_layouts_of_public_sets(tmp_path):
     """timm's .jpg + .cls + .json members, upper-case extensions, folders and dots in names, captions, other members."""
-    write_tar(
-        tmp_path / "train" / "0.tar",
-        [
-            ("n01/a.x.jpg", b"no image: its extension is x.jpg"),
-            ("n01/a.JPEG", IMAGE),
-            ("n01/a.cls", b"7\n"),
-            ("n01/a.json", b'{"label": 7}'),
-            ("n01/a.txt", "ein Käfer\n".encode()),
-            ("b.png", IMAGE),
-            ("b.cls", b"12"),
-            ("__meta__/x.jpg", IMAGE),
-            ("._b.jpg", b"of another system"),
-            ("only.json", b"{}"),
-        ],
-    )
+    write_tar(tmp_path / "train" / "0.tar", [
+        ("n01/a.x.jpg", b"no image: its extension is x.jpg"), ("n01/a.JPEG", IMAGE),
+        ("n01/a.cls", b"7\n"), ("n01/a.json", b'{"label": 7}'), ("n01/a.txt", "ein Käfer\n".encode()),
+        ("b.png", IMAGE), ("b.cls", b"12"), ("__meta__/x.jpg", IMAGE), ("._b.jpg", b"of another system"),
+        ("only.json", b"{}"),
+    ])  # fmt: skip
     (tmp_path / "classnames.txt").write_text("tench\nhammerhead shark\n")
     data = Data(shards=str(tmp_path))
     dataset = open_dataset(data)
@@ -275,30 +266,19 @@ def test_remote_shards_are_indexed_through_their_opener(folder, tmp_path, spec):
     assert len(open_dataset(Data(shards=remote, index=str(tmp_path / "i.npz"), allow_pipe=True))) == 32
 
 
-@pytest.mark.parametrize(
-    "spec, words",
-    [
-        ("pipe:cat {}/none.tar", "cannot be read: its opener ended with status 1"),
-        ("s3://bucket/none.tar", "pipe:aws s3 cp"),
-        ("pipe:head -c 3000 {}/0.tar", "is truncated or damaged|is truncated, damaged"),
-        ("pipe:cat /dev/urandom", "not a plain tar"),
-    ],
-)
+@pytest.mark.parametrize("spec, words", [
+    ("pipe:cat {}/none.tar", "cannot be read: its opener ended with status 1"), ("s3://bucket/none.tar", "pipe:aws s3 cp"),
+    ("pipe:head -c 3000 {}/0.tar", "is truncated or damaged|is truncated, damaged"), ("pipe:cat /dev/urandom", "not a plain tar"),
+])  # fmt: skip
 def test_openers_that_fail(folder, tmp_path, spec, words, capfd):
     with pytest.raises(UserError, match=words):
         build_index([spec.format(folder)], tmp_path / "i.npz", 1, False)
 
 
-@pytest.mark.parametrize(
-    "shard, name",
-    [
-        ("/a/b/0001.tar", "0001.tar"),
-        ("pipe:aws s3 cp s3://b/x-0001.tar -", "x-0001.tar"),
-        ("https://h/p/0.tar?token=1.2", "0.tar"),
-        ("pipe:curl -s 'https://h/a.tar/0.tar'", "0.tar"),
-        ("file:rel.tar", "rel.tar"),
-    ],
-)
+@pytest.mark.parametrize("shard, name", [
+    ("/a/b/0001.tar", "0001.tar"), ("pipe:aws s3 cp s3://b/x-0001.tar -", "x-0001.tar"), ("https://h/p/0.tar?token=1.2", "0.tar"),
+    ("pipe:curl -s 'https://h/a.tar/0.tar'", "0.tar"), ("file:rel.tar", "rel.tar"),
+])  # fmt: skip
 def test_shard_names(shard, name):
     assert shard_name(shard) == name
 

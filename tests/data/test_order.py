@@ -84,15 +84,12 @@ def test_shards_ahead_names_what_is_read_in_time():
     assert len(sum(order.shards_ahead(0, 0, 1, 99), [])) == 12
 
 
-@pytest.mark.parametrize(
-    "call, words",
-    [
-        (lambda: Order([3], 0, lanes=4, window=1), "4 lanes for 3 samples"),
-        (lambda: Order([30], 0, lanes=4, window=1).batch(0, 6), "4 lanes do not divide the batch of 6"),
-        (lambda: Order([30], 0, lanes=4, window=1).rank_batch(0, 8, 0, 3), "4 lanes cannot be shared by 3 ranks"),
-        (lambda: Order([30], 0, lanes=4, window=1).batch(6, 8), "6 samples consumed"),
-    ],
-)
+@pytest.mark.parametrize("call, words", [
+    (lambda: Order([3], 0, lanes=4, window=1), "4 lanes for 3 samples"),
+    (lambda: Order([30], 0, lanes=4, window=1).batch(0, 6), "4 lanes do not divide the batch of 6"),
+    (lambda: Order([30], 0, lanes=4, window=1).rank_batch(0, 8, 0, 3), "4 lanes cannot be shared by 3 ranks"),
+    (lambda: Order([30], 0, lanes=4, window=1).batch(6, 8), "6 samples consumed"),
+])  # fmt: skip
 def test_what_does_not_divide_is_refused(call, words):
     with pytest.raises(UserError, match=words):
         call()

@@ -66,14 +66,11 @@ def test_image_folder_to_data_set(images, tmp_path):
     assert [s["__key__"] for s in theirs] == dataset.keys and [int(s["cls"]) for s in theirs] == dataset.labels.tolist()
 
 
-@pytest.mark.parametrize(
-    "folders, order",
-    [
-        (["0", "1", "2", "10", "100"], ["0", "1", "2", "10", "100"]),
-        (["10", "9", "a"], ["10", "9", "a"]),
-        (["n10", "n9"], ["n10", "n9"]),
-    ],
-)
+@pytest.mark.parametrize("folders, order", [
+    (["0", "1", "2", "10", "100"], ["0", "1", "2", "10", "100"]),
+    (["10", "9", "a"], ["10", "9", "a"]),
+    (["n10", "n9"], ["n10", "n9"]),
+])  # fmt: skip
 def test_folders_that_are_all_numbers_are_in_their_order(tmp_path, folders, order):
     for name in folders:
         (tmp_path / "images" / name).mkdir(parents=True)

@@ -73,18 +73,11 @@ def run(tmp_path, shards, vit, resnet):
         "teachers": {"clean": {"arch": resnet, "weights": "random"}, "robust": {"arch": vit, "weights": "random"}},
         "method": {"name": "mmtard", "weighting": "confidence_sigmoid"},
         "attack": {"eps": "8/255", "steps": 1, "alarm_every": 5},
-        "data": {
-            "shards": str(shards),
-            "lanes": 4,
-            "window": 4,
-            "workers": 0,
-            "embeddings": str(tmp_path / "embeddings"),
-            "max_replaced": "1/2",
-        },
+        "data": {"shards": str(shards), "lanes": 4, "window": 4, "workers": 0, "embeddings": str(tmp_path / "embeddings"), "max_replaced": "1/2"},
         "train": {"steps": 12, "batch_size": BATCH, "micro_batch_size": 4, "lr": 1e-3},
         "engine": {"precision": "float32", "device": "cpu", "zero_stage": 0},
         "log": {"tensorboard": False},
-    }
+    }  # fmt: skip
     (tmp_path / "run.yaml").write_text(json.dumps(tree))
     return lambda *overrides: settings.load(tmp_path / "run.yaml", overrides)
 

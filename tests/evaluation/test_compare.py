@@ -35,15 +35,12 @@ def test_a_difference_that_unpaired_intervals_hide():
     assert 1.959964 * math.sqrt(0.25 / 1000) * 2 > 0.03
 
 
-@pytest.mark.parametrize(
-    "both, only_a, only_b, neither, low, high",
-    [
-        # Airway hyper-responsiveness before and after transplantation (Bentur et al. 2009): Fagerland, Lydersen & Laake, Statistics in Medicine 33 (2014).
-        (1, 7, 1, 12, -0.507, -0.026),
-        # Nothing differs, all right: phi is 0, both Wilson intervals end at n / (n + z^2).
-        (40, 0, 0, 0, -(1.959964**2) / (40 + 1.959964**2), 1.959964**2 / (40 + 1.959964**2)),
-    ],
-)
+@pytest.mark.parametrize("both, only_a, only_b, neither, low, high", [
+    # Airway hyper-responsiveness before and after transplantation (Bentur et al. 2009): Fagerland, Lydersen & Laake, Statistics in Medicine 33 (2014).
+    (1, 7, 1, 12, -0.507, -0.026),
+    # Nothing differs, all right: phi is 0, both Wilson intervals end at n / (n + z^2).
+    (40, 0, 0, 0, -(1.959964**2) / (40 + 1.959964**2), 1.959964**2 / (40 + 1.959964**2)),
+])  # fmt: skip
 def test_the_interval_of_a_paired_difference_is_newcombes(both, only_a, only_b, neither, low, high):
     counts = (both, only_a, only_b, neither)
     a, b = (
@@ -70,26 +67,12 @@ def test_the_interval_of_a_paired_difference_holds_the_true_one_as_often_as_it_s
 RESULTS = {
     "format": 2,
     "settings": {"norm": "linf", "eps": ["2/255"], "attacks": ["apgd-ce"], "batch_size": 64},
-    "datasets": [
-        {
-            "name": "pets",
-            "kind": "zeroshot",
-            "fingerprint": "f",
-            "classes": ["cat", "dog"],
-            "templates": ["a {}"],
-            "perturb_at": "input",
-            "perturbed_size": [32, 32],
-            "replaced": 0,
-            "eps": {"2/255": {}},
-            "samples": {
-                "ids": [1, 4, 5],
-                "labels": [0, 1, 0],
-                "clean": [True, True, False],
-                "eps": {"2/255": {"robust": [True, False, False]}},
-            },
-        }
-    ],
-}
+    "datasets": [{
+        "name": "pets", "kind": "zeroshot", "fingerprint": "f", "classes": ["cat", "dog"], "templates": ["a {}"], "perturb_at": "input", "perturbed_size": [32, 32], "replaced": 0,
+        "eps": {"2/255": {}},
+        "samples": {"ids": [1, 4, 5], "labels": [0, 1, 0], "clean": [True, True, False], "eps": {"2/255": {"robust": [True, False, False]}}},
+    }],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -126,31 +109,16 @@ def test_each_dataset_and_eps_has_its_row(pair, command, capsys):
     assert command("compare", a, b) == 0 and "+33.33" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (
-            lambda r: r["settings"].update(norm="l2"),
-            "measured otherwise: norm is linf and l2; evaluate both with the same settings",
-        ),
-        (lambda r: r["datasets"][0].update(fingerprint="g"), "pets: fingerprint differs, f and g"),
-        (lambda r: r["datasets"][0].update(templates=["the {}"]), r"pets: templates\[0\] differs, a {} and the {}"),
-        (
-            lambda r: r["datasets"][0].update(classes=["cat", "hound"]),
-            r"pets: classes\[1\] differs, dog and hound; evaluate both on the same data in the same way",
-        ),
-        (
-            lambda r: r["datasets"][0].update(classes=["cat", "dog", "cow"]),
-            r"pets: classes differs, \['cat', 'dog'\] and \['cat', 'dog', 'cow'\]",
-        ),
-        (
-            lambda r: r["datasets"][0]["samples"].update(ids=[1, 4, 6]),
-            "pets: samples.ids differ; evaluate both with the same --n-samples and --seed",
-        ),
-        (lambda r: r["datasets"][0].update(name="cars"), "have other datasets: cars, pets stands in one alone"),
-        (lambda r: r.update(format=1), "has format 1, this version reads 2"),
-    ],
-)
+@pytest.mark.parametrize("change, message", [
+    (lambda r: r["settings"].update(norm="l2"), "measured otherwise: norm is linf and l2; evaluate both with the same settings"),
+    (lambda r: r["datasets"][0].update(fingerprint="g"), "pets: fingerprint differs, f and g"),
+    (lambda r: r["datasets"][0].update(templates=["the {}"]), r"pets: templates\[0\] differs, a {} and the {}"),
+    (lambda r: r["datasets"][0].update(classes=["cat", "hound"]), r"pets: classes\[1\] differs, dog and hound; evaluate both on the same data in the same way"),
+    (lambda r: r["datasets"][0].update(classes=["cat", "dog", "cow"]), r"pets: classes differs, \['cat', 'dog'\] and \['cat', 'dog', 'cow'\]"),
+    (lambda r: r["datasets"][0]["samples"].update(ids=[1, 4, 6]), "pets: samples.ids differ; evaluate both with the same --n-samples and --seed"),
+    (lambda r: r["datasets"][0].update(name="cars"), "have other datasets: cars, pets stands in one alone"),
+    (lambda r: r.update(format=1), "has format 1, this version reads 2"),
+])  # fmt: skip
 def test_what_is_no_pair_is_refused_by_name(pair, change, message):
     with pytest.raises(UserError, match=message):
         compare(*pair(change))

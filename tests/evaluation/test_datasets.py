@@ -76,26 +76,19 @@ def test_a_split_is_no_name(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    "where, index, name",
-    [
-        ("https://host.org/data/birds/test/{000..012}.tar", None, "birds"),
-        ("s3://bucket/fish/val/0.tar", "x.npz", "fish"),
-        ("pipe:aws s3 cp s3://bucket/sets/birds/{0..9}.tar -", None, "birds"),
-        ("pipe:cat '/data/fish/test/{0..9}.tar'", None, "fish"),
-        ("file:/data/birds/0.tar", None, "birds"),
-        ("https://host.org/birds-{000..012}.tar", "x.npz", "birds"),
-        ("https://host.org/birds-07.tar", None, "birds"),
-        ("https://host.org/{000..012}.tar", "indices/fish.npz", "fish"),
-        ("pipe:fetch everything", None, "remote"),
-        ("https://huggingface.co/datasets/clip-benchmark/wds_cifar10/resolve/main/test/{0..1}.tar", None, "CIFAR10"),
-        (
-            "https://huggingface.co/datasets/timm/imagenet-1k-wds/resolve/main/imagenet1k-validation-{00..63}.tar",
-            None,
-            "ImageNet",
-        ),
-    ],
-)
+@pytest.mark.parametrize("where, index, name", [
+    ("https://host.org/data/birds/test/{000..012}.tar", None, "birds"),
+    ("s3://bucket/fish/val/0.tar", "x.npz", "fish"),
+    ("pipe:aws s3 cp s3://bucket/sets/birds/{0..9}.tar -", None, "birds"),
+    ("pipe:cat '/data/fish/test/{0..9}.tar'", None, "fish"),
+    ("file:/data/birds/0.tar", None, "birds"),
+    ("https://host.org/birds-{000..012}.tar", "x.npz", "birds"),
+    ("https://host.org/birds-07.tar", None, "birds"),
+    ("https://host.org/{000..012}.tar", "indices/fish.npz", "fish"),
+    ("pipe:fetch everything", None, "remote"),
+    ("https://huggingface.co/datasets/clip-benchmark/wds_cifar10/resolve/main/test/{0..1}.tar", None, "CIFAR10"),
+    ("https://huggingface.co/datasets/timm/imagenet-1k-wds/resolve/main/imagenet1k-validation-{00..63}.tar", None, "ImageNet"),
+])  # fmt: skip
 def test_remote_shards_are_named_after_their_folder_files_or_index(where, index, name):
     (source,) = datasets.find_datasets(where, index=index)
     assert (
@@ -115,14 +108,11 @@ def test_every_dataset_of_fare_and_imagenets_variants_has_an_entry():
     assert all(datasets.known(k.name) is k for k in datasets.KNOWN)
 
 
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda root: str(root / "gone"), "missing shard"),
-        (lambda root: str(root / "empty"), "is no dataset and holds none"),
-        (lambda root: str(root / "twice"), "holds the dataset CIFAR10 twice"),
-    ],
-)
+@pytest.mark.parametrize("make, message", [
+    (lambda root: str(root / "gone"), "missing shard"),
+    (lambda root: str(root / "empty"), "is no dataset and holds none"),
+    (lambda root: str(root / "twice"), "holds the dataset CIFAR10 twice"),
+])  # fmt: skip
 def test_a_root_that_holds_no_dataset(tmp_path, make, message):
     (tmp_path / "empty").mkdir()
     for name in ("cifar10", "vtab/cifar10"):
@@ -157,16 +147,13 @@ def test_two_classes_have_no_targeted_attack_and_a_chance_of_half(measure, tmp_p
         measure(tmp_path, tmp_path / "other", attacks=("apgd-t",))
 
 
-@pytest.mark.parametrize(
-    "names, said",
-    [
-        (FARE_SETS, ""),
-        ((*FARE_SETS, "ImageNet"), ""),
-        (FARE_SETS[1:], "not the mean that fare publishes: without Caltech101\n"),
-        ((*FARE_SETS, "MNIST", "SVHN", "ImageNet"), "not the mean that fare publishes: with MNIST, SVHN\n"),
-        ((*FARE_SETS[1:], "MNIST"), "not the mean that fare publishes: without Caltech101; with MNIST\n"),
-    ],
-)
+@pytest.mark.parametrize("names, said", [
+    (FARE_SETS, ""),
+    ((*FARE_SETS, "ImageNet"), ""),
+    (FARE_SETS[1:], "not the mean that fare publishes: without Caltech101\n"),
+    ((*FARE_SETS, "MNIST", "SVHN", "ImageNet"), "not the mean that fare publishes: with MNIST, SVHN\n"),
+    ((*FARE_SETS[1:], "MNIST"), "not the mean that fare publishes: without Caltech101; with MNIST\n"),
+])  # fmt: skip
 def test_a_mean_over_other_sets_than_published_is_told(colours, measure, capsys, names, said):
     found = measure(colours, attacks=("pgd",), iters=1)
     table.show(found | {"protocol": "fare", "datasets": [found["datasets"][0] | {"name": name} for name in names]})
@@ -303,25 +290,13 @@ def test_a_protocol_is_what_papers_agreed_on_and_gives_way_to_what_is_asked():
     assert protocol("quick", transfer=True).attacks[-1] == "transfer"
 
 
-@pytest.mark.parametrize(
-    "asked, message",
-    [
-        ({"eps": [Fraction(0)]}, "--eps: 0 is no attack"),
-        (
-            {"eps": [Fraction(2)]},
-            "--eps: 2 lets an attack replace the whole image, .* write it as a fraction such as 2/255",
-        ),
-        ({"eps": [Fraction(2, 255), Fraction(1)]}, "--eps: 1 lets"),
-        (
-            {"norm": "l2"},
-            "--norm: the radii of 'robustbench' are linf's, not l2's; give its own with --eps, such as 0.5",
-        ),
-        (
-            {"norm": "l2", "eps": [Fraction(1, 2)]},
-            "--attacks: 'square' is written for linf, not l2; leave it out: --attacks apgd-ce apgd-t fab-t$",
-        ),
-    ],
-)
+@pytest.mark.parametrize("asked, message", [
+    ({"eps": [Fraction(0)]}, "--eps: 0 is no attack"),
+    ({"eps": [Fraction(2)]}, "--eps: 2 lets an attack replace the whole image, .* write it as a fraction such as 2/255"),
+    ({"eps": [Fraction(2, 255), Fraction(1)]}, "--eps: 1 lets"),
+    ({"norm": "l2"}, "--norm: the radii of 'robustbench' are linf's, not l2's; give its own with --eps, such as 0.5"),
+    ({"norm": "l2", "eps": [Fraction(1, 2)]}, "--attacks: 'square' is written for linf, not l2; leave it out: --attacks apgd-ce apgd-t fab-t$"),
+])  # fmt: skip
 def test_a_threat_that_does_not_fit_is_refused_when_it_is_asked_for(asked, message):
     with pytest.raises(UserError, match=message):
         protocol("robustbench", **asked)

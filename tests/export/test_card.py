@@ -28,18 +28,10 @@ def run(vit, tmp_path):
     )
     saver.wait()
     config = {
-        "run_dir": str(folder),
-        "seed": 3,
-        "student": {"arch": "ViT-B-32", "weights": "openai"},
-        "method": {"name": "mmtard"},
-        "teachers": {
-            "clean": {"arch": "ViT-L-14", "weights": "openai"},
-            "robust": {"weights": "hf-hub:chs20/fare2-clip"},
-        },
-        "attack": {"eps": "2/255", "steps": 10},
-        "data": {"shards": "shards/imagenet", "lanes": 4},
-        "train": {"steps": 10, "batch_size": 8},
-    }
+        "run_dir": str(folder), "seed": 3, "student": {"arch": "ViT-B-32", "weights": "openai"}, "method": {"name": "mmtard"},
+        "teachers": {"clean": {"arch": "ViT-L-14", "weights": "openai"}, "robust": {"weights": "hf-hub:chs20/fare2-clip"}},
+        "attack": {"eps": "2/255", "steps": 10}, "data": {"shards": "shards/imagenet", "lanes": 4}, "train": {"steps": 10, "batch_size": 8},
+    }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     environment = {
         "command": "mmtard train b32.yaml",
@@ -51,62 +43,28 @@ def run(vit, tmp_path):
 
 
 CAPTIONS = {
-    "name": "COCO",
-    "kind": "retrieval",
-    "data": "d",
-    "fingerprint": "g",
-    "n_total": 200,
-    "attack": "apgd on the captions",
+    "name": "COCO", "kind": "retrieval", "data": "d", "fingerprint": "g", "n_total": 200, "attack": "apgd on the captions",
     **{
-        part: {
-            direction: {k: {**ACC, "accuracy": a + b + int(k) / 100} for k in ("1", "5")}
-            for direction, b in (("image_to_text", 0.0), ("text_to_image", 0.5))
-        }
+        part: {direction: {k: {**ACC, "accuracy": a + b + int(k) / 100} for k in ("1", "5")} for direction, b in (("image_to_text", 0.0), ("text_to_image", 0.5))}
         for part, a in (("clean_all", 0.2), ("clean", 0.3))
     },
-    "eps": {
-        "2/255": {
-            "recall": {
-                direction: {k: {**ACC, "accuracy": b + int(k) / 100} for k in ("1", "5")}
-                for direction, b in (("image_to_text", 0.0), ("text_to_image", 0.5))
-            }
-        }
-    },
+    "eps": {"2/255": {"recall": {direction: {k: {**ACC, "accuracy": b + int(k) / 100} for k in ("1", "5")} for direction, b in (("image_to_text", 0.0), ("text_to_image", 0.5))}}},
     "health": [],
-}
+}  # fmt: skip
 
 
 def evaluated(run, sha256, *datasets):
     dataset = {
-        "name": "Pets",
-        "kind": "zeroshot",
-        "data": "d",
-        "fingerprint": "f",
-        "classes": ["a", "b"],
-        "chance": 0.5,
-        "n_total": 200,
-        "templates": ["{}"],
-        "perturb_at": "input",
-        "perturbed_size": [16, 16],
-        "clean_all": {**ACC, "accuracy": 0.625, "n": 200},
-        "clean": ACC,
-        "eps": {
-            "2/255": {"attacks": {"apgd-ce": ACC}, "robust": {"accuracy": 0.31, "interval95": [0.228, 0.406], "n": 100}}
-        },
+        "name": "Pets", "kind": "zeroshot", "data": "d", "fingerprint": "f", "classes": ["a", "b"], "chance": 0.5, "n_total": 200, "templates": ["{}"],
+        "perturb_at": "input", "perturbed_size": [16, 16], "clean_all": {**ACC, "accuracy": 0.625, "n": 200}, "clean": ACC,
+        "eps": {"2/255": {"attacks": {"apgd-ce": ACC}, "robust": {"accuracy": 0.31, "interval95": [0.228, 0.406], "n": 100}}},
         "samples": {"ids": [0], "labels": [0], "clean": [True], "clean_prediction": [0], "eps": {}},
-        "health": [
-            {"check": "range", "status": "PASS", "detail": "in [0,1]"},
-            {"check": "monotone", "status": "WARN", "detail": "rises at 4/255"},
-        ],
-    }
+        "health": [{"check": "range", "status": "PASS", "detail": "in [0,1]"}, {"check": "monotone", "status": "WARN", "detail": "rises at 4/255"}],
+    }  # fmt: skip
     content = {
-        "format": 2,
-        "protocol": "fare",
-        "command": "mmtard evaluate runs/b32 --protocol fare",
-        "model": {"weights": str(run), "sha256": sha256},
-        "settings": {"norm": "linf", "attacks": ["apgd-ce"], "iters": 100, "seed": 0},
-        "datasets": list(datasets) or [dataset],
-    }
+        "format": 2, "protocol": "fare", "command": "mmtard evaluate runs/b32 --protocol fare", "model": {"weights": str(run), "sha256": sha256},
+        "settings": {"norm": "linf", "attacks": ["apgd-ce"], "iters": 100, "seed": 0}, "datasets": list(datasets) or [dataset],
+    }  # fmt: skip
     (run / "evaluations" / "fare").mkdir(parents=True)
     (run / "evaluations" / "fare" / "results.json").write_text(json.dumps(content))
 

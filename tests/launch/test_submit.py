@@ -17,24 +17,8 @@ HERE = Path(__file__).parent
 
 def test_the_dry_run_prints_the_exact_script_and_settings_and_writes_nothing(submit, plain, tmp_path, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
-    done = submit(
-        "--nodes",
-        "2",
-        "--gpus-per-node",
-        "2",
-        "train.lr=1e-3",
-        "--dry-run",
-        "--partition",
-        "gpu",
-        "--account=ours",
-        "--time",
-        "1-12:30:00",
-        "--reservation",
-        "week 7",
-        "--slurm",
-        "mail-type=END",
-        "attack.eps=3/255",
-    )
+    done = submit("--nodes", "2", "--gpus-per-node", "2", "train.lr=1e-3", "--dry-run", "--partition", "gpu", "--account=ours", "--time", "1-12:30:00",
+                  "--reservation", "week 7", "--slurm", "mail-type=END", "attack.eps=3/255")  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     head, configuration = re.match(r"(.*# ---- .*?\n)(.*)", done.stdout, re.DOTALL).groups()
     assert plain(head) == (HERE / "dry_run.txt").read_text()

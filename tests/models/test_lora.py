@@ -108,15 +108,10 @@ def test_dropout_keeps_its_share_and_the_mean(adapted):
 def run(vit, tmp_path):
     """A run of adapters with its start, a checkpoint and an average: (folder, the adapted float32 tower of the checkpoint)."""
     folder = tmp_path / "run"
-    config = validate(
-        {
-            "run_dir": str(folder),
-            "student": {"arch": vit, "weights": "random", "lora": SETTINGS.model_dump()},
-            "method": {"name": "clean"},
-            "data": {"shards": "s", "lanes": 4},
-            "train": {"steps": 1, "batch_size": 4},
-        }
-    )
+    config = validate({
+        "run_dir": str(folder), "student": {"arch": vit, "weights": "random", "lora": SETTINGS.model_dump()}, "method": {"name": "clean"},
+        "data": {"shards": "s", "lanes": 4}, "train": {"steps": 1, "batch_size": 4},
+    })  # fmt: skip
     clip = loading.load_clip(config.student, 1)
     clip.save(folder / START_FOLDER)
     (folder / "config.yaml").write_text(dump(config))

@@ -64,12 +64,8 @@ def test_other_weights_of_a_run_are_sources_of_their_own(tmp_path):
         os.utime(save(content, folder / "evaluations" / str(i)), (1e9 + i, 1e9 + i))
     found = sources.read([folder, write_run(tmp_path / "other" / "b32")])
     assert [(s.name, [e.model.sha256 for e in s.evaluations]) for s in found] == [
-        ("b32", ["2", "2"]),
-        ("b32 1", ["1"]),
-        ("b32 most_robust", ["3"]),
-        ("b32 ema", ["4"]),
-        ("other/b32", []),
-    ]
+        ("b32", ["2", "2"]), ("b32 1", ["1"]), ("b32 most_robust", ["3"]), ("b32 ema", ["4"]), ("other/b32", []),
+    ]  # fmt: skip
     assert found[0].is_run and found[0].metrics and not any(s.is_run or s.metrics for s in found[1:4])
     assert found[2].missing == [f"training: these are other weights than the newest of the run '{folder}'"]
     assert [(s.name, len(s.evaluations)) for s in sources.read([folder / "evaluations"])] == [

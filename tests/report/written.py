@@ -46,35 +46,16 @@ def dataset(
         for eps, flags in robust.items()
     }
     return {
-        "name": name,
-        "data": data,
-        "key": "k",
-        "fingerprint": fingerprint,
-        "kind": "zeroshot",
-        "classes": list(classes),
-        "chance": 1 / len(classes),
-        "n_total": len(clean),
-        "replaced": 0,
-        "templates": ["a photo of a {}"],
-        "perturb_at": "input",
-        "perturbed_size": [16, 16],
-        "clean_all": accuracy(clean),
-        "clean": accuracy(clean),
-        "eps": by_eps,
+        "name": name, "data": data, "key": "k", "fingerprint": fingerprint, "kind": "zeroshot", "classes": list(classes), "chance": 1 / len(classes),
+        "n_total": len(clean), "replaced": 0, "templates": ["a photo of a {}"], "perturb_at": "input", "perturbed_size": [16, 16],
+        "clean_all": accuracy(clean), "clean": accuracy(clean), "eps": by_eps,
         "samples": {
-            "ids": list(range(len(clean))),
-            "keys": [f"k{i}" for i in range(len(clean))],
-            "labels": labels,
-            "clean": clean,
-            "clean_prediction": [label if c else w for label, w, c in zip(labels, wrong, clean)],
-            "eps": outcomes,
+            "ids": list(range(len(clean))), "keys": [f"k{i}" for i in range(len(clean))], "labels": labels, "clean": clean,
+            "clean_prediction": [label if c else w for label, w, c in zip(labels, wrong, clean)], "eps": outcomes,
         },
-        "health": [
-            {"check": "range", "status": "PASS", "detail": "pixels in [0,1]"},
-            {"check": "zero gradients", "status": "WARN", "detail": "3 of 10 samples"},
-        ],
+        "health": [{"check": "range", "status": "PASS", "detail": "pixels in [0,1]"}, {"check": "zero gradients", "status": "WARN", "detail": "3 of 10 samples"}],
         **changes,
-    }
+    }  # fmt: skip
 
 
 def results(datasets, weights="runs/a", sha256="s", protocol="fare", **settings):
@@ -122,25 +103,11 @@ CONFIG = {
 }
 ROWS = [
     {
-        "step": n,
-        "loss": 3.0 / n,
-        "kl_robust": 2.0 / n,
-        "w_clean": 5.0,
-        "w_clean_p10": 4.0,
-        "w_clean_p50": 5.0,
-        "w_clean_p90": 6.0,
-        "w_robust": 40.0 + n,
-        "lr": 1e-3,
-        "grad_norm": None if n == 4 else 1.0,
-        "batch": 17,
-        "skipped": 0,
-        "replaced": 0,
-        "seconds": 2.0,
-        "images_per_s": 4.0,
-        "memory_gib": 0.5,
+        "step": n, "loss": 3.0 / n, "kl_robust": 2.0 / n, "w_clean": 5.0, "w_clean_p10": 4.0, "w_clean_p50": 5.0, "w_clean_p90": 6.0, "w_robust": 40.0 + n,
+        "lr": 1e-3, "grad_norm": None if n == 4 else 1.0, "batch": 17, "skipped": 0, "replaced": 0, "seconds": 2.0, "images_per_s": 4.0, "memory_gib": 0.5,
     }
     for n in range(1, 11)
-]
+]  # fmt: skip
 PROBES = [{"step": n, "clean": 0.9 - n / 50, "robust": n / 20, "interval": [0, 1], "n": 40} for n in range(2, 11, 2)]
 
 

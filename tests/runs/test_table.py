@@ -53,15 +53,9 @@ def test_the_state_of_a_run_comes_from_its_history(run, tmp_path):
 def test_a_run_in_use_is_running_and_says_how_long_it_will_be(run, tmp_path):
     folder = run("a", history.PREEMPTED, None)
     held = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            f"import fcntl; f = open({str(folder / '.lock')!r}, 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()",
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+        [sys.executable, "-c", f"import fcntl; f = open({str(folder / '.lock')!r}, 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     try:
         assert held.stdout.readline() == "1\n"
         (row,) = table.find_runs(tmp_path / "all")
