@@ -1,12 +1,14 @@
-"""Where the configurations and the Slurm scripts are: in the wheel, or in the checkout."""
+"""Where the configurations and the Slurm scripts are, in the wheel or in the checkout; configurations by name."""
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from .errors import UserError
 
 PACKAGE = Path(__file__).resolve().parent
+SHARED = "base.yaml"  # what other configurations of its folder build on, no run of its own
 
 
 def folder(name: str) -> Path:
@@ -18,3 +20,41 @@ def folder(name: str) -> Path:
         if path.is_dir():
             return path
     raise UserError(f"this installation of mmtard has no {name}/ folder; install its wheel, or work in a checkout")
+
+
+def configurations() -> dict[str, Path]:
+    """Name -> file of every run that mmtard brings a configuration for: `vitb32_mmtard`, `baselines/fare`."""
+    root = folder("configs")
+    paths = sorted(root.rglob("*.yaml"), key=lambda path: (len(path.relative_to(root).parts), path))
+    return {str(path.relative_to(root).with_suffix("")): path for path in paths if path.name != SHARED}
+
+
+def find_config(text: str | Path) -> Path:
+    """The file that a path or the name of one of mmtard's own configurations means.
+
+    A file or a path of its own comes first; `configs/NAME.yaml` means mmtard's own where there is no such file here.
+    Raises UserError for an unknown name; a path that does not exist is returned as it is, for its reader to name.
+    """
+    path, name = Path(text), str(text)
+    if path.is_file() or path.is_absolute():
+        return path
+    own = configurations()
+    known = own.get(name.removeprefix("configs/").removesuffix(".yaml"))
+    if known:
+        return known
+    matches = [full for full in own if full.rpartition("/")[2] == name]
+    if len(matches) == 1:
+        return own[matches[0]]
+    if matches:
+        raise UserError(f"several configurations are called '{name}'; write one of {', '.join(matches)}")
+    if "/" in name or path.suffix or path.exists():
+        return path
+    near = difflib.get_close_matches(name, [*own, *(full.rpartition("/")[2] for full in own)], n=3)
+    hint = f"did you mean {', '.join(dict.fromkeys(near))}?" if near else "write the path of a YAML file"
+    raise UserError(f"unknown configuration '{name}'; {hint} `mmtard configs` lists those that come with mmtard")
+
+
+def first_line(config: Path) -> str:
+    """What a configuration says of itself in its first line."""
+    with config.open(encoding="utf-8") as file:
+        return file.readline().strip().removeprefix("#").strip()

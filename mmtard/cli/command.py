@@ -6,29 +6,62 @@ import argparse
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from .. import resources
+from ..config import Config
 from ..config.argument_types import path
+from ..errors import RunError, UserError
+from ..runs import history
 
 
-def add_command(commands, name: str, run: Callable, help: str, example: str) -> argparse.ArgumentParser:
-    """The parser of a new command; `run(args)` carries the command out and returns its exit status, None for 0."""
+def add_command(
+    commands, name: str, run: Callable, help: str, example: str, more: str = "", **parser_settings
+) -> argparse.ArgumentParser:
+    """The parser of a new command; `run(args)` carries the command out and returns its exit status, None for 0.
+
+    help: one line, in the list of commands and above the command's own help. more: goes on there.
+    """
     parser = commands.add_parser(
         name,
         help=help,
-        description=help,
+        description="\n".join(filter(None, [help, more])),
         epilog=f"example: {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        **parser_settings,
     )
     parser.set_defaults(run=run)
     return parser
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     """The arguments of a command that reads a configuration."""
-    parser.add_argument("config", type=path, metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "config",
+        type=config_path,
+        nargs="?" if optional else None,
+        metavar="CONFIG",
+        help="YAML file, or the name of one that comes with mmtard, such as vitb32_mmtard; `mmtard configs` lists them",
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings over those of the file, e.g. train.lr=1e-5"
     )
+
+
+def config_path(text: str) -> Path:
+    """The type of an argument that names a configuration: a path, or a name of mmtard's own."""
+    try:
+        return resources.find_config(path(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def may_start(config: Config, again: bool = False) -> None:
+    """Raise RunError where the `resume` settings do not let the run be started; `again`: or this job's own start."""
+    run = Path(config.run_dir)
+    reason = history.why_not_restart(run, config.resume) or (history.why_not_restart_job(run) if again else None)
+    if reason:
+        raise RunError(f"'{config.run_dir}': {reason}")
 
 
 @contextmanager

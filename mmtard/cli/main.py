@@ -12,25 +12,50 @@ import sys
 from .. import __version__
 from ..config.argument_types import check_words
 from ..errors import RunError, UserError
-from . import data, evaluation, runs, training
+from . import config, data, evaluation, launch, runs, training
 
 PROGRAM = "mmtard"
-GROUPS = (data, training, runs, evaluation)  # as --help lists them
+GROUPS = (launch, data, config, training, runs, evaluation)  # as --help lists them
+
+
+# Package -> what needs it, where an installation may do without: those that only measure, attack, export or report.
+OPTIONAL = {
+    "deepspeed": "training",
+    "webdataset": "reading and writing shards",
+    "submitit": "submitting to Slurm",
+    "matplotlib": "the figures of a report",
+    "tensorboard": "TensorBoard's event files",
+    "peft": "adapters (student.lora, export without --merge-lora)",
+    "wandb": "Weights & Biases",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; the exit status: 0 done, 1 the run failed, 2 the user's to mend, 75 start it again to go on."""
+    """Run a command line; the exit status.
+
+    0 done, 1 the run failed, 2 the user's to mend, 75 start it again to go on, 130 interrupted, 141 its reader has gone.
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         check_words(argv)
         args = _parse(argv)
-        return args.run(args) or 0
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         return _fail(str(error), 2)
     except RunError as error:
         return _fail(str(error), error.status)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except BrokenPipeError:  # `mmtard configs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in OPTIONAL:
+            raise
+        return _fail(f"{OPTIONAL[package]} needs the package {package}, which is not here: pip install {package}", 2)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         prog=PROGRAM, description="Train and measure vision-language models that resist adversarial images."
     )
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    # The deepspeed launcher puts this before the arguments of every command it starts; the rank comes from the environment.
+    # The deepspeed launcher puts this before the arguments of every command it starts; the environment says the rank.
     top.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for group in GROUPS:
@@ -50,6 +75,9 @@ def parser() -> argparse.ArgumentParser:
 def _parse(argv: list[str]) -> argparse.Namespace:
     top = parser()
     args, left = top.parse_known_args(argv)
+    if hasattr(args, "words"):  # a command with a parser of its own takes them as they are
+        args.words = left
+        return args
     # argparse takes all settings at once, before the first flag; settings that follow a flag are left over.
     if left and not (hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in left)):
         top.error(f"unrecognized arguments: {' '.join(left)}")

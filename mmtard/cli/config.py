@@ -1,0 +1,146 @@
+"""The command `config`: the resolved configuration, what is wrong with it, and what each setting means."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+from .. import config as settings
+from ..config import Config, Data, Model
+from ..config.argument_types import positive
+from ..config.open_clip_names import architectures, weight_tags
+from ..data.paths import shards_of
+from ..errors import UserError
+from .command import add_command, add_config_arguments, may_start
+
+
+def add(commands) -> None:
+    """Add the command to the command line."""
+    p = add_command(
+        commands,
+        "config",
+        _config,
+        "Print the resolved configuration and what is wrong with it, or explain the settings.",
+        "mmtard config configs/vitb32_mmtard.yaml train.lr=1e-5\n         mmtard config --explain attack.eps",
+        more="Status 2 where something is wrong: models, shards or files that are not there, sizes that do not fit.",
+    )
+    p.add_argument(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="KEY",
+        help="instead, what a setting or a section means, its default and its bounds; without KEY, all of them",
+    )
+    p.add_argument("--schema", action="store_true", help="instead, the JSON schema of a configuration, for editors")
+    p.add_argument("--memory", action="store_true", help="instead, a table of what the run takes of each GPU's memory")
+    p.add_argument("--world", type=positive, metavar="N", help="GPUs for --memory; default: this launch's")
+    p.add_argument(
+        "--may-start",
+        choices=("now", "again"),
+        help="instead of looking for what is wrong, fail when the `resume` settings do not let the run be started; "
+        "again: nor when this job's own start failed, was stopped by a person, or ended before it was noted",
+    )
+    add_config_arguments(p, optional=True)
+
+
+def _config(args) -> int | None:
+    if args.explain is not None or args.schema:
+        from ..config import explain
+
+        print(json.dumps(explain.json_schema(), indent=1) if args.schema else explain.explain(args.explain))
+        return 0
+    if args.config is None:
+        raise UserError("CONFIG: name a configuration; `mmtard configs` lists those that come with mmtard")
+    config = settings.load(args.config, args.overrides)
+    if args.may_start:
+        may_start(config, again=args.may_start == "again")
+    if args.memory:
+        from ..training import memory
+
+        return memory.show(config, args.world or settings.world_size_from_env())
+    print(settings.dump(config), end="")
+    faults = [] if args.may_start else list(find_faults(config))
+    for fault in faults:
+        print(f"mmtard: {fault}", file=sys.stderr)
+    return 2 if faults else 0
+
+
+def find_faults(config: Config) -> Iterator[str]:
+    """What can be seen to be wrong with a configuration without loading a model or reading a shard, a line each."""
+    yield from _model_faults(config.student, "student")
+    for name in config.ensemble:
+        if config.model_of(name) is not config.student:
+            yield from _model_faults(config.model_of(name), f"teachers.{name}")
+    yield from _shard_faults(config.data)
+    if config.probe is not None:
+        probed = config.data.model_copy(update={"shards": config.probe.data})
+        for fault in _shard_faults(probed):
+            yield fault.replace("data.shards", "probe.data", 1)
+    yield from _missing_files(config)
+    yield from _doubtful_sizes(config)
+
+
+def _shard_faults(data: Data) -> Iterator[str]:
+    try:
+        shards_of(data)
+    except UserError as error:
+        yield str(error)
+
+
+def _model_faults(model: Model, where: str) -> Iterator[str]:
+    source, known = Path(model.weights), architectures()
+    arch = model.arch.replace("/", "-") if model.arch else None
+    if model.arch and model.arch.endswith(".json"):
+        if not Path(model.arch).is_file():
+            yield f"{where}.arch: '{model.arch}' does not exist; correct the path of the model config"
+    elif arch and known and arch not in known:
+        near = difflib.get_close_matches(arch, known, n=3)
+        yield f"{where}.arch: open_clip has no architecture '{model.arch}'" + (
+            f"; near: {', '.join(near)}" if near else ""
+        )
+        return
+    if model.weights == "random" or model.weights.startswith("hf-hub:") or source.exists():
+        return
+    if "/" in model.weights:
+        yield (
+            f"{where}.weights: '{model.weights}' does not exist; correct the path, "
+            "or make it first if it is a run's folder"
+        )
+    elif arch is None:
+        yield f"{where}.arch: weights '{model.weights}' do not name their architecture; set it, e.g. arch: ViT-B-32"
+    elif weight_tags() and model.weights not in weight_tags().get(arch, ()):
+        tags = ", ".join(sorted(weight_tags().get(arch, ()))) or "none"
+        yield (
+            f"{where}.weights: '{model.weights}' is neither a file, a folder, hf-hub:..., 'random' "
+            f"nor a tag of {model.arch} (tags: {tags})"
+        )
+
+
+def _missing_files(config: Config) -> Iterator[str]:
+    named = {"data.index": config.data.index, "data.classnames": config.data.classnames}
+    if isinstance(config.data.templates, str) and "{" not in config.data.templates:
+        named["data.templates"] = config.data.templates
+    if config.probe is not None:
+        named |= {"probe.index": config.probe.index, "probe.classnames": config.probe.classnames}
+    for key, path in named.items():
+        if path is not None and not Path(path).is_file() and not (key.endswith("index") and Path(path).parent.is_dir()):
+            yield f"{key}: '{path}' is no file; correct the path"
+
+
+def _doubtful_sizes(config: Config) -> Iterator[str]:
+    attack, train = config.attack, config.train
+    # With one step from anywhere in the ball, a step above eps is a known recipe (1.25 eps: Wong et al., ICLR 2020).
+    most = attack.eps * (Fraction(2) if attack.steps == 1 else 1)
+    if config.attack_objective and attack.algorithm == "pgd" and attack.step_size > most:
+        yield (
+            f"attack.step_size: {settings.show_pixels(attack.step_size)} is above attack.eps "
+            f"{settings.show_pixels(attack.eps)}, so that every step ends on the border; lower it, or raise attack.eps"
+        )
+    if train.lr > 1:
+        yield f"train.lr: {train.lr:g}: AdamW moves every weight by about that much a step; write one below 0.01"
+    if train.lr * train.weight_decay >= 1:
+        yield f"train.weight_decay: {train.weight_decay:g} times train.lr {train.lr:g} is not below 1; lower it"

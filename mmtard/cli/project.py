@@ -1,0 +1,73 @@
+"""`mmtard init`: a configuration and a Slurm script of one's own, begun from those that come with mmtard."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .. import resources
+from ..errors import UserError
+from ..files import write_text
+
+SCRIPT = "train_vitb32.sh"  # of slurm/
+_BASE = re.compile(r"^base:[ \t]*(\S+)[ \t]*$", re.MULTILINE)
+# The line of the script that hands over to Python, and the words that name no configuration yet.
+_HANDS_OVER = re.compile(r'(-m mmtard\.launch\.batch .*\btrain) -- "\$@"')
+_HEADER = """\
+#!/bin/bash
+# Trains {config} on 2 nodes of 8 GPUs. The job stops itself before its time is up, or when it is preempted, saves its
+# state, goes back to the queue and goes on in the same run folder until it is complete.
+#
+# Write your account and partition into the two lines below, and what your cluster asks for. Then, from the folder that
+# the paths of the configuration count from, in a shell where mmtard works:
+#
+#   sbatch {script} [key=value ...]
+
+"""
+
+
+def write_project(folder: Path, config: Path) -> list[Path]:
+    """Write `config`, the files that it builds on, and a Slurm script into `folder`: their paths, the script last.
+
+    Raises UserError where one of the files is there already, before any is written.
+    """
+    texts = {folder / path.name: text for path, text in _with_bases(config).items()}
+    script = folder / f"{config.stem}.sh"
+    texts[script] = _script(script, folder / config.name)
+    for path in texts:
+        if path.exists() or path.is_symlink():
+            raise UserError(f"'{path}' is there already; choose another folder, or move it away")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, text in texts.items():
+            write_text(path, text)
+        script.chmod(0o755)
+    except OSError as error:
+        raise UserError(f"cannot write to '{folder}': {error.strerror}; choose another folder") from None
+    return list(texts)
+
+
+def _with_bases(config: Path) -> dict[Path, str]:
+    """File -> text of a configuration and all that it builds on, which become neighbours in one folder."""
+    texts: dict[Path, str] = {}
+    path: Path | None = config
+    while path is not None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read configuration '{path}': {error}") from None
+        if any(path.name == other.name for other in texts):
+            raise UserError(f"'{config}' builds on two files called {path.name}; give them names of their own")
+        base = _BASE.search(text)
+        texts[path] = _BASE.sub(lambda found: f"base: {Path(found[1]).name}", text)
+        path = path.parent / base[1] if base else None
+    return texts
+
+
+def _script(path: Path, config: Path) -> str:
+    text = (resources.folder("slurm") / SCRIPT).read_text(encoding="utf-8")
+    settings = text[text.index("#SBATCH --account") :].replace("mmtard-vitb32", f"mmtard-{config.stem}")
+    settings, changed = _HANDS_OVER.subn(rf'\1 {config} -- "$@"', settings)
+    if not changed:
+        raise UserError(f"slurm/{SCRIPT} of this installation is another version's; install mmtard anew")
+    return _HEADER.format(config=config, script=path) + settings

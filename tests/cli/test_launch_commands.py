@@ -1,0 +1,149 @@
+"""Commands that begin things: configs, init, submit, completion; configurations by their names."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmtard import config, resources
+from mmtard.cli import launch
+from mmtard.cli.main import main, parser
+from mmtard.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """An empty folder, as a user of an installed wheel has it."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_configs_lists_every_run_with_what_it_says_of_itself(capsys):
+    assert main(["configs"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    runs = {p for p in CONFIGS.rglob("*.yaml") if p.name != "base.yaml"}
+    assert lines.keys() == {str(p.relative_to(CONFIGS).with_suffix("")) for p in runs}
+    assert lines["vitb32_mmtard"].startswith("The main run: a robust ViT-B/32")
+    assert not [name for name, line in lines.items() if "torchrun" in line or len(line) < 20]
+
+
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        ("vitb32_mmtard", "vitb32_mmtard.yaml"),
+        ("baselines/fare", "baselines/fare.yaml"),
+        ("sim_clip", "baselines/sim_clip.yaml"),
+        ("configs/vitb32_mmtard.yaml", "vitb32_mmtard.yaml"),
+        ("teachers/tecoa2_rn50.yaml", "teachers/tecoa2_rn50.yaml"),
+    ],
+)
+def test_a_configuration_of_mmtards_own_is_found_by_its_name(name, file):
+    assert resources.find_config(name).samefile(CONFIGS / file)
+
+
+def test_a_file_comes_before_a_name(elsewhere):
+    (elsewhere / "configs").mkdir()
+    mine = elsewhere / "configs" / "vitb32_mmtard.yaml"
+    mine.write_text("seed: 1\n")
+    assert resources.find_config("configs/vitb32_mmtard.yaml") == Path("configs/vitb32_mmtard.yaml")
+    assert resources.find_config("vitb32_mmtard").samefile(CONFIGS / "vitb32_mmtard.yaml")
+    assert resources.find_config(mine) == mine
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("vitb32", "unknown configuration 'vitb32'; did you mean vitb32_mmtard"),
+        ("zzz", "unknown configuration 'zzz'; write the path of a YAML file"),
+        ("fare", "several configurations are called 'fare'; write one of baselines/fare, cifar10/fare"),
+    ],
+)
+def test_a_name_that_is_none_is_answered_with_those_near_it(name, words, capsys):
+    with pytest.raises(UserError, match=words):
+        resources.find_config(name)
+    with pytest.raises(SystemExit) as end:
+        main(["train", name])
+    assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_path_that_does_not_exist_is_left_to_its_reader():
+    assert resources.find_config("runs/gone.yaml") == Path("runs/gone.yaml")
+    assert main(["config", "runs/gone.yaml"]) == 2
+
+
+# ---------------------------------------------------------------- init
+
+
+def test_init_writes_a_configuration_that_loads_and_a_script_that_names_it(elsewhere, capsys):
+    assert main(["init", "mine"]) == 0
+    folder = Path("mine")
+    assert {p.name for p in folder.iterdir()} == {"vitb32_mmtard.yaml", "vitb32_mmtard.sh"}
+    assert config.load(folder / "vitb32_mmtard.yaml") == config.load(CONFIGS / "vitb32_mmtard.yaml")
+    script = (folder / "vitb32_mmtard.sh").read_text()
+    assert 'mmtard.launch.batch --script "$0" train mine/vitb32_mmtard.yaml -- "$@"' in script
+    assert "#SBATCH --signal=USR2@120" in script and "#SBATCH --account=" in script
+    assert subprocess.run(["bash", "-n", folder / "vitb32_mmtard.sh"]).returncode == 0
+    printed = capsys.readouterr().out
+    assert "mine/vitb32_mmtard.yaml" in printed and "sbatch mine/vitb32_mmtard.sh" in printed
+
+
+def test_init_takes_along_what_a_configuration_builds_on():
+    assert main(["init", "mine", "--config", "teachers/fare2_vitl14"]) == 0
+    names = {p.name for p in Path("mine").iterdir()}
+    assert names == {"fare2_vitl14.yaml", "tecoa2_vitl14.yaml", "vitb32_mmtard.yaml", "fare2_vitl14.sh"}
+    own = config.load(CONFIGS / "teachers" / "fare2_vitl14.yaml")
+    assert config.load(Path("mine/fare2_vitl14.yaml")) == own
+    assert yaml.safe_load(Path("mine/fare2_vitl14.yaml").read_text())["base"] == "tecoa2_vitl14.yaml"
+
+
+def test_init_overwrites_nothing(elsewhere, capsys):
+    assert main(["init", "mine"]) == 0
+    Path("mine/vitb32_mmtard.yaml").write_text("mine: 1\n")
+    Path("mine/vitb32_mmtard.sh").unlink()
+    assert main(["init", "mine"]) == 2
+    assert "'mine/vitb32_mmtard.yaml' is there already" in capsys.readouterr().err
+    assert Path("mine/vitb32_mmtard.yaml").read_text() == "mine: 1\n" and not Path("mine/vitb32_mmtard.sh").exists()
+
+
+def test_init_into_a_place_that_takes_no_files_ends_with_one_line(elsewhere, capsys):
+    Path("file").write_text("")
+    assert main(["init", "file/mine"]) == 2
+    assert "cannot write to 'file/mine'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- submit, quickstart, completion
+
+
+def test_submit_hands_every_word_to_the_submission(monkeypatch):
+    handed = []
+    monkeypatch.setattr("mmtard.launch.submit.main", lambda argv, prog: handed.append((argv, prog)) or 7)
+    words = ["train.lr=1e-5", "--nodes", "4", "--dry-run", "seed=1", "--help", "--version"]
+    assert main(["submit", *words]) == 7 and handed == [(words, "mmtard submit")]
+
+
+def test_quickstart_becomes_the_example(monkeypatch):
+    became = []
+    monkeypatch.setattr(launch.os, "execv", lambda program, words: became.append(words[1:]))
+    assert main(["quickstart"]) == 0 and became == [["-m", "mmtard.examples.quickstart"]]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_commands_and_flags_and_is_a_script(shell, capsys, tmp_path):
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "evaluate" in script and "--transfer-from" in script and "--signal-lead" in script
+    if shutil.which(shell):
+        (tmp_path / "complete").write_text(script)
+        assert subprocess.run([shell, "-n", tmp_path / "complete"]).returncode == 0
+
+
+def test_every_command_of_the_program_belongs_to_one_group():
+    commands = next(action for action in parser()._actions if getattr(action, "choices", None))
+    assert {"quickstart", "configs", "init", "submit", "completion", "config", "train"} <= commands.choices.keys()
