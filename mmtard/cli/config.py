@@ -97,6 +97,7 @@ def _model_faults(model: Model, where: str) -> Iterator[str]:
     if model.arch and model.arch.endswith(".json"):
         if not Path(model.arch).is_file():
             yield f"{where}.arch: '{model.arch}' does not exist; correct the path of the model config"
+            return
     elif arch and known and arch not in known:
         near = difflib.get_close_matches(arch, known, n=3)
         yield f"{where}.arch: open_clip has no architecture '{model.arch}'" + (
