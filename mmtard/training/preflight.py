@@ -1,5 +1,6 @@
-"""Before hours are spent: whether these ranks, this data and this folder can carry the run. A PASS or FAIL line for
-each check.
+"""Before hours are spent: whether these ranks, this data and this folder can carry the run.
+
+Each check prints a PASS or FAIL line.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,10 +31,8 @@ from . import probe
 FREE_SHARE = 0.9  # of a GPU's memory: less free, and somebody else is on it
 REDUCED_MIB, REDUCED_TIMES = 64, 5
 READ_S, READ_BATCHES = 10.0, 30
-BYTES_A_WEIGHT, BYTES_OF_EMA = (
-    12,
-    4,
-)  # in a checkpoint: float32 and the two moments of AdamW; a moving average beside them
+BYTES_A_WEIGHT = 12  # in a checkpoint: float32 and the two moments of AdamW
+BYTES_OF_EMA = 4  # of a moving average beside them
 
 
 class CheckFailed(Exception):
@@ -42,58 +42,76 @@ class CheckFailed(Exception):
 def preflight(config: Config) -> int:
     """Run every check on the ranks of this launch, one after another; 1 when any failed on any rank, else 0."""
     with process_group(config.engine.device) as ranks:
-        checks = Checks(config, ranks)
-        embeddings = ["embeddings"] if any(teacher.stored for teacher in config.teachers.values()) else []
-        passed = [
-            checks.run(name) for name in ("versions", "devices", "network", "models", *embeddings, "folder", "shards")
-        ]
+        bench = Bench(config, ranks)
+        passed = [bench.run(check) for check in CHECKS if check.applies(config)]
     return 0 if all(passed) else 1
 
 
-class Checks:
-    """Each check has a part that every rank does, which may fail on some of them only, and a verdict on what they all
-    found.
-    """
+class Bench:
+    """What the checks share: the run that is checked, and what earlier checks found out about it."""
 
     def __init__(self, config: Config, ranks: Ranks):
         self.config, self.ranks = config, ranks
-        self.image_size, self.parameters = 224, 0
-        self.most_images_per_s = 0.0
+        self.image_size, self.parameters = 224, 0  # of the student, known after `Models`
+        self.most_images_per_s = 0.0  # that the models allow, known after `Models`
 
-    def run(self, name: str) -> bool:
+    def run(self, check: Check) -> bool:
         """Do a check, print its line on the first rank; the same answer on every rank."""
-        fault = found = None
+        failure = found = None
         try:
-            found = getattr(self, name)()
+            found = check.measure(self)
         except (CheckFailed, UserError, OSError) as error:
-            fault = str(error)
+            failure = str(error)
         except RuntimeError as error:
             if peer_is_gone(error):
                 raise
-            fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"  # such as a GPU's own errors
-        answers = self.ranks.all_gather((platform.node(), found, fault))
-        where: dict[str, list[str]] = {}
-        for rank, (node, _, what) in enumerate(answers):
-            if what:
-                where.setdefault(what, []).append(f"rank {rank} ({node})")
-        told = "; ".join(f"{', '.join(ranks)}: {what}" for what, ranks in where.items())
-        if not where:
+            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"  # such as a GPU's own errors
+        answers = self.ranks.all_gather((platform.node(), found, failure))
+        failures: dict[str, list[str]] = {}
+        for rank, (node, _, reason) in enumerate(answers):
+            if reason:
+                failures.setdefault(reason, []).append(f"rank {rank} ({node})")
+        passed = not failures
+        line = "; ".join(f"{', '.join(where)}: {reason}" for reason, where in failures.items())
+        if passed:
             try:
-                told = getattr(self, f"{name}_verdict")([found for _, found, _ in answers])
+                line = check.verdict(self, [found for _, found, _ in answers])
             except CheckFailed as error:
-                where, told = {"all": []}, str(error)
+                passed, line = False, str(error)
         if self.ranks.is_first:
-            print(f"{'FAIL' if where else 'PASS'} {name}: {told}", flush=True)
-        return not where
+            print(f"{'PASS' if passed else 'FAIL'} {check.name}: {line}", flush=True)
+        return passed
 
-    # ---------------------------------------------------------------- the same Python and packages everywhere
 
-    def versions(self) -> dict:
-        return {"python": platform.python_version(), "cuda": torch.version.cuda} | {
-            name: version(name) for name in PACKAGES
-        }
+class Check:
+    """One thing that is checked.
 
-    def versions_verdict(self, found: list[dict]) -> str:
+    `measure` runs on every rank and may fail on some of them only. `verdict` sees what all ranks found, and gives the
+    words of the PASS line. Both raise CheckFailed with the words of the FAIL line.
+    """
+
+    name: str
+
+    def applies(self, config: Config) -> bool:
+        return True
+
+    def measure(self, bench: Bench) -> Any:
+        raise NotImplementedError
+
+    def verdict(self, bench: Bench, found: list) -> str:
+        raise NotImplementedError
+
+
+class Versions(Check):
+    """The same Python and packages everywhere."""
+
+    name = "versions"
+
+    def measure(self, bench: Bench) -> dict:
+        packages = {name: version(name) for name in PACKAGES}
+        return {"python": platform.python_version(), "cuda": torch.version.cuda, **packages}
+
+    def verdict(self, bench: Bench, found: list[dict]) -> str:
         first = found[0]
         other = {
             f"{k} is {own[k]} on rank {r} and {first[k]} on rank 0"
@@ -103,26 +121,32 @@ class Checks:
         }
         if other:
             raise CheckFailed(f"{'; '.join(sorted(other)[:4])}; use one environment on all nodes")
-        return f"python {first['python']}, torch {first['torch']}, deepspeed {first['deepspeed']}, the same on {len(found)} ranks"
+        packages = f"torch {first['torch']}, deepspeed {first['deepspeed']}"
+        return f"python {first['python']}, {packages}, the same on {len(found)} ranks"
 
-    # ---------------------------------------------------------------- each GPU computes rightly and is free
 
-    def devices(self) -> str:
-        """What this rank computes on; Fault when its GPU is taken, faulty or wrong."""
-        device = self.ranks.device
+class Devices(Check):
+    """Each GPU computes rightly and is free."""
+
+    name = "devices"
+
+    def measure(self, bench: Bench) -> str:
+        """What this rank computes on; CheckFailed when its GPU is taken, faulty or wrong."""
+        device = bench.ranks.device
         if device.type == "cpu":
-            return f"CPU, {torch.get_num_threads()} threads a rank ({'as asked for' if self.config.engine.device == 'cpu' else 'no GPU here'})"
+            why = "as asked for" if bench.config.engine.device == "cpu" else "no GPU here"
+            return f"CPU, {torch.get_num_threads()} threads a rank ({why})"
         free, total = torch.cuda.mem_get_info(device)
         if free < FREE_SHARE * total:
             raise CheckFailed(
-                f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB of {device} are free, another program is on it (nvidia-smi names it)"
+                f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB of {device} are free, another program is on it "
+                "(nvidia-smi names it)"
             )
+        # Whole numbers this small are exact in any order of summation.
         a, b = (
             torch.randint(-8, 8, (2048, 2048), generator=torch.Generator().manual_seed(seed)).float() for seed in (0, 1)
         )
-        if not torch.equal(
-            (a.to(device) @ b.to(device)).cpu(), a @ b
-        ):  # whole numbers this small are exact in any order
+        if not torch.equal((a.to(device) @ b.to(device)).cpu(), a @ b):
             raise CheckFailed(f"a product of whole numbers came out wrong on {device}; have the node checked")
         errors = _memory_errors(torch.cuda.get_device_properties(device).uuid)
         if errors:
@@ -131,23 +155,28 @@ class Checks:
             )
         return f"{torch.cuda.get_device_name(device)}, {free / 2**30:.0f} GiB free"
 
-    def devices_verdict(self, found: list[str]) -> str:
-        return "; ".join(f"{found.count(what)} x {what}" for what in dict.fromkeys(found))
+    def verdict(self, bench: Bench, found: list[str]) -> str:
+        return "; ".join(f"{found.count(device)} x {device}" for device in dict.fromkeys(found))
 
-    # ---------------------------------------------------------------- every rank reaches the others, and how fast
 
-    def network(self) -> tuple[bool, float]:
-        numbers = torch.ones(REDUCED_MIB * 2**18, device=self.ranks.device)
+class Network(Check):
+    """Every rank reaches the others, and how fast."""
+
+    name = "network"
+
+    def measure(self, bench: Bench) -> tuple[bool, float]:
+        """(whether a sum over the ranks is right, seconds of one)."""
+        numbers = torch.ones(REDUCED_MIB * 2**18, device=bench.ranks.device)
         reduce(numbers)
-        right = bool((numbers == self.ranks.world_size).all())
-        self.ranks.barrier()
+        right = bool((numbers == bench.ranks.world_size).all())
+        bench.ranks.barrier()
         began = time.monotonic()
         for _ in range(REDUCED_TIMES):
             reduce(numbers)
         numbers[0].item()  # waits for the GPU
         return right, (time.monotonic() - began) / REDUCED_TIMES
 
-    def network_verdict(self, found: list[tuple[bool, float]]) -> str:
+    def verdict(self, bench: Bench, found: list[tuple[bool, float]]) -> str:
         world = len(found)
         wrong = [r for r, (right, _) in enumerate(found) if not right]
         if wrong:
@@ -157,36 +186,38 @@ class Checks:
         rate = REDUCED_MIB / 1024 / max(seconds for _, seconds in found) * 2 * (world - 1) / world
         return f"{world} ranks reach each other, all-reduce of {REDUCED_MIB} MiB at {rate:.3g} GiB/s of bus bandwidth"
 
-    # ---------------------------------------------------------------- student and teachers load, and what their
-    # passes allow
 
-    def models(self) -> float:
-        config = self.config
-        share = config.train.batch_size // self.ranks.world_size
+class Models(Check):
+    """Student and teachers load, and what their passes allow."""
+
+    name = "models"
+
+    def measure(self, bench: Bench) -> float:
+        """Images a second that this rank's passes allow, attack included."""
+        config = bench.config
+        share = config.train.batch_size // bench.ranks.world_size
         micro = min(config.train.micro_batch_size or share, share)
         attacked = config.attack_objective is not None
-        seconds = self._pass(config.student, "student", micro, attacked) * (config.attack.steps + 1 if attacked else 1)
-        # The untouched student is the student itself here: the run has not stored it yet.
-        return micro / (
-            seconds
-            + sum(
-                self._pass(config.model_of(name), f"teachers.{name}", micro, False)
-                for name, t in config.ensemble.items()
-                if not t.stored
-            )
-        )
+        passes = config.attack.steps + 1 if attacked else 1
+        seconds = passes * self._pass(bench, config.student, "student", micro, attacked)
+        for name, teacher in config.ensemble.items():
+            if not teacher.stored:
+                # The untouched student is the student itself here: the run has not stored it yet.
+                seconds += self._pass(bench, config.model_of(name), f"teachers.{name}", micro, False)
+        return micro / seconds
 
-    def _pass(self, spec: Model, where: str, micro: int, attacked: bool) -> float:
+    def _pass(self, bench: Bench, spec: Model, where: str, micro: int, attacked: bool) -> float:
         """Seconds of a model's forward, and of the gradient for the images when it is attacked."""
-        tower, dtype = loading.load_clip(spec, self.config.seed, where).tower(), DTYPES[self.config.engine.precision]
+        config, device = bench.config, bench.ranks.device
+        tower, dtype = loading.load_clip(spec, config.seed, where).tower(), DTYPES[config.engine.precision]
         if where == "student":
-            self.image_size, self.parameters = tower.image_size, sum(p.numel() for p in tower.parameters())
+            bench.image_size, bench.parameters = tower.image_size, sum(p.numel() for p in tower.parameters())
             tower.autocast = dtype if dtype != torch.float32 else None
         else:
             tower.cast(dtype)
-        tower.to(self.ranks.device).eval().requires_grad_(False)
-        images = torch.rand(micro, 3, self.image_size, self.image_size, device=self.ranks.device)
-        for _ in range(2):  # the first also sets the device up
+        tower.to(device).eval().requires_grad_(False)
+        images = torch.rand(micro, 3, bench.image_size, bench.image_size, device=device)
+        for _ in range(2):  # the first pass also sets the device up
             began = time.monotonic()
             x = images.clone().requires_grad_(attacked)
             z = tower(x)
@@ -197,75 +228,90 @@ class Checks:
             seconds = time.monotonic() - began
         return seconds
 
-    def models_verdict(self, found: list[float]) -> str:
-        self.most_images_per_s = sum(found)
-        names = [name for name, teacher in self.config.ensemble.items() if not teacher.stored]
+    def verdict(self, bench: Bench, found: list[float]) -> str:
+        bench.most_images_per_s = sum(found)
+        names = [name for name, teacher in bench.config.ensemble.items() if not teacher.stored]
         return f"{', '.join(['student', *names])} load; their passes alone allow {sum(found):.4g} images/s at most"
 
-    # ---------------------------------------------------------------- stored embeddings are those of the teachers and
-    # the shards
 
-    def embeddings(self) -> dict[str, Path]:
-        config = self.config
-        dataset = open_dataset_on_all_ranks(config.data, self.ranks)
-        clips = {
-            name: identity.load_teacher_clip(config, name)
-            for name, teacher in config.teachers.items()
-            if teacher.stored
-        }
-        found = identity.open_stores(config, clips, self.image_size, dataset.fingerprint, self.ranks)
-        return {name: embeddings.folder for name, embeddings in found.items()}
+class StoredEmbeddings(Check):
+    """Stored embeddings are those of the teachers and the shards."""
 
-    def embeddings_verdict(self, found: list[dict[str, Path]]) -> str:
+    name = "embeddings"
+
+    def applies(self, config: Config) -> bool:
+        return any(teacher.stored for teacher in config.teachers.values())
+
+    def measure(self, bench: Bench) -> dict[str, Path]:
+        config, ranks = bench.config, bench.ranks
+        dataset = open_dataset_on_all_ranks(config.data, ranks)
+        stored = [name for name, teacher in config.teachers.items() if teacher.stored]
+        clips = {name: identity.load_teacher_clip(config, name) for name in stored}
+        stores = identity.open_stores(config, clips, bench.image_size, dataset.fingerprint, ranks)
+        return {name: store.folder for name, store in stores.items()}
+
+    def verdict(self, bench: Bench, found: list[dict[str, Path]]) -> str:
         return "; ".join(
             f"those of teacher {name} are stored in {folder} and match" for name, folder in found[0].items()
         )
 
-    # ---------------------------------------------------------------- the run's folder is shared, writable, and large
-    # enough
 
-    def folder(self) -> int:
-        """Bytes free in the run folder; Fault when it cannot be written or the nodes do not share it."""
-        run, fault = Path(self.config.run_dir), None
-        mark = run / f".preflight-{self.ranks.rank}"
+class Folder(Check):
+    """The run's folder is shared, writable, and large enough."""
+
+    name = "folder"
+
+    def measure(self, bench: Bench) -> int:
+        """Bytes free in the run folder; CheckFailed when it cannot be written or the nodes do not share it."""
+        run, failure = Path(bench.config.run_dir), None
+        ranks = bench.ranks
+        mark = run / f".preflight-{ranks.rank}"
         try:
             run.mkdir(parents=True, exist_ok=True)
             mark.touch()
         except OSError as error:
-            fault = f"cannot write to '{run}' ({error.strerror}); choose another run_dir"
-        self.ranks.barrier()
-        seen = len(list(run.glob(".preflight-*"))) if not fault else 0
-        self.ranks.barrier()
-        if fault:
-            raise CheckFailed(fault)
+            failure = f"cannot write to '{run}' ({error.strerror}); choose another run_dir"
+        ranks.barrier()
+        seen = len(list(run.glob(".preflight-*"))) if not failure else 0
+        ranks.barrier()
+        if failure:
+            raise CheckFailed(failure)
         mark.unlink()
-        if seen != self.ranks.world_size:
+        if seen != ranks.world_size:
             raise CheckFailed(
-                f"'{run}' shows the files of {seen} of {self.ranks.world_size} ranks, so the nodes do not share it; choose a shared run_dir"
+                f"'{run}' shows the files of {seen} of {ranks.world_size} ranks, so the nodes do not share it; "
+                "choose a shared run_dir"
             )
         return shutil.disk_usage(run).free
 
-    def folder_verdict(self, found: list[int]) -> str:
-        run, keep = self.config.run_dir, self.config.checkpoint
-        count = keep.keep_last + 1 + (self.config.train.steps // keep.keep_every if keep.keep_every else 0)
-        need = count * (BYTES_A_WEIGHT + (BYTES_OF_EMA if self.config.train.ema else 0)) * self.parameters
-        if need > min(found):
+    def verdict(self, bench: Bench, found: list[int]) -> str:
+        config, free = bench.config, min(found)
+        keep, run = config.checkpoint, config.run_dir
+        count = keep.keep_last + 1 + (config.train.steps // keep.keep_every if keep.keep_every else 0)
+        need = count * (BYTES_A_WEIGHT + (BYTES_OF_EMA if config.train.ema else 0)) * bench.parameters
+        if need > free:
             raise CheckFailed(
-                f"{count} checkpoints take {need / 1e9:.3g} GB and '{run}' has {min(found) / 1e9:.3g} GB left; free space or keep fewer"
+                f"{count} checkpoints take {need / 1e9:.3g} GB and '{run}' has {free / 1e9:.3g} GB left; "
+                "free space or keep fewer"
             )
-        return f"{len(found)} ranks write to {run}; {count} checkpoints take {need / 1e9:.3g} of {min(found) / 1e9:.4g} GB left (quotas do not show)"
+        room = f"{count} checkpoints take {need / 1e9:.3g} of {free / 1e9:.4g} GB left (quotas do not show)"
+        return f"{len(found)} ranks write to {run}; {room}"
 
-    # ---------------------------------------------------------------- the loaders, all at once, give images fast enough
 
-    def shards(self) -> tuple[int, int, float]:
+class Shards(Check):
+    """The loaders, all at once, give images fast enough."""
+
+    name = "shards"
+
+    def measure(self, bench: Bench) -> tuple[int, int, float]:
         """(samples, shards, images a second that this rank's loaders give), measured after the first batch."""
-        config, ranks = self.config, self.ranks
+        config, ranks = bench.config, bench.ranks
         dataset = open_dataset_on_all_ranks(config.data, ranks)
         ranks.run_on_first(lambda: probe.check(config))
         if config.data.targets == "labels":
             classnames(config.data, dataset)
             templates(config.data)
-        stream = train_stream(config, dataset, ranks, self.image_size, stop=READ_BATCHES + 1)
+        stream = train_stream(config, dataset, ranks, bench.image_size, stop=READ_BATCHES + 1)
         images, began = 0, None
         for batch in stream:
             if began is None:  # the first batch waits for the workers to start
@@ -276,16 +322,20 @@ class Checks:
                 break
         return len(dataset), len(dataset.paths), images / max(time.monotonic() - began, 1e-9)
 
-    def shards_verdict(self, found: list[tuple[int, int, float]]) -> str:
+    def verdict(self, bench: Bench, found: list[tuple[int, int, float]]) -> str:
         samples, count, _ = found[0]
         rate = min(rate for _, _, rate in found) * len(found)  # the slowest rank sets the pace
-        told = f"{samples} samples in {count} shards, read at {rate:.4g} images/s"
-        if rate < self.most_images_per_s:
-            workers = f"data.workers (now {self.config.data.workers}; {os.cpu_count()} cores here)"
+        line = f"{samples} samples in {count} shards, read at {rate:.4g} images/s"
+        if rate < bench.most_images_per_s:
+            workers = f"data.workers (now {bench.config.data.workers}; {os.cpu_count()} cores here)"
             raise CheckFailed(
-                f"{told}; the models may take {self.most_images_per_s:.4g}: raise {workers}, or write smaller images with `mmtard shards --resize`"
+                f"{line}; the models may take {bench.most_images_per_s:.4g}: raise {workers}, "
+                "or write smaller images with `mmtard shards --resize`"
             )
-        return told
+        return line
+
+
+CHECKS = (Versions(), Devices(), Network(), Models(), StoredEmbeddings(), Folder(), Shards())
 
 
 def _memory_errors(uuid) -> int:
