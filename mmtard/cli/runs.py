@@ -6,7 +6,7 @@ import shlex
 import sys
 
 from .. import config as settings
-from ..config.argument_types import natural, path
+from ..config.argument_types import natural, path, positive
 from ..errors import UserError
 from .command import add_command
 
@@ -27,12 +27,24 @@ def _add_runs(commands) -> None:
         "mmtard runs runs",
     )
     p.add_argument("folder", type=path, metavar="DIR")
+    p.add_argument("--json", action="store_true", help="a list of objects, for programs")
+    p.add_argument(
+        "--watch",
+        nargs="?",
+        type=positive,
+        const=10,
+        metavar="SECONDS",
+        help="print the table anew every so many seconds (10), until Ctrl-C",
+    )
 
 
 def _runs(args) -> None:
-    from ..runs.table import show
+    from ..runs import table
 
-    show(args.folder)
+    if args.watch:
+        table.watch(args.folder, args.watch, args.json)
+    else:
+        table.show(args.folder, args.json)
 
 
 def _add_report(commands) -> None:

@@ -23,9 +23,8 @@ class Interruption:
         self.signal: str | None = None
 
     def __enter__(self) -> Interruption:
-        for number in self.SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._note)
+        for number in self.heeded():
+            signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_) -> None:
@@ -34,6 +33,12 @@ class Interruption:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    @classmethod
+    def heeded(cls) -> list[signal.Signals]:
+        """The signals that mean something to this process: all but SIGHUP under nohup, which is ignored from the start."""
+        under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        return [number for number in cls.SIGNALS if not (number == signal.SIGHUP and under_nohup)]
 
     @property
     def name(self) -> str:

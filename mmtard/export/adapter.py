@@ -20,8 +20,11 @@ class Adapter:
         folder = Path(source.weights)
         self.found = folder.is_dir() and not (folder / clip.CONFIG_FILE).is_file()
         if self.found:
-            run, newest = checkpoints.resolve(folder)
-            self.weights = checkpoints.read_weights(newest, source.ema)
+
+            def read(run: Path, checkpoint: Path):
+                return run, checkpoints.read_weights(checkpoint, source.ema)
+
+            run, self.weights = checkpoints.read_resolved(folder, read)
             self.found = lora.is_adapter(self.weights)
         if self.found:
             self.student = config.load(run / "config.yaml").student

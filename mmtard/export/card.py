@@ -68,13 +68,13 @@ def _origin(source: Model) -> Origin | None:
     folder = Path(source.weights)
     if not folder.is_dir() or (folder / "open_clip_config.json").is_file():
         return None
-    run, newest = checkpoints.resolve(folder)
+    run, state = checkpoints.read_resolved(folder, lambda run, checkpoint: (run, checkpoints.read_state(checkpoint)))
     found = sources.read_run(run)
     try:
         config = settings.load(run / sources.CONFIG)
     except UserError:  # of another version, or gone: the card has its text at most
         config = None
-    return Origin(found, config, checkpoints.read_state(newest))
+    return Origin(found, config, state)
 
 
 def _checks(evaluations: list[Evaluation]) -> dict[str, list[str]]:

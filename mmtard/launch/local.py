@@ -20,7 +20,7 @@ def run(python: str, words: tuple[str, ...], code: Path, world: int) -> int:
     Signals are passed on. A rank that ends badly takes the others with it.
     """
     told: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: told.append(n)) for number in Interruption.SIGNALS}
+    before = {number: signal.signal(number, lambda n, _: told.append(n)) for number in Interruption.heeded()}
     processes = []
     try:
         with tempfile.TemporaryDirectory(prefix="mmtard-") as meet:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from .. import config as settings
 from ..config import Model
 from ..errors import UserError
-from ..runs.checkpoints import read_weights, resolve
+from ..runs import checksums
+from ..runs.checkpoints import read_resolved, read_weights
 from . import lora
 from .clip import CONFIG_FILE, START_FOLDER, WEIGHTS_FILE, Clip
 from .model_config import build, check_model_config, check_preprocess, read_json
@@ -120,9 +121,13 @@ def _from_exported(spec: Model, seed: int, where: str) -> Clip:
 
 
 def _from_run(spec: Model, seed: int, where: str) -> Clip:
-    run, checkpoint = resolve(Path(spec.weights))
+    def read(run: Path, checkpoint: Path) -> tuple[Path, Path, dict[str, Tensor]]:
+        return run, checkpoint, read_weights(checkpoint, spec.ema)
+
+    run, checkpoint, weights = read_resolved(Path(spec.weights), read)
+    checksums.verify(run, START_FOLDER, "restore it from a copy, or train the run anew")
     clip = _exported_folder(run / START_FOLDER, "weights")
-    weights, tower = read_weights(checkpoint, spec.ema), clip.tower()
+    tower = clip.tower()
     if lora.is_adapter(weights):
         lora.attach(tower.visual, settings.load(run / "config.yaml").student.lora, tower.layout)
         load_trained(tower, weights, f"checkpoint '{checkpoint}'")

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint as computed_again
 from ..config import Config, Model
 from ..distributed.ranks import Ranks
 from ..errors import UserError
+from ..files import discard, why_not_written
+from ..runs import checksums
 from ..runs.checkpoints import read_weights
 from . import batch_norm, loading, lora, weights
 from .clip import START_FOLDER, Clip
@@ -27,8 +29,22 @@ def start_model(config: Config, run: Path, resumed: bool, ranks: Ranks) -> Clip:
         lora.require()
     if not resumed:
         clip = loading.load_clip(config.student, config.seed, "student")
-        ranks.run_on_first(lambda: clip.save(folder))
+        ranks.run_on_first(lambda: _save_start(clip, run))
+    else:
+        remedy = "restore it from a copy of the run, or train it anew in another run_dir"
+        ranks.run_on_first(lambda: checksums.verify(run, START_FOLDER, remedy))
     return loading.load_clip(Model(weights=str(folder)))
+
+
+def _save_start(clip: Clip, run: Path) -> None:
+    """Write the start with its checksums. Raises UserError where there is no room for it, and leaves none of it then."""
+    try:
+        with checksums.renewed(run, START_FOLDER):
+            clip.save(run / START_FOLDER)
+    except OSError as error:
+        discard(run / f"{START_FOLDER}.tmp")
+        needed = sum(tensor.nbytes for tensor in clip.model.state_dict().values())
+        raise UserError(why_not_written(run / START_FOLDER, error, needed)) from None
 
 
 def trainable_tower(config: Config, clip: Clip, checkpoint: Path | None) -> ImageTower:

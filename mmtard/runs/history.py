@@ -86,12 +86,12 @@ def current_job(run: Path, start: dict) -> str | None:
 
 def end_kind(start: dict) -> str:
     """Return how a start ended. One that left no note was killed, or its node was lost."""
-    return start["end"]["kind"] if start.get("end") else LOST
+    return str(start["end"]["kind"]) if start.get("end") else LOST
 
 
 def end_reason(start: dict) -> str:
     """Return why a start ended, in words."""
-    return start["end"]["reason"] if start.get("end") else "ended without a word: killed, or its node lost"
+    return str(start["end"]["reason"]) if start.get("end") else "ended without a word: killed, or its node lost"
 
 
 def kind_of_stop(signal: str | None) -> str:
@@ -153,8 +153,8 @@ def newest_step(run: Path) -> int:
 
 def _is_start(start: dict) -> bool:
     end = start.get("end")
-    ended_well = end is None or (isinstance(end, dict) and {"kind", "reason"} <= end.keys())
-    return isinstance(start.get("step"), int) and ended_well
+    known_end = end is None or (isinstance(end, dict) and {"kind", "reason"} <= end.keys())
+    return isinstance(start.get("step"), int) and known_end
 
 
 def _write(run: Path, starts: list[dict]) -> None:

@@ -1,166 +1,98 @@
-"""A table of the runs below a folder, from what each left there and, where it answers, from Slurm's queue."""
+"""The table of the runs below a folder, as `mmtard runs` prints it: for people in 80 columns, or as JSON."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import time
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import asdict
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from .. import config as settings
-from ..distributed import slurm
+from ..distributed.console import is_unread, printable
 from ..errors import UserError
-from . import history
-from .layout import HISTORY
+from .survey import Row, find_runs
 
-RECENT = 20  # steps whose mean speed is shown
-TAIL_BYTES = 65536
-QUEUED, RUNNING = (
-    ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"),
-    ("RUNNING", "SIGNALING", "COMPLETING", "CONFIGURING"),
-)
-COLUMNS = ("run", "state", "step", "images/s", "left", "last checkpoint", "restarts", "robust accuracy")
+COLUMNS = ("run", "state", "step", "images/s", "left", "saved", "starts", "robust")
+RIGHT = ("step", "images/s", "left", "starts", "robust")
+UNITS = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
 
 
-@dataclass(frozen=True)
-class Row:
-    """What one run has to show; None where there is nothing yet."""
+def show(folder: Path, as_json: bool = False) -> None:
+    """Print the table, and below it why a run ended and what its robustness was measured against.
 
-    run: Path
-    state: str  # complete, running, queued, stopped, or failed: and why
-    step: int = 0
-    steps: int | None = None
-    images_per_s: float | None = None
-    seconds_left: float | None = None
-    checkpoint: int | None = None
-    checkpoint_age: float | None = None
-    restarts: int = 0
-    robust: str | None = None
-
-
-def show(folder: Path) -> None:
-    """Print the table. Raises UserError when there is no run below the folder."""
+    as_json: a list of objects instead, for programs. Raises UserError when there is no run below the folder.
+    """
     rows = find_runs(folder)
     if not rows:
         raise UserError(f"no run below '{folder}'; give the folder that holds your run_dirs")
-    table = Table()
-    for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if 2 <= i <= 4 or i == 6 else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*_cells(row, folder))
+    if as_json:
+        print(json.dumps([asdict(row) | {"run": str(row.run)} for row in rows]))
+        return
     console = Console(highlight=False)
-    (console if console.is_terminal else Console(highlight=False, width=200)).print(table)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in COLUMNS:
+        right = column in RIGHT
+        table.add_column(column, justify="right" if right else "left", overflow="fold", no_wrap=right)
+    for row in rows:
+        table.add_row(*map(_text, _cells(row, folder)))
+    console.print(table)
+    for row in rows:
+        for note in _notes(row):
+            console.print(_text(f"{_name(row, folder)}: {note}"), soft_wrap=True)
 
 
-def find_runs(folder: Path) -> list[Row]:
-    """A row for each run folder below (or at) `folder`, by name."""
-    runs = []
-    for path, below, files in os.walk(folder):
-        if HISTORY in files:
-            runs.append(Path(path))
-            below.clear()
-    jobs = {run: history.current_job(run, history.read(run)[-1]) for run in runs if history.read(run)}
-    queue = slurm.states({job for job in jobs.values() if job})
-    return [_row(run, queue.get(jobs[run])) for run in sorted(jobs)]
-
-
-def _row(run: Path, in_slurm: str | None) -> Row:
-    starts = history.read(run)
-    common = {"restarts": len(starts) - 1, "robust": _robust(run)}
-    latest = run / "checkpoints" / "latest"
-    if latest.exists():
-        common |= {"checkpoint": history.newest_step(run), "checkpoint_age": time.time() - latest.stat().st_mtime}
+def watch(folder: Path, seconds: float, as_json: bool = False) -> None:
+    """Print the table anew every so many seconds, until Ctrl-C or until nobody reads it any more."""
+    console = Console()
     try:
-        config = settings.load(run / "config.yaml")
-    except UserError as error:
-        return Row(run, f"unreadable: {error}", **common)
-    rows = _tail(run / "metrics.jsonl")
-    step, steps = rows[-1]["step"] if rows else starts[-1]["step"], config.train.steps
-    state = _state(run, starts, in_slurm, config)
-    if rows:
-        seconds = sum(row["seconds"] for row in rows[-RECENT:]) / len(rows[-RECENT:])
-        common |= {"images_per_s": config.train.batch_size / seconds}
-        if state == "running":
-            common |= {"seconds_left": (steps - step) * seconds}
-    return Row(run, state, step, steps, **common)
-
-
-def _state(run: Path, starts: list[dict], in_slurm: str | None, config: settings.Config) -> str:
-    if _in_use(run) or in_slurm in RUNNING:
-        return "running"
-    kind = history.end_kind(starts[-1])
-    if kind == history.COMPLETE:
-        return "complete"
-    if in_slurm in QUEUED:
-        return "queued"
-    if kind == history.FAILED:
-        return f"failed: {history.end_reason(starts[-1])}"
-    refused = history.why_not_restart(run, config.resume)
-    return f"failed: {refused}" if refused else f"stopped: {history.end_reason(starts[-1])}"
-
-
-def _in_use(run: Path) -> bool:
-    """Whether a start holds the run's lock, on whatever node."""
-    try:
-        with (run / ".lock").open("rb") as file:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
-
-
-def _tail(path: Path) -> list[dict]:
-    """The last rows of a JSONL file, without reading all of it."""
-    try:
-        with path.open("rb") as file:
-            cut = file.seek(0, os.SEEK_END) > TAIL_BYTES
-            file.seek(-TAIL_BYTES if cut else 0, os.SEEK_END if cut else os.SEEK_SET)
-            lines = file.read().decode("utf-8", "replace").splitlines()[cut:]
-    except FileNotFoundError:
-        return []
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            pass  # being written
-    return rows
-
-
-def _robust(run: Path) -> str | None:
-    """`41.2 % under linf 2/255` of the newest evaluation: its mean, at the first of its radii."""
-    for path in sorted((run / "evaluations").glob("*/results.json"), key=lambda p: p.stat().st_mtime, reverse=True):
-        try:
-            result = json.loads(path.read_text())
-            eps, mean = next(iter(result["averages"]["all"]["eps"].items()))
-            return f"{100 * mean['robust']:.1f} % under {result['settings']['norm']} {eps} ({path.parent.name})"
-        except (OSError, ValueError, KeyError, TypeError, StopIteration):
-            continue
-    return None
+        while not is_unread():
+            console.clear()
+            show(folder, as_json)
+            time.sleep(seconds)
+    except KeyboardInterrupt:
+        pass
 
 
 def _cells(row: Row, folder: Path) -> list[str]:
-    checkpoint = "" if row.checkpoint is None else f"step {row.checkpoint}, {_time(row.checkpoint_age)} ago"
-    name = str(row.run.relative_to(folder)) if row.run != folder else row.run.name
     return [
-        name,
-        row.state,
+        _name(row, folder),
+        row.state.partition(":")[0],
         f"{row.step}/{row.steps or '?'}",
         f"{row.images_per_s:.4g}" if row.images_per_s else "",
         _time(row.seconds_left) if row.seconds_left is not None else "",
-        checkpoint,
-        str(row.restarts),
-        row.robust or "",
+        "" if row.checkpoint is None else f"step {row.checkpoint}, {_time(row.checkpoint_age)} ago",
+        str(row.restarts + 1),
+        row.robust.partition(" under ")[0] if row.robust else "",
     ]
 
 
+def _notes(row: Row) -> list[str]:
+    """What has no room in a cell: why the run is in its state, its robustness in full, damaged files."""
+    state, _, reason = row.state.partition(": ")
+    notes = [f"{state}: {reason}"] if reason else []
+    return [*notes, *([row.robust] if row.robust else []), *row.damaged]
+
+
+def _name(row: Row, folder: Path) -> str:
+    return str(row.run.relative_to(folder)) if row.run != folder else row.run.resolve().name
+
+
+def _text(cell: str) -> Text:
+    """The cell as it stands: names and reasons of others are no markup."""
+    return Text(printable(cell))
+
+
 def _time(seconds: float) -> str:
-    return str(timedelta(seconds=max(0, round(seconds))))
+    """`3d 4h`, `2h 10m`, `40s`: the two largest units."""
+    left, parts = max(0, round(seconds)), []
+    for unit, size in UNITS:
+        if left >= size or (unit == "s" and not parts):
+            parts.append(f"{left // size}{unit}")
+            left %= size
+        if len(parts) == 2:
+            break
+    return " ".join(parts)

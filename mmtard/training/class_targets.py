@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config import Config
@@ -18,11 +18,12 @@ from ..data.dataset import Dataset
 from ..data.samples import Batch
 from ..distributed.ranks import Ranks
 from ..errors import UserError
+from ..files import why_not_written
 from ..models.clip import Clip
+from ..runs import checksums
 from ..runs.checkpoints import save_tensors
+from ..runs.layout import CLASS_EMBEDDINGS
 from ..zero_shot import Prediction, ZeroShotHead
-
-HEADS_FILE = "class_embeddings.safetensors"
 
 
 def zero_shot_heads(
@@ -32,7 +33,7 @@ def zero_shot_heads(
 
     Collective. Raises UserError when the run stored embeddings of other class names or templates.
     """
-    stored = ranks.run_on_first(lambda: _stored(run / HEADS_FILE, clips, classnames, templates, ranks))
+    stored = ranks.run_on_first(lambda: _stored(run, clips, classnames, templates, ranks))
     return {name: ZeroShotHead(stored[name].to(ranks.device), clip.logit_scale) for name, clip in clips.items()}
 
 
@@ -44,21 +45,38 @@ def heads_without_classes(clips: dict[str, Clip], ranks: Ranks) -> dict[str, Zer
     }
 
 
-def _stored(path: Path, clips, classnames, templates, ranks) -> dict[str, torch.Tensor]:
+def _stored(run: Path, clips, classnames, templates, ranks) -> dict[str, torch.Tensor]:
+    path = run / CLASS_EMBEDDINGS
     asked = hashlib.sha256(json.dumps([classnames, templates]).encode()).hexdigest()
     text_towers = json.dumps({name: clip.sha256(image=False) for name, clip in sorted(clips.items())})
     if path.is_file():
-        with safe_open(path, "pt") as file:
-            if file.metadata().get("prompts") != asked:
-                raise UserError(
-                    f"data.classnames: not the names and templates that '{path}' was made with; "
-                    "restore them or choose another run_dir"
-                )
-            if file.metadata().get("text_towers") == text_towers:
-                return {name: file.get_tensor(name) for name in clips}
+        checksums.verify(run, CLASS_EMBEDDINGS, "remove it to have it made anew")
+        try:
+            metadata, embeddings = _read(path)
+        except (OSError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"'{path}' cannot be read: {reason}; remove it to have it made anew") from None
+        if metadata.get("prompts") != asked:
+            raise UserError(
+                f"data.classnames: not the names and templates that '{path}' was made with; "
+                "restore them or choose another run_dir"
+            )
+        if metadata.get("text_towers") == text_towers and clips.keys() <= embeddings.keys():
+            return {name: embeddings[name] for name in clips}
     embeddings = {name: clip.class_embeddings(classnames, templates, ranks.device) for name, clip in clips.items()}
-    save_tensors(embeddings, path, {"prompts": asked, "text_towers": text_towers})
+    try:
+        with checksums.renewed(run, CLASS_EMBEDDINGS):
+            save_tensors(embeddings, path, {"prompts": asked, "text_towers": text_towers})
+    except OSError as error:
+        needed = sum(tensor.nbytes for tensor in embeddings.values())
+        raise UserError(why_not_written(path, error, needed)) from None
     return embeddings
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """The metadata and the tensors of a safetensors file. Raises OSError and SafetensorError."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
 
 
 def build_class_targets(

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from mmtard.errors import UserError
-from mmtard.runs import history, table
+from mmtard.runs import history, survey, table
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def run(tree, tmp_path, monkeypatch):
 
 
 def states(folder):
-    return {row.run.name: row.state for row in table.find_runs(folder)}
+    return {row.run.name: row.state for row in survey.find_runs(folder)}
 
 
 def test_the_state_of_a_run_comes_from_its_history(run, tmp_path):
@@ -58,7 +58,7 @@ def test_a_run_in_use_is_running_and_says_how_long_it_will_be(run, tmp_path):
     )  # fmt: skip
     try:
         assert held.stdout.readline() == "1\n"
-        (row,) = table.find_runs(tmp_path / "all")
+        (row,) = survey.find_runs(tmp_path / "all")
     finally:
         held.communicate("\n")
     assert (row.state, row.step, row.steps, row.restarts, row.checkpoint) == ("running", 7, 10, 1, 6)
@@ -116,9 +116,85 @@ def test_the_newest_evaluation_is_shown(run, tmp_path, capsys):
         os.utime(path, (1e9 - age, 1e9 - age))
     table.show(tmp_path / "all")
     printed = capsys.readouterr().out
-    assert "41.2 % under linf 2/255 (quick-val)" in printed and "7/10" in printed and "step 6, " in printed
+    assert "a: 41.2 % under linf 2/255 (quick-val)" in printed and "7/10" in printed and "step 6, " in printed
+    assert "a: evaluations/other/results.json cannot be read" in printed
 
 
 def test_a_folder_without_runs(tmp_path):
     with pytest.raises(UserError, match="no run below '.*'; give the folder that holds your run_dirs"):
         table.show(tmp_path)
+
+
+def test_the_table_fits_80_columns_and_says_below_it_why_a_run_ended(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    run("vitb32_mmtard_confidence_sigmoid_eps4", history.FAILED)
+    run("b", history.COMPLETE)
+    table.show(tmp_path / "all")
+    shown = capsys.readouterr().out.splitlines()
+    notes = [line for line in shown if line.startswith("vitb32_mmtard_confidence_sigmoid_eps4: ")]
+    assert notes == ["vitb32_mmtard_confidence_sigmoid_eps4: failed: why 0"]
+    assert max(len(line) for line in shown if line not in notes) <= 80
+    assert all(word in shown[1] + shown[0] for word in table.COLUMNS)
+
+
+GLOO = "lost: [/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer"
+
+
+def test_names_and_reasons_of_others_are_shown_as_they_stand(run, tmp_path, capsys):
+    folder = run("x[red]y", None)
+    history.record_end(folder, history.LOST, GLOO + "\x1b[2J", 1)
+    run("z[/b]", history.COMPLETE)
+    table.show(tmp_path / "all")
+    shown = capsys.readouterr().out
+    assert f"x[red]y: stopped: {GLOO}?[2J\n" in shown and "z[/b]" in shown
+
+
+BAD = {
+    "config.yaml is no YAML": (lambda run: (run / "config.yaml").write_text("a: ["), "unreadable"),
+    "config.yaml is no text": (lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe"), "unreadable"),
+    "config.yaml is gone": (lambda run: (run / "config.yaml").unlink(), "unreadable"),
+    "the history is no history": (lambda run: (run / "resume.jsonl").write_text("my notes"), "unreadable"),
+    "the history is empty": (lambda run: (run / "resume.jsonl").write_text(""), "stopped: killed before it began"),
+    "an end of another shape": (
+        lambda run: (run / "resume.jsonl").write_text('{"step": 1, "end": {"kind": [], "reason": 3}}\n'),
+        "stopped: 3",
+    ),
+    "metrics are no rows": (lambda run: (run / "metrics.jsonl").write_text('1\n{"step": "x"}\n[]\n'), "complete"),
+    "metrics are a folder": (
+        lambda run: ((run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()),
+        "unreadable",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_damaged_run_is_a_row_of_its_own_and_hides_no_other(run, tmp_path, what, capsys):
+    spoil, state = BAD[what]
+    spoil(run("bad", history.COMPLETE))
+    run("good", history.COMPLETE)
+    shown = states(tmp_path / "all")
+    assert shown["good"] == "complete" and shown["bad"].startswith(state), shown
+    table.show(tmp_path / "all")
+    assert "bad" in capsys.readouterr().out
+
+
+def test_programs_read_the_table_as_json(run, tmp_path, command, capsys):
+    folder = run("a", history.PREEMPTED)
+    assert command("runs", tmp_path / "all", "--json") == 0
+    (shown,) = json.loads(capsys.readouterr().out)
+    assert (shown["run"], shown["state"], shown["step"], shown["steps"]) == (str(folder), "stopped: why 0", 7, 10)
+    assert shown["images_per_s"] == 4.0 and shown["robust"] is None
+
+
+def test_a_watched_table_is_printed_anew_until_ctrl_c(run, tmp_path, command, capsys, monkeypatch):
+    run("a", history.COMPLETE)
+    waited = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if len(waited) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(table.time, "sleep", sleep)
+    assert command("runs", tmp_path / "all", "--watch", "7", "--json") == 0
+    assert waited == [7, 7, 7] and len(capsys.readouterr().out.splitlines()) == 3
