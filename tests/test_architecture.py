@@ -52,6 +52,8 @@ WITHOUT_TORCH = [
     "mmtard.launch.job",
     "mmtard.launch.task",
     "mmtard.launch.local",
+    "mmtard.launch.batch",
+    "mmtard.distributed.launcher",
     "mmtard.cli.main",
     "mmtard.__main__",
 ]

@@ -14,6 +14,7 @@ from ..config import Config, Data, Model
 from ..config.argument_types import positive
 from ..config.open_clip_names import architectures, weight_tags
 from ..data.paths import shards_of
+from ..distributed.launcher import world_size_from_env
 from ..errors import UserError
 from .command import add_command, add_config_arguments, may_start
 
@@ -61,7 +62,7 @@ def _config(args) -> int | None:
     if args.memory:
         from ..training import memory
 
-        return memory.show(config, args.world or settings.world_size_from_env())
+        return memory.show(config, args.world or world_size_from_env())
     print(settings.dump(config), end="")
     faults = [] if args.may_start else list(find_faults(config))
     for fault in faults:

@@ -7,6 +7,7 @@ import os
 from .. import config as settings
 from ..data.paths import shards_of
 from ..distributed.interruption import Interruption
+from ..distributed.launcher import world_size_from_env
 from ..runs import trackers
 from .command import add_command, add_config_arguments, heavy_imports, may_start
 
@@ -81,7 +82,7 @@ def _preflight(args) -> int:
 def _ready(args) -> settings.Config:
     """The configuration of a launch, and that its ranks and shards fit it."""
     config = settings.load(args.config, args.overrides)
-    settings.check_world(config, settings.world_size_from_env())
+    settings.check_world(config, world_size_from_env())
     shards_of(config.data)
     trackers.check(config.log)
     if config.engine.device == "cpu":

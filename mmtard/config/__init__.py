@@ -8,10 +8,10 @@ from .models import Lora, Model, Student, Teacher
 from .schema import Config
 from .training import Log, Resume
 from .values import expand_path, parse_fraction, show_pixels
-from .world import check_world, world_size_from_env
+from .world import check_world
 
 __all__ = [
     "ARD", "ATTACK_OBJECTIVES", "Attack", "Cache", "Clean", "Config", "Data", "Log", "Lora", "METHODS", "MMTARD",
     "Model", "Resume", "START", "Student", "TeCoA", "Teacher", "UNSTORABLE", "WEIGHTINGS", "check_world",
-    "differences", "dump", "expand_path", "load", "parse_fraction", "show_pixels", "validate", "world_size_from_env",
+    "differences", "dump", "expand_path", "load", "parse_fraction", "show_pixels", "validate",
 ]  # fmt: skip

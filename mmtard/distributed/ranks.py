@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import RunError, UserError
+from .launcher import launch_from_env
 
 GIVEN = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")  # set where Slurm gave GPUs
 
@@ -88,13 +89,15 @@ def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> R
         "ignore", r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated", FutureWarning
     )
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        rank, world, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    elif "SLURM_PROCID" in env:
-        # Slurm sets no SLURM_NTASKS in a script that asked for no tasks.
-        rank, world, local = int(env["SLURM_PROCID"]), int(env.get("SLURM_NTASKS", 1)), int(env.get("SLURM_LOCALID", 0))
-    else:
-        rank, world, local = 0, 1, 0
+    launch = launch_from_env()
+    rank, world, local = launch.rank, launch.world_size, launch.local_rank
+    if launch.tasks_left_out:
+        print(
+            f"mmtard: started without srun in a job of {launch.tasks_left_out} tasks, so this is one rank alone; "
+            "`srun python -m mmtard ...` starts one rank a task",
+            file=sys.stderr,
+            flush=True,
+        )
     where = _device(device, local)
     on_gpu = where.type == "cuda"
     if on_gpu:
@@ -102,7 +105,8 @@ def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> R
     if not dist.is_initialized():
         if world > 1 and "MMTARD_INIT_FILE" not in env and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
             raise UserError(
-                f"{world} ranks but no MASTER_ADDR and MASTER_PORT; export both (slurm/train_vitb32.sh shows how)"
+                f"{world} ranks but no MASTER_ADDR and MASTER_PORT; export both; in a batch script: "
+                'eval "$(python -m mmtard.launch.environment)"'
             )
         meet = _meeting_point(world)
         try:

@@ -299,44 +299,6 @@ def test_shards_that_are_not_there(tmp_path, monkeypatch, shards, words):
     assert str(error.value).startswith("data.shards: ") and all(word in str(error.value) for word in words.split("|"))
 
 
-@pytest.mark.parametrize(
-    "env, world",
-    [({}, 1), ({"WORLD_SIZE": "8"}, 8), ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, 4), ({"SLURM_NTASKS": "4"}, 1)],
-)
-def test_world_size_of_a_launcher(monkeypatch, env, world):
-    for name in ("WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    assert config.world_size_from_env() == world
-
-
-@pytest.mark.parametrize(
-    "env, words",
-    [
-        (
-            {"WORLD_SIZE": "x"},
-            "the environment says WORLD_SIZE='x', which is no number of at least 1; unset it, or start",
-        ),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
-        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE='-2'"),
-        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE='999"),
-        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 of WORLD_SIZE=2; ranks count from 0"),
-        ({"WORLD_SIZE": "2", "RANK": "one"}, "RANK='one'"),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4(x2)"}, "SLURM_NTASKS='4(x2)'"),
-        ({"SLURM_PROCID": "x"}, "SLURM_PROCID='x'"),
-    ],
-)
-def test_damaged_variables_of_a_launch_are_answered_by_name(monkeypatch, env, words):
-    for name in ("WORLD_SIZE", "RANK", "SLURM_PROCID", "SLURM_NTASKS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError) as error:
-        config.world_size_from_env()
-    assert words in str(error.value) and len(str(error.value)) < 400
-
-
 # ---------------------------------------------------------------- the untouched student, fused targets, labels
 
 

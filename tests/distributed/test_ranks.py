@@ -45,6 +45,7 @@ BATCH_STEP = {
 def task(local, gpus):
     """What srun tells one of the tasks of a node on which the step has so many GPUs."""
     return {
+        "SLURM_STEP_ID": "0",
         "SLURM_PROCID": str(local),
         "SLURM_LOCALID": str(local),
         "SLURM_NTASKS": "4",

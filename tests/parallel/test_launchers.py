@@ -56,6 +56,7 @@ def test_every_launcher_trains_the_same(configs, train_here):
     port = str(free_port())
     slurm = [
         {
+            "SLURM_STEP_ID": "0",
             "SLURM_PROCID": str(r),
             "SLURM_LOCALID": str(r),
             "SLURM_NTASKS": "2",
