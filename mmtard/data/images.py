@@ -1,4 +1,4 @@
-"""Encoded bytes to RGB pixels, and RGB pixels to the square a tower sees."""
+"""Encoded bytes to RGB pixels, and RGB pixels to the size a tower sees."""
 
 import io
 import math
@@ -58,28 +58,40 @@ def decode(data: bytes) -> Image.Image:
 
 
 class Transform:
-    """(PIL image RGB, sample seed) -> uint8 [3,size,size]. All randomness comes from the seed.
+    """(PIL image RGB, sample seed) -> uint8 [3,H,W]. All randomness comes from the seed.
 
-    Without `crop_scale`: the shorter side to `resize` (None: `size`), then the centre square, pixel for pixel as torchvision's Resize
-    and CenterCrop; with `squash`, both sides to `size`, whatever the aspect. With `crop_scale` (least, most) area: torchvision's
-    RandomResizedCrop, aspect ratio 3/4 to 4/3. `interpolation`: bicubic or bilinear, antialiased. `flip` mirrors half of the samples.
-    Raises UserError for settings that do not fit.
+    size: H = W, or (H, W). Without `crop_scale`: the shorter side to `resize` (None: `size`), then the centre square, pixel for
+    pixel as torchvision's Resize and CenterCrop; for another shape the smallest image that covers it, then its centre, as
+    open_clip does. With `squash`: both sides to `size`, whatever the aspect. With `crop_scale` (least, most) area: torchvision's
+    RandomResizedCrop, aspect ratio 3/4 to 4/3. `interpolation`: bicubic or bilinear, antialiased. `flip` mirrors half of the
+    samples. Raises UserError for settings that do not fit.
     """
 
     def __init__(
-        self, size: int, resize: int | None = None, crop_scale: tuple[float, float] | None = None, flip: bool = False, *,
-        squash: bool = False, interpolation: str = "bicubic",
-    ):  # fmt: skip
-        if resize is not None and resize < size:
-            raise UserError(f"data.resize: {resize} is less than the crop of {size}; make it at least {size}")
+        self,
+        size: int | tuple[int, int],
+        resize: int | None = None,
+        crop_scale: tuple[float, float] | None = None,
+        flip: bool = False,
+        *,
+        squash: bool = False,
+        interpolation: str = "bicubic",
+    ):
+        self.shape: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])  # (H, W)
+        shorter = min(self.shape)
+        if resize is not None and resize < shorter:
+            raise UserError(f"data.resize: {resize} is less than the crop of {shorter}; make it at least {shorter}")
         if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise UserError(f"data.crop_scale: {list(crop_scale)} is not a range of areas; write it like [0.9, 1.0]")
-        self.size, self.resize, self.crop_scale, self.flip = size, resize or size, crop_scale, flip
+        self.resize, self.crop_scale, self.flip = resize or shorter, crop_scale, flip
         self.squash, self.interpolation = squash, INTERPOLATIONS[interpolation]
 
     @classmethod
-    def of_model(cls, size: int, preprocess: dict, where: str) -> "Transform":
-        """As open_clip brings images to a model of this `preprocess_cfg`. Raises UserError naming `where` for a way that is not known."""
+    def of_model(cls, size: int | tuple[int, int], preprocess: dict, where: str) -> "Transform":
+        """As open_clip brings images to a model of this `preprocess_cfg`.
+
+        Raises UserError naming `where` for a way that is not known.
+        """
         mode, interpolation = preprocess.get("resize_mode") or "shortest", preprocess.get("interpolation") or "bicubic"
         if mode not in ("shortest", "squash"):
             raise UserError(
@@ -94,42 +106,48 @@ class Transform:
             )
         return cls(size, squash=mode == "squash", interpolation=interpolation)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(H, W) of what it gives."""
-        return self.size, self.size
-
     def __call__(self, image: Image.Image, seed: int) -> np.ndarray:
         u = _uniforms(seed) if self.crop_scale or self.flip else None
-        square = (
-            self._random_crop(image, u)
-            if self.crop_scale
-            else self._squashed(image)
-            if self.squash
-            else self._centre_crop(image)
-        )
-        pixels = np.asarray(square).transpose(2, 0, 1)
+        if self.crop_scale:
+            cropped = self._random_crop(image, u)
+        elif self.squash:
+            cropped = self._resized(image)
+        else:
+            cropped = self._centre_crop(image)
+        pixels = np.asarray(cropped).transpose(2, 0, 1)
         if self.flip and u[-1] < 0.5:
             pixels = pixels[:, :, ::-1]
         return np.ascontiguousarray(pixels)
 
-    def _squashed(self, image: Image.Image) -> Image.Image:
-        return image.resize((self.size, self.size), self.interpolation)
+    def _resized(self, image: Image.Image) -> Image.Image:
+        height, width = self.shape
+        return image.resize((width, height), self.interpolation)
 
     def _centre_crop(self, image: Image.Image) -> Image.Image:
-        width, height = image.size
-        if min(width, height) != self.resize:
-            if width < height:
-                width, height = self.resize, int(self.resize * height / width)
-            else:
-                width, height = int(self.resize * width / height), self.resize
-            if width * height > MAX_PIXELS:
+        height, width = self.shape
+        at, interpolation = self._covering(image.width, image.height), self.interpolation
+        if height != width:
+            interpolation = INTERPOLATIONS["bicubic"]  # open_clip's own, whatever the model says
+        if at != image.size:
+            if at[0] * at[1] > MAX_PIXELS:
                 raise DecodeError(
-                    f"{width}x{height} pixels when its shorter side is {self.resize}, more than {MAX_PIXELS}"
+                    f"{at[0]}x{at[1]} pixels when its shorter side is {self.resize}, more than {MAX_PIXELS}"
                 )
-            image = image.resize((width, height), self.interpolation)
-        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-        return image.crop((left, top, left + self.size, top + self.size))
+            image = image.resize(at, interpolation)
+        left, top = round((at[0] - width) / 2), round((at[1] - height) / 2)
+        return image.crop((left, top, left + width, top + height))
+
+    def _covering(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) to which an image is resized before its centre is cut out."""
+        if self.shape[0] == self.shape[1]:
+            if min(width, height) == self.resize:
+                return width, height
+            if width < height:
+                return self.resize, int(self.resize * height / width)
+            return int(self.resize * width / height), self.resize
+        scale = self.resize / min(self.shape)
+        ratio = min(height / (self.shape[0] * scale), width / (self.shape[1] * scale))
+        return round(width / ratio), round(height / ratio)
 
     def _random_crop(self, image: Image.Image, u: np.ndarray) -> Image.Image:
         width, height = image.size
@@ -144,7 +162,7 @@ class Transform:
         else:  # an image too long and thin for any: the largest central part within the ratios
             w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
             left, top = (width - w) // 2, (height - h) // 2
-        return image.crop((left, top, left + w, top + h)).resize((self.size, self.size), self.interpolation)
+        return self._resized(image.crop((left, top, left + w, top + h)))
 
 
 class Native:

@@ -123,6 +123,8 @@ def _obstacle(clip: Clip) -> str | None:
         return f"its image tower is a {type(vision).__name__}"
     if not hasattr(text, "token_embedding"):
         return f"its text tower is a {type(text).__name__}"
+    if vision.image_size[0] != vision.image_size[1]:
+        return f"its images are not square ({vision.image_size[0]}x{vision.image_size[1]})"
     if vision.attn_pool is not None or vision.pool_type != "tok":
         return "its image tower does not end in the class token"
     if getattr(text, "text_pool_type", getattr(text, "pool_type", "argmax")) != "argmax":

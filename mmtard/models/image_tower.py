@@ -16,8 +16,8 @@ DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 class ImageTower(nn.Module):
     """An open_clip image tower that takes pixels: resizing and normalisation live in its forward.
 
-    images [B,3,H,W] float32 in [0,1], any H and W -> embeddings [B,D] float32, not normalised; with `tokens`, also those of the
-    P patches, [B,P,D], brought to the same space. Other sizes than `image_size` are resized inside (bicubic, no antialias).
+    images [B,3,H,W] float32 in [0,1], any H and W -> embeddings [B,D] float32, not normalised; with `tokens`, also those of
+    the P patches, [B,P,D], brought to the same space. Other sizes than `size` (H, W) are resized inside (bicubic, no antialias).
     `autocast`: the dtype in which the tower runs while its weights stay float32, or None.
     """
 
@@ -25,7 +25,7 @@ class ImageTower(nn.Module):
         super().__init__()
         self.visual = visual
         size = visual.image_size
-        self.image_size: int = size[0] if isinstance(size, (tuple, list)) else size
+        self.size: tuple[int, int] = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
         self.autocast: torch.dtype | None = None
         self.dtype = torch.float32  # of the weights, and so of the tower's input
         self.layout = BatchLayout()
@@ -37,8 +37,8 @@ class ImageTower(nn.Module):
             visual.register_forward_hook(_project_tokens)
 
     def forward(self, images: Tensor, tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        if images.shape[-1] != self.image_size or images.shape[-2] != self.image_size:
-            images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", align_corners=False)
+        if images.shape[-2:] != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", align_corners=False)
         x = ((images - self.mean) / self.std).to(self.dtype)
         with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             if self.has_tokens:
@@ -49,8 +49,16 @@ class ImageTower(nn.Module):
         return tuple(_at_least_float32(t) for t in z) if tokens else _at_least_float32(z)
 
     @property
+    def image_size(self) -> int | tuple[int, int]:
+        """The size as settings and results write it: one number for a square, else (H, W)."""
+        return self.size[0] if self.size[0] == self.size[1] else self.size
+
+    @property
     def has_tokens(self) -> bool:
-        """Whether the forward can give the patches' tokens: that of a ViT whose embedding is a projected token or their mean."""
+        """Whether the forward can give the patches' tokens.
+
+        A ViT can whose embedding is a projected token or the mean of the projected tokens.
+        """
         v = self.visual
         return isinstance(v, VisionTransformer) and v.attn_pool is None and v.proj is not None and v.pool_type != "none"
 
@@ -61,8 +69,11 @@ class ImageTower(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> ImageTower:
-        """Training mode for everything but frozen batch norm, whose statistics stay those of the pretrained model: clean and
-        adversarial images, ranks and micro-batches then all see one and the same network."""
+        """Set training mode for everything but frozen batch norm.
+
+        Its statistics stay those of the pretrained model, so clean and adversarial images, ranks and micro-batches all see
+        one and the same network.
+        """
         super().train(mode)
         for module in self.modules():
             if self.frozen_batch_norm and isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -70,29 +81,25 @@ class ImageTower(nn.Module):
         return self
 
 
-def _project_tokens(visual: VisionTransformer, _, output):
-    return (output[0], output[1] @ visual.proj) if visual.output_tokens else output
-
-
-def _at_least_float32(z: Tensor) -> Tensor:
-    return z.float() if z.dtype != torch.float64 else z
-
-
 def require_tokens(tower: ImageTower, where: str) -> None:
     """UserError when the tower cannot give the patch tokens that the method reads."""
     if not tower.has_tokens:
         raise UserError(
-            f"{where}: the method reads a ViT's patch tokens, which a {type(tower.visual).__name__} does not give; choose a ViT or another method"
+            f"{where}: the method reads a ViT's patch tokens, which a {type(tower.visual).__name__} does not give;"
+            " choose a ViT or another method"
         )
 
 
 def freeze(tower: ImageTower, dtype: torch.dtype, device: torch.device) -> ImageTower:
-    """The tower as a teacher runs it."""
+    """Make the tower what a teacher is: weights in `dtype` on `device`, evaluation mode, no gradient."""
     return tower.cast(dtype).eval().requires_grad_(False).to(device)
 
 
 def blocks(tower: ImageTower) -> list[nn.Module]:
-    """The repeated blocks of a ViT or ResNet of open_clip, or of a timm model; empty for other towers, which are then sharded whole."""
+    """The repeated blocks of a ViT or ResNet of open_clip, or of a timm model.
+
+    Empty for other towers, which are then sharded whole.
+    """
     visual = tower.visual
     if hasattr(visual, "transformer"):
         return list(visual.transformer.resblocks)
@@ -102,3 +109,11 @@ def blocks(tower: ImageTower) -> list[nn.Module]:
     stages = [getattr(trunk, name) for name in ("layer1", "layer2", "layer3", "layer4") if hasattr(trunk, name)]
     stages += [getattr(stage, "blocks", [stage]) for stage in getattr(trunk, "stages", getattr(trunk, "layers", ()))]
     return [block for stage in stages for block in stage]
+
+
+def _project_tokens(visual: VisionTransformer, _, output):
+    return (output[0], output[1] @ visual.proj) if visual.output_tokens else output
+
+
+def _at_least_float32(z: Tensor) -> Tensor:
+    return z.float() if z.dtype != torch.float64 else z

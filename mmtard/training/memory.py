@@ -72,9 +72,7 @@ def per_image(tower: ImageTower, through: bool = False) -> tuple[int, int, int]:
             for name, b in module._buffers.items():
                 if b is not None:
                     module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
-        one, two = (
-            Saved(tower, torch.empty(n, 3, tower.image_size, tower.image_size, requires_grad=through)) for n in (1, 2)
-        )
+        one, two = (Saved(tower, torch.empty(n, 3, *tower.size, requires_grad=through)) for n in (1, 2))
     largest = max((two.of_block[block] - one.of_block[block] for block in one.of_block), default=0)
     return two.total - one.total, 2 * one.total - two.total, largest
 

@@ -19,6 +19,7 @@ import torch
 from ..config import Config, Model
 from ..data.class_names import classnames, templates
 from ..data.dataset import open_dataset_on_all_ranks
+from ..data.images import Transform
 from ..data.stream import train_stream
 from ..distributed.ranks import Ranks, peer_is_gone, process_group, reduce
 from ..embeddings import identity
@@ -216,7 +217,7 @@ class Models(Check):
         else:
             tower.cast(dtype)
         tower.to(device).eval().requires_grad_(False)
-        images = torch.rand(micro, 3, bench.image_size, bench.image_size, device=device)
+        images = torch.rand(micro, 3, *Transform(bench.image_size).shape, device=device)
         for _ in range(2):  # the first pass also sets the device up
             began = time.monotonic()
             x = images.clone().requires_grad_(attacked)

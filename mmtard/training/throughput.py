@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
 from pathlib import Path
@@ -30,20 +31,27 @@ PEAK = {
 }
 
 
-def forward_flops(tower: ImageTower) -> int:
-    """FLOPs of one image's forward (a multiply-add is two), counted by torch without computing anything."""
-    # A copy without the weights' bytes: those of a large teacher take seconds.
-    empty = {id(t): t.to("meta") for t in tower.visual.buffers()}
-    empty |= {id(t): torch.nn.Parameter(t.detach().to("meta"), t.requires_grad) for t in tower.visual.parameters()}
-    visual = copy.deepcopy(tower.visual, empty).to("meta").eval()  # batch norm in training refuses one image
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        visual(torch.empty(1, 3, tower.image_size, tower.image_size, device="meta", dtype=tower.dtype))
-    return counter.get_total_flops()
+def forward_flops(tower: ImageTower) -> float:
+    """FLOPs of one image's forward (a multiply-add is two), counted by torch without computing anything.
+
+    NaN for a tower that torch cannot count: the number is only shown, so it never ends a run.
+    """
+    try:
+        # A copy without the weights' bytes, which take seconds for a large teacher, and without gradients: torch's
+        # counter fails at a weight that is expanded outside autograd, as the query of SigLIP's pooling is.
+        empty = {id(t): t.to("meta") for t in tower.visual.buffers()}
+        empty |= {id(t): torch.nn.Parameter(t.detach().to("meta"), False) for t in tower.visual.parameters()}
+        visual = copy.deepcopy(tower.visual, empty).to("meta").eval()  # batch norm in training refuses one image
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            visual(torch.empty(1, 3, *tower.size, device="meta", dtype=tower.dtype))
+        return counter.get_total_flops()
+    except Exception:  # whatever an architecture's own code raises on tensors without data
+        return math.nan
 
 
 def sample_flops(
-    forward: dict[str, int], passes: set[Pass], objective: Objective | None, attack: Attack, adapters: bool = False
-) -> int:
+    forward: dict[str, float], passes: set[Pass], objective: Objective | None, attack: Attack, adapters: bool = False
+) -> float:
     """FLOPs of training on one sample, from the forward FLOPs of each model (`student` and the teachers' names).
 
     A differentiated pass of the student costs three forwards, or two where only low-rank `adapters` learn: the frozen
@@ -77,16 +85,17 @@ def peak_flops(device: torch.device) -> float | None:
 def cost(
     seconds: float, images: int, flops: float, peak: float | None, world_size: int, device: torch.device
 ) -> dict[str, float]:
-    """What a step of `images`, `flops` each, took in `seconds`; `mfu` is the share of the peak, where that is known."""
+    """What a step of `images`, `flops` each, took in `seconds`.
+
+    `mfu` is the share of the peak, where that is known; without a count of FLOPs (NaN) both columns are left out.
+    """
     done = images * flops / seconds / world_size
-    known = {"mfu": done / peak} if peak else {}
-    return {
-        "seconds": seconds,
-        "images_per_s": images / seconds,
-        "tflops_a_rank": done / 1e12,
-        **known,
-        "memory_gib": memory_gib(device),
-    }
+    columns = {"seconds": seconds, "images_per_s": images / seconds}
+    if not math.isnan(done):
+        columns["tflops_a_rank"] = done / 1e12
+        if peak:
+            columns["mfu"] = done / peak
+    return {**columns, "memory_gib": memory_gib(device)}
 
 
 def memory_gib(device: torch.device) -> float:

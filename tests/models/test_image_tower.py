@@ -11,8 +11,10 @@ from open_clip.zero_shot_classifier import build_zero_shot_classifier
 from PIL import Image
 
 from mmtard.config import Model
+from mmtard.data.images import Transform
 from mmtard.errors import UserError
 from mmtard.models import image_tower, loading
+from mmtard.training.throughput import forward_flops
 
 
 @pytest.mark.parametrize("arch", ["vit", "resnet"])
@@ -132,3 +134,52 @@ def test_a_resnet_has_no_patch_tokens_and_says_so(resnet, base):
         match="student: the method reads a ViT's patch tokens, which a ModifiedResNet does not give; choose a ViT",
     ):
         image_tower.require_tokens(loading.load_clip(Model(arch=resnet, weights="random")).tower(), "student")
+
+
+# ---------------------------------------------------------------- other shapes than squares
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """Model config of a 2-block ViT on images of 16 x 32 pixels (H x W)."""
+    vision = {"image_size": [16, 32], "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
+    text = {"context_length": 10, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    path = tmp_path / "tests-wide.json"
+    path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    return str(path)
+
+
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+def test_images_of_another_shape_are_prepared_and_embedded_as_open_clip_does(wide, tmp_path, mode):
+    source = loading.load_clip(Model(arch=wide, weights="random"), seed=1)
+    source.config["preprocess_cfg"].update(resize_mode=mode)
+    source.save(tmp_path / "out")
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    clip = loading.load_clip(Model(weights=str(tmp_path / "out")))
+    tower = clip.tower().eval()
+    assert tower.size == tower.image_size == (16, 32)
+    transform = Transform.of_model(tower.image_size, clip.config["preprocess_cfg"], "out")
+    for height, width in ((40, 50), (50, 40), (16, 32), (17, 90)):
+        pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        ours = torch.from_numpy(transform(Image.fromarray(pixels), 0))[None] / 255
+        assert ours.shape == (1, 3, 16, 32)
+        with torch.no_grad():
+            expected = model.eval().encode_image(preprocess(Image.fromarray(pixels))[None])
+            torch.testing.assert_close(tower(ours), expected, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():  # a square is brought to the tower's own shape
+        square = images(24)
+        torch.testing.assert_close(tower(square), tower(F.interpolate(square, (16, 32), mode="bicubic")))
+
+
+def test_random_crops_of_another_shape_have_it(wide):
+    tower = loading.load_clip(Model(arch=wide, weights="random")).tower()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    assert Transform(tower.image_size, crop_scale=(0.5, 1.0), flip=True)(image, 3).shape == (3, 16, 32)
+    assert Transform(tower.image_size, resize=20)(image, 3).shape == (3, 16, 32)
+    assert forward_flops(tower) == pytest.approx(2 * forward_flops(square_of(wide)), rel=0.3)
+
+
+def square_of(wide):
+    path = Path(wide).with_name("tests-square.json")
+    path.write_text(Path(wide).read_text().replace("[16, 32]", "16"))
+    return loading.load_clip(Model(arch=str(path), weights="random")).tower()
