@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from ..config import Cache
+from ..config import Cache, expand_path
 from ..errors import UserError
 from ..files import exclusive, held
 from .dataset import Dataset
@@ -34,7 +34,7 @@ class Staging:
 
     def __init__(self, dataset: Dataset, cache: Cache):
         self.dataset, self.cache = dataset, cache
-        self.folder = Path(cache.dir or Path(tempfile.gettempdir()) / f"mmtard-shards-{os.getuid()}")
+        self.folder = _folder(cache)
         self.limit = int(cache.max_gb * 1e9)
         for path, size in zip(dataset.paths, dataset.shard_sizes):
             if is_remote(path) and size > self.limit:
@@ -216,3 +216,13 @@ class Stager:
                     self.staging.ensure(shard)
                 except UserError:
                     break  # the reader that needs the shard meets the same error and reports it
+
+
+def _folder(cache: Cache) -> Path:
+    """Where the shards are staged; `~` and variables of data.cache.dir are those of this node."""
+    if not cache.dir:
+        return Path(tempfile.gettempdir()) / f"mmtard-shards-{os.getuid()}"
+    try:
+        return Path(expand_path(cache.dir))
+    except ValueError as error:
+        raise UserError(f"data.cache.dir: {error}") from None

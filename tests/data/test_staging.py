@@ -209,3 +209,12 @@ def test_the_stager_fetches_ahead(source, tmp_path):
         time.sleep(0.02)
     stager.close()
     assert fetched(tmp_path) == wanted and len(wanted) == 4
+
+
+def test_variables_of_the_staging_folder_are_those_of_the_node(source, tmp_path, monkeypatch):
+    dataset, _ = remote(source, tmp_path)
+    cache = Cache(dir="$NODE_DISK/shards")
+    with pytest.raises(UserError, match=r"data.cache.dir: '\$NODE_DISK/shards': the environment has no variable"):
+        Staging(dataset, cache)
+    monkeypatch.setenv("NODE_DISK", str(tmp_path / "disk"))
+    assert Staging(dataset, cache).folder == tmp_path / "disk" / "shards"
