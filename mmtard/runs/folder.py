@@ -73,11 +73,9 @@ def _prepare(
     _refuse_links(run)
     refuse_foreign(run)
     held += lock.take(run)
-    checksums.verify(
-        run,
-        layout.CONFIG,
-        "put it back (changes are given as key=value), or move it away to go on with the settings given now",
-    )
+    if (run / layout.CONFIG).exists():
+        remedy = "put it back (changes are given as key=value), or move it away to go on with the settings given now"
+        checksums.verify(run, layout.CONFIG, remedy)
     newest, passed_over = checkpoints.newest_valid(run)
     if newest is None and passed_over:
         raise UserError(

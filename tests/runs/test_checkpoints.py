@@ -1,6 +1,8 @@
+import errno
 import hashlib
 import json
 import os
+import shutil
 import threading
 
 import pytest
@@ -187,3 +189,157 @@ def test_the_weights_are_readable_as_the_umask_says(tmp_path, umask, mode):
     finally:
         os.umask(before)
     assert (tmp_path / "w.safetensors").stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("made", ["a folder", "a file", "a dangling link", "a link elsewhere"])
+def test_a_copy_that_kept_no_links_goes_on(run, made, tmp_path):
+    """`cp -rL`, `rsync -L`, an object store, a share without links."""
+    link = run / "checkpoints" / "latest"
+    link.unlink()
+    if made == "a folder":
+        shutil.copytree(run / "checkpoints" / "step-10", link)
+    elif made == "a file":
+        link.write_text("step-10\n")
+    else:
+        link.symlink_to("step-99" if made == "a dangling link" else "/etc")
+    if made.startswith("a f"):
+        assert checkpoints.read_state(resolve(link)[1])["step"] == 10
+    save(Checkpoints(run, keep_last=2), 15)
+    assert os.readlink(link) == "step-15" and steps(run) == [10, 15]
+
+
+def test_a_folder_of_the_users_own_in_the_place_of_latest_is_not_removed(run):
+    link = run / "checkpoints" / "latest"
+    link.unlink()
+    link.mkdir()
+    (link / "mine.pt").write_text("x")
+    saver = Checkpoints(run, keep_last=2)
+    saver.save(15, tensors(15), {}, {"step": 15})
+    with pytest.raises(UserError, match="latest' is a folder with other files than a checkpoint's; move it away"):
+        saver.wait()
+    assert (link / "mine.pt").exists()
+
+
+def test_a_file_system_without_links_gets_a_file_that_names_the_checkpoint(run, monkeypatch):
+    def none(self, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(type(run), "symlink_to", none)
+    saver = Checkpoints(run, keep_last=1)
+    save(saver, 15)
+    saver.keep_most_robust(15, 15)
+    save(saver, 20)
+    assert steps(run) == [15, 20] and resolve(run / "checkpoints" / "latest")[1].name == "step-20"
+
+
+def test_links_that_someone_planted_are_removed_and_never_followed(run, tmp_path_factory):
+    victim = tmp_path_factory.mktemp("victim")
+    (victim / "precious").write_text("x")
+    for name in (".retired-5", ".writing-15-1", f".writing-15-{os.getpid()}", f".latest-{os.getpid()}"):
+        (run / "checkpoints" / name).symlink_to(victim)
+    saver = Checkpoints(run, keep_last=1)
+    saver.clean()
+    (run / "checkpoints" / ".retired-10").symlink_to(victim)
+    save(saver, 15)
+    assert [p.name for p in victim.iterdir()] == ["precious"] and steps(run) == [15]
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"latest", "step-15"}
+
+
+@pytest.mark.parametrize("keep_last, left", [(1, [10]), (2, [10]), (3, [5, 10])])
+def test_a_short_disk_gets_room_before_the_write_and_a_whole_checkpoint_stays(run, monkeypatch, keep_last, left):
+    """With room for none: what would go after the write goes before it, and one line says what is needed."""
+    usage = shutil.disk_usage(run)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    saver = Checkpoints(run, keep_last)
+    saver.save(15, tensors(15), {}, {"step": 15})
+    with pytest.raises(
+        UserError, match=r"No space left on device; free .* \(the disk at '.*' has 1.0 KiB free, a checkp"
+    ):
+        saver.wait()
+    assert steps(run) == left and {p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")} == set()
+
+
+def test_room_is_made_and_used_where_the_disk_holds_only_what_is_kept(run, monkeypatch):
+    usage = shutil.disk_usage(run)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**30 if steps(run) == [10] else 1000))
+    save(Checkpoints(run, keep_last=2), 15)
+    assert steps(run) == [10, 15]
+
+
+def test_the_only_whole_checkpoint_never_makes_room(run, monkeypatch):
+    os.remove(run / "checkpoints" / "step-10" / "manifest.json")
+    usage = shutil.disk_usage(run)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    saver = Checkpoints(run, keep_last=1)
+    saver.save(15, tensors(15), {}, {"step": 15})
+    with pytest.raises(UserError, match="No space left"):
+        saver.wait()
+    assert newest_valid(run)[0].name == "step-5"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(run, value):
+    saver = Checkpoints(run, keep_last=1)
+    saver.save(15, tensors(15) | {"visual.bias": torch.tensor([1.0, value])}, {}, {"step": 15})
+    with pytest.raises(UserError, match=r"^step 15: the weights are not finite \(visual.bias\), .*; lower train.lr"):
+        saver.wait()
+    assert steps(run) == [5, 10]
+
+
+@pytest.mark.parametrize("what", ["moved", "removed", "replaced"])
+def test_a_run_folder_that_is_gone_is_told_and_not_made_anew(tmp_path, what):
+    run = tmp_path / "run"
+    run.mkdir()
+    saver = Checkpoints(run, keep_last=1)
+    save(saver, 5)
+    run.rename(tmp_path / "elsewhere")
+    if what == "replaced":
+        run.mkdir()
+    with pytest.raises(
+        UserError, match="was moved, removed or replaced while the run went on, so step 10 cannot be saved"
+    ):
+        saver.save(10, tensors(10), {}, {"step": 10})
+    assert not (run / "checkpoints").exists() and steps(tmp_path / "elsewhere") == [5]
+
+
+def test_a_checkpoint_that_is_retired_while_it_is_read_is_read_anew(run):
+    seen = []
+
+    def read(folder, checkpoint):
+        seen.append(checkpoint.name)
+        if len(seen) == 1:  # the run goes on meanwhile
+            save(Checkpoints(run, keep_last=1), 15)
+        return checkpoints.read_weights(checkpoint)
+
+    assert checkpoints.read_resolved(run, read)["visual.proj"][0, 0] == 15 and seen == ["step-10", "step-15"]
+
+
+def test_a_checkpoint_asked_for_by_name_that_is_retired_is_one_line(run):
+    def read(folder, checkpoint):
+        shutil.rmtree(checkpoint)
+        return checkpoints.read_weights(checkpoint)
+
+    with pytest.raises(UserError, match="cannot be used: step-5: no manifest.json"):
+        checkpoints.read_resolved(run / "checkpoints" / "step-5", read)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"files": {}}, "unreadable manifest.json"),
+        ({"step": 4}, "it is the checkpoint of step 10"),
+        ({"files": 7}, "unreadable manifest.json"),
+        ({"format": None}, "format None, this version reads 1"),
+    ],
+)
+def test_a_manifest_that_says_something_else_is_not_believed(run, change, words):
+    path = run / "checkpoints" / "step-10" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    newest, (why,) = newest_valid(run)
+    assert newest.name == "step-5" and why.startswith(f"step-10: {words}")
+
+
+def test_a_checkpoint_under_another_steps_name_is_passed_over(run):
+    (run / "checkpoints" / "step-10").rename(run / "checkpoints" / "step-999")
+    newest, (why,) = newest_valid(run)
+    assert newest.name == "step-5" and why == "step-999: it is the checkpoint of step 10"

@@ -1,3 +1,4 @@
+import errno
 import json
 import platform
 import socket
@@ -173,3 +174,110 @@ def test_a_run_dir_that_cannot_be_written(prepare, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="run_dir: cannot write to '.*file/run': .*; choose another folder"):
         prepare(f"run_dir={tmp_path / 'file' / 'run'}")
+
+
+MINE = {
+    "config.yaml": "# my notes\n",
+    "metrics.jsonl": "not json\n",
+    "environment.json": "{}",
+    "start/precious.txt": "x",
+}
+
+
+@pytest.mark.parametrize("name", [*MINE, "checkpoints/mine.pt", "class_embeddings.safetensors", "resume.jsonl"])
+def test_a_folder_with_files_of_the_users_own_is_refused_and_left_as_it_is(prepare, tmp_path, name):
+    mine = tmp_path / "run" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text(MINE.get(name, "mine"))
+    words = f"is no run's folder, and holds {name.split('/')[0]}, which a run would replace; move what is yours"
+    with pytest.raises(UserError, match=words):
+        prepare()
+    assert mine.read_text() == MINE.get(name, "mine")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {name.split("/")[0]}
+
+
+def test_a_folder_with_other_files_may_become_a_runs(prepare, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "README.md").write_text("mine")
+    assert prepare().step == 0 and (tmp_path / "run" / "README.md").read_text() == "mine"
+
+
+def test_a_start_that_was_killed_early_left_a_folder_that_is_a_runs(prepare, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "resume.jsonl").touch()  # the first thing a start writes
+    (tmp_path / "run" / "config.yaml").write_text("half")
+    (tmp_path / "run" / ".config.yaml.77-abcd.part").write_text("ha")
+    prepare()
+    assert not list((tmp_path / "run").glob(".*.part"))
+
+
+def test_a_run_that_lost_its_history_goes_on_from_its_checkpoint(prepare, run):
+    (run / "resume.jsonl").unlink()
+    assert prepare().step == 6
+
+
+@pytest.mark.parametrize("spoil", [lambda text: "# why this lr\n" + text, lambda text: text[:40]])
+def test_settings_that_were_changed_or_damaged_in_the_folder_are_not_overwritten(prepare, run, spoil):
+    path = run / "config.yaml"
+    changed = spoil(path.read_text())
+    path.write_text(changed)
+    with pytest.raises(
+        UserError, match=r"config.yaml' does not match its checksum .*; put it back .*, or move it away"
+    ):
+        prepare()
+    assert path.read_text() == changed
+    path.unlink()
+    assert prepare().step == 6
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", ".lock", ".heartbeat", "start", "checksums.json"])
+@pytest.mark.parametrize("there", [True, False])
+def test_no_link_in_a_runs_folder_is_followed(prepare, run, tmp_path, name, there):
+    victim = tmp_path / "victim"
+    if there:
+        victim.write_text("mine")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(victim)
+    with pytest.raises(UserError, match=f"{name}' is a link, and a run writes through none"):
+        prepare()
+    assert victim.exists() == there and (not there or victim.read_text() == "mine")
+
+
+def test_a_scratch_file_that_is_a_link_is_not_followed(prepare, run, tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    for name in ("config.yaml.tmp", ".writable", ".resume.jsonl.part"):
+        (run / name).symlink_to(tmp_path / "victim")
+    assert prepare().step == 6 and (tmp_path / "victim").read_text() == "mine"
+
+
+def test_checkpoints_may_be_a_link_to_another_disk(prepare, run, tmp_path):
+    (run / "checkpoints").rename(tmp_path / "disk")
+    (run / "checkpoints").symlink_to(tmp_path / "disk")
+    assert prepare().step == 6
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"files": 3}', "\0\0"])
+def test_damaged_checksums_are_one_line_with_the_remedy(prepare, run, content):
+    (run / "checksums.json").write_text(content)
+    with pytest.raises(UserError, match=r"checksums.json' is damaged; remove it to go on"):
+        prepare()
+    (run / "checksums.json").unlink()
+    assert prepare().step == 6
+
+
+def test_a_lock_that_is_a_folder_is_one_line(prepare, run):
+    (run / ".lock").unlink()
+    (run / ".lock").mkdir()
+    with pytest.raises(UserError, match=r"run_dir: '.*\.lock' cannot be opened: Is a directory; remove it"):
+        prepare()
+
+
+def test_a_full_disk_at_the_start_is_one_line(prepare, run, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder, "write_text", full)
+    with pytest.raises(
+        UserError, match=r"cannot write '.*run': No space left on device \(the disk at '.*' has .* free\)"
+    ):
+        prepare()

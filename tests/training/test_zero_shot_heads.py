@@ -32,3 +32,20 @@ def test_other_class_names_are_refused(tmp_path, clip, ranks):
     class_targets.zero_shot_heads(tmp_path, {"student": clip(1)}, NAMES, TEMPLATES, ranks)
     with pytest.raises(UserError, match="classnames"):
         class_targets.zero_shot_heads(tmp_path, {"student": clip(1)}, [*NAMES[:2], "horse"], TEMPLATES, ranks)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 9])
+def test_embeddings_that_are_damaged_are_refused_in_one_line(tmp_path, clip, ranks, cut):
+    class_targets.zero_shot_heads(tmp_path, {"student": clip(1)}, NAMES, TEMPLATES, ranks)
+    path = tmp_path / "class_embeddings.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # one bit of the last number
+    path.write_bytes(content[: len(content) - cut])
+    with pytest.raises(UserError, match="does not match its checksum.*; remove it to have it made anew"):
+        class_targets.zero_shot_heads(tmp_path, {"student": clip(1)}, NAMES, TEMPLATES, ranks)
+    (tmp_path / "checksums.json").unlink()  # of a version that had none
+    if cut:
+        with pytest.raises(UserError, match="cannot be read: .*; remove it to have it made anew"):
+            class_targets.zero_shot_heads(tmp_path, {"student": clip(1)}, NAMES, TEMPLATES, ranks)
+    path.unlink()
+    class_targets.zero_shot_heads(tmp_path, {"student": clip(1)}, NAMES, TEMPLATES, ranks)
