@@ -1,4 +1,4 @@
-"""Submit training to Slurm from a checkout; `mmtard submit` is the same. `python launch/submit.py --help` says all of it."""
+"""Submit training to Slurm from a checkout, as `mmtard submit` does; --help lists the flags."""
 
 import sys
 from pathlib import Path

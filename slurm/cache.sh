@@ -1,13 +1,17 @@
 #!/bin/bash
-# Stores the embeddings of the teachers that see clean images alone, so that the training on them, with teachers.NAME.stored=true,
-# need not run those teachers. Write your account and partition into the two lines below. Then, from the project's folder, with the
-# settings that you will train with (the batch of a rank, too, for the same last bits):
+# Stores the embeddings of the teachers that see clean images alone, so that the training on them, with
+# teachers.NAME.stored=true, need not run those teachers. Write your account and partition into the two lines below.
+# Then, from the project's folder, with the settings that you will train with (the batch of a rank, too, for the same
+# last bits):
 #
 #   sbatch slurm/cache.sh data.shards=/data/imagenet/train
 #
-# An argument before the key=value settings, or MMTARD_CONFIG, names another configuration than configs/vitb32_mmtard.yaml.
-# A job that is stopped goes on from the embeddings that are stored; the student's job can wait for it:
+# An argument before the key=value settings, or MMTARD_CONFIG, names another configuration than
+# configs/vitb32_mmtard.yaml. A job that is stopped goes on from the embeddings that are stored; the student's job can
+# wait for it:
 # sbatch --dependency=afterok:JOB slurm/train_vitb32.sh data.shards=/data/imagenet/train teachers.clean.stored=true
+#
+# slurm/train_vitb32.sh says how nodes of another kind, modules and containers are told.
 
 #SBATCH --account=YOUR_ACCOUNT
 #SBATCH --partition=YOUR_PARTITION

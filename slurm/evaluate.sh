@@ -1,11 +1,13 @@
 #!/bin/bash
-# Measures a model on several datasets, each in a task of a job array. Write your account and partition into the two lines
-# below. Then, from the project's folder, with one array task for each dataset, or for each folder of datasets:
+# Measures a model on several datasets, each in a task of a job array. Write your account and partition into the two
+# lines below. Then, from the project's folder, with one array task for each dataset, or for each folder of datasets:
 #
 #   sbatch --array=0-1 slurm/evaluate.sh runs/b32 /data/imagenet/val /data/clip_benchmark -- --protocol fare
 #
-# What follows `--` goes to `mmtard evaluate`. An evaluation that is preempted goes on where it was, twenty times at most. The log keeps
-# all starts; what the ranks of one print is also in mmtard-evaluate-<job>_<task>-start<N>.log.
+# What follows `--` goes to `mmtard evaluate`. An evaluation that is preempted goes on where it was, twenty times at
+# most. The log keeps all starts; what the ranks of one print is also in mmtard-evaluate-<job>_<task>-start<N>.log.
+#
+# slurm/train_vitb32.sh says how nodes of another kind, modules and containers are told.
 
 #SBATCH --account=YOUR_ACCOUNT
 #SBATCH --partition=YOUR_PARTITION

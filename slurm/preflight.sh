@@ -1,11 +1,14 @@
 #!/bin/bash
-# Checks in minutes, on nodes like those a training will get, what would otherwise stop it hours later: one PASS or FAIL line a
-# check, and the job fails when a check does. Write your account and partition into the two lines below. Then, from the project's
-# folder, with the options and settings that you will train with:
+# Checks in minutes, on nodes like those a training will get, what would otherwise stop it hours later: one PASS or FAIL
+# line a check, and the job fails when a check does. Write your account and partition into the two lines below. Then,
+# from the project's folder, with the options and settings that you will train with:
 #
 #   sbatch slurm/preflight.sh run_dir=runs/b32 data.shards=/data/imagenet/train
 #
-# An argument before the key=value settings, or MMTARD_CONFIG, names another configuration than configs/vitb32_mmtard.yaml.
+# An argument before the key=value settings, or MMTARD_CONFIG, names another configuration than
+# configs/vitb32_mmtard.yaml.
+#
+# slurm/train_vitb32.sh says how nodes of another kind, modules and containers are told.
 
 #SBATCH --account=YOUR_ACCOUNT
 #SBATCH --partition=YOUR_PARTITION

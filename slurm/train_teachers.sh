@@ -1,10 +1,14 @@
 #!/bin/bash
 # Trains the two teachers of configs/vitb32_mmtard.yaml, each as a task of a job array that goes on by itself like
-# slurm/train_vitb32.sh, with the same logs. Write your account and partition into the two lines below. Then, from the project's folder:
+# slurm/train_vitb32.sh, with the same logs. Write your account and partition into the two lines below. Then, from the
+# project's folder:
 #
 #   sbatch slurm/train_teachers.sh data.shards=/data/imagenet/train
 #
-# The student's job can wait for both: sbatch --dependency=afterok:JOB slurm/train_vitb32.sh data.shards=/data/imagenet/train
+# The student's job can wait for both: sbatch --dependency=afterok:JOB slurm/train_vitb32.sh
+# data.shards=/data/imagenet/train
+#
+# slurm/train_vitb32.sh says how nodes of another kind, modules and containers are told.
 
 #SBATCH --account=YOUR_ACCOUNT
 #SBATCH --partition=YOUR_PARTITION
@@ -25,4 +29,5 @@
 
 . "${MMTARD_SETUP:-/dev/null}" # a file of yours, e.g. one that loads modules
 set -eu
-exec "${MMTARD_PYTHON:-python}" -m mmtard.launch.batch --script "$0" train configs/teachers/clean_vitl14.yaml configs/teachers/pmg_aft2_vitl14.yaml -- "$@"
+exec "${MMTARD_PYTHON:-python}" -m mmtard.launch.batch --script "$0" train \
+    configs/teachers/clean_vitl14.yaml configs/teachers/pmg_aft2_vitl14.yaml -- "$@"

@@ -59,7 +59,8 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
 def _add_work(p: argparse.ArgumentParser) -> None:
     settings = "settings over those of the file, e.g. train.lr=1e-5"
     p.add_argument("overrides", nargs="*", metavar="key=value", help=settings)
-    p.add_argument("--config", type=path, default=DEFAULT_CONFIG, metavar="YAML", help=f"default {DEFAULT_CONFIG}")
+    config = f"a path, or a name of `mmtard configs` (default {DEFAULT_CONFIG})"
+    p.add_argument("--config", type=path, default=DEFAULT_CONFIG, metavar="YAML", help=config)
     what = p.add_argument_group("what")
     what.add_argument(
         "--sweep",
@@ -74,7 +75,7 @@ def _add_work(p: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--pipeline",
         action="store_true",
-        help="first train the teachers that configurations in teachers/, beside YAML, describe and that are not complete",
+        help="first train the teachers that configurations in teachers/, beside YAML, describe; not complete ones",
     )
     what.add_argument(
         "--evaluate",
@@ -154,8 +155,8 @@ def job_request(args: argparse.Namespace) -> JobRequest:
     limit = minutes(args.time)
     if limit * 60 <= args.signal_lead:
         raise UserError(
-            f"--signal-lead: a warning {args.signal_lead} s ahead needs more than the {limit} min of --time {args.time}; "
-            "lower it or ask for more time"
+            f"--signal-lead: a warning {args.signal_lead} s ahead needs more than "
+            f"the {limit} min of --time {args.time}; lower it or ask for more time"
         )
     if args.setup and not args.setup.is_file():
         raise UserError(f"--setup: '{args.setup}' is no file; give the shell lines that the job begins with")

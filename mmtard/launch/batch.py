@@ -1,4 +1,4 @@
-"""The body of a job of slurm/*.sh: start the ranks, keep their log, and have the job start again while its work is not done.
+"""The body of a job of slurm/*.sh: start the ranks, keep their log, and start the job again while work is left.
 
     exec python -m mmtard.launch.batch --script "$0" train [CONFIG...] -- "$@"
 
@@ -139,17 +139,10 @@ def _configured(configs: list[str], arguments: list[str]) -> tuple[str, ...]:
         task = int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)
         if task >= len(configs):
             raise UserError(f"no configuration for task {task} of the array; ask for --array=0-{len(configs) - 1}")
-        return (_found(configs[task]), *arguments)
+        return (str(resources.find_config(configs[task])), *arguments)
     if arguments and "=" not in arguments[0]:
         return tuple(arguments)
-    return (os.environ.get("MMTARD_CONFIG") or _found(DEFAULT_CONFIG), *arguments)
-
-
-def _found(config: str) -> str:
-    """A configuration of mmtard's own, as seen from here: in a checkout as it is written, else in the installed package."""
-    if Path(config).exists():
-        return config
-    return str(resources.folder("configs").parent / config)
+    return (os.environ.get("MMTARD_CONFIG") or str(resources.find_config(DEFAULT_CONFIG)), *arguments)
 
 
 if __name__ == "__main__":

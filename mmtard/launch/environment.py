@@ -42,8 +42,8 @@ def rendezvous(env: Mapping[str, str]) -> dict[str, str]:
         "SLURM_EXPORT_ENV": "ALL",
         # A rank's work on the CPU is decoding, in loader processes; more threads would fight for the same cores.
         "OMP_NUM_THREADS": "1",
-        # Says why NCCL could not connect, and nothing when it could. Where it picked the wrong network of the nodes, also
-        # export NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME with the name of the right one (`ip -brief addr` lists them).
+        # Says why NCCL could not connect, and nothing when it could. Where it picked the wrong network of the nodes,
+        # also export NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME with the right one's name (`ip -brief addr` lists them).
         "NCCL_DEBUG": env.get("NCCL_DEBUG") or "WARN",
         # A line in the log as soon as it is printed, and a traceback from a rank that crashes in native code.
         "PYTHONUNBUFFERED": "1",
@@ -73,7 +73,7 @@ def _first_node(nodes: str) -> str:
 
 
 def _address(node: str) -> str:
-    """The address that Slurm itself reaches a node by: the name alone may not resolve. The name, where Slurm has no other."""
+    """The address that Slurm itself reaches a node by, since its name may not resolve; the name where there is none."""
     words = _ask("scontrol", "show", "node", "--oneliner", node).split()
     return next((word.removeprefix("NodeAddr=") for word in words if word.startswith("NodeAddr=")), "") or node
 

@@ -38,7 +38,8 @@ def submit(stage: Stage, request: JobRequest, snapshot: Snapshot, after: list[st
     """One job for each work, as an array if there are several; after: ids of the jobs to wait for."""
     if shutil.which("sbatch") is None:
         raise UserError(
-            "no Slurm here (sbatch is not on the PATH); --local runs it on this machine, --dry-run shows what would be submitted"
+            "no Slurm here (sbatch is not on the PATH); "
+            "--local runs it on this machine, --dry-run shows what would be submitted"
         )
     tasks = [Task(snapshot.words(work), snapshot.jobs) for work in stage.works]
     for name in os.environ.keys() - outside().keys():  # of a job that this is called in
@@ -48,7 +49,8 @@ def submit(stage: Stage, request: JobRequest, snapshot: Snapshot, after: list[st
             return _executor(stage, request, snapshot, after).submit_array(tasks)
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(
-            f"sbatch refused the job: {' '.join(str(error).split())}; correct the flag it names, or add one with --slurm key=value"
+            f"sbatch refused the job: {' '.join(str(error).split())}; "
+            "correct the flag it names, or add one with --slurm key=value"
         ) from None
 
 

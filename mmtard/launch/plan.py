@@ -13,6 +13,7 @@ from ..data.paths import check_openers, expand_shards
 from ..embeddings.settings import embedding_recipe, stored_teachers
 from ..errors import UserError
 from ..files import slug
+from ..runs import layout
 
 # Of the student's overrides, those that say where data and devices are; the rest is the student's own.
 SHARED = ("data.shards", "data.index", "data.classnames", "data.cache", "engine.device", "log")
@@ -33,7 +34,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Stage:
-    """Works that are submitted together, once those that have the configurations of the run folders `after` have ended well."""
+    """Works that are submitted together, once the trainings of the run folders `after` have ended well."""
 
     title: str
     works: tuple[Work, ...]
@@ -48,21 +49,14 @@ class Plan:
 
 
 def plan(path: Path, overrides: list[str], sweeps: list[str], pipeline: bool, evaluate: list[str], world: int) -> Plan:
-    """The stages of a configuration, its sweep, its teachers and their stored embeddings (pipeline) and evaluations, without those
-    whose result exists.
+    """The stages of a configuration, without those whose result exists.
 
-    world: ranks of a training. Raises UserError for whatever `mmtard train` would refuse before it imports torch.
+    sweeps: one training for each combination of their values. pipeline: first the teachers, then their stored
+    embeddings. evaluate: shards to evaluate each run on, at last. world: ranks of a training.
+    Raises UserError for whatever `mmtard train` would refuse before it imports torch.
     """
     folder, students = _students(path, overrides, sweeps)
-    stages, notes = [], []
-    for name, config in _teachers(path, overrides, students).items():
-        run = Path(config.run_dir)
-        if steps_done(run) >= config.train.steps:
-            notes += [f"{name} is complete: {run}"] if pipeline else []
-        elif pipeline:
-            stages.append(Stage(name, (_training(config, world, f"{name}: "),)))
-        elif not steps_done(run):
-            notes.append(f"{name}: {run} holds no checkpoint yet; --pipeline trains it first")
+    stages, notes = _teacher_stages(_teachers(path, overrides, students), pipeline, world)
     needed = tuple(work.run_dir for stage in stages for work in stage.works)
 
     to_train = [c for c in students if steps_done(Path(c.run_dir)) < c.train.steps]
@@ -74,28 +68,22 @@ def plan(path: Path, overrides: list[str], sweeps: list[str], pipeline: bool, ev
         needed += tuple(work.run_dir for work in storing)
     elif storing:
         notes += [
-            f"{work.run_dir}: its teachers' embeddings are not stored yet; --pipeline, or `mmtard cache`, stores them first"
+            f"{work.run_dir}: its teachers' embeddings are not stored yet; "
+            "--pipeline, or `mmtard cache`, stores them first"
             for work in storing
         ]
     if to_train:
         stages.append(Stage("training", tuple(_training(c, world) for c in to_train), needed))
-    for config, shards in itertools.product(students, evaluate):
-        run = Path(config.run_dir)
-        out = run / "evaluations" / slug(shards.strip("/"))
-        if (out / "results.json").is_file() and config not in to_train:
-            notes.append(f"evaluated: {out}")
-            continue
-        _shards_exist(shards, config.data.allow_pipe, "--evaluate: ")
-        words = ("evaluate", str(run), "--data", shards, "--device", config.engine.device, "--out", str(out))
-        words += ("--allow-pipe",) if config.data.allow_pipe else ()
-        stages.append(Stage("evaluation", (Work(run, None, words),), (run,) if config in to_train else ()))
+    evaluations, found = _evaluation_stages(students, to_train, evaluate)
+    stages += evaluations
+    notes += found
     return Plan(folder, stages, notes)
 
 
 def steps_done(run: Path) -> int:
     """The step of a run's newest checkpoint; 0 where there is none."""
     try:
-        return int(json.loads((run / "checkpoints" / "latest" / "state.json").read_text())["step"])
+        return int(json.loads((run / layout.CHECKPOINTS / layout.LATEST / "state.json").read_text())["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 
@@ -150,7 +138,7 @@ def _commas(text: str) -> list[str]:
 
 
 def _teachers(path: Path, overrides: list[str], students: list[Config]) -> dict[str, Config]:
-    """`teacher NAME` -> the configuration that trains it, for teachers whose weights are the run folder of one in teachers/."""
+    """`teacher NAME` -> the configuration of teachers/ that trains it: the one whose run folder are its weights."""
     known = {}
     shared = [o for o in overrides if any(o.startswith((f"{key}=", f"{key}.")) for key in SHARED)]
     for file in sorted(
@@ -172,8 +160,43 @@ def _teachers(path: Path, overrides: list[str], students: list[Config]) -> dict[
     return found
 
 
+def _teacher_stages(teachers: dict[str, Config], pipeline: bool, world: int) -> tuple[list[Stage], list[str]]:
+    """(the trainings of the teachers that are not complete, in a pipeline; notes about the others)."""
+    stages, notes = [], []
+    for name, config in teachers.items():
+        run = Path(config.run_dir)
+        if steps_done(run) >= config.train.steps:
+            notes += [f"{name} is complete: {run}"] if pipeline else []
+        elif pipeline:
+            stages.append(Stage(name, (_training(config, world, f"{name}: "),)))
+        elif not steps_done(run):
+            notes.append(f"{name}: {run} holds no checkpoint yet; --pipeline trains it first")
+    return stages, notes
+
+
+def _evaluation_stages(
+    students: list[Config], to_train: list[Config], evaluate: list[str]
+) -> tuple[list[Stage], list[str]]:
+    """(the evaluations of each student on each of these shards, after its training; notes about those that exist)."""
+    stages, notes = [], []
+    for config, shards in itertools.product(students, evaluate):
+        run = Path(config.run_dir)
+        out = run / layout.EVALUATIONS / slug(shards.strip("/"))
+        if (out / layout.RESULTS).is_file() and config not in to_train:
+            notes.append(f"evaluated: {out}")
+            continue
+        _shards_exist(shards, config.data.allow_pipe, "--evaluate: ")
+        words = ("evaluate", str(run), "--data", shards, "--device", config.engine.device, "--out", str(out))
+        words += ("--allow-pipe",) if config.data.allow_pipe else ()
+        stages.append(Stage("evaluation", (Work(run, None, words),), (run,) if config in to_train else ()))
+    return stages, notes
+
+
 def _storing(students: list[Config], teachers: tuple[Path, ...]) -> tuple[list[Work], list[str]]:
-    """(one work for each set of embeddings that is not stored, notes about those that are); `teachers`: run folders still to be trained."""
+    """(one work for each set of embeddings that is not stored, notes about those that are).
+
+    teachers: run folders that are still to be trained.
+    """
     works: dict[str, Work] = {}
     notes: list[str] = []
     soon = {run.absolute() for run in teachers}

@@ -41,7 +41,10 @@ class JobRequest:
 
 
 def minutes(time: str) -> int:
-    """Minutes of a time limit in any of Slurm's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; seconds count as a minute begun."""
+    """Minutes of a time limit in any of Slurm's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
+
+    Seconds count as a minute begun. Raises UserError for any other text, and for no time at all.
+    """
     match = re.fullmatch(r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?|(?:(\d+):)?(\d+):(\d+)|(\d+))", time)
     if match:
         days, day_h, day_m, day_s, h, m, s, alone = (int(g or 0) for g in match.groups())

@@ -1,4 +1,4 @@
-"""How a job goes on after a start that is not its last: back to the queue or, where that is forbidden, as another job."""
+"""How a job goes on after a start that is not its last: back to the queue, or as another job."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def ignore_signals() -> None:
 
 
 def wants_more(status: int) -> bool:
-    """Whether an exit status asks for another start: 75, the state is saved; over 128, a rank was killed by a signal."""
+    """Whether an exit status asks for another start: 75, the state is saved; over 128, a signal ended a rank."""
     return status == EXIT_REQUEUE or status > 128
 
 
 def may_start(when: str, words: tuple[str, ...], launcher: Sequence[str] = (sys.executable,)) -> int:
     """The status of `mmtard config --may-start WHEN WORDS`: 0 when the run of a configuration may be started.
 
-    One message about a wrong setting, or about a run that was started too often or failed, rather than one from every rank.
+    One message about a wrong setting, or about a run that was started too often or failed, and not one from every rank.
     when: "now", or "again" where this job's own start has just ended. words: the configuration and its overrides.
     launcher: what runs Python where the ranks' Python is not this one.
     """
@@ -54,11 +54,12 @@ def go_on(
     remedy: str = "the same sbatch command goes on from the saved state",
     training: tuple[str, ...] = (),
 ) -> str | None:
-    """Start a job again, unless somebody decided otherwise: `scontrol requeue` would bring a cancelled job back to life.
+    """Start a job again, unless somebody decided otherwise: `scontrol requeue` would bring a cancelled job back.
 
-    resubmit: submits the work as another job, to begin when this one has ended, and returns its id; RuntimeError says why not.
+    resubmit: submits the work as another job, to begin when this one has ended, and returns its id; RuntimeError says
+    why not.
     training: the configuration of a training and its overrides, whose run folder is told which job goes on.
-    Returns the job that goes on: this one, back in the queue, or another; None for a job that is no longer ours to start.
+    Returns the job that goes on: this one, back in the queue, or another; None for one that is no longer ours to start.
     Raises CannotGoOnError, with the `remedy` for the user.
     """
     for attempt in range(TRIES):

@@ -1,4 +1,4 @@
-"""Two ways to submit a job's work as another job, for a job that may not be requeued: a script, or submitit's folder."""
+"""Submit the work of a job that may not be requeued as another: a script with its arguments, or a submitit folder."""
 
 from __future__ import annotations
 

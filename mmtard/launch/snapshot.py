@@ -1,4 +1,4 @@
-"""The folder of a submission: the code and the configurations as they were, which no later edit changes under a queued job."""
+"""The folder of a submission: code and configurations as they were, so that no later edit changes a queued job."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from .plan import Plan, Work
 
 
 class Snapshot:
-    """`RUN/submissions/TIME/`: `code/`, one YAML a training, `submission.json`, and `jobs/` with what submitit and the jobs write."""
+    """`RUN/submissions/TIME/`: `code/`, one YAML a training, `submission.json`, and `jobs/`.
+
+    submitit keeps its own files, and the logs, in `jobs/`.
+    """
 
     def __init__(self, run: Path):
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -29,8 +32,8 @@ class Snapshot:
         for character in "%\\":
             if character in str(self.folder):
                 raise UserError(
-                    f"run_dir: '{self.folder.parents[1]}' holds '{character}', which Slurm takes for a pattern in the path "
-                    "of a log; choose a folder without it"
+                    f"run_dir: '{self.folder.parents[1]}' holds '{character}', which Slurm takes for a pattern in the "
+                    "path of a log; choose a folder without it"
                 )
 
     def words(self, work: Work) -> tuple[str, ...]:

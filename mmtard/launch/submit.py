@@ -4,8 +4,8 @@
     python launch/submit.py --dry-run --sweep train.lr=1e-5,2e-5 --sweep seed=0,1,2
     python launch/submit.py --pipeline --evaluate /data/imagenet/val --follow
 
-Settings are checked here, without torch. The code and the configuration are copied into the run folder, and the jobs use
-that copy. A job that is told to stop saves its state, goes back to the queue and goes on until the run is complete.
+Settings are checked here, without torch. The code and the configuration are copied into the run folder, and the jobs
+use that copy. A job that is told to stop saves its state, goes back to the queue and goes on until the run is complete.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from .. import config as settings
+from .. import config as settings, resources
 from ..config.argument_types import check_words
 from ..errors import UserError
 from . import local
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None, prog: str = "submit.py") -> int:
 def _run(args) -> int:
     request = job_request(args)
     world = request.tasks_per_node if args.local else request.world
-    todo = plan(args.config, args.overrides, args.sweep, args.pipeline, args.evaluate, world)
+    todo = plan(resources.find_config(args.config), args.overrides, args.sweep, args.pipeline, args.evaluate, world)
     for note in todo.notes:
         print(f"# {note}")
     if not todo.stages:

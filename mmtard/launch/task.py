@@ -1,4 +1,4 @@
-"""What each task of a submitted job does: run mmtard, pass signals on, and send a run that saved itself back to the queue."""
+"""What each task of a submitted job does: run mmtard, pass signals on, and send the job back to the queue."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .resubmit import submit_folder_again
 
 POLL_S, LOOK_EVERY_S = 1.0, 5.0
 FIRST_RANKS_TURN_S = 15
-# For mmtard's ranks to notice that another one was killed, and to end. One that waits inside a kernel of its GPU never does.
+# For mmtard's ranks to notice that another one was killed, and to end. One that waits in a GPU's kernel never does.
 SURVIVORS_TURN_S = 60
 # For every task to say how its rank ended; longer than mmtard's watchdog needs to notice that a rank hangs.
 OTHERS_TURN_S = 15 * 60
@@ -26,10 +26,10 @@ OTHERS_TURN_S = 15 * 60
 class Task:
     """`python -m mmtard WORDS` as a callable that submitit stores and calls in every task of the job.
 
-    Returns 0. Raises RuntimeError for any other end of mmtard, which submitit keeps as the job's result and which ends the
-    other ranks; SystemExit where there is no result yet: 0 when the job goes back to the queue, 75 when that is forbidden
-    and another job goes on for it. mmtard alone decides whether it goes on. There is no `checkpoint` method: submitit would
-    call it on one rank, inside a signal handler.
+    Returns 0. Raises RuntimeError for any other end of mmtard, which submitit keeps as the job's result and which ends
+    the other ranks; SystemExit where there is no result yet: 0 when the job goes back to the queue, 75 when that is
+    forbidden and another job goes on for it. mmtard alone decides whether it goes on. There is no `checkpoint` method:
+    submitit would call it on one rank, inside a signal handler.
     """
 
     def __init__(self, words: tuple[str, ...], folder: Path):

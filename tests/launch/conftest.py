@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 @pytest.fixture
 def submit(tmp_path, tree, write):
-    """Call with arguments: `submit.py --config run.yaml` run in tmp_path, where importing torch fails and no Slurm is found."""
+    """Call with arguments: `submit.py --config run.yaml` in tmp_path, without a Slurm, where importing torch fails."""
     write(tree)
     (tmp_path / "bin").mkdir()
     for package in ("torch", "open_clip", "deepspeed", "numpy"):

@@ -1,4 +1,4 @@
-"""What a job is told about its nodes, and how its body fits clusters of other kinds, with stand-ins for Slurm's commands."""
+"""What a job is told about its nodes, and how its body fits clusters of all kinds, with stand-ins for Slurm."""
 
 import os
 import shlex
@@ -98,7 +98,7 @@ def test_the_environment_of_a_job_does_not_leak_into_the_next(monkeypatch):
 
 @pytest.fixture
 def body(slurm, tmp_path):
-    """Call with a script of slurm/, its words and variables: the finished process, on a node with a `python` and a `srun`."""
+    """Call with a script of slurm/, its words and variables: the finished process, on a node with a `srun`."""
     slurm(job=f"JobId=7 JobState=RUNNING Requeue=1 StdOut={tmp_path}/job.log")
     script(tmp_path / "srun", f'printf "%s\\n" "$@" >{tmp_path}/srun_words\nenv >{tmp_path}/srun_env')
 
@@ -183,6 +183,6 @@ SCRIPTS = sorted(p.name for p in (ROOT / "slurm").glob("*.sh") if p.name != "loc
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_is_its_comment_its_options_and_one_command(name):
-    lines = (ROOT / "slurm" / name).read_text().splitlines()
+    lines = (ROOT / "slurm" / name).read_text().replace("\\\n", "").splitlines()
     code = [line for line in lines if line and not line.startswith("#")]
     assert [line.split()[0] for line in code] == [".", "set", "exec"]

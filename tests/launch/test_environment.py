@@ -1,4 +1,4 @@
-"""The environment that the README's commands make, with a stand-in for Python: when it is made, and when it is left alone."""
+"""The environment that the README's commands make, with a stand-in for Python: when it is made, when left alone."""
 
 import os
 import shutil

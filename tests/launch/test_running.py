@@ -67,7 +67,7 @@ def followed(cluster, config, run):
 
 
 def told(cluster, config, run):
-    """A followed job that may not be requeued and is told to stop, and the evaluation that waits for it: (what was printed, its run folder)."""
+    """A job that may not be requeued and is told to stop, and an evaluation that waits: (what was printed, run)."""
     test = run.parents[1] / "data" / "test"
     words = (SUBMIT, "--config", config, *TWO_NODES, "--slurm", "no-requeue", "--evaluate", test, "--follow")
     with ThreadPoolExecutor() as lane:
@@ -118,7 +118,7 @@ def test_a_submitted_job_trains_over_two_nodes_to_the_end(jobs):
 def test_where_requeue_is_forbidden_another_job_goes_on_and_what_waits_waits_for_that(cluster, jobs):
     printed, run = jobs["told"].result()
     job, evaluation = re.findall(r"^job (\d+): ", printed, re.MULTILINE)
-    ((then,),) = [re.findall(rf"job {job} may not be requeued \(.*\); submitted again as job (\d+)", printed)]
+    ((then,),) = [re.findall(rf"job {job}: may not be requeued; submitted again as job (\d+)", printed)]
     first, second = rows(run / "resume.jsonl")
     assert (
         (first["job"], second["job"]) == (job, then) and 0 < second["step"] < 6 and first["end"]["kind"] == "preempted"

@@ -17,8 +17,9 @@ HERE = Path(__file__).parent
 
 def test_the_dry_run_prints_the_exact_script_and_settings_and_writes_nothing(submit, plain, tmp_path, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
-    done = submit("--nodes", "2", "--gpus-per-node", "2", "train.lr=1e-3", "--dry-run", "--partition", "gpu", "--account=ours", "--time", "1-12:30:00",
-                  "--reservation", "week 7", "--slurm", "mail-type=END", "attack.eps=3/255")  # fmt: skip
+    shape = ("--nodes", "2", "--gpus-per-node", "2", "--time", "1-12:30:00")
+    place = ("--partition", "gpu", "--account=ours", "--reservation", "week 7", "--slurm", "mail-type=END")
+    done = submit(*shape, "train.lr=1e-3", "--dry-run", *place, "attack.eps=3/255")
     assert (done.returncode, done.stderr) == (0, "")
     head, configuration = re.match(r"(.*# ---- .*?\n)(.*)", done.stdout, re.DOTALL).groups()
     assert plain(head) == (HERE / "dry_run.txt").read_text()
@@ -72,10 +73,8 @@ def test_a_wrong_command_line_is_answered_with_one_line(submit, tmp_path, words,
 def test_without_slurm_it_names_the_ways_that_need_none(submit, tmp_path):
     done = submit("--gpus-per-node", "4")
     assert done.returncode == 2
-    assert (
-        done.stderr
-        == "submit.py: no Slurm here (sbatch is not on the PATH); --local runs it on this machine, --dry-run shows what would be submitted\n"
-    )
+    ways = "--local runs it on this machine, --dry-run shows what would be submitted"
+    assert done.stderr == f"submit.py: no Slurm here (sbatch is not on the PATH); {ways}\n"
     assert not list(tmp_path.glob("run/submissions/*"))
 
 
@@ -113,7 +112,8 @@ def test_a_submission_keeps_the_code_the_settings_and_where_they_came_from(submi
 def test_a_python_without_torch_needs_another_for_the_jobs(submit, tmp_path):
     """A site without torch, which a poisoned one is not."""
     (tmp_path / "no_torch.py").write_text(
-        "import importlib.util as u\nfind = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'torch' else find(n, *a)\n"
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n == 'torch' else find(n, *a)\n"
     )
     (tmp_path / "poison" / "sitecustomize.py").write_text((tmp_path / "no_torch.py").read_text())
     done = submit("--gpus-per-node", "4")
@@ -192,7 +192,7 @@ def test_a_time_limit_is_read_as_slurm_reads_it(time, minutes):
 
 @pytest.fixture
 def teachers(tmp_path, tree, write):
-    """Configurations of two teachers in teachers/ beside run.yaml, whose run folders its teachers come from; the clean one is complete."""
+    """Configurations of the two teachers of run.yaml, in teachers/ beside it; the clean one's run is complete."""
     (tmp_path / "teachers").mkdir()
     for name, method in (("clean", "clean"), ("robust", "tecoa")):
         run = tmp_path / "runs" / name
@@ -237,10 +237,8 @@ def test_the_pipeline_skips_a_teacher_that_is_complete(submit, teachers, tmp_pat
         ("evaluation", "mmtard-evaluate-run", "afterok:JOB_OF_run"),
     ]
     assert printed.count("#SBATCH --kill-on-invalid-dep=yes\n") == 2
-    assert (
-        f"python -m mmtard evaluate {tmp_path}/run --data {tmp_path}/val.tar --device auto --out {tmp_path}/run/evaluations/"
-        in printed
-    )
+    words = f"evaluate {tmp_path}/run --data {tmp_path}/val.tar --device auto --out {tmp_path}/run/evaluations/"
+    assert f"python -m mmtard {words}" in printed
 
 
 def test_the_pipeline_goes_on_where_it_stands(submit, teachers, tmp_path):

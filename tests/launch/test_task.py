@@ -159,7 +159,13 @@ def test_a_cancelled_job_is_left_alone(task, tmp_path, state):
     assert requeued(tmp_path) == ""
 
 
-WAITING = "8 afterok:7(unfulfilled),afterok:5(unfulfilled)\n9 afterany:7(unfulfilled)\n10 afterok:70(unfulfilled)\n11 (null)\n41 afterany:7(unfulfilled)\n"
+WAITING = """\
+8 afterok:7(unfulfilled),afterok:5(unfulfilled)
+9 afterany:7(unfulfilled)
+10 afterok:70(unfulfilled)
+11 (null)
+41 afterany:7(unfulfilled)
+"""
 
 
 @pytest.fixture
@@ -179,7 +185,8 @@ def forbidden(tmp_path, task):
 
     def answer(text, status=0):
         (tmp_path / "sbatch").write_text(
-            f'#!/bin/sh\necho "$@ $MMTARD_SUBMITTED_AGAIN $SLURM_JOB_ID" >>submitted; cat >text; echo {text} >&{1 + bool(status)}; exit {status}\n'
+            '#!/bin/sh\necho "$@ $MMTARD_SUBMITTED_AGAIN $SLURM_JOB_ID" >>submitted; cat >text\n'
+            f"echo {text} >&{1 + bool(status)}; exit {status}\n"
         )
         (tmp_path / "sbatch").chmod(0o755)
 
@@ -204,7 +211,8 @@ def test_the_run_is_told_which_job_goes_on(task, forbidden, tmp_path):
     forbidden("41")
     (tmp_path / "run").mkdir()
     (tmp_path / "x.yaml").write_text(
-        f"{{run_dir: {tmp_path}/run, student: {{weights: openai}}, method: {{name: tecoa}}, data: {{shards: s}}, train: {{steps: 9, batch_size: 64}}}}"
+        f"{{run_dir: {tmp_path}/run, student: {{weights: openai}}, method: {{name: tecoa}}, data: {{shards: s}}, "
+        "train: {steps: 9, batch_size: 64}}"
     )
     task("raise SystemExit(75)").wait(30)
     assert (tmp_path / "run" / "goes_on_as").read_text() == "7 41\n"

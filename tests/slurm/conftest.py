@@ -102,7 +102,7 @@ def undisturbed(cluster, tiny):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Call with a name: the path of a configuration of six TeCoA steps, and its run folder. Other arguments change its sections."""
+    """Call with a name: a configuration of six TeCoA steps and its run folder. Other arguments change its sections."""
     from mmtard.config import Data
     from mmtard.data.dataset import open_dataset
     from mmtard.examples.shapes import make_data

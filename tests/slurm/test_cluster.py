@@ -82,7 +82,7 @@ raise SystemExit(1)
 def test_a_rank_that_failed_is_not_started_again_though_slurm_had_to_kill_the_one_that_waited_for_it(
     cluster, tiny, tmp_path
 ):
-    """As NCCL waits: heedless of signals. Slurm then reports a rank that was killed, which alone would be a reason to start again."""
+    """As NCCL waits: heedless of signals. Slurm then reports a killed rank, which alone would be a reason to go on."""
     config, run = tiny("fails")
     (tmp_path / "fails.py").write_text(FAILS.format(root=str(ROOT)))
     (tmp_path / "python").write_text(

@@ -18,7 +18,8 @@ case "$*" in
     "show node"*) echo "NodeName=node1 NodeAddr=127.0.0.1 Port=1" ;;
     "show job"*)
         [ "$(head -1 state)" != busy ] || { echo "slurm_load_jobs error: Socket timed out" >&2; exit 1; }
-        echo "JobId=7 JobState=$(head -1 state) Requeue=$(cat requeue) StdOut=$PWD/job.log TimeLimit=1:00 OverSubscribe=NO" ;;
+        shown="JobId=7 JobState=$(head -1 state) Requeue=$(cat requeue)"
+        echo "$shown StdOut=$PWD/job.log TimeLimit=1:00 OverSubscribe=NO" ;;
     requeue*)
         echo "$*" >>requeued
         [ "$(wc -l <requeued)" -gt "$(cat refusals)" ] ;;
@@ -35,7 +36,7 @@ exit "$(cat status)"
 
 @pytest.fixture
 def script(tmp_path, tree, write):
-    """Call with a script, its words and the status of srun, whose ranks note `end` as the end of their start: the finished process."""
+    """Call with a script, its words and the status of srun, whose ranks note `end`: the finished process."""
     write(tree)
     sbatch = '#!/bin/sh\necho "$@" >>"$(dirname "$0")/submitted"\necho 8\n'
     for name, text in {"scontrol": SCONTROL, "srun": SRUN, "sbatch": sbatch}.items():

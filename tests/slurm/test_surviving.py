@@ -75,7 +75,7 @@ def limited(cluster, tiny, _):
 
 
 def disturbed(cluster, tiny, _):
-    """A job that is preempted, requeued, told to stop, bereft of a rank, and told to stop as it writes a checkpoint: (job, run, steps)."""
+    """A job that is preempted, requeued, stopped, bereft of a rank, and stopped as it saves: (job, run, steps)."""
     config, run = tiny("disturbed", **LONG)
     job = cluster.submit(config, *WORDS, options=("--nodelist=node[1-2]",))
     urgent = (
@@ -112,7 +112,7 @@ def disturbed(cluster, tiny, _):
 
 
 def deserted(cluster, tiny, _):
-    """A job one of whose nodes is lost, with its Slurm daemon and all of the job's processes there, until the job has ended: (job, run)."""
+    """A job one of whose nodes is lost, with its daemon and the job's processes, until the job ended: (job, run)."""
     config, run = tiny("deserted", **LONG)
     job = cluster.submit(config, *WORDS, options=("--nodelist=node[5-6]",))
     until(lambda: begun(run, 1, 2) and history.newest_step(run), cluster, job)
@@ -144,7 +144,7 @@ def of_node(node):
 
 
 def moved(cluster, tiny, _):
-    """A run whose job may not be requeued, whose next one is stopped once too often, and that a third one takes to one node: (jobs, run, waiting)."""
+    """A run whose job may not be requeued, whose next is stopped too often, then on one node: (jobs, run, waiting)."""
     config, run = tiny("moved", **LONG, resume={"max_preemptions": 1})
     first = cluster.submit(config, *WORDS, options=("--no-requeue", "--nodelist=node[3-4]"))
     waiting = cluster.run(
@@ -236,7 +236,8 @@ def test_a_lost_node_costs_no_more_than_a_restart(cluster, jobs, undisturbed):
     job, run = jobs["deserted"].result()
     fields, log = cluster.job(job), cluster.log(job)
     first, second, *more = history.read(run)
-    # What srun told the lost node about the step's end, Slurm may deliver when it is back: to the next start, whose step has that number.
+    # What srun told the lost node about the step's end, Slurm may deliver when it is back: to the next start, whose
+    # step has that number.
     assert fields["JobState"] == "COMPLETED" and int(fields["Restarts"]) == 1 + len(more) <= 2, log
     assert history.end_kind(first) == history.LOST and "lost rank 1 (" in history.end_reason(first), log
     kinds = [history.end_kind(s) for s in (second, *more)]
