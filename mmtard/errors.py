@@ -1,11 +1,13 @@
 """The errors a user can cause and mend; the command line prints them as one line and exits with code 2."""
 
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Something the user gave is wrong. The message names the value, the place and the remedy."""
 
 
-def unknown_name(kind: str, name: str, known) -> UserError:
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
     """The error for a `name` that is not among the `known` names of a `kind` of thing."""
     return UserError(f"unknown {kind} '{name}'; known: {', '.join(sorted(known))}")
 
@@ -19,4 +21,4 @@ class RunError(Exception):
 
 
 class ProcessLostError(RunError):
-    """A part of the run was lost to what need not happen again, such as a killed process: a training may go on from its checkpoint."""
+    """A process was lost (killed, or its node failed). Training may restart from the last checkpoint."""

@@ -8,19 +8,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GOLDEN, _MIX1, _MIX2 = (
-    -7046029254386353131,
-    -4658895280553007687,
-    -7723592293110705685,
-)  # splitmix64's constants as int64
+from .errors import UserError
+
+# splitmix64's constants as int64
+GOLDEN = -7046029254386353131
+_MIX1 = -4658895280553007687
+_MIX2 = -7723592293110705685
 
 
 def sample_uniform(seeds: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Uniform numbers in [0,1) that depend on each sample's own seed alone: seeds int64 [B] -> float32 [B, *shape].
 
-    splitmix64 (Steele et al., OOPSLA 2014) in counter mode, in integer arithmetic: the same bits on every device, at every
-    batch composition and world size. The upper 24 bits become the number.
+    splitmix64 (Steele et al., OOPSLA 2014) in counter mode, in integer arithmetic: the same bits on every device, at
+    every batch composition and world size. The upper 24 bits become the number. Raises UserError for seeds of another
+    kind.
     """
+    _check_seeds(seeds)
     counter = torch.arange(1, 1 + torch.Size(shape).numel(), device=seeds.device, dtype=torch.int64)
     z = _mix(seeds[:, None] + counter[None, :] * GOLDEN)
     return (_shift(z, 40).to(torch.float32) * 2.0**-24).reshape(len(seeds), *shape)
@@ -28,10 +31,16 @@ def sample_uniform(seeds: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor
 
 def derive_seeds(seeds: Tensor, k: int) -> Tensor:
     """Each sample's seed of its k-th restart, target or draw: int64 [B] -> int64 [B], unrelated for any two k."""
-    step = torch.full_like(
-        seeds, _MIX1
-    )  # not the step of sample_uniform, so that no seed is one of its numbers; wraps as int64 does
+    _check_seeds(seeds)
+    # Not the step of sample_uniform, so that no seed is one of its numbers. It wraps as int64 does.
+    step = torch.full_like(seeds, _MIX1)
     return _mix(seeds + (k + 1) * step)
+
+
+def _check_seeds(seeds: Tensor) -> None:
+    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.dim() != 1:
+        kind = f"{seeds.dtype} {list(seeds.shape)}" if isinstance(seeds, Tensor) else f"a {type(seeds).__name__}"
+        raise UserError(f"seeds: {kind}; give int64 [B], one for each sample, such as torch.arange(len(images))")
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -41,7 +50,8 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
-    return (z >> bits) & ((1 << (64 - bits)) - 1)  # logical: torch shifts int64 arithmetically
+    # A logical shift: torch shifts int64 arithmetically.
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def permutation(size: int, *seed: int) -> np.ndarray:

@@ -25,7 +25,7 @@ class ZeroShotHead(NamedTuple):
     logit_scale: float
 
     def __call__(self, embeddings: Tensor, tokens: Tensor | None = None) -> Prediction:
-        """Image embeddings [B,D] (and patch tokens [B,P,D]) of any float type -> Prediction in float32 (float64 stays)."""
+        """Image embeddings [B,D] and patch tokens [B,P,D] -> Prediction, in the class embeddings' float type."""
         text = self.class_embeddings
         z = embeddings.to(text.dtype)
         cosines = class_cosines(z, text)

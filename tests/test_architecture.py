@@ -14,10 +14,10 @@ PACKAGE = ROOT / "mmtard"
 
 # A package imports from the rows above its own and from itself: nothing sideways, nothing downwards.
 ORDER = [
-    ["errors", "seeding", "losses"],
-    ["config", "files", "resources", "zero_shot", "attacks", "distributed"],
-    ["data", "runs", "distillation"],
-    ["models"],
+    ["errors"],
+    ["seeding", "losses", "config", "files", "resources", "distributed"],
+    ["zero_shot", "attacks", "data", "runs"],
+    ["distillation", "models"],
     ["embeddings", "evaluation"],
     ["training", "report"],
     ["export", "launch", "api", "examples"],

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from mmtard import losses
+from mmtard.errors import UserError
 
 RNG = np.random.Generator(np.random.PCG64(0))
 T_LOGITS, S_LOGITS = 4 * RNG.standard_normal((2, 6, 5))
@@ -108,3 +109,39 @@ def test_a_saturated_softmax_has_no_gradient_but_its_ratio_of_logits_has():
     label = torch.tensor([0])
     assert (torch.autograd.grad(losses.cross_entropy(logits, label).sum(), logits)[0] == 0).all()
     assert (torch.autograd.grad(losses.dlr(logits, label).sum(), logits)[0] != 0).any()
+
+
+def test_a_logit_that_is_not_finite_is_never_a_prediction():
+    nan, inf = float("nan"), float("inf")
+    logits = torch.tensor([[1.0, 3.0], [nan, 2.0], [inf, 0.0], [-inf, 0.0], [nan, nan], [5.0, 4.0]])
+    assert losses.predicted_class(logits).tolist() == [1, -1, -1, -1, -1, 0]
+    labels = torch.tensor([1, 0, 0, 1, 0, 0])
+    assert losses.top1(logits, labels).tolist() == [True, False, False, False, False, True]
+
+
+def test_losses_refuse_what_would_broadcast_or_fail_deep_inside():
+    logits, labels = torch.randn(6, 5), torch.tensor(LABELS)
+    for call, message in (
+        (
+            lambda: losses.cross_entropy(logits, labels[:, None]),
+            r"labels: int64 \[6, 1\] beside logits float32 \[6, 5\]",
+        ),
+        (lambda: losses.cross_entropy(logits, labels.int()), r"labels: int32 \[6\] .* give int64 \[6\]"),
+        (lambda: losses.cross_entropy(logits[0], labels), r"logits: float32 \[5\]; give floating-point"),
+        (lambda: losses.cross_entropy(logits.long(), labels), r"logits: int64 \[6, 5\]"),
+        (lambda: losses.cross_entropy(logits, labels.to("meta")), "labels: on meta, logits on cpu"),
+        (lambda: losses.kl(logits, logits[:1]), r"student_logits: float32 \[1, 5\] beside teacher_logits"),
+        (lambda: losses.kl(logits, logits, 0.0), "temperature: 0.0 is not positive"),
+        (lambda: losses.kl_of_mean([logits], [0.5, 0.5], logits), "weights: 2 of them for 1 teachers"),
+        (lambda: losses.kl_of_mean([logits] * 2, [0.9, 0.9], logits), "are not positive numbers of sum 1"),
+        (lambda: losses.kl_of_mean([logits[:2]], [1.0], logits), r"teacher_logits: float32 \[2, 5\]"),
+        (lambda: losses.squared_distance(logits, logits[:, :1]), r"b: float32 \[6, 1\] beside a float32 \[6, 5\]"),
+        (lambda: losses.class_cosines(logits, logits.T), r"class_embeddings: float32 \[5, 6\] .* give \[C,5\]"),
+        (lambda: losses.true_class(logits, labels.tolist()), "labels: a list beside values"),
+        (lambda: losses.dlr(logits[:, :2], labels), "logits: 2 classes, and this loss needs 3"),
+        (lambda: losses.targeted_dlr(logits[:, :3], labels, labels), "logits: 3 classes, and this loss needs 4"),
+        (lambda: losses.margin(logits[:, :1], labels), "logits: 1 classes, and this loss needs 2"),
+        (lambda: losses.top1(logits, labels[:2]), r"labels: int64 \[2\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()

@@ -10,9 +10,12 @@ from ..errors import UserError
 
 
 class AdaptiveBatchSize:
-    """Splits a chunk into batches of at most `limit` samples, and halves that for good when the GPU's memory is too small."""
+    """Splits a chunk into batches of at most `limit` samples; halves `limit` for good when memory is too small.
 
-    def __init__(self, limit: int, say=print):
+    say: takes a line of text whenever the limit changes.
+    """
+
+    def __init__(self, limit: int, say: Callable[[str], object] = print):
         self.limit, self.say = limit, say
 
     def __call__(self, work: Callable, tensors: Sequence[torch.Tensor]) -> list:
@@ -24,7 +27,8 @@ class AdaptiveBatchSize:
             except torch.OutOfMemoryError:
                 if self.limit == 1:
                     raise UserError(
-                        "--device: the GPU's memory is too small for one image; end what else runs on it, or use another"
+                        "--device: the GPU's memory is too small for one image; "
+                        "end what else runs on it, or use another"
                     ) from None
             else:
                 at += self.limit

@@ -1,11 +1,12 @@
 """A model under a list of attacks, a batch at a time, each sample's worst case.
 
-    outcome = suite.run(model, images, labels, seeds, attacks, settings, source=None)
-    facts = suite.merge([outcome.facts, ...])
+    outcome = ensemble.run_attacks(model, images, labels, seeds, attacks, settings, source=None)
+    facts = ensemble.merge([outcome.facts, ...])
 
-model: images [B,3,H,W] float32 in [0,1] -> logits [B,C] float32, in eval mode. seeds: int64 [B], a sample's own: its outcome does
-not depend on the batch it stands in, nor on the world size. attacks: names of `attacks.ATTACKS`, run in this order, each on the
-samples that are classified correctly and still stand. settings: `state.Settings` (eps as a float, norm, iters, restarts, queries, targets).
+model: images [B,3,H,W] float32 in [0,1] -> logits [B,C] float32, in eval mode. seeds: int64 [B], a sample's own: its
+outcome does not depend on the batch it stands in, nor on the world size. attacks: names of `registry.ATTACKS`, run in
+this order, each on the samples that are classified correctly and still stand. settings: `AttackSettings` (eps, norm,
+iters, ...).
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ import torch
 from torch import Tensor
 
 from .. import losses
-from ..errors import UserError
 from . import registry
-from .state import AttackSettings, AttackState, Classifier, logits_of
+from .inputs import check_images, check_label_range, check_per_sample
+from .state import AttackSettings, AttackState, Classifier, SampleLoss, logits_of
 from .threat_model import perturbation_size
 
 
 @dataclass
 class AttackFacts:
-    """What a batch's attacks did, as numbers that add up over batches and ranks (`merge`) and fit into JSON (`dataclasses.asdict`)."""
+    """What a batch's attacks did: numbers that add up over batches and ranks (`merge`) and fit into JSON (`asdict`)."""
 
     n: int  # samples
     attacked: int  # of them classified correctly, so attacked
@@ -48,28 +49,17 @@ class Outcome:
     """One batch's samples after every attack; tensors on the images' device."""
 
     clean: Tensor  # bool [B]: classified correctly without attack
-    clean_prediction: Tensor  # int64 [B]
+    clean_prediction: Tensor  # int64 [B]; losses.NO_CLASS (-1) where the clean image's logits are not finite
     broken_by: list[str | None]  # the attack that a sample fell to; None: stands, or was wrong without attack
     prediction: Tensor  # int64 [B]: of `adv`, by the forward pass of the attack itself
-    adv: Tensor  # [B,3,H,W]: misclassified where broken, else of the last attack's largest loss; the clean image where never attacked
+    # [B,3,H,W]: misclassified where broken, else of the last attack's largest loss; never attacked: the image itself.
+    adv: Tensor
     facts: AttackFacts
 
     @property
     def robust(self) -> Tensor:
         """bool [B]: correct without attack and under every one."""
         return self.clean & torch.tensor([b is None for b in self.broken_by], device=self.clean.device)
-
-
-def defined_attacks(names: Sequence[str], n_classes: int) -> tuple[list[str], dict[str, str]]:
-    """The attacks of `names` that exist for so many classes, in their order, and why each of the others does not.
-
-    Raises UserError for an unknown name.
-    """
-    for name in names:
-        registry.find_attack(name)
-    reasons = {name: registry.not_defined(name, n_classes) for name in names}
-    ran = [name for name, reason in reasons.items() if reason is None]
-    return ran, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def run_attacks(
@@ -83,70 +73,109 @@ def run_attacks(
 ) -> Outcome:
     """Set the attacks on a batch. source: the other model of `transfer`, with the same classes.
 
-    Raises UserError for images that are not float32 in [0,1], an unknown attack, labels beyond the logits, or half-precision logits.
+    A clean image whose logits are not finite counts as wrong and is not attacked. Raises UserError for images that
+    are not float32 [B,C,H,W] in [0,1], labels or seeds that are not int64 [B] on their device, labels beyond the
+    logits, an unknown attack, and a model that gives anything but float32 logits [B,C].
     """
-    functions = {name: registry.find_attack(name) for name in attacks}
+    for name in attacks:
+        registry.find_attack(name)
     check_images(images)
+    check_per_sample(labels, images, "labels")
+    check_per_sample(seeds, images, "seeds")
     with torch.no_grad():
         logits = logits_of(model, images)
     n_classes = logits.shape[1]
-    if labels.min() < 0 or labels.max() >= n_classes:
-        raise UserError(
-            f"labels: {int(labels.max())} is beyond the model's {n_classes} classes; give it the class names of these labels"
+    check_label_range(labels, n_classes)
+    ran, skipped = defined_attacks(attacks, n_classes)
+    ensemble = _Ensemble(model, images, labels, seeds, settings, source, losses.predicted_class(logits))
+    for name in ran:
+        ensemble.run(name)
+    return ensemble.outcome(n_classes, skipped)
+
+
+def defined_attacks(names: Sequence[str], n_classes: int) -> tuple[list[str], dict[str, str]]:
+    """The attacks of `names` that exist for so many classes, in their order, and why each of the others does not.
+
+    Raises UserError for an unknown name.
+    """
+    reasons = {name: registry.not_defined(name, n_classes) for name in map(registry.attack_name, names)}
+    ran = [name for name, reason in reasons.items() if reason is None]
+    return ran, {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+class _Ensemble:
+    """A batch on its way through the attacks: what stands, and what became of every sample."""
+
+    def __init__(
+        self,
+        model: Classifier,
+        images: Tensor,
+        labels: Tensor,
+        seeds: Tensor,
+        settings: AttackSettings,
+        source: Classifier | None,
+        clean_prediction: Tensor,
+    ):
+        self.model, self.source, self.settings = model, source, settings
+        self.images, self.labels, self.seeds = images, labels, seeds
+        self.clean_prediction = clean_prediction
+        self.clean = clean_prediction == labels
+        self.stands = self.clean.clone()
+        self.not_finite = clean_prediction == losses.NO_CLASS
+        self.adv, self.prediction = images.clone(), clean_prediction.clone()
+        self.broken_by: list[str | None] = [None] * len(labels)
+        self.broken: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+        self.queries: dict[str, int] = {}
+
+    def run(self, name: str) -> None:
+        """Set one attack on the samples that stand."""
+        rows, began = self.stands.nonzero().flatten(), time.monotonic()
+        state = AttackState(
+            self.model, self.images[rows], self.labels[rows], self.seeds[rows], self.settings, self.source
         )
-    prediction = logits.argmax(1)
-    clean = prediction == labels
-    bad = ~logits.isfinite().all(1)
-    adv, final, broken_by = images.clone(), prediction.clone(), [None] * len(labels)
-    stands = clean & ~bad
-    broken, seconds, queries, skipped = {}, {}, {}, {}
-    for name, attack in functions.items():
-        reason = registry.not_defined(name, n_classes)
-        if reason:
-            skipped[name] = reason
-            continue
-        rows, began = stands.nonzero().flatten(), time.monotonic()
-        state = AttackState(model, images[rows], labels[rows], seeds[rows], settings, source)
         if len(rows):
-            attack(state)
-        adv[rows], final[rows] = state.adv, state.prediction
-        bad[rows] |= state.not_finite
+            registry.find_attack(name)(state)
+        self.adv[rows], self.prediction[rows] = state.adv, state.prediction
+        self.not_finite[rows] |= state.not_finite
         fallen = rows[state.broken]
-        stands[fallen] = False
+        self.stands[fallen] = False
         for i in fallen.tolist():
-            broken_by[i] = name
-        broken[name], queries[name] = len(fallen), state.queries
-        seconds[name] = time.monotonic() - began  # the counts above have waited for the device
-    delta, attacked = adv - images, clean.nonzero().flatten()
-    bad |= ~adv.flatten(1).isfinite().all(1)
-    facts = AttackFacts(
-        n=len(labels),
-        attacked=len(attacked),
-        largest_perturbation=float(perturbation_size(delta, settings.norm).max()),
-        lowest_pixel=float(adv.min()),
-        highest_pixel=float(adv.max()),
-        not_finite=int(bad.sum()),
-        zero_gradient_ce=zero_gradients(model, images[attacked], labels[attacked], losses.cross_entropy),
-        zero_gradient_dlr=zero_gradients(model, images[attacked], labels[attacked], losses.dlr)
-        if n_classes >= 3
-        else None,
-        taken_back=_taken_back(model, adv, labels, clean & ~stands),
-        broken=broken,
-        seconds=seconds,
-        queries=queries,
-        skipped=skipped,
-    )
-    return Outcome(clean, prediction, broken_by, final, adv, facts)
+            self.broken_by[i] = name
+        self.broken[name], self.queries[name] = len(fallen), state.queries
+        self.seconds[name] = time.monotonic() - began  # the counts above have waited for the device
+
+    def outcome(self, n_classes: int, skipped: dict[str, str]) -> Outcome:
+        """What became of every sample. skipped: the attacks that do not exist here, and why."""
+        delta, attacked = self.adv - self.images, self.clean.nonzero().flatten()
+        images, labels = self.images[attacked], self.labels[attacked]
+        self.not_finite |= ~self.adv.flatten(1).isfinite().all(1)
+        facts = AttackFacts(
+            n=len(self.labels),
+            attacked=len(attacked),
+            largest_perturbation=float(perturbation_size(delta, self.settings.norm).max()),
+            lowest_pixel=float(self.adv.min()),
+            highest_pixel=float(self.adv.max()),
+            not_finite=int(self.not_finite.sum()),
+            zero_gradient_ce=zero_gradients(self.model, images, labels, losses.cross_entropy),
+            zero_gradient_dlr=zero_gradients(self.model, images, labels, losses.dlr) if n_classes >= 3 else None,
+            taken_back=_taken_back(self.model, self.adv, self.labels, self.clean & ~self.stands),
+            broken=self.broken,
+            seconds=self.seconds,
+            queries=self.queries,
+            skipped=skipped,
+        )
+        return Outcome(self.clean, self.clean_prediction, self.broken_by, self.prediction, self.adv, facts)
 
 
 def merge(facts: Sequence[AttackFacts]) -> AttackFacts:
     """The facts of several batches (or ranks) of the same run as one."""
 
-    def over(how, name):
+    def over(how: Callable, name: str) -> int | float | None:
         values = [v for v in (getattr(f, name) for f in facts) if v is not None]
         return how(values) if values else None
 
-    def added(name):
+    def added(name: str) -> dict:
         return {k: sum(getattr(f, name).get(k, 0) for f in facts) for f in facts for k in getattr(f, name)}
 
     return AttackFacts(
@@ -162,21 +191,8 @@ def merge(facts: Sequence[AttackFacts]) -> AttackFacts:
     )
 
 
-def check_images(images: Tensor) -> None:
-    """Raises UserError unless images are float32 in [0,1]: eps is a size on that scale, and the model normalises by itself."""
-    if images.dtype != torch.float32:
-        raise UserError(f"images: {images.dtype} instead of float32; an attack of 1/255 does not survive less")
-    low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):
-        raise UserError(
-            f"images: values from {low:.4g} to {high:.4g}, not within [0,1]; pass plain pixels / 255 and normalise inside the model"
-        )
-
-
-def zero_gradients(
-    model: Classifier, images: Tensor, labels: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor]
-) -> int:
-    """How many of the samples have a gradient of the loss that is zero in every pixel: no gradient-based attack moves them."""
+def zero_gradients(model: Classifier, images: Tensor, labels: Tensor, loss_fn: SampleLoss) -> int:
+    """How many samples have a gradient that is zero in every pixel: no gradient-based attack moves them."""
     if not len(images):
         return 0
     with torch.enable_grad():

@@ -1,4 +1,7 @@
-"""FAB-T (Croce & Hein, ICML 2020, "Minimally distorted adversarial examples with a fast adaptive boundary attack"), targeted."""
+"""FAB-T, the targeted fast adaptive boundary attack.
+
+Croce & Hein, ICML 2020, "Minimally distorted adversarial examples with a fast adaptive boundary attack".
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,20 @@ from torch import Tensor
 
 from ..losses import true_class
 from ..seeding import derive_seeds
+from .pgd import input_gradient
 from .state import AttackState
 from .threat_model import perturbation_size, random_start
 
-_ALPHA_MAX, _ETA, _BETA = 0.1, 1.05, 0.9  # bias towards the clean image, overshoot, step back: the authors' values
+# Bias towards the clean image, overshoot, step back: the authors' values.
+_ALPHA_MAX, _ETA, _BETA = 0.1, 1.05, 0.9
 
 
 def fab_t(state: AttackState) -> None:
-    """Towards each of the highest other classes of the clean image in turn: walks to the linearised decision boundary and
-    shrinks what it finds; a sample falls when a misclassified iterate lies within eps. The first restart starts at the image."""
+    """Walk to the linearised decision boundary, towards each of the highest other classes of the clean image in turn.
+
+    What is found is shrunk; a sample falls when a misclassified iterate lies within eps. The first restart starts at
+    the image.
+    """
     order = state.target_order()
     for k in range(order.shape[1]):
         for restart in range(state.settings.restarts):
@@ -47,19 +55,21 @@ def _walk(state: AttackState, rows: Tensor, targets: Tensor, k: int, restart: in
 
 def _to_boundary(state: AttackState, x: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """z_y - z_t [R], which a step must remove, and the gradient [R,3,H,W] of z_t - z_y."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
-        logits = state.logits(x)
-        lead = true_class(logits, targets) - true_class(logits, state.labels[rows])
-        gradient = torch.autograd.grad(lead.sum(), x)[0].detach()
-    return -lead.detach(), gradient
+
+    def lead(images: Tensor) -> Tensor:
+        logits = state.logits(images)
+        return true_class(logits, targets) - true_class(logits, state.labels[rows])
+
+    gradient, value = input_gradient(lead, x)
+    return -value, gradient
 
 
 def project_to_hyperplane(x: Tensor, normal: Tensor, gap: Tensor, norm: str) -> Tensor:
-    """The smallest d (L-inf or L2) with <normal, d> = gap and 0 <= x + d <= 1; all the way to the range's edge where none exists.
+    """The smallest d (L-inf or L2) with <normal, d> = gap and 0 <= x + d <= 1; to the range's edge where none has.
 
-    x, normal [R,...], gap [R] -> d [R,...]. Both norms share one form: coordinate i moves by min(t v_i, room_i) in the direction
-    that closes the gap (v_i = 1 for L-inf, |normal_i| for L2), and the gap closed is piecewise linear and increasing in t.
+    x, normal [R,...], gap [R] -> d [R,...]. Both norms share one form: coordinate i moves by min(t v_i, room_i) in
+    the direction that closes the gap (v_i = 1 for L-inf, |normal_i| for L2), and the gap closed is piecewise linear
+    and increasing in t.
     """
     w = normal.flatten(1) * torch.where(gap < 0, -1.0, 1.0)[:, None].to(normal.dtype)
     flat = x.flatten(1)

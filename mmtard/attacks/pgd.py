@@ -1,32 +1,45 @@
 """Projected gradient descent on the input: `pgd`, and the worst of several adversarial batches."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from .threat_model import ascent, project, random_start
+from ..errors import UserError
+from .inputs import check_batch, check_count, check_eps, check_loss, check_positive
+from .threat_model import ascent, check_norm, project, random_start
 
-LossFn = Callable[[Tensor], Tensor]
+LossFn = Callable[[Tensor], Tensor]  # images [B,...] -> one loss for each image, [B], with a gradient to the images
 
 
 def pgd(
     loss_fn: LossFn,
     images: Tensor,
     *,
-    norm: str,
+    norm: str | float,
     eps: float,
     step_size: float,
     steps: int,
     seeds: Tensor | None = None,
     momentum: float = 0.0,
 ) -> Tensor:
-    """Projected gradient ascent (Madry et al., ICLR 2018): `steps` forward and input-gradient passes, nothing more.
+    """Projected gradient ascent on a loss (Madry et al., ICLR 2018): `steps` forward and input-gradient passes.
 
-    seeds: int64 [B], each sample's random start; None starts at the images. momentum: the direction of a step is
-    ascent(m) with m <- momentum * m + ascent(g). (The published MMT-ARD code keeps only the sign of its velocity, so that its 0.9
-    has no effect under L-inf: momentum 0 reproduces it.) Returns the last iterate.
+    loss_fn: images -> the loss of each, [B]. images: float [B,C,H,W] in [0,1]. norm: linf or l2, in any spelling that
+    `check_norm` takes. eps, step_size: in units of [0,1] pixels. seeds: int64 [B], each sample's random start; None
+    starts at the images. momentum: the direction of a step is ascent(m) with m <- momentum * m + ascent(g), 0 <=
+    momentum < 1. (The published MMT-ARD code keeps only the sign of its velocity, so that its 0.9 has no effect under
+    L-inf: momentum 0 reproduces it.) Returns the last iterate. Raises UserError for what does not fit; values of
+    pixels are not looked at.
     """
+    norm = check_norm(norm)
+    eps, step_size = check_eps(eps, norm), check_positive(step_size, "step_size")
+    check_batch(images)
+    check_count(steps, "steps")
+    if not 0 <= momentum < 1:
+        raise UserError(f"momentum: {momentum} is not in [0,1); write 0 for none")
     adv = images if seeds is None else random_start(images, seeds, norm, eps)
     velocity = torch.zeros_like(images)
     for _ in range(steps):
@@ -38,18 +51,39 @@ def pgd(
 
 @torch.no_grad()
 def worst_of(loss_fn: LossFn, candidates: Iterable[Tensor]) -> Tensor:
-    """Of several adversarial batches [B,C,H,W], each sample's image of largest loss (the first of equals): one forward a batch."""
-    best = best_loss = None
-    for images in candidates:
+    """Of several adversarial batches [B,C,H,W], each sample's image of largest loss (the first of equals).
+
+    One forward a batch. Raises UserError for no batch, or losses that are not [B].
+    """
+    batches = iter(candidates)
+    best = next(batches, None)
+    if best is None:
+        raise UserError("candidates: no adversarial batch to choose from; give at least one")
+    best_loss = loss_fn(best)
+    check_loss(best_loss, best)
+    for images in batches:
         loss = loss_fn(images)
-        better = torch.ones_like(loss, dtype=torch.bool) if best is None else loss > best_loss
-        best = images if best is None else torch.where(better.view((-1,) + (1,) * (images.dim() - 1)), images, best)
-        best_loss = loss if best_loss is None else torch.where(better, loss, best_loss)
+        check_loss(loss, images)
+        better = loss > best_loss
+        best = torch.where(better.view((-1,) + (1,) * (images.dim() - 1)), images, best)
+        best_loss = torch.where(better, loss, best_loss)
     return best
 
 
 def input_gradient(loss_fn: LossFn, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of the summed losses to the images, [B,...], and the losses [B]; both detached.
+
+    Raises UserError for a loss that is not [B], or that does not lead back to the images.
+    """
     with torch.enable_grad():
         images = images.detach().requires_grad_(True)
         loss = loss_fn(images)
-        return torch.autograd.grad(loss.sum(), images)[0].detach(), loss.detach()
+        check_loss(loss, images)
+        gradient = None
+        if loss.requires_grad:
+            (gradient,) = torch.autograd.grad(loss.sum(), images, allow_unused=True)
+    if gradient is None:
+        raise UserError(
+            "loss_fn: its losses have no gradient to the images; leave torch.no_grad, detach and numpy out of the model"
+        )
+    return gradient.detach(), loss.detach()

@@ -1,12 +1,13 @@
-"""The attacks of an evaluation, found by name: each takes a `Trial` and breaks what it can of the samples that still stand.
+"""The attacks of an evaluation, by name: each takes an `AttackState` and breaks what it can of the samples that stand.
 
-The evaluation variant of Croce & Hein (ICML 2020): random starts from per-sample seeds, summed losses, explicit restarts, each
-restart and target on the survivors of those before, and the misclassified iterate kept whichever step it came from.
+The evaluation variant of Croce & Hein (ICML 2020): random starts from per-sample seeds, summed losses, explicit
+restarts, each restart and target on the survivors of those before, and the misclassified iterate kept whichever step
+it came from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,11 +15,12 @@ from torch import Tensor
 from .. import losses
 from ..errors import UserError, unknown_name
 from ..seeding import derive_seeds
+from . import autoattack
 from .apgd import apgd
 from .fab import fab_t
 from .pgd import pgd
 from .square import square
-from .state import AttackState, logits_of
+from .state import AttackState, SampleLoss, logits_of
 
 
 def pgd_ce(state: AttackState) -> None:
@@ -29,7 +31,7 @@ def pgd_ce(state: AttackState) -> None:
         loss, seeds = _loss_fn(state, rows, losses.cross_entropy), derive_seeds(state.seeds[rows], restart)
         adv = pgd(loss, state.images[rows], norm=s.norm, eps=s.eps, step_size=step_size, steps=s.iters, seeds=seeds)
         with torch.no_grad():
-            loss(adv)
+            loss(adv)  # The last iterate was not yet observed.
 
 
 def apgd_ce(state: AttackState) -> None:
@@ -45,31 +47,29 @@ def apgd_dlr(state: AttackState) -> None:
 
 
 def apgd_t(state: AttackState) -> None:
-    """APGD on the targeted difference of logits ratio, towards each of the highest other classes of the clean image in turn."""
+    """APGD on the targeted difference of logits ratio, towards each of the highest other classes in turn."""
     order = state.target_order()
     for k in range(order.shape[1]):
         for restart, rows in _restarts(state):
-            targets = order[rows, k]
-            _apgd(
-                state, rows, lambda z, y, t=targets: losses.targeted_dlr(z, y, t), k * state.settings.restarts + restart
-            )
+
+            def towards(logits: Tensor, labels: Tensor, targets: Tensor = order[rows, k]) -> Tensor:
+                return losses.targeted_dlr(logits, labels, targets)
+
+            _apgd(state, rows, towards, k * state.settings.restarts + restart)
 
 
 def transfer(state: AttackState) -> None:
     """APGD on the cross-entropy of another model; its images of largest loss there are shown to this one."""
-    s = state.settings
-    if state.source is None:
+    s, source = state.settings, state.source
+    if source is None:
         raise UserError("attacks: 'transfer' needs a model to transfer from; name it with --transfer-from")
     for restart, rows in _restarts(state):
         labels, seeds = state.labels[rows], derive_seeds(state.seeds[rows], restart)
-        adv = apgd(
-            lambda x, y=labels: losses.cross_entropy(logits_of(state.source, x), y),
-            state.images[rows],
-            norm=s.norm,
-            eps=s.eps,
-            steps=s.iters,
-            seeds=seeds,
-        )
+
+        def loss(images: Tensor, labels: Tensor = labels) -> Tensor:
+            return losses.cross_entropy(logits_of(source, images), labels)
+
+        adv = apgd(loss, state.images[rows], norm=s.norm, eps=s.eps, steps=s.iters, seeds=seeds)
         with torch.no_grad():
             state.observe(adv, rows)
 
@@ -82,16 +82,31 @@ ATTACKS: dict[str, Callable[[AttackState], None]] = {
     "fab-t": fab_t,
     "square": square,
     "transfer": transfer,
+    "autoattack": autoattack.autoattack,
 }
-WHITE_BOX = ("pgd", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t")  # these use the model's own gradient
-_FEWEST_CLASSES = {"apgd-dlr": (3, "the DLR loss"), "apgd-t": (4, "the targeted DLR loss")}
+ALIASES = {"aa": "autoattack"}
+# These use the model's own gradient.
+WHITE_BOX = ("pgd", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t")
+_FEWEST_CLASSES = {
+    "apgd-dlr": (3, "the DLR loss"),
+    "apgd-t": (4, "the targeted DLR loss"),
+    "autoattack": (4, "the targeted DLR loss"),
+}
+
+
+def attack_name(name: str) -> str:
+    """The attack's name in `ATTACKS`. Raises UserError for an unknown one, and for a library that is not installed."""
+    full = ALIASES.get(name, name)
+    if full not in ATTACKS:
+        raise unknown_name("attack", name, ATTACKS)
+    if full == "autoattack":
+        autoattack.require_library()
+    return full
 
 
 def find_attack(name: str) -> Callable[[AttackState], None]:
-    """The attack of that name. Raises UserError for an unknown one."""
-    if name not in ATTACKS:
-        raise unknown_name("attack", name, ATTACKS)
-    return ATTACKS[name]
+    """The attack of that name. Raises UserError as `attack_name` does."""
+    return ATTACKS[attack_name(name)]
 
 
 def not_defined(name: str, n_classes: int) -> str | None:
@@ -100,7 +115,7 @@ def not_defined(name: str, n_classes: int) -> str | None:
     return None if n_classes >= fewest else f"{what} needs {fewest} classes, there are {n_classes}"
 
 
-def _restarts(state: AttackState):
+def _restarts(state: AttackState) -> Iterator[tuple[int, Tensor]]:
     """(restart, indices of the samples that stand by then), until none stands."""
     for restart in range(state.settings.restarts):
         rows = state.standing()
@@ -109,10 +124,10 @@ def _restarts(state: AttackState):
         yield restart, rows
 
 
-def _loss_fn(state: AttackState, rows: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _loss_fn(state: AttackState, rows: Tensor, loss: SampleLoss) -> Callable[[Tensor], Tensor]:
     return lambda x: state.observe(x, rows, loss)[1]
 
 
-def _apgd(state: AttackState, rows: Tensor, loss: Callable[[Tensor, Tensor], Tensor], start: int) -> None:
+def _apgd(state: AttackState, rows: Tensor, loss: SampleLoss, start: int) -> None:
     s, seeds = state.settings, derive_seeds(state.seeds[rows], start)
     apgd(_loss_fn(state, rows, loss), state.images[rows], norm=s.norm, eps=s.eps, steps=s.iters, seeds=seeds)

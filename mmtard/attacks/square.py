@@ -11,22 +11,16 @@ from ..seeding import derive_seeds, sample_uniform
 from .state import AttackState
 
 _P_INIT = 0.8  # share of the pixels that the first squares cover
-_HALVINGS = (
-    10,
-    50,
-    200,
-    500,
-    1000,
-    2000,
-    4000,
-    6000,
-    8000,
-)  # queries after which the share halves, as in AutoAttack (not rescaled to the budget)
+# Queries after which the share halves, as in AutoAttack (not rescaled to the budget).
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
 def square(state: AttackState) -> None:
-    """At most `queries` forward passes a sample and restart. Position and colours of each square come from the sample's own seed,
-    not the batch's as in the authors' code; a sample that falls is asked about no more. Raises UserError for L2."""
+    """Random search with at most `queries` forward passes a sample and restart. Raises UserError for L2.
+
+    Position and colours of each square come from the sample's own seed, not the batch's as in the authors' code; a
+    sample that falls is asked about no more.
+    """
     s = state.settings
     if s.norm != "linf":
         raise UserError(f"attacks: 'square' is written for linf, not {s.norm}; leave it out")

@@ -1,4 +1,4 @@
-"""What an attack knows and has found: every question to the model goes through a `Trial`, which keeps the score."""
+"""What an attack knows and has found: it asks the model through an `AttackState`, which keeps the score."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from torch import Tensor
 
 from .. import losses
 from ..errors import UserError
+from .inputs import check_count, check_eps, check_logits, check_positive
+from .threat_model import check_norm
 
-Classifier = Callable[
-    [Tensor], Tensor
-]  # images [B,3,H,W] float32 in [0,1] -> logits [B,C] float32; normalisation is inside
+# images [B,3,H,W] float32 in [0,1] -> logits [B,C] float32; normalisation is inside
+Classifier = Callable[[Tensor], Tensor]
+SampleLoss = Callable[[Tensor, Tensor], Tensor]  # logits [R,C], labels int64 [R] -> [R]
 
 
 @dataclass(frozen=True)
 class AttackSettings:
-    """One threat and the means spent on it; everything an attack's outcome depends on beside the model, the images and their seeds.
+    """One threat and the means spent on it: with the model, the images and their seeds, all that decides an outcome.
 
-    iters, restarts: of every gradient attack, at every target. queries: what Square may ask about one sample in one restart.
-    targets: the most classes that a targeted attack aims at (min(targets, C - 1)). step_size: of PGD alone; None is 2.5 eps / iters.
+    eps: radius in units of [0,1] pixels. norm: linf or l2, in any spelling that `check_norm` takes. iters, restarts:
+    of every gradient attack, at every target. queries: what Square may ask about one sample in one restart. targets:
+    the most classes that a targeted attack aims at (min(targets, C - 1)). step_size: of PGD alone; None is 2.5 eps /
+    iters.
     """
 
     eps: float
@@ -32,35 +36,33 @@ class AttackSettings:
     targets: int = 9
     step_size: float | None = None
 
-    def __post_init__(self):
-        if self.norm not in ("linf", "l2"):
-            raise UserError(f"norm: '{self.norm}' is not known; write linf or l2")
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "norm", check_norm(self.norm))
+        object.__setattr__(self, "eps", check_eps(self.eps, self.norm))
         if not self.eps > 0:
             raise UserError(f"eps: {self.eps} is no attack; write a positive size such as 2/255")
         for name in ("iters", "restarts", "queries", "targets"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: {getattr(self, name)} is too few; write 1 or more")
+            check_count(getattr(self, name), name)
+        if self.step_size is not None:
+            object.__setattr__(self, "step_size", check_positive(self.step_size, "step_size"))
 
 
 def logits_of(model: Classifier, images: Tensor) -> Tensor:
-    """The model's logits, outside any autocast: an attack of 1/255 does not survive bfloat16's rounding.
+    """The model's logits [B,C], outside any autocast: an attack of 1/255 does not survive bfloat16's rounding.
 
-    Raises UserError where the model hands back anything but float32 (or float64).
+    Raises UserError where the model gives back anything but one row of float32 (or float64) for each image.
     """
     with torch.autocast(images.device.type, enabled=False):
         logits = model(images)
-    if logits.dtype not in (torch.float32, torch.float64):
-        raise UserError(
-            f"model: its logits are {logits.dtype}; attacks need float32: evaluate it without autocast or half-precision weights"
-        )
+    check_logits(logits, images)
     return logits
 
 
 class AttackState:
     """The samples that an attack is set on and, of each, the best iterate seen so far.
 
-    Best: a misclassified iterate before a correctly classified one, then the larger loss. Judged on the very forward pass that
-    the attack made, so that no later pass can take a success back.
+    Best: a misclassified iterate before a correctly classified one, then the larger loss. Judged on the very forward
+    pass that the attack made, so that no later pass can take a success back.
     """
 
     def __init__(
@@ -72,14 +74,9 @@ class AttackState:
         settings: AttackSettings,
         source: Classifier | None = None,
     ):
-        self.model, self.images, self.labels, self.seeds, self.settings, self.source = (
-            model,
-            images,
-            labels,
-            seeds,
-            settings,
-            source,
-        )
+        self.model, self.source = model, source
+        self.images, self.labels, self.seeds = images, labels, seeds
+        self.settings = settings
         self.adv = images.clone()
         self.prediction = labels.clone()
         self.broken = torch.zeros_like(labels, dtype=torch.bool)
@@ -97,7 +94,10 @@ class AttackState:
         return logits_of(self.model, images)
 
     def target_order(self) -> Tensor:
-        """The classes to aim at, those of the highest logits of the clean image first, never the label: int64 [B, min(targets, C-1)]."""
+        """The classes to aim at: int64 [B, min(targets, C-1)].
+
+        Those of the highest logits of the clean image come first, the label never.
+        """
         with torch.no_grad():
             logits = self.logits(self.images).scatter(1, self.labels[:, None], torch.inf)
         return logits.sort(dim=1, descending=True, stable=True).indices[:, 1 : 1 + self.settings.targets]
@@ -106,10 +106,10 @@ class AttackState:
         self,
         images: Tensor,
         rows: Tensor,
-        loss_fn: Callable[[Tensor, Tensor], Tensor] = losses.cross_entropy,
+        loss_fn: SampleLoss = losses.cross_entropy,
         allowed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Logits [R,C] and per-sample losses [R] (`loss_fn(logits, labels)`) of iterates of the samples `rows`, differentiable; keeps the best.
+        """Logits [R,C] and losses [R] of iterates of the samples `rows`, differentiable. Keeps each one's best iterate.
 
         allowed: bool [R], the iterates that lie inside the eps ball and may count; None is all of them.
         """
@@ -120,7 +120,8 @@ class AttackState:
         return logits, loss
 
     def _keep(self, images: Tensor, rows: Tensor, logits: Tensor, loss: Tensor, allowed: Tensor | None) -> None:
-        finite, prediction = logits.isfinite().all(1), logits.argmax(1)
+        prediction = losses.predicted_class(logits)
+        finite = prediction != losses.NO_CLASS  # NaN is an error of the model, not a success of the attack
         self.not_finite[rows] |= ~finite
         wrong, broken = prediction != self.labels[rows], self.broken[rows]
         better = finite & ((wrong & ~broken) | ((wrong == broken) & (loss > self._loss[rows])))

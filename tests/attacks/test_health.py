@@ -1,4 +1,4 @@
-"""The health section passes honest models and catches those that hide their gradient, their batch or their own failure."""
+"""The health section passes honest models, and catches those that hide their gradient, their batch or a failure."""
 
 from dataclasses import replace
 
@@ -45,10 +45,21 @@ def test_an_honest_model_passes_every_check(victim):
     status, detail = examine(victim.model, victim, source=lambda x: victim.model(x.flip(3)))
     assert not status["WARN"] and not status["FAIL"], detail
     assert status["PASS"] == {
-        "largest perturbation", "range", "NaN", "zero gradient of cross-entropy", "zero gradient of DLR", "later forward pass", "square not stronger than white-box",
-        "monotone in steps", "monotone in eps, half to double", "near zero at 64/255", "random noise weaker than the attack", "square weaker than the attack",
-        "transfer weaker than the attack", "batch size",
-    }  # fmt: skip
+        "largest perturbation",
+        "range",
+        "NaN",
+        "zero gradient of cross-entropy",
+        "zero gradient of DLR",
+        "later forward pass",
+        "square not stronger than white-box",
+        "monotone in steps",
+        "monotone in eps, half to double",
+        "near zero at 64/255",
+        "random noise weaker than the attack",
+        "square weaker than the attack",
+        "transfer weaker than the attack",
+        "batch size",
+    }
 
 
 def test_a_quantised_input_is_caught(victim):
@@ -246,3 +257,39 @@ def test_sanity_in_l2(victim):
     assert {line["status"] for line in lines} == {"PASS"} and "square weaker than the attack" not in {
         line["check"] for line in lines
     }
+
+
+def test_a_clean_image_without_finite_logits_is_wrong_never_attacked_and_a_failure(victim):
+    """NaN once counted as class 0: clean accuracy was 100 % where the label was 0, and every check passed."""
+    labels = torch.zeros_like(victim.labels)
+
+    def model(x):
+        return victim.model(x) * float("nan")
+
+    out = ensemble.run_attacks(
+        model, victim.images, labels, victim.seeds, ["pgd", "square"], AttackSettings(eps=victim.eps, iters=2)
+    )
+    assert not out.clean.any() and not out.robust.any() and (out.clean_prediction == -1).all()
+    assert out.broken_by == [None] * 100 and out.facts.attacked == 0 and out.facts.not_finite == 100
+    assert checks.failed(checks.check([(AttackSettings(eps=victim.eps), out.facts)]))
+    assert checks.sanity(model, victim.images, labels, victim.seeds, AttackSettings(eps=victim.eps))[0]["detail"] == (
+        "no sample is classified correctly: nothing to attack"
+    )
+
+
+def test_logits_that_are_not_finite_are_a_failing_line_of_the_clean_pass():
+    assert checks.finite_logits(0, 50) == {
+        "check": "finite logits", "status": "PASS", "detail": "0 of 50 clean images with NaN or infinite logits",
+    }  # fmt: skip
+    line = checks.finite_logits(3, 50)
+    assert line["status"] == "FAIL" and checks.failed([line])
+    assert line["detail"] == "3 of 50 clean images with NaN or infinite logits; they count as wrong"
+
+
+def test_a_large_ball_is_not_doubled_beyond_the_range_of_a_pixel(victim):
+    rows = slice(16)
+    lines = checks.sanity(
+        victim.model, victim.images[rows], victim.labels[rows], victim.seeds[rows], AttackSettings(eps=0.75, iters=2)
+    )
+    doubled = next(line for line in lines if line["check"] == "monotone in eps, half to double")
+    assert "at 0.375, " in doubled["detail"] and doubled["detail"].endswith("at 1")

@@ -1,4 +1,4 @@
-"""Ours against pyautoattack on a network trained on real photographs. Needs the images of ../shared/data; skipped where they are absent."""
+"""Ours against pyautoattack on a network trained on real photographs. Skipped without the images of ../shared/data."""
 
 import io
 from pathlib import Path
@@ -41,7 +41,7 @@ def cifar10(name, n):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A convolutional network adversarially trained for some seconds, and 200 test images that it classifies correctly."""
+    """A convolutional network adversarially trained for some seconds, and 200 test images that it gets right."""
     torch.manual_seed(0)
     net = train(
         nn.Sequential(Normalise(), convolutions(32, 32, 3)),

@@ -202,7 +202,7 @@ def test_projection_is_the_nearest_point_of_the_ball():
 
 
 def plain_pgd(loss_fn, images, start, norm, eps, step_size, steps, momentum, keep=lambda m: m):
-    """Madry et al. 2018 with a momentum of normalised gradients, one sample at a time; `keep`: what is remembered of it."""
+    """Madry et al. 2018 with a momentum of normalised gradients, a sample at a time; `keep`: what is remembered."""
     out = []
     for i in range(len(images)):
         clean, x, m = images[i], start[i], torch.zeros_like(images[i])
@@ -232,7 +232,7 @@ def test_pgd_is_the_papers(norm, momentum, seeds, net, images):
 
 
 def test_momentum_changes_the_attack_but_the_published_codes_is_none(net, images):
-    """That code keeps only the sign of its velocity: sign(0.9 * (+-1) + sign(g)) = sign(g), so momentum 0 reproduces it."""
+    """It keeps only the sign of its velocity: sign(0.9 * (+-1) + sign(g)) = sign(g), so momentum 0 reproduces it."""
     loss, eps = ce(net), NORMS["linf"]
     ours = run(pgd, loss, images, "linf", seeds=None)
     published = plain_pgd(loss, images, images, "linf", eps, eps / 4, STEPS, 0.9, keep=torch.sign)
@@ -255,7 +255,7 @@ def test_checkpoints_are_exact():
 
 
 def algorithm1(loss_fn, images, start, norm, eps, steps, checks):
-    """Croce & Hein 2020, algorithm 1, written a sample at a time over lists f[k], eta[k] as in the paper -> largest losses."""
+    """Croce & Hein 2020, algorithm 1, a sample at a time over lists f[k], eta[k] as in the paper -> largest losses."""
 
     def losses_and_gradients(x):
         x = x.clone().requires_grad_()
@@ -313,7 +313,8 @@ def test_apgd_is_algorithm_1_of_its_paper(norm, seeds, net, images):
 
 
 def test_apgd_follows_the_paper_through_any_sequence_of_losses():
-    """Scripted losses, climbing with sudden falls, reach every branch of the step-size rule; every iterate is compared."""
+    """Scripted losses, climbing with sudden falls, reach every branch of the step-size rule; all iterates are
+    compared."""
     n, steps, rng = 200, 50, torch.Generator().manual_seed(0)
     falls, size = torch.rand(2, steps + 1, n, generator=rng, dtype=torch.float64)
     values = torch.where(falls < 0.12, -4 * size, size).cumsum(0)
