@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 # An exponent of more digits would make a number that fills the memory.
-_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
+_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,2})?", re.ASCII)
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
 # Control characters, line and paragraph separators, and bytes of a command line that are not UTF-8.
 _UNPRINTABLE = ("Cc", "Zl", "Zp", "Cs")
@@ -20,7 +20,7 @@ _UNPRINTABLE = ("Cc", "Zl", "Zp", "Cs")
 def parse_fraction(value: Any) -> Fraction:
     """`2/255`, `0.5/255`, `0.0078` or a number as an exact Fraction; ValueError with the remedy otherwise."""
     parts = [part.strip() for part in str(value).split("/")]
-    if 1 <= len(parts) <= 2 and all(len(part) <= 100 and _DECIMAL.fullmatch(part) for part in parts):
+    if 1 <= len(parts) <= 2 and all(len(part) <= 150 and _DECIMAL.fullmatch(part) for part in parts):
         numerator, denominator = Fraction(parts[0]), Fraction(parts[-1]) if len(parts) == 2 else Fraction(1)
         if denominator != 0:
             return numerator / denominator
