@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         check_words(argv)
-        args = _parse(argv)
+        args = parse(argv)
         status = args.run(args) or 0
         sys.stdout.flush()
         return status
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     top = parser()
     args, left = top.parse_known_args(argv)
     if hasattr(args, "words"):  # a command with a parser of its own takes them as they are

@@ -137,7 +137,7 @@ def test_help_of_a_command_shows_what_it_does_and_an_example_that_parses(command
     examples = [line.partition("mmtard ")[2] for line in text.partition("example: ")[2].splitlines()]
     assert examples and examples[0].split()[0] == command
     for example in examples:
-        assert callable(main._parse(example.replace("'", "").split()).run)
+        assert callable(main.parse(example.replace("'", "").split()).run)
 
 
 def test_version(capsys):
