@@ -8,6 +8,7 @@ from dataclasses import replace
 from .. import config as settings
 from ..config.argument_types import fraction, natural, path, path_text, positive, positive_or
 from ..distributed.interruption import Interruption
+from ..errors import UserError
 from .command import add_command, heavy_imports
 
 
@@ -44,7 +45,7 @@ def _evaluation_arguments(p: argparse.ArgumentParser) -> None:
         "--protocol",
         metavar="NAME",
         default="quick",
-        help="fare, tecoa, robustbench or quick (default); what follows changes it",
+        help="fare, tecoa, robustbench, autoattack or quick (default); what follows changes it",
     )
     p.add_argument(
         "--data",
@@ -65,7 +66,8 @@ def _evaluation_arguments(p: argparse.ArgumentParser) -> None:
         "--templates",
         type=path_text,
         metavar="FILE",
-        help="prompts, one a line, with {} or {c} for the name, or one prompt; default: the dataset's own",
+        help="prompts, one a line, with {} or {c} for the name, or one prompt; `dataset`: each dataset's own; "
+        "default: those that a run was trained with, else the dataset's own",
     )
     p.add_argument("--norm", choices=("linf", "l2"))
     p.add_argument("--eps", type=fraction, nargs="+", metavar="E", help="radii in units of [0,1], such as 2/255 4/255")
@@ -73,7 +75,8 @@ def _evaluation_arguments(p: argparse.ArgumentParser) -> None:
         "--attacks",
         nargs="+",
         metavar="NAME",
-        help="in their order: pgd, apgd-ce, apgd-dlr, apgd-t, fab-t, square, transfer",
+        help="in their order: pgd, apgd-ce, apgd-dlr, apgd-t, fab-t, square, transfer; "
+        "autoattack (or aa): the original package, where installed",
     )
     p.add_argument("--iters", type=positive, metavar="K", help="iterations of each gradient attack")
     p.add_argument("--restarts", type=positive, metavar="R")
@@ -115,8 +118,13 @@ def _evaluation_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(args) -> int:
+    from ..evaluation.request import in_flags
+
     with Interruption() as interruption:
-        return _measure(args, interruption)
+        try:
+            return _measure(args, interruption)
+        except UserError as error:
+            raise UserError(in_flags(str(error))) from None
 
 
 def _measure(args, interruption: Interruption) -> int:
@@ -137,14 +145,24 @@ def _measure(args, interruption: Interruption) -> int:
         from ..distributed.ranks import process_group
         from ..evaluation import table
         from ..evaluation.evaluate import evaluate
-    if args.templates:
+    datasets_prompts = args.templates == "dataset"
+    if args.templates and not datasets_prompts:
         protocol = replace(
             protocol, templates=tuple(templates(settings.Data(shards=args.data, templates=args.templates)))
         )
-    out = args.out or request.default_out(
-        model, protocol, sources, args.data, batch_size=batch_size, transfer=args.transfer_from
+    others = {"batch_size": batch_size, "transfer": args.transfer_from}
+    others |= {"prompts": "dataset"} if datasets_prompts else {}
+    asked = request.EvaluationRequest(
+        model,
+        sources,
+        protocol,
+        args.out or request.default_out(model, protocol, sources, args.data, **others),
+        transfer,
+        batch_size,
+        args.workers,
+        args.sanity,
+        datasets_prompts,
     )
-    asked = request.EvaluationRequest(model, sources, protocol, out, transfer, batch_size, args.workers, args.sanity)
     with process_group(args.device) as ranks:
         results = evaluate(asked, ranks, interruption=interruption)
         if ranks.is_first:

@@ -21,7 +21,10 @@ from ..zero_shot import ZeroShotHead
 
 @dataclass
 class EvaluatedModel:
-    """`tower` takes images [B,3,H,W] in [0,1] of any size and runs in float32; `description` is the model's part of the results."""
+    """A frozen model on this rank's device.
+
+    tower: takes images [B,3,H,W] in [0,1] of any size and runs in float32. description: the model's part of the results.
+    """
 
     clip: clip.Clip
     tower: image_tower.ImageTower
@@ -29,7 +32,10 @@ class EvaluatedModel:
 
     @property
     def identity(self) -> dict:
-        """What of `description` decides the numbers: not where the weights came from, nor the path that may be their architecture's name."""
+        """What of `description` decides the numbers.
+
+        Not where the weights came from, nor the path that may be their architecture's name.
+        """
         return {k: v for k, v in self.description.items() if k not in ("weights", "ema", "arch")}
 
     def transform(self) -> Transform:
@@ -44,6 +50,19 @@ class EvaluatedModel:
     def logits(self, head: ZeroShotHead) -> Callable[[Tensor], Tensor]:
         """images [B,3,H,W] float32 in [0,1] -> logits [B,C], the cosines times the model's own logit scale."""
         return lambda images: head(self.tower(images)).logits
+
+    def read_alike(self, texts: list[str]) -> list[tuple[str, str]]:
+        """(an earlier text, another) wherever the tokenizer makes the same tokens of two that are not the same words.
+
+        It knows no capitals and cuts what is longer than the text tower's context.
+        """
+        first: dict[bytes, str] = {}
+        pairs = []
+        for text, tokens in zip(texts, self.clip.tokenizer()(texts)):
+            earlier = first.setdefault(tokens.numpy().tobytes(), text)
+            if " ".join(earlier.lower().split()) != " ".join(text.lower().split()):
+                pairs.append((earlier, text))
+        return pairs
 
     def embed(self, images: Tensor) -> Tensor:
         """images [B,3,H,W] float32 in [0,1] -> embeddings [B,D], normalised."""

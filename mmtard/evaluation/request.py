@@ -5,6 +5,7 @@ Imports no torch: what is wrong with the words is said at once.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from ..config import Model, show_pixels
 from ..errors import UserError, unknown_name
 from ..files import settings_digest, slug
+from ..runs.layout import CHECKPOINTS, EVALUATIONS
 from .datasets import DatasetSource
 from .protocols import LINF_ONLY, PROTOCOLS, Protocol
 
@@ -34,62 +36,136 @@ class EvaluationRequest:
 def protocol(
     name: str, eps: list[Fraction] | None = None, transfer: bool = False, all_samples: bool = False, **changes
 ) -> Protocol:
-    """The protocol of that name with what the user changed (None: as the protocol says). Raises UserError for what does not fit."""
+    """The protocol of that name with what the user changed (None: as the protocol says).
+
+    Raises UserError for what does not fit.
+    """
     if name not in PROTOCOLS:
-        raise unknown_name("protocol", name, PROTOCOLS)
+        raise _unknown_protocol(name)
     changes = {k: v for k, v in changes.items() if v is not None}
     if all_samples:
         changes["n_samples"] = None
     if eps is not None:
         changes |= {"eps": tuple(dict.fromkeys(eps)), "eps_of": ()}
-    asked = replace(PROTOCOLS[name], **changes)
-    if transfer and "transfer" not in asked.attacks:
-        asked = replace(asked, attacks=(*asked.attacks, "transfer"))
-    if "transfer" in asked.attacks and not transfer:
+    if "attacks" in changes:  # the original AutoAttack under any of its names
+        changes["attacks"] = tuple("autoattack" if _is_autoattack(attack) else attack for attack in changes["attacks"])
+    chosen = replace(PROTOCOLS[name], **changes)
+    if transfer and "transfer" not in chosen.attacks:
+        chosen = replace(chosen, attacks=(*chosen.attacks, "transfer"))
+    if "transfer" in chosen.attacks and not transfer:
         raise UserError(
             "--attacks: 'transfer' needs the model whose gradients it follows; name it with --transfer-from"
         )
-    _check_threat(asked, eps is not None)
-    return asked
+    _check_threat(chosen, eps is not None)
+    return chosen
 
 
-def _check_threat(asked: Protocol, own_eps: bool) -> None:
-    for e in asked.eps:
+def _unknown_protocol(name: str) -> UserError:
+    if _is_autoattack(name):
+        return UserError(f"unknown protocol '{name}'; AutoAttack's standard suite is --protocol autoattack")
+    return unknown_name("protocol", name, PROTOCOLS)
+
+
+def _is_autoattack(name: str) -> bool:
+    return re.sub(r"[^a-z]", "", name.lower()) in ("aa", "autoattack", "standard")
+
+
+def _check_threat(chosen: Protocol, own_eps: bool) -> None:
+    for e in chosen.eps:
         if e <= 0:
             raise UserError(f"--eps: {e} is no attack; write a positive size such as 2/255")
-        if asked.norm == "linf" and e >= 1:
+        if chosen.norm == "linf" and e >= 1:
             raise UserError(
-                f"--eps: {e} lets an attack replace the whole image, for pixels are in [0,1]; write it as a fraction such as 2/255"
+                f"--eps: {e} lets an attack replace the whole image, for pixels are in [0,1]; "
+                "write it as a fraction such as 2/255"
             )
-    if asked.norm != PROTOCOLS[asked.name].norm and not own_eps:
+    usual = PROTOCOLS[chosen.name].norm
+    if chosen.norm != usual and not own_eps:
         raise UserError(
-            f"--norm: the radii of '{asked.name}' are {PROTOCOLS[asked.name].norm}'s, not {asked.norm}'s; give its own with --eps, such as 0.5"
+            f"--norm: the radii of '{chosen.name}' are {usual}'s, not {chosen.norm}'s; "
+            "give its own with --eps, such as 0.5"
         )
-    unfit = [a for a in asked.attacks if a in LINF_ONLY and asked.norm != "linf"]
+    unfit = [a for a in chosen.attacks if a in LINF_ONLY and chosen.norm != "linf"]
     if unfit:
-        others = " ".join(a for a in asked.attacks if a not in (*unfit, "transfer"))
+        others = " ".join(a for a in chosen.attacks if a not in (*unfit, "transfer"))
         raise UserError(
-            f"--attacks: '{unfit[0]}' is written for linf, not {asked.norm}; leave it out: --attacks {others or 'apgd-ce'}"
+            f"--attacks: '{unfit[0]}' is written for linf, not {chosen.norm}; "
+            f"leave it out: --attacks {others or 'apgd-ce'}"
         )
 
 
-def default_out(model: Model, asked: Protocol, sources: list[DatasetSource], root: str, **others) -> Path:
+def default_out(model: Model, chosen: Protocol, sources: list[DatasetSource], root: str, **others) -> Path:
     """RUN/evaluations/PROTOCOL-DATA-NORM-EPS-DIGEST of a run or checkpoint folder, else the same under evaluations/ here.
 
     The digest stands for every other setting, so that two evaluations share a folder only when they are the same.
     """
     path = Path(model.weights)
-    checkpoint = path.parent.name == "checkpoints" and path.name
-    run = path.parent.parent if checkpoint else path if (path / "checkpoints").is_dir() else Path()
+    checkpoint = path.parent.name == CHECKPOINTS and path.name
+    run = path.parent.parent if checkpoint else path if (path / CHECKPOINTS).is_dir() else Path()
     of = sources[0].name if len(sources) == 1 else Path(root).resolve().name
-    others |= {"settings": asked.settings(), "datasets": [s.name for s in sources], "root": str(Path(root).resolve())}
+    others |= {"settings": chosen.settings(), "datasets": [s.name for s in sources], "root": str(Path(root).resolve())}
     others |= {"model": model.model_dump(mode="json")} if run == Path() else {}
     name = [
-        asked.name,
+        chosen.name,
         *(["ema"] if model.ema else []),
         of,
-        asked.norm,
-        "+".join(map(show_pixels, asked.eps)),
+        chosen.norm,
+        "+".join(map(show_pixels, chosen.eps)),
         settings_digest(others)[:8],
     ]
-    return run / "evaluations" / slug("-".join([checkpoint, *name] if checkpoint else name))
+    return run / EVALUATIONS / slug("-".join([checkpoint, *name] if checkpoint else name))
+
+
+# What a setting is called on the command line of `mmtard evaluate`.
+_FLAGS = {
+    "model.weights": "MODEL",
+    "model.arch": "--arch",
+    "model.text": "--text",
+    "model.quick_gelu": "--quick-gelu",
+    "model.ema": "--ema",
+    "--transfer-from.weights": "--transfer-from",
+    "--transfer-from.arch": "--transfer-arch",
+    "--transfer-from.text": "--transfer-from",
+    "--transfer-from.quick_gelu": "--transfer-from",
+    "data.shards": "--data",
+    "data.index": "--index",
+    "data.classnames": "--classnames",
+    "data.templates": "--templates",
+    "engine.device": "--device",
+    "attacks": "--attacks",
+}
+_PHRASES = {
+    "arch: ": "{arch} ",
+    "text: ": "--text ",
+    "check `arch`": "check {arch}",
+    "leave arch out": "leave {arch} out",
+    "leave text out": "leave --text out",
+    "leave ema out": "leave --ema out",
+    "leave quick_gelu out": "leave --quick-gelu out",
+    "set quick_gelu to": "set --quick-gelu to",
+}
+# Longest first: `model.text.arch` is --arch, not --text. What stands in quotes is the user's own.
+_KEYS = re.compile(
+    r"'[^']*'|(?<![\w.-])(?:"
+    + "|".join(
+        rf"{re.escape(key.rpartition('.')[0])}(?:\.text)*\.{re.escape(key.rpartition('.')[2])}(?![\w.])"
+        if "." in key
+        else rf"{re.escape(key)}(?=: )"
+        for key in _FLAGS
+    )
+    + ")"
+)
+
+
+def in_flags(message: str) -> str:
+    """A message about settings in the words of `mmtard evaluate`: `--arch` for `model.arch`."""
+    arch = "--transfer-arch" if message.startswith("--transfer-from.") else "--arch"
+
+    def flag(match: re.Match) -> str:
+        key = re.sub(r"(\.text)+(?=\.)", "", match[0])
+        return _FLAGS.get(key, match[0])
+
+    found = _KEYS.sub(flag, message)
+    for phrase, words in _PHRASES.items():
+        found = re.sub(rf"(?<![\w.-]){re.escape(phrase)}", words.format(arch=arch), found)
+    return found

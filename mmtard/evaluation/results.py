@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..attacks.checks import health_line
+from ..config import parse_fraction
 from ..errors import UserError
 from ..files import write_text
 from ..runs.layout import RESULTS as FILE
@@ -49,6 +50,21 @@ def under_attack(
     worst = min(by_class, key=lambda c: (sum(by_class[c]) / len(by_class[c]), c))
     found = {"name": names[worst], "accuracy": sum(by_class[worst]) / len(by_class[worst]), "n": len(by_class[worst])}
     return {"attacks": after, "robust": accuracy(standing), "worst_class": found}
+
+
+def robust_area(clean: dict, by_eps: dict[str, dict]) -> dict | None:
+    """The mean robust accuracy over every eps from 0, which is clean, to the largest that was measured.
+
+    The area under the curve of accuracy over eps, by trapezoids, divided by the largest eps. None for a single radius.
+    """
+    if len(by_eps) < 2:
+        return None
+    points = [(0.0, clean["accuracy"])]
+    points += [(float(parse_fraction(eps)), at["robust"]["accuracy"]) for eps, at in by_eps.items()]
+    points.sort()
+    area = sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in zip(points, points[1:]))
+    largest = max(by_eps, key=parse_fraction)
+    return {"accuracy": area / points[-1][0], "from": "0", "to": largest, "radii": len(by_eps)}
 
 
 def averages(datasets: list[dict]) -> dict:

@@ -33,6 +33,7 @@ from ..errors import UserError
 from ..seeding import derive_seeds
 from . import results
 from .chunks import ChunkedWork
+from .data_checks import caption_lines, not_used
 from .partial_results import PartialResults
 from .protocols import Protocol
 from .statistics import stratified
@@ -88,6 +89,7 @@ class RetrievalTask:
     progress: PartialResults
     embed: Callable[[Tensor], Tensor]  # images [B,3,H,W] -> embeddings [B,D], differentiable
     embed_texts: Callable[[list[str]], Tensor]  # T captions -> normalised embeddings [T,D]; collective
+    read_alike: Callable[[list[str]], list[tuple[str, str]]]  # pairs of different captions that are one to the model
     logit_scale: float
     protocol: Protocol
 
@@ -116,6 +118,7 @@ def measure(task: RetrievalTask) -> dict:
     read = np.array([i for row in rows for i in row["ids"]])
     captions = Captions.read(dataset, read.tolist(), work.cache)
     texts = task.embed_texts(captions.texts)
+    alike = work.ranks.run_on_first(partial(task.read_alike, captions.texts))
     chosen = stratified(np.zeros(len(read), dtype=np.int64), task.protocol.n_samples, task.protocol.seed)
     own, theirs = captions.of(chosen)
     sample = Sample(read[chosen], own, texts[theirs])
@@ -126,6 +129,7 @@ def measure(task: RetrievalTask) -> dict:
         "captions": len(captions.texts),
         "attack": ATTACK,
         "left_out": len(left_out),
+        "not_used": not_used(dataset, left_out, labels=False),
         "clean_all": recalls(*ranks_of(images, texts, captions.image)),
         "clean": recalls(*clean),
         "eps": {eps: found["recall"] for eps, found in at_radius.items()},
@@ -138,6 +142,7 @@ def measure(task: RetrievalTask) -> dict:
         "health": [
             *results.unread(left_out, len(dataset)),
             *_not_finite(dataset, read, images, texts),
+            *caption_lines(alike, len(captions.texts)),
             *(line for found in at_radius.values() for line in found["health"]),
         ],
     }

@@ -15,7 +15,7 @@ from ..distributed.interruption import Interruption
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from ..files import settings_digest
-from . import results, retrieval, zeroshot
+from . import data_checks, results, retrieval, zeroshot
 from .chunks import ChunkedWork
 from .class_folders import with_shards
 from .datasets import DatasetSource
@@ -151,7 +151,14 @@ class EvaluationSession:
             return self.model.head(captions, ["{}"], self.ranks).class_embeddings.cpu()
 
         task = retrieval.RetrievalTask(
-            name, work, progress, self.model.embed, texts, self.model.clip.logit_scale, self.request.protocol
+            name,
+            work,
+            progress,
+            self.model.embed,
+            texts,
+            self.model.read_alike,
+            self.model.clip.logit_scale,
+            self.request.protocol,
         )
         return retrieval.measure(task)
 
@@ -167,11 +174,22 @@ class EvaluationSession:
             **found,
             "sanity": False,
         }
+        health = list(entry["health"])
         if measured["kind"] == "zeroshot":
             entry["templates_from"] = self._prompts(source)[1]
+            health += data_checks.label_lines(dataset)
+            health += data_checks.class_name_lines(measured["classes"], dataset.labels, self._read_alike(measured))
+            health += data_checks.chance_lines(entry["clean_all"], entry["chance"])
         if self.run is not None:
-            entry["health"] = [*entry["health"], self.run.line(dataset)]
-        return entry
+            health.append(self.run.line(dataset))
+        return {**entry, "health": health}
+
+    def _read_alike(self, measured: dict) -> list[tuple[str, str]]:
+        """Pairs of class names that are the same to the model, in the first of the prompts. Collective."""
+        before, _, after = measured["templates"][0].partition("{}")
+        prompts = [before + name + after for name in measured["classes"]]
+        pairs = self.ranks.run_on_first(lambda: self.model.read_alike(prompts))
+        return [tuple(p.removeprefix(before).removesuffix(after) for p in pair) for pair in pairs]
 
 
 def deciding_settings(settings: dict) -> dict:

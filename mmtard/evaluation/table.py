@@ -1,4 +1,4 @@
-"""An evaluation's results as a table on the console."""
+"""An evaluation's results as tables on the console."""
 
 from __future__ import annotations
 
@@ -7,112 +7,126 @@ from rich.table import Table
 
 from .protocols import PROTOCOLS
 
+WAYS = [(way, k) for way in ("image_to_text", "text_to_image") for k in ("1", "5", "10")]
+
 
 def show(results: dict) -> None:
     """Print the settings, a row for each dataset and eps, the averages, and the health lines that are not PASS."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     console.print(f"{results['model']['weights']}, {describe(results)}")
-    classified = [d for d in results["datasets"] if d["kind"] == "zeroshot"]
-    if classified:
-        _print(console, _zeroshot(classified, results))
-        published, names = set(PROTOCOLS[results["protocol"]].datasets), {d["name"] for d in classified} - {"ImageNet"}
-        differ = [
-            f"{word} {', '.join(sorted(sets))}"
-            for word, sets in (("without", published - names), ("with", names - published))
-            if sets
-        ]
-        if published and differ:
-            console.print(f"not the mean that {results['protocol']} publishes: {'; '.join(differ)}")
-    retrieved = [d for d in results["datasets"] if d["kind"] == "retrieval"]
-    if retrieved:
-        _print(console, _retrieval(retrieved))
-    lines = [(d["name"], line) for d in results["datasets"] for line in d["health"]]
-    passed = sum(line["status"] == "PASS" for _, line in lines)
-    for name, line in lines:
-        if line["status"] != "PASS":
-            console.print(f"{line['status']} {name}: {line['check']}: {line['detail']}", markup=False)
-    console.print(f"PASS {passed} of {len(lines)} health checks")
+    of_kind = {kind: [d for d in results["datasets"] if d["kind"] == kind] for kind in ("zeroshot", "retrieval")}
+    if of_kind["zeroshot"]:
+        print_table(_zeroshot(of_kind["zeroshot"], results))
+        for line in (*_prompts(of_kind["zeroshot"]), *_other_mean(of_kind["zeroshot"], results["protocol"])):
+            console.print(line)
+    if of_kind["retrieval"]:
+        print_table(_retrieval(of_kind["retrieval"]))
+    for entry in results["datasets"]:
+        if entry.get("not_used"):
+            console.print(f"{entry['name']}: {used(entry)}")
+    _health(console, results)
+
+
+def plain_console(**options) -> Console:
+    """A console that shows names as they are: `[red]` and `:smile:` in a name change nothing."""
+    return Console(highlight=False, markup=False, emoji=False, **options)
+
+
+def print_table(table: Table) -> None:
+    """Print a table as wide as it needs where the output is no terminal."""
+    console = plain_console()
+    wide = plain_console(width=60 + 16 * len(table.columns))
+    (console if console.is_terminal else wide).print(table)
 
 
 def describe(results: dict) -> str:
     """The protocol and what decides its numbers, in a line."""
     s = results["settings"]
     budget = f"{s['iters']} iterations, {s['restarts']} restart{'s' if s['restarts'] > 1 else ''}"
-    budget += f", {s['queries']} queries" if "square" in s["attacks"] else ""
-    samples = (
-        "all samples"
-        if s["n_samples"] is None
-        else f"at most {s['n_samples']} samples a dataset (stratified, seed {s['seed']})"
+    if "square" in s["attacks"]:
+        budget += f", {s['queries']} queries"
+    samples = "all samples"
+    if s["n_samples"] is not None:
+        samples = f"at most {s['n_samples']} samples a dataset (stratified, seed {s['seed']})"
+    attacks, scale = ", ".join(s["attacks"]), results["model"]["logit_scale"]
+    return (
+        f"protocol {results['protocol']}: {s['norm']}, {attacks}, {budget}, {samples}, float32, "
+        f"logits = {scale:.4g} x cosines"
     )
-    scale = results["model"]["logit_scale"]
-    return f"protocol {results['protocol']}: {s['norm']}, {', '.join(s['attacks'])}, {budget}, {samples}, float32, logits = {scale:.4g} x cosines"
+
+
+def used(entry: dict) -> str:
+    """How many samples of a dataset were used, how many were not, and why."""
+    reasons = "; ".join(f"{n} {reason}" for reason, n in entry["not_used"].items())
+    return f"{entry['n_total']} samples used, {sum(entry['not_used'].values())} not: {reasons}"
 
 
 def _zeroshot(datasets: list[dict], results: dict) -> Table:
     attacks = results["settings"]["attacks"]
-    table = _table(
-        [
-            "dataset",
-            "eps",
-            "clean (all)",
-            "clean",
-            *(f"+ {a}" for a in attacks),
-            "robust % (95 %)",
-            "samples",
-            "worst class",
-            "chance",
-        ]
-    )
+    after = [f"+ {attack}" for attack in attacks]
+    columns = ["dataset", "eps", "clean (all)", "clean", *after, "robust % (95 %)", "samples", "worst class", "chance"]
+    table = _table(columns)
     for entry in datasets:
+        clean = [_percent(entry[key]["accuracy"]) for key in ("clean_all", "clean")]
         for i, (eps, at) in enumerate(entry["eps"].items()):
-            after = [_percent(at["attacks"][a]["accuracy"]) if a in at["attacks"] else "-" for a in attacks]
+            stands = [_percent(at["attacks"][a]["accuracy"]) if a in at["attacks"] else "-" for a in attacks]
             worst = f"{at['worst_class']['name']} {_percent(at['worst_class']['accuracy'])}"
-            clean = [_percent(entry[k]["accuracy"]) for k in ("clean_all", "clean")]
-            table.add_row(
-                entry["name"] if i == 0 else "",
-                eps,
-                *clean,
-                *after,
-                _interval(at["robust"]),
-                str(at["robust"]["n"]),
-                worst,
-                _percent(entry["chance"]),
-            )
+            name, robust, n = entry["name"] if i == 0 else "", _interval(at["robust"]), str(at["robust"]["n"])
+            table.add_row(name, eps, *clean, *stands, robust, n, worst, _percent(entry["chance"]))
+        if area := entry.get("robust_area"):
+            blank = [""] * (len(attacks) + 2)
+            table.add_row("", f"0 to {area['to']}", *blank, f"{_percent(area['accuracy'])} mean over eps", "", "", "")
     for name, label in (("all", "average"), ("without_imagenet", "average without ImageNet")):
         mean = results["averages"][name]
         if mean and mean["datasets"] > 1:
+            clean, n = [_percent(mean["clean_all"]), _percent(mean["clean"])], f"{mean['datasets']} datasets"
             for eps, at in mean["eps"].items():
-                clean = [_percent(mean["clean_all"]), _percent(mean["clean"])]
-                table.add_row(
-                    label,
-                    eps,
-                    *clean,
-                    *[""] * len(attacks),
-                    _percent(at["robust"]),
-                    f"{mean['datasets']} datasets",
-                    "",
-                    "",
-                )
+                table.add_row(label, eps, *clean, *[""] * len(attacks), _percent(at["robust"]), n, "", "")
     return table
+
+
+def _prompts(datasets: list[dict]) -> list[str]:
+    """A line for each set of prompts, and the datasets that it was used for."""
+    used_for: dict[tuple, list[str]] = {}
+    for entry in datasets:
+        used_for.setdefault((tuple(entry["templates"]), entry.get("templates_from")), []).append(entry["name"])
+    lines = []
+    for (prompts, origin), names in used_for.items():
+        more = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
+        where = "" if len(used_for) == 1 else f" of {', '.join(names)}"
+        lines.append(f"prompts{where}: '{prompts[0]}'{more}" + (f" ({origin})" if origin else ""))
+    return lines
+
+
+def _other_mean(datasets: list[dict], protocol: str) -> list[str]:
+    """A line where the average is over other datasets than the protocol's published one."""
+    published, names = set(PROTOCOLS[protocol].datasets), {d["name"] for d in datasets} - {"ImageNet"}
+    differ = [
+        f"{word} {', '.join(sorted(sets))}"
+        for word, sets in (("without", published - names), ("with", names - published))
+        if sets
+    ]
+    return [f"not the mean that {protocol} publishes: {'; '.join(differ)}"] if published and differ else []
 
 
 def _retrieval(datasets: list[dict]) -> Table:
-    ways = [(way, k) for way in ("image_to_text", "text_to_image") for k in ("1", "5", "10")]
-    table = _table(["retrieval", "eps", *(f"{way.replace('_', ' ')} R@{k}" for way, k in ways), "images"])
+    table = _table(["retrieval", "eps", *(f"{way.replace('_', ' ')} R@{k}" for way, k in WAYS), "images"])
     for entry in datasets:
-        rows = [
-            ("clean (all)", entry["clean_all"]),
-            ("clean", entry["clean"]),
-            *((eps, at["recall"]) for eps, at in entry["eps"].items()),
-        ]
-        for i, (what, recall) in enumerate(rows):
-            table.add_row(
-                entry["name"] if i == 0 else "",
-                what,
-                *(_interval(recall[way][k]) for way, k in ways),
-                str(recall["image_to_text"]["1"]["n"]),
-            )
+        rows = [("clean (all)", entry["clean_all"]), ("clean", entry["clean"])]
+        rows += [(eps, at["recall"]) for eps, at in entry["eps"].items()]
+        for i, (eps, recall) in enumerate(rows):
+            found = [_interval(recall[way][k]) for way, k in WAYS]
+            table.add_row(entry["name"] if i == 0 else "", eps, *found, str(recall["image_to_text"]["1"]["n"]))
     return table
+
+
+def _health(console: Console, results: dict) -> None:
+    lines = [(d["name"], line) for d in results["datasets"] for line in d["health"]]
+    passed = sum(line["status"] == "PASS" for _, line in lines)
+    for name, line in lines:
+        if line["status"] != "PASS":
+            console.print(f"{line['status']} {name}: {line['check']}: {line['detail']}")
+    console.print(f"PASS {passed} of {len(lines)} health checks")
 
 
 def _table(columns: list[str]) -> Table:
@@ -120,10 +134,6 @@ def _table(columns: list[str]) -> Table:
     for column in columns:
         table.add_column(column, justify="left" if column in ("dataset", "retrieval", "worst class") else "right")
     return table
-
-
-def _print(console: Console, table: Table) -> None:
-    (console if console.is_terminal else Console(highlight=False, width=60 + 16 * len(table.columns))).print(table)
 
 
 def _interval(acc: dict) -> str:

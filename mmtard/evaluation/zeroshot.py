@@ -24,6 +24,7 @@ from ..data.samples import Batch
 from ..errors import UserError
 from . import results
 from .chunks import ChunkedWork
+from .data_checks import not_used
 from .partial_results import PartialResults
 from .protocols import Protocol
 from .statistics import stratified
@@ -166,9 +167,11 @@ def summary(
     return {
         "n_total": n_all,
         "left_out": len(clean.left_out),
+        "not_used": not_used(task.work.dataset, clean.left_out, labels=True),
         "clean_all": results.accuracy([clean.right(i) for i in clean.prediction]),
         "clean": results.accuracy(right),
         "eps": by_eps,
+        "robust_area": results.robust_area(results.accuracy(right), by_eps),
         "samples": {
             "ids": ids,
             "keys": [task.work.dataset.keys[i] for i in ids],

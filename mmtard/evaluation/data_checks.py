@@ -1,0 +1,104 @@
+"""Whether a dataset is what its user takes it for: samples that were not used, class names and captions that are likely
+mistakes. Lines of health as `mmtard.attacks.checks` writes them; none where all is well."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..attacks.checks import health_line
+from ..data.dataset import Dataset
+
+# What names look like that a folder or a table left in place of words.
+_NO_WORDS = (
+    ("WordNet ids", re.compile(r"n\d{8}")),
+    ("numbers", re.compile(r"\d+")),
+    ("numbered lines", re.compile(r"\d+\s*[,;:\t|]\s*\S.*")),
+    ("words joined by _", re.compile(r"\S*[^\W\d]_[^\W\d]\S*")),
+    ("text of a list", re.compile(r"[\[{].*[\]}]")),
+)
+
+
+def not_used(dataset: Dataset, left_out: Sequence[tuple[str, str]], labels: bool) -> dict[str, int]:
+    """reason -> how many samples are in no number for it. labels: samples without a label are not measured."""
+    reasons: Counter[str] = Counter()
+    if labels:
+        unlabelled = np.flatnonzero(dataset.labels < 0)
+        for status in np.unique(dataset.index.label_status[unlabelled]):
+            alike = unlabelled[dataset.index.label_status[unlabelled] == status]
+            reasons[dataset.label_problem(int(alike[0])) or "no label"] += len(alike)
+    reasons["without an image"] += int(dataset.index.imageless.sum())
+    for _, reason in left_out:
+        reasons[reason.partition(":")[0]] += 1
+    return {reason: n for reason, n in reasons.items() if n}
+
+
+def label_lines(dataset: Dataset) -> list[dict]:
+    """A line where samples have no usable label."""
+    missing = np.flatnonzero(dataset.labels < 0)
+    if not len(missing):
+        return []
+    first = int(missing[0])
+    detail = (
+        f"{len(missing)} of {len(dataset)} samples have none and are in no number "
+        f"({dataset.name(first)}: {dataset.label_problem(first)}{'; ...' if len(missing) > 1 else ''})"
+    )
+    return [health_line("every sample has a label", False, detail)]
+
+
+def class_name_lines(names: list[str], labels: np.ndarray, same: list[tuple[str, str]]) -> list[dict]:
+    """Lines about class names that are likely mistakes.
+
+    labels: int64 [N] of the data, -1 where there is none. same: pairs of different names that the model reads alike.
+    """
+    problems = []
+    twice = [name for name, n in Counter(names).items() if n > 1]
+    if twice:
+        problems.append(f"{_some(twice)} twice: an image of one of the two classes is right by chance at best")
+    for kind, looks in _NO_WORDS:
+        alike = [name for name in names if looks.fullmatch(name)]
+        if alike:
+            problems.append(f"{len(alike)} of {len(names)} are {kind} ({_some(alike)}): write the words that name them")
+    highest = int(labels.max(initial=-1))
+    if len(names) > highest + 1:
+        problems.append(
+            f"{len(names)} names, but the highest label is {highest}: is a name too many, or another file meant?"
+        )
+    if same:
+        pairs = "; ".join(f"'{a}' and '{b}'" for a, b in same[:3])
+        problems.append(
+            f"{len(same)} are read as another one ({pairs}): the text tower does not see how they differ, which may be "
+            "past its last token"
+        )
+    return [health_line("class names", False, problem) for problem in problems]
+
+
+def chance_lines(clean: dict, chance: float) -> list[dict]:
+    """A line where the clean accuracy is not above chance: the names may be in another order than the labels."""
+    if clean["accuracy"] == 0 or clean["interval95"][0] > chance:
+        return []
+    low, high = (100 * share for share in clean["interval95"])
+    detail = (
+        f"clean accuracy is {100 * clean['accuracy']:.2f} % ({low:.1f} to {high:.1f}), chance {100 * chance:.2f} %: "
+        "are the class names in the order of the labels?"
+    )
+    return [health_line("above chance", False, detail)]
+
+
+def caption_lines(same: list[tuple[str, str]], n: int) -> list[dict]:
+    """A line where different captions are one to the model. same: pairs of them; n: captions in all."""
+    if not same:
+        return []
+    a, b = (text if len(text) <= 60 else f"{text[:57]}..." for text in same[0])
+    detail = (
+        f"{len(same)} of {n} are read as another one ('{a}' and '{b}'): they differ past the text tower's last token, "
+        "and none of them can be told from the other"
+    )
+    return [health_line("captions", False, detail)]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names[:3]) + (", ..." if len(names) > 3 else "")
