@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from ..distributed.ranks import Ranks
 from ..files import settings_digest
 from ..models import clip, image_tower, loading
 from ..models.weights import tensors_sha256
+from ..runs.checkpoints import resolve
+from ..runs.layout import CHECKPOINTS
 from ..zero_shot import ZeroShotHead
 
 
@@ -70,8 +73,8 @@ class EvaluatedModel:
 
 
 def load_model(spec: Model, ranks: Ranks, where: str = "model") -> EvaluatedModel:
-    """A frozen model on this rank's device. Collective. Raises UserError as `towers.load` does."""
-    clip = loading.load_clip(spec, where=where)
+    """A frozen model on this rank's device. Collective. Raises UserError as `load_clip` does."""
+    clip = loading.load_clip(_the_same_everywhere(spec, ranks), where=where)
     state = clip.model.state_dict()
     image = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
     text = {k: v for k, v in state.items() if not k.startswith("visual.")}
@@ -90,6 +93,15 @@ def load_model(spec: Model, ranks: Ranks, where: str = "model") -> EvaluatedMode
         "model_cfg": settings_digest(clip.config["model_cfg"]),
     }
     return EvaluatedModel(clip, tower, description)
+
+
+def _the_same_everywhere(spec: Model, ranks: Ranks) -> Model:
+    """The model with a run's newest checkpoint by name, so that no rank takes a newer one that comes meanwhile."""
+    folder = Path(spec.weights)
+    if ranks.world_size == 1 or not (folder / CHECKPOINTS).is_dir() or (folder / clip.CONFIG_FILE).is_file():
+        return spec
+    _, checkpoint = ranks.run_on_first(lambda: resolve(folder))
+    return spec.model_copy(update={"weights": str(checkpoint)})
 
 
 @contextmanager

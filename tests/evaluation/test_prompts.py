@@ -10,7 +10,7 @@ from mmtard.errors import UserError
 from mmtard.evaluation import datasets, table
 from mmtard.evaluation.trained_with import trained_with
 from mmtard.models import loading
-from mmtard.runs.checkpoints import Checkpoints
+from mmtard.runs.checkpoint_writer import Checkpoints
 
 OWN = "a picture, {c}\n"
 

@@ -69,6 +69,8 @@ def run(job, dataset):
         "5",
         "--n-samples",
         "30",
+        "--templates",
+        "dataset",
     ]
     assert command(*words, "--device", "cpu", "--workers", "0") == 0
     return run
