@@ -243,9 +243,12 @@ def test_runs_needs_no_torch(mmtard, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--data", "gone.tar"], "data.shards: missing shard 'gone.tar'; correct the pattern or restore the file"),
+        (["--data", "gone.tar"], "--data: missing shard 'gone.tar'; correct the pattern or restore the file"),
         (["--data", "shards", "--datasets", "pets"], "unknown dataset in 'shards' 'pets'; known: shards"),
-        (["--data", "shards", "--protocol", "fair"], "unknown protocol 'fair'; known: fare, quick, robustbench, tecoa"),
+        (
+            ["--data", "shards", "--protocol", "fair"],
+            "unknown protocol 'fair'; known: autoattack, fare, quick, robustbench, tecoa",
+        ),
         (["--data", "shards", "--eps", "0"], "--eps: 0 is no attack; write a positive size such as 2/255"),
         (
             ["--data", "shards", "--attacks", "transfer"],
