@@ -13,19 +13,25 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
+
+# What a file system without locks answers, such as Lustre mounted without flock.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Hold the lock file `path` against every other process and thread of the node; the file is removed afterwards.
 
-    Raises OSError where the lock file cannot be made, is a link, or the file system has no locks.
+    On a file system without locks it guards nothing: what is written under it is published by rename, so that two
+    writers cost work and no more. Raises OSError where the lock file cannot be made or is a link.
     """
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -34,9 +40,11 @@ def exclusive(path: Path) -> Iterator[None]:
             current = os.stat(path).st_ino == os.fstat(fd).st_ino
         except FileNotFoundError:
             current = False
-        except OSError:
-            os.close(fd)
-            raise
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(fd)
+                raise
+            current = True
         if current:
             break
         os.close(fd)  # The last holder deleted the lock file, so we locked a file nobody else can open. Try again.
@@ -45,7 +53,8 @@ def exclusive(path: Path) -> Iterator[None]:
     finally:
         Path(path).unlink(missing_ok=True)
         # Processes forked meanwhile share this lock and would keep it after close alone.
-        fcntl.flock(fd, fcntl.LOCK_UN)
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)
 
 
@@ -89,8 +98,25 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def wait_for(path: Path, patience_s: float = 120.0) -> None:
+    """Wait until a file or folder that another node has made is seen here. Raises UserError when it is not in time.
+
+    A network file system may go on saying for a minute that a path is not there. To list the folder asks it anew.
+    """
+    until = time.monotonic() + patience_s
+    while not path.exists():
+        with suppress(OSError):
+            os.listdir(path.parent)
+        if time.monotonic() > until:
+            raise UserError(
+                f"'{path}' was made by the first rank, and is not seen on {socket.gethostname()} after "
+                f"{patience_s:.0f} seconds; put run_dir on a file system that all nodes share"
+            )
+        time.sleep(0.2)
+
+
 def discard(path: Path) -> None:
-    """Remove a file, a folder with all in it, or a link itself, never what it points to; nothing where there is none."""
+    """Remove a file, a folder with all in it, or a link itself, never what it points to; do nothing without one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

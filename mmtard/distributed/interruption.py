@@ -36,7 +36,7 @@ class Interruption:
 
     @classmethod
     def heeded(cls) -> list[signal.Signals]:
-        """The signals that mean something to this process: all but SIGHUP under nohup, which is ignored from the start."""
+        """The signals that mean something to this process: all but SIGHUP under nohup, which ignores it."""
         under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         return [number for number in cls.SIGNALS if not (number == signal.SIGHUP and under_nohup)]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import UserError
 
-# Slurm numbers the steps of a job from 0, and from here on what is no step of srun: the batch script, an interactive shell.
+# Slurm numbers the steps of a job from 0. From here on a number is no step of srun: the batch script, a shell.
 NO_STEP = 4294967290
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import resource
 import signal
 import sys
 import threading
@@ -13,6 +14,19 @@ from typing import NoReturn
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # The variables by which a process takes itself for a rank. Children that are no ranks start without them.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "MMTARD_INIT_FILE")
+
+
+def raise_descriptor_limit(wanted: int = 65536) -> int:
+    """Let this process open as many files and sockets as its hard limit allows, up to `wanted`; the new limit.
+
+    gloo alone takes a socket for every other rank and group, and the usual limit is 1024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        return allowed
+    return soft
 
 
 def die_with_parent(parent: int) -> None:

@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,16 +18,34 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from ..errors import RunError, UserError
 from .launcher import launch_from_env
+from .processes import raise_descriptor_limit
 
+LEAVE_S = 60.0  # for NCCL to take its groups down
+# What a CUDA error says that no other GPU would mend: the program's fault, or a setting's.
+NO_GPU_FAULT = (
+    "out of memory",
+    "device-side assert",
+    "illegal memory access",
+    "misaligned address",
+    "invalid argument",
+    "invalid configuration",
+    "invalid device",
+    "no kernel image",
+    "driver version is insufficient",
+)
 GIVEN = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")  # set where Slurm gave GPUs
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all. Device tensors go through the default group; flags and numbers through `cpu_group` (gloo)."""
+    """This process among all.
+
+    Device tensors go through the default group, flags and numbers through `cpu_group` (gloo).
+    """
 
     rank: int
     world_size: int
@@ -78,11 +97,12 @@ class Ranks:
 
 
 def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> Ranks:
-    """Join the process group this launch describes: RANK/WORLD_SIZE/LOCAL_RANK (torchrun, deepspeed), SLURM_PROCID/NTASKS/
-    LOCALID (srun, with MASTER_ADDR and MASTER_PORT exported), or a group of one without a network.
+    """Join the process group that this launch describes.
 
-    device: auto | cpu | cuda. Raises UserError when a GPU is asked for, or Slurm gave some, and torch sees none, when local ranks would
-    share a GPU, and when a launcher left no master address.
+    It is RANK/WORLD_SIZE/LOCAL_RANK (torchrun, deepspeed), SLURM_PROCID/NTASKS/LOCALID (srun, with MASTER_ADDR and
+    MASTER_PORT exported), or a group of one without a network. device: auto | cpu | cuda. Raises UserError when a GPU
+    is asked for, or Slurm gave some, and torch sees none, when local ranks would share a GPU, and when a launcher left
+    no master address; RunError when the ranks do not meet.
     """
     # DeepSpeed and FSDP2 call them; no user can change that.
     warnings.filterwarnings(
@@ -98,6 +118,7 @@ def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> R
             file=sys.stderr,
             flush=True,
         )
+    raise_descriptor_limit()
     where = _device(device, local)
     on_gpu = where.type == "cuda"
     if on_gpu:
@@ -125,7 +146,42 @@ def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> R
             ) from None
     # DeepSpeed reads these, and takes the GPU that LOCAL_RANK numbers.
     env.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(where.index if on_gpu else local))
-    return Ranks(rank, world, local, where, dist.new_group(backend="gloo", timeout=timeout))
+    return Ranks(rank, world, local, where, _cpu_group(rank, world, timeout))
+
+
+def _cpu_group(rank: int, world: int, timeout: timedelta) -> Any:
+    """The gloo group of all ranks. Raises RunError where their network interfaces do not reach one another."""
+    try:
+        return dist.new_group(backend="gloo", timeout=timeout)
+    except RuntimeError as error:
+        raise RunError(
+            f"rank {rank} of {world} ({platform.node()}) cannot reach the others over the network: "
+            f"{' '.join(str(error).split())[:300]}; name the interface that connects the nodes in GLOO_SOCKET_IFNAME "
+            "and NCCL_SOCKET_IFNAME (`ip addr` lists them)"
+        ) from None
+
+
+def set_timeouts(limit: timedelta) -> None:
+    """Let every process group of this process wait so long, DeepSpeed's own groups too, which torch gives 10 minutes.
+
+    NCCL takes the whole process down at its time-out, before anything can be said or noted.
+    """
+    setter = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    for group in list(distributed_c10d._world.pg_map):
+        setter(limit, group)
+
+
+def gpu_fault(error: BaseException | None) -> str | None:
+    """What a GPU that fails says (ECC, a launch failure, off the bus); None for any other error.
+
+    An index beyond a table or too little memory is no fault of the GPU.
+    """
+    if not isinstance(error, getattr(torch, "AcceleratorError", ())) or isinstance(error, torch.OutOfMemoryError):
+        return None
+    text = " ".join(str(error).split())
+    return (
+        None if any(words in text for words in NO_GPU_FAULT) else text.partition(" CUDA kernel errors might")[0][:300]
+    )
 
 
 def peer_is_gone(error: BaseException | None) -> bool:
@@ -151,16 +207,31 @@ def process_group(device: str = "auto") -> Iterator[Ranks]:
         if not peer_is_gone(error):
             raise
         raise RunError(
-            f"lost the connection to another rank; its own lines say why, this rank saw: {' '.join(str(error).split())[:300]}"
+            "lost the connection to another rank; its own lines say why, this rank saw: "
+            f"{' '.join(str(error).split())[:300]}"
         ) from None
     stop()
 
 
-def stop() -> None:
-    """Leave the group; DeepSpeed, where it was in use, forgets its own groups with it, so that this process may join another."""
-    if dist.is_initialized():
-        comm = sys.modules.get("deepspeed.comm.comm")
-        (comm if comm is not None and comm.cdb is not None else dist).destroy_process_group()
+def stop(ranks: Ranks | None = None) -> None:
+    """Leave the group, so that this process may join another; DeepSpeed forgets its own groups with it.
+
+    NCCL's groups are left together, and within a minute or not at all: to destroy one waits for ranks that have not
+    come so far, and for one that is gone. ranks: those of this process, which the first one may keep waiting.
+    """
+    if not dist.is_initialized():
+        return
+    comm = sys.modules.get("deepspeed.comm.comm")
+    destroy = (comm if comm is not None and comm.cdb is not None else dist).destroy_process_group
+    if ranks is None or ranks.device.type != "cuda":
+        return destroy()
+    try:
+        ranks.barrier()
+    except RuntimeError:
+        pass  # a rank that ended meanwhile; what this one had to do is done
+    leaving = threading.Thread(target=destroy, name="leave", daemon=True)
+    leaving.start()
+    leaving.join(LEAVE_S)
 
 
 def _device(device: str, local: int) -> torch.device:
@@ -173,15 +244,16 @@ def _device(device: str, local: int) -> torch.device:
         if given and env.get("SLURM_GPUS_ON_NODE") != "0":
             build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
             raise UserError(
-                f"engine.device: 'auto' finds no GPU on {platform.node()}, though Slurm gave this job some ({given}): torch {torch.__version__}, {build}, "
-                "sees none; install a torch for the node's driver (nvidia-smi tells its CUDA version), or set engine.device=cpu (evaluate: --device cpu)"
+                f"engine.device: 'auto' finds no GPU on {platform.node()}, though Slurm gave this job some ({given}): "
+                f"torch {torch.__version__}, {build}, sees none; install a torch for the node's driver "
+                "(nvidia-smi tells its CUDA version), or set engine.device=cpu (evaluate: --device cpu)"
             )
     if device == "cpu" or not available:
         return torch.device("cpu")
     seen = torch.cuda.device_count()
     if local < seen:
         return torch.device("cuda", local)
-    # --gpus-per-task=1 and --gpu-bind=single:1 show each task one GPU; they are different ones when the step has one for each.
+    # --gpus-per-task=1 and --gpu-bind=single:1 show each task one GPU. These differ when the step has one for each.
     if seen == 1 and env.get("SLURM_LOCALID") == str(local) and local < int(env.get("SLURM_GPUS_ON_NODE") or 0):
         return torch.device("cuda", 0)
     raise UserError(f"local rank {local} has no GPU of its own: torch sees {seen}; start one process a GPU")

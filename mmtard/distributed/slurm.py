@@ -23,14 +23,18 @@ def restarts() -> int:
 
 
 def starts() -> int:
-    """Which start this is of a job's work, from 1: Slurm's restarts, and the jobs that went on for one that may not be requeued."""
+    """Which start this is of a job's work, from 1.
+
+    It counts Slurm's restarts, and the jobs that went on for one that may not be requeued.
+    """
     return restarts() + int(os.environ.get("MMTARD_SUBMITTED_AGAIN") or 0) + 1
 
 
 def hand_over(old: str, new: str) -> None:
     """Let this user's jobs that wait for job `old` wait for `new`, which goes on for it: `old` ends without being done.
 
-    For a task of an array that jobs wait for as a whole, its other tasks are put in their place one by one, and `new` in its own.
+    For a task of an array that jobs wait for as a whole, its other tasks are put in their place one by one, and `new`
+    in its own.
     """
     array, _, task = old.partition("_")
     names = {old: new}

@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint as computed_again
 from ..config import Config, Model
 from ..distributed.ranks import Ranks
 from ..errors import UserError
-from ..files import discard, why_not_written
+from ..files import discard, wait_for, why_not_written
 from ..runs import checksums
 from ..runs.checkpoints import read_weights
 from . import batch_norm, loading, lora, weights
-from .clip import START_FOLDER, Clip
+from .clip import START_FOLDER, WEIGHTS_FILE, Clip
 from .image_tower import ImageTower, blocks
 
 
@@ -33,6 +33,7 @@ def start_model(config: Config, run: Path, resumed: bool, ranks: Ranks) -> Clip:
     else:
         remedy = "restore it from a copy of the run, or train it anew in another run_dir"
         ranks.run_on_first(lambda: checksums.verify(run, START_FOLDER, remedy))
+    wait_for(folder / WEIGHTS_FILE)  # on the other nodes
     return loading.load_clip(Model(weights=str(folder)))
 
 

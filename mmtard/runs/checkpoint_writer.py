@@ -190,7 +190,7 @@ def point(link: Path, target: str) -> None:
 
 
 def step_of(link: Path) -> int | None:
-    """The step that `latest` or `most_robust` points at, in whatever form the file system keeps it; None without one."""
+    """The step that `latest` or `most_robust` points at, in whatever form a file system keeps it; None without one."""
     try:
         if link.is_symlink():
             name = os.readlink(link)

@@ -12,7 +12,7 @@ from .. import config as settings
 from ..config import Config
 from ..distributed.ranks import Ranks
 from ..errors import RunError, UserError
-from ..files import discard, why_not_written, write_text
+from ..files import discard, wait_for, why_not_written, write_text
 from . import checkpoints, checksums, history, layout, lock
 from .environment import device_name, environment
 
@@ -48,6 +48,14 @@ class RunFolder:
     def step(self) -> int:
         return self.state.get("step", 0)
 
+    @property
+    def updates(self) -> int:
+        """The optimizer's updates so far, fewer than steps where some were skipped. UserError for a state without."""
+        updates = self.state.get("updates")
+        if not isinstance(updates, int):
+            raise UserError(f"'{self.checkpoint}': {checkpoints.STATE} has no `updates`; remove this checkpoint")
+        return updates
+
 
 def prepare(config: Config, fingerprint: str, ranks: Ranks) -> RunFolder:
     """Find where the run goes on, refuse what changed, and write config.yaml, environment.json and a line of history.
@@ -62,6 +70,7 @@ def prepare(config: Config, fingerprint: str, ranks: Ranks) -> RunFolder:
     found = ranks.run_on_first(lambda: _prepare(config, fingerprint, ranks.world_size, hosts, held))
     if isinstance(found, str):
         raise RunError(f"'{config.run_dir}': {found}")
+    wait_for(found[0] / layout.HISTORY)  # on the other nodes
     return RunFolder(*found, held)
 
 

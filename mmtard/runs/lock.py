@@ -25,7 +25,7 @@ class Owner:
 
 
 def take(run: Path) -> list[IO | Owner]:
-    """Take the run's lock; it is held as long as what is returned is kept. Raises UserError when another start has it."""
+    """Take the run's lock; it is held as long as the result is kept. Raises UserError when another start has it."""
     try:
         # A link that someone left in its place is not followed.
         fd = os.open(run / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)

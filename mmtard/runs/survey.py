@@ -12,7 +12,7 @@ from .. import config as settings
 from ..distributed import slurm
 from ..errors import UserError
 from . import history, lock
-from .layout import CHECKPOINTS, CONFIG, EVALUATIONS, HISTORY, LATEST, METRICS, RESULTS
+from .layout import CHECKPOINTS, CONFIG, EVALUATIONS, HISTORY, METRICS, RESULTS
 
 RECENT = 20  # steps whose mean speed is shown
 TAIL_BYTES = 65536
@@ -49,7 +49,7 @@ def find_runs(folder: Path) -> list[Row]:
         unreadable.append(Row(Path(error.filename), f"unreadable: {error.strerror}"))
 
     for path, below, files in os.walk(folder, onerror=note):
-        if HISTORY in files:
+        if HISTORY in files or (CONFIG in files and CHECKPOINTS in below):
             runs.append(Path(path))
             below.clear()
     jobs = {run: _job(run) for run in runs}
@@ -82,9 +82,9 @@ def _read_row(run: Path, in_slurm: str | None) -> Row:
         return Row(run, _state_without_start(run))
     robust, damaged = _robust(run)
     known = {"restarts": len(starts) - 1, "robust": robust, "damaged": damaged}
-    latest = run / CHECKPOINTS / LATEST
-    if latest.exists():
-        known |= {"checkpoint": history.newest_step(run), "checkpoint_age": time.time() - latest.stat().st_mtime}
+    if step := history.newest_step(run):
+        saved = (run / CHECKPOINTS / f"step-{step}").stat().st_mtime
+        known |= {"checkpoint": step, "checkpoint_age": time.time() - saved}
     try:
         config = settings.load(run / CONFIG)
     except UserError as error:
@@ -102,6 +102,8 @@ def _read_row(run: Path, in_slurm: str | None) -> Row:
 
 
 def _state_without_start(run: Path) -> str:
+    if not (run / HISTORY).exists():
+        return f"unreadable: {HISTORY} is gone"
     if lock.is_taken(run):
         return "running"
     empty = (run / HISTORY).stat().st_size == 0
@@ -143,7 +145,7 @@ def _tail(path: Path) -> list[dict]:
 
 
 def _robust(run: Path) -> tuple[str | None, tuple[str, ...]]:
-    """`41.2 % under linf 2/255` of the newest evaluation (its mean, at the first of its radii); and the damaged ones."""
+    """(`41.2 % under linf 2/255` of the newest evaluation, its mean at the first of its radii; which are damaged)."""
     found, damaged = None, []
     for path in sorted((run / EVALUATIONS).glob(f"*/{RESULTS}"), key=lambda p: p.stat().st_mtime, reverse=True):
         try:

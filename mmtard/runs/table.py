@@ -64,7 +64,7 @@ def _cells(row: Row, folder: Path) -> list[str]:
         f"{row.step}/{row.steps or '?'}",
         f"{row.images_per_s:.4g}" if row.images_per_s else "",
         _time(row.seconds_left) if row.seconds_left is not None else "",
-        "" if row.checkpoint is None else f"step {row.checkpoint}, {_time(row.checkpoint_age)} ago",
+        "" if row.checkpoint is None else f"{row.checkpoint} ({_time(row.checkpoint_age)} ago)",
         str(row.restarts + 1),
         row.robust.partition(" under ")[0] if row.robust else "",
     ]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +19,12 @@ from ..data.class_names import classnames, templates
 from ..data.dataset import open_dataset
 from ..distributed.interruption import Interruption
 from ..distributed.processes import RANK_VARIABLES
+from ..files import discard, read_json_lines
 from ..runs.checkpoint_writer import Checkpoints
 from ..runs.checkpoints import published
-from ..runs.layout import PROBES
+from ..runs.layout import PROBE, PROBES
 from ..runs.metrics import MetricLogger
 
-FOLDER = ".probe"
 PROCESS = [sys.executable, "-m", "mmtard.training.probe_process"]
 
 
@@ -46,8 +45,8 @@ class SilentProbe:
 class Probe(SilentProbe):
     """The probes of one run, as its first rank makes them; does nothing where `probe` is null.
 
-    One process at a time, of the newest published checkpoint that is due; older ones follow while no newer one is. What an
-    interruption ended, or a failure, is made up for by the next start. The process dies with this one.
+    One process at a time measures the newest published checkpoint that is due; older ones follow while no newer one is.
+    The next start makes up for what an interruption or a failure ended. The process dies with this one.
     """
 
     def __init__(self, config: Config, checkpoints: Checkpoints, metrics: MetricLogger, start: int):
@@ -60,17 +59,22 @@ class Probe(SilentProbe):
         self.source = _source(config)
         # What makes two probes comparable.
         self.protocol = {
-            "data": self.source.shards, "norm": config.attack.norm, "eps": show_pixels(eps), "steps": self.settings.steps,
-            "n_samples": self.settings.n_samples, "ema": self.settings.ema, "templates": templates(self.source),
-        }  # fmt: skip
-        shutil.rmtree(self.run / FOLDER, ignore_errors=True)
+            "data": self.source.shards,
+            "norm": config.attack.norm,
+            "eps": show_pixels(eps),
+            "steps": self.settings.steps,
+            "n_samples": self.settings.n_samples,
+            "ema": self.settings.ema,
+            "templates": templates(self.source),
+        }
+        discard(self.run / PROBE)
         self.rows = _read(self.run / PROBES, self.protocol)
         done = {row["step"] for row in self.rows}
         self.pending = {step for step in published(checkpoints.folder) if step <= start and self._due(step)} - done
         self._keep_best(start)
 
     def after_step(self, step: int) -> None:
-        """Call after each step; `step` updates are done. Never waits."""
+        """Start the probe that is due, and take in one that has ended; `step` updates are done. Never waits."""
         if self.settings is None:
             return
         if self._due(step):
@@ -80,11 +84,12 @@ class Probe(SilentProbe):
         if self.process is None:
             self._start_newest()
 
-    look = after_step
-
     def finish(self, complete: bool, interruption: Interruption, alive: Callable[[], None]) -> None:
-        """End the probes of this start. After a complete run, wait for the last checkpoint's, at most `probe.wait_minutes`, calling
-        `alive` all the while; after any other, and at an interruption, leave what is missing to the next start."""
+        """End the probes of this start.
+
+        After a complete run, wait for the last checkpoint's, at most `probe.wait_minutes`, calling `alive` all the
+        while. After any other, and at an interruption, leave what is missing to the next start.
+        """
         if self.settings is None:
             return
         if self.process is not None and self.process.poll() is not None:
@@ -96,7 +101,8 @@ class Probe(SilentProbe):
         while complete and (self.process or self.pending) and not interruption:
             if time.monotonic() > until:
                 self.metrics.print(
-                    f"the last probe takes more than {self.settings.wait_minutes:g} minutes; start the run again to make up for it"
+                    f"the last probe takes more than {self.settings.wait_minutes:g} minutes; "
+                    "start the run again to make up for it"
                 )
                 break
             self.after_step(0)
@@ -106,7 +112,7 @@ class Probe(SilentProbe):
             self.process.kill()
             self.process.wait()
             self.checkpoints.release(self.step)
-        shutil.rmtree(self.run / FOLDER, ignore_errors=True)
+        discard(self.run / PROBE)
         self.checkpoints.delete_old()
 
     def _due(self, step: int) -> bool:
@@ -128,16 +134,16 @@ class Probe(SilentProbe):
                 return
 
     def _start(self, checkpoint: Path) -> None:
-        folder, s = self.run / FOLDER, self.settings
+        folder, s = self.run / PROBE, self.settings
         folder.mkdir(exist_ok=True)
-        asked = {
+        request = {
             **self.protocol,
             "data": self.source.model_dump(mode="json"),
             "checkpoint": str(checkpoint),
             "batch_size": s.batch_size,
             "device": s.device,
         }
-        (folder / "asked.json").write_text(json.dumps(asked))
+        (folder / "asked.json").write_text(json.dumps(request))
         env = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES} | {"OMP_NUM_THREADS": str(s.threads)}
         if s.device == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""  # torch alone would take some of the GPU's memory
@@ -157,9 +163,9 @@ class Probe(SilentProbe):
         try:
             if status:
                 raise ValueError(f"exit status {status}")
-            found = json.loads((self.run / FOLDER / "results.json").read_text())
+            found = json.loads((self.run / PROBE / "results.json").read_text())
         except (OSError, ValueError) as error:
-            self._failed(str(error), (self.run / FOLDER / "log").read_text(errors="replace").splitlines()[-1:])
+            self._failed(str(error), (self.run / PROBE / "log").read_text(errors="replace").splitlines()[-1:])
         else:
             clean, robust = found["clean"]["accuracy"], found["robust"]["accuracy"]
             of = {"interval95": found["robust"]["interval95"], "n": found["robust"]["n"]}
@@ -167,7 +173,7 @@ class Probe(SilentProbe):
             self.metrics.probe(self.rows[-1])
             self._keep_best(self.step)
             self._over()
-        (self.run / FOLDER / "results.json").unlink(missing_ok=True)
+        (self.run / PROBE / "results.json").unlink(missing_ok=True)
 
     def _failed(self, reason: str, said: list[str]) -> None:
         self.metrics.event(self.step, "probe failed", reason=reason, said=said)
@@ -196,6 +202,7 @@ def _source(config: Config) -> Data:
 
 
 def _read(path: Path, protocol: dict) -> list[dict]:
-    if not path.is_file():
-        return []
-    return [row for row in map(json.loads, path.read_text().splitlines()) if row["protocol"] == protocol]
+    """The earlier probes that this run's can be compared with; damaged lines are left out."""
+    numbers = ("step", "clean", "robust")
+    rows = [row for row in read_json_lines(path) if row.get("protocol") == protocol]
+    return [row for row in rows if all(isinstance(row.get(name), (int, float)) for name in numbers)]

@@ -1,6 +1,7 @@
-"""The process of one probe: `python -m mmtard.training.probe_process PARENT ASKED OUT`. Of the lowest priority, and it ends when process PARENT does.
+"""The process of one probe: `python -m mmtard.training.probe_process PARENT REQUEST OUT`.
 
-ASKED is a JSON file as `schedule.Probe` writes it; OUT will hold {"clean": ACC, "robust": ACC} of the same samples.
+It has the lowest priority, and ends when process PARENT does. REQUEST is a JSON file as `probe.Probe` writes it; OUT
+will hold {"clean": ACC, "robust": ACC} of the same samples.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from ..distributed.processes import die_with_parent, exit_process
 from ..errors import RunError, UserError
 
 
-def main(parent: str, asked: str, out: str) -> int:
-    # A job's signals reach every process of it; what they mean for this one is the parent's to decide, who ends it with SIGKILL.
+def main(parent: str, request: str, out: str) -> int:
+    """Measure what a request asks for, and write it; the exit status."""
+    # A job's signals reach every process of it. The parent decides what they mean for this one, and ends it by SIGKILL.
     signal.pthread_sigmask(signal.SIG_BLOCK, Interruption.SIGNALS)
     die_with_parent(int(parent))
     os.nice(19)
     try:
-        found = measure(json.loads(Path(asked).read_text()))
+        found = measure(json.loads(Path(request).read_text()))
     except (UserError, RunError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -31,8 +33,11 @@ def main(parent: str, asked: str, out: str) -> int:
     return 0
 
 
-def measure(asked: dict) -> dict:
-    """Accuracy of a checkpoint on a stratified sample, clean and under PGD on cross-entropy, in float32 at the tower's size."""
+def measure(request: dict) -> dict:
+    """Accuracy of a checkpoint on a stratified sample, clean and under PGD on cross-entropy.
+
+    In float32, at the size that the tower was trained with.
+    """
     from ..attacks import ensemble
     from ..attacks.state import AttackSettings
     from ..config import Data, Model
@@ -46,18 +51,18 @@ def measure(asked: dict) -> dict:
     from ..evaluation.model import full_float32, load_model
     from ..evaluation.statistics import stratified
 
-    source = Data(**asked["data"])
+    source = Data(**request["data"])
     dataset = open_dataset(source)
     names = classnames(source, dataset)
     zeroshot.check_labels(dataset, names, "probe.data")
-    settings = AttackSettings(eps=float(Fraction(asked["eps"])), norm=asked["norm"], iters=asked["steps"])
+    settings = AttackSettings(eps=float(Fraction(request["eps"])), norm=request["norm"], iters=request["steps"])
     clean, robust, left_out = [], [], []
-    with process_group(asked["device"]) as ranks, full_float32():
-        model = load_model(Model(weights=asked["checkpoint"], ema=asked["ema"]), ranks)
+    with process_group(request["device"]) as ranks, full_float32():
+        model = load_model(Model(weights=request["checkpoint"], ema=request["ema"]), ranks)
         logits = model.logits(model.head(names, templates(source), ranks))
         samples = SampleReader(dataset, model.transform(), staging=staging_for(dataset, source.cache), replace=False)
-        ids = stratified(dataset.labels, asked["n_samples"], seed=0)
-        for batch in eval_batches(samples, ids, asked["batch_size"]):
+        ids = stratified(dataset.labels, request["n_samples"], seed=0)
+        for batch in eval_batches(samples, ids, request["batch_size"]):
             left_out += batch.left_out
             if not len(batch):
                 continue

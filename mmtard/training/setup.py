@@ -13,7 +13,7 @@ from ..data.dataset import Dataset
 from ..data.samples import Batch
 from ..data.stream import TrainStream, train_stream
 from ..distillation.task import DistillationTask
-from ..distributed.ranks import Ranks
+from ..distributed.ranks import Ranks, set_timeouts
 from ..embeddings.identity import open_stores
 from ..embeddings.store import EmbeddingStore
 from ..embeddings.teacher import StoredTeacher
@@ -29,6 +29,7 @@ from ..zero_shot import ZeroShotHead
 from .class_targets import build_class_targets
 from .engine import Engine
 from .throughput import cost, forward_flops, peak_flops, sample_flops
+from .watchdog import group_timeout
 
 Ensemble = dict[str, FrozenTeacher | StoredTeacher]
 
@@ -64,8 +65,9 @@ def build_training(
     # Counted before the engine takes the student's weights.
     flops = {name: 0 if name in stores else forward_flops(clip.tower()) for name, clip in clips.items()}
     engine = Engine(config, tower, ranks)
+    set_timeouts(group_timeout(config))  # of DeepSpeed's own process groups, too
     if folder.checkpoint:
-        engine.restore(read_optimizer(folder.checkpoint), folder.state["updates"])
+        engine.restore(read_optimizer(folder.checkpoint), folder.updates)
     ensemble = build_teachers(config.ensemble, clips, heads, stores, ranks, DTYPES[config.engine.precision])
     task = DistillationTask(config, engine, heads["student"], ensemble)
     task.state |= folder.state.get("method", {})

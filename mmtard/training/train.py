@@ -35,7 +35,7 @@ def train(config: Config, interruption: Interruption) -> int:
     ranks = process_group.start(config.engine.device)
     with Watchdog(config, ranks) as watchdog:
         status = Trainer(config, ranks, watchdog).train(interruption)
-    process_group.stop()
+    process_group.stop(ranks)
     return status
 
 

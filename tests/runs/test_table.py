@@ -116,7 +116,7 @@ def test_the_newest_evaluation_is_shown(run, tmp_path, capsys):
         os.utime(path, (1e9 - age, 1e9 - age))
     table.show(tmp_path / "all")
     printed = capsys.readouterr().out
-    assert "a: 41.2 % under linf 2/255 (quick-val)" in printed and "7/10" in printed and "step 6, " in printed
+    assert "a: 41.2 % under linf 2/255 (quick-val)" in printed and "7/10" in printed and "6 (0s ago)" in printed
     assert "a: evaluations/other/results.json cannot be read" in printed
 
 

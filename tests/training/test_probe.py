@@ -108,7 +108,7 @@ def test_each_due_checkpoint_is_measured_and_the_most_robust_stays(start, capsys
         "probe of step 10: clean 10.0 %, robust 50.0 % (0.0-100.0) against linf 2/255, 40 samples"
         in capsys.readouterr().out
     )
-    assert not (s.run / probe.FOLDER).exists()
+    assert not (s.run / probe.PROBE).exists()
 
 
 def test_one_at_a_time_the_newest_next_and_what_is_measured_stays(start, tmp_path):
