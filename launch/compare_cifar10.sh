@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Objectives side by side on CIFAR-10 at an equal budget, with small towers on 2 ranks: sets up .venv, pretrains, trains teachers and
-# students, measures them, and prints one table. A second call goes on where the first was interrupted.
+# Objectives side by side on CIFAR-10 at an equal budget, with small towers on 2 ranks: sets up .venv, pretrains, trains
+# teachers and students, measures them, and prints one table. A second call goes on where the first was interrupted.
 #
 #   bash launch/compare_cifar10.sh CIFAR10 [key=value ...]
 #
-# CIFAR10: a folder with train/ and test/ images, one sub-folder a class, or with archives *train*.npz and *test*.npz of encoded images.
+# CIFAR10: a folder with train/ and test/ images, one sub-folder a class, or with archives *train*.npz and *test*.npz of
+# encoded images.
 set -euo pipefail
 if [ -e "${1:-}" ]; then set -- "$(realpath -- "$1")" "${@:2}"; fi # as seen from where this was called
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

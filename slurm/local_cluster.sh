@@ -1,13 +1,13 @@
 #!/bin/bash
-# A throwaway Slurm on this machine, to try the launchers with: munged, one slurmctld and a slurmd for each pretended node.
-# It needs root, systemd and cgroups play no part, every daemon listens on the loopback address only, and everything it
-# writes stays under DIR.
+# A throwaway Slurm on this machine, to try the launchers with: munged, one slurmctld and a slurmd for each pretended
+# node. It needs root, systemd and cgroups play no part, every daemon listens on the loopback address only, and
+# everything it writes stays under DIR.
 
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: slurm/local_cluster.sh up DIR [--nodes N]    start a cluster of N nodes (default 2) that keeps its files under DIR
+usage: slurm/local_cluster.sh up DIR [--nodes N]    start a cluster of N nodes (default 2) with its files under DIR
        slurm/local_cluster.sh status DIR            its daemons, nodes and jobs; status 1 when a daemon is gone
        slurm/local_cluster.sh restore DIR           start the nodes again that were lost (kill -9 of a slurmd)
        slurm/local_cluster.sh down DIR              cancel its jobs and stop the daemons that `up` started, no others
@@ -59,12 +59,15 @@ stop() { # NAME-PATTERN
 check_host() {
     local program host=$1 address
     for program in munged slurmctld slurmd sbatch srun scontrol; do
-        command -v "$program" >/dev/null || fail "$program is missing; install it: apt-get install --no-install-recommends slurm-wlm (Debian, Ubuntu), or your distribution's slurm and munge packages"
+        command -v "$program" >/dev/null || fail "$program is missing; install it: apt-get install" \
+            "--no-install-recommends slurm-wlm (Debian, Ubuntu), or your distribution's slurm and munge packages"
     done
-    [ "$(id -u)" = 0 ] || fail "you are $(id -un); slurmd starts jobs as their owners, which only root may: run this as root"
+    [ "$(id -u)" = 0 ] ||
+        fail "you are $(id -un); slurmd starts jobs as their owners, which only root may: run this as root"
     # Told not to listen everywhere, the daemons listen where the host's own name leads.
     address=$(getent ahostsv4 "$host" | awk 'NR == 1 {print $1}')
-    [[ $address == 127.* ]] || fail "this host's name, $host, leads to '${address:-nothing}', and the cluster keeps to the loopback address: put '127.0.0.1 $host' first in /etc/hosts"
+    [[ $address == 127.* ]] || fail "this host's name, $host, leads to '${address:-nothing}', and the cluster keeps" \
+        "to the loopback address: put '127.0.0.1 $host' first in /etc/hosts"
     loopback=$address
 }
 
@@ -83,10 +86,11 @@ free_ports() { # COUNT: the first of COUNT ports in a row that nobody listens on
 }
 
 configure() { # HOST
-    local host=$1 port gpu
+    local host=$1 port memory gpu
     port=$(free_ports $((nodes + 1)))
+    memory=$(awk '/MemTotal/ {print int($2 / 1024 * 0.9)}' /proc/meminfo)
     mkdir -p "$dir"/{log,run,state}
-    # Job ids go on from an earlier cluster in DIR, since its logs are kept; a node that was out of order there starts anew.
+    # Job ids go on from an earlier cluster in DIR, since its logs are kept; a node that was out of order starts anew.
     rm -f "$dir"/state/node_state*
     chmod 755 "$dir" "$dir/run" # munged refuses a socket that others could not reach or could replace
     (umask 077 && head -c 128 /dev/urandom >"$dir/munge.key")
@@ -144,7 +148,8 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 
-NodeName=node[1-$nodes] NodeHostname=$host NodeAddr=$loopback Port=[$((port + 1))-$((port + nodes))] CPUs=128 RealMemory=$(awk '/MemTotal/ {print int($2 / 1024 * 0.9)}' /proc/meminfo) Gres=gpu:8 State=UNKNOWN
+NodeName=node[1-$nodes] NodeHostname=$host NodeAddr=$loopback Port=[$((port + 1))-$((port + nodes))] \
+    CPUs=128 RealMemory=$memory Gres=gpu:8 State=UNKNOWN
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 CONF
@@ -156,13 +161,15 @@ up() {
     check_host "$host"
     [ ! -e "$dir/daemons" ] || fail "a cluster was started in $dir before; end it first: $0 down $dir"
     # A Unix socket's path has 107 characters at most.
-    [ ${#dir} -le 90 ] || fail "the path $dir has ${#dir} characters, too long for a socket in it; choose one of 90 or less"
+    [ ${#dir} -le 90 ] ||
+        fail "the path $dir has ${#dir} characters, too long for a socket in it; choose one of 90 or less"
     configure "$host"
     export SLURM_CONF=$dir/slurm.conf
     trap 'down >&2' ERR
 
-    start munged munged --foreground --force --num-threads=2 --key-file="$dir/munge.key" --socket="$dir/run/munge.sock" \
-        --pid-file="$dir/run/munged.pid" --log-file="$dir/log/munged.log" --seed-file="$dir/run/munged.seed"
+    start munged munged --foreground --force --num-threads=2 --key-file="$dir/munge.key" \
+        --socket="$dir/run/munge.sock" --pid-file="$dir/run/munged.pid" --log-file="$dir/log/munged.log" \
+        --seed-file="$dir/run/munged.seed"
     for ((tries = 0; tries < 100; tries++)); do [ -S "$dir/run/munge.sock" ] && break || sleep 0.1; done
     start slurmctld slurmctld -D -i -f "$SLURM_CONF"
     for ((node = 1; node <= nodes; node++)); do
@@ -182,7 +189,8 @@ up() {
     done
     report_daemons >&2 || true
     timeout 3 sinfo -R >&2 || true
-    grep -hE '(error|fatal):' "$dir"/log/*.out | grep -vE 'pmix|MPI:|MailProg|state file|NOTE:' | sort -u | head -n 20 >&2 || true
+    grep -hE '(error|fatal):' "$dir"/log/*.out | grep -vE 'pmix|MPI:|MailProg|state file|NOTE:' | sort -u |
+        head -n 20 >&2 || true
     down >&2
     fail "the cluster did not come up; its logs are in $dir/log"
 }
@@ -227,7 +235,9 @@ down() {
     export SLURM_CONF=$dir/slurm.conf
     # The processes of a job are no daemon's children any more: only Slurm can end them all.
     if timeout 5 scancel --user=root 2>/dev/null; then
-        for ((tries = 0; tries < 60; tries++)); do [ -n "$(timeout 5 squeue -h 2>/dev/null)" ] && sleep 0.25 || break; done
+        for ((tries = 0; tries < 60; tries++)); do
+            [ -n "$(timeout 5 squeue -h 2>/dev/null)" ] && sleep 0.25 || break
+        done
     fi
     stop 'slurm*'
     stop munged

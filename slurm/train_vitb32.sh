@@ -1,22 +1,25 @@
 #!/bin/bash
-# Trains the robust ViT-B/32 of configs/vitb32_mmtard.yaml on 2 nodes of 8 GPUs. The job stops itself before its time is up,
-# or when it is preempted, saves its state, goes back to the queue and goes on in the same run folder until it is complete.
+# Trains the robust ViT-B/32 of configs/vitb32_mmtard.yaml on 2 nodes of 8 GPUs. The job stops itself before its time is
+# up, or when it is preempted, saves its state, goes back to the queue and goes on in the same run folder until it is
+# complete.
 #
-# Write your account and partition into the two lines below. Then, from the project's folder, in a shell where mmtard works:
+# Write your account and partition into the two lines below. Then, from the project's folder, in a shell where mmtard
+# works:
 #
 #   sbatch slurm/train_vitb32.sh run_dir=runs/b32 data.shards=/data/imagenet/train
 #   sbatch --nodes=4 slurm/train_vitb32.sh configs/other.yaml train.lr=1e-5
 #
 # An argument before the key=value settings, or MMTARD_CONFIG, names another configuration. The log,
-# mmtard-vitb32-<job>.log, keeps all starts; what the ranks of one start print is also in mmtard-vitb32-<job>-start<N>.log.
+# mmtard-vitb32-<job>.log, keeps all starts; what the ranks of one start print is also in
+# mmtard-vitb32-<job>-start<N>.log.
 #
 # On nodes of another kind, say so, here or on the command line; a rank needs a GPU of its own. 4 GPUs and 64 cores:
 #
 #   sbatch --gpus-per-node=4 --ntasks-per-node=4 --cpus-per-task=16 slurm/train_vitb32.sh
 #
-# Variables fit this script, and those beside it, to a cluster: MMTARD_SETUP, a file of shell lines that come before Python,
-# such as `module load`; MMTARD_PYTHON, the Python to run (default: python); MMTARD_SRUN, words after srun's own flags, such
-# as `apptainer exec --nv mmtard.sif` or `--container-image=...`. Where jobs begin with an empty environment
+# Variables fit this script, and those beside it, to a cluster: MMTARD_SETUP, a file of shell lines that come before
+# Python, such as `module load`; MMTARD_PYTHON, the Python to run (default: python); MMTARD_SRUN, words after srun's own
+# flags, such as `apptainer exec --nv mmtard.sif` or `--container-image=...`. Where jobs begin with an empty environment
 # (--export=NONE), give sbatch --export=MMTARD_SETUP=/the/whole/path.sh.
 
 #SBATCH --account=YOUR_ACCOUNT
@@ -30,8 +33,8 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=12
-# Every GPU of the nodes is asked for, so their memory and network are, too. Not --gpus-per-task: NCCL could not then use
-# the direct way between the GPUs of a node.
+# Every GPU of the nodes is asked for, so their memory and network are, too. Not --gpus-per-task: NCCL could not then
+# use the direct way between the GPUs of a node.
 #SBATCH --exclusive
 #SBATCH --mem=0
 # USR2, since NCCL takes USR1. 120 s before the end: time for the step under way and for a checkpoint. Without `B:` the

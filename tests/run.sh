@@ -14,10 +14,14 @@ if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/nu
     export DEBIAN_FRONTEND=noninteractive
     install=(apt-get install -y -qq --no-install-recommends)
     # At once, or, where the distribution lacks one of them, the others alone.
-    { apt-get update -qq && { "${install[@]}" "${missing[@]%%:*}" || for one in "${missing[@]%%:*}"; do "${install[@]}" "$one" || true; done; }; } >/dev/null || true
+    {
+        apt-get update -qq && "${install[@]}" "${missing[@]%%:*}" ||
+            for one in "${missing[@]%%:*}"; do "${install[@]}" "$one" || true; done
+    } >/dev/null || true
     hash -r
 fi
 for one in "${missing[@]}"; do
-    dpkg -s "${one%%:*}" >/dev/null 2>&1 || echo "${one%%:*} is missing and could not be installed: the ${one#*:} will be skipped" >&2
+    dpkg -s "${one%%:*}" >/dev/null 2>&1 ||
+        echo "${one%%:*} is missing and could not be installed: the ${one#*:} will be skipped" >&2
 done
 exec .venv/bin/python -m pytest "$@"

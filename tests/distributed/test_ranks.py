@@ -59,6 +59,13 @@ def test_a_script_that_asks_for_no_tasks_is_the_only_rank(start):
     assert (ranks.rank, ranks.world_size, ranks.device) == (0, 1, torch.device("cuda", 0))
 
 
+def test_a_process_that_a_batch_script_starts_without_srun_says_that_it_is_alone(start, capsys):
+    ranks = start(0, SLURM_PROCID="0", SLURM_NTASKS="16", SLURM_LOCALID="0", SLURM_JOB_ID="7", **MET)
+    assert (ranks.rank, ranks.world_size) == (0, 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mmtard: started without srun in a job of 16 tasks, so this is one rank alone; `srun python")
+
+
 def test_a_task_that_sees_all_gpus_of_its_node_takes_that_of_its_local_rank(start):
     assert start(4, **task(3, gpus=4)).device == torch.device("cuda", 3)
     assert os.environ["LOCAL_RANK"] == "3"

@@ -57,7 +57,7 @@ def jobs(cluster, tiny):
     with ThreadPoolExecutor() as lanes:
         yield {
             story.__name__: lanes.submit(story, cluster, *tiny(story.__name__))
-            for story in (followed, told, bereft, alone)
+            for story in (followed, told, bereft, alone, interrupted, unloaded)
         }
 
 
@@ -83,7 +83,9 @@ def bereft(cluster, config, run, shape=TWO_NODES, rank=1):
     job = re.search(r"job (\d+): training", cluster.run(sys.executable, SUBMIT, "--config", config, *shape))[1]
     until(lambda: (run / "start").exists())
     (killed,) = (
-        p for p in trainings(run) if f"SLURM_PROCID={rank}".encode() in (p / "environ").read_bytes().split(b"\0")
+        p
+        for p in ranks_of(run, "train")
+        if f"SLURM_PROCID={rank}".encode() in (p / "environ").read_bytes().split(b"\0")
     )
     os.kill(int(killed.name), signal.SIGKILL)
     return cluster.ended(job), run
@@ -92,6 +94,33 @@ def bereft(cluster, config, run, shape=TWO_NODES, rank=1):
 def alone(cluster, config, run):
     """As `bereft`, and there was no other rank."""
     return bereft(cluster, config, run, ("--nodes=1", *TWO_NODES[1:]), rank=0)
+
+
+def interrupted(cluster, config, run):
+    """A job that a person interrupts (`scancel --signal=INT`): (its fields at the end, its run folder)."""
+    job = at_work(cluster, config, run)
+    cluster.run("scancel", "--signal=INT", job)
+    return cluster.ended(job), run
+
+
+def unloaded(cluster, config, run):
+    """A job of one rank whose loader is killed, as where memory runs out: (its fields at the end, its run folder)."""
+    job = at_work(cluster, config, run)
+    (rank,) = ranks_of(run, "train")
+    children = (rank / "task" / rank.name / "children").read_text().split()
+    words = (rank / "cmdline").read_bytes()
+    loaders = [int(pid) for pid in children if Path(f"/proc/{pid}/cmdline").read_bytes() == words]
+    os.kill(loaders[-1], signal.SIGKILL)
+    return cluster.ended(job), run
+
+
+def at_work(cluster, config, run):
+    """The id of a job of one rank that has done some of its many steps."""
+    longer = ("train.steps=40", "attack.steps=40", "checkpoint.every=2")
+    shape = ("--nodes=1", *TWO_NODES[1:])
+    submitted = cluster.run(sys.executable, SUBMIT, "--config", config, *shape, *longer)
+    until(lambda: (run / "metrics.jsonl").exists() and len(rows(run / "metrics.jsonl")) >= 3)
+    return re.search(r"job (\d+): training", submitted)[1]
 
 
 def until(condition, printed=None, limit=200.0):
@@ -159,6 +188,35 @@ def test_a_killed_rank_that_was_the_only_one_costs_no_more(jobs):
     assert [start.get("end", {}).get("kind") for start in rows(run / "resume.jsonl")] == [None, "complete"]
 
 
+def test_a_person_who_interrupts_a_job_keeps_what_is_done_and_nothing_starts_it_again(jobs):
+    fields, run = jobs["interrupted"].result()
+    (log,) = jobs_of(run).glob("*_0_log.out")
+    (start,) = rows(run / "resume.jsonl")
+    assert (fields["JobState"], fields["Restarts"]) == ("FAILED", "0"), log.read_text()
+    assert start["end"]["kind"] == "stopped" and start["end"]["reason"].startswith("stopped by SIGINT after step ")
+    assert (run / "checkpoints" / "latest").resolve().name == f"step-{start['end']['step']}"
+    assert "this start ended as stopped" in log.read_text()
+
+
+def test_a_killed_loader_costs_no_more_than_a_killed_rank(jobs):
+    fields, run = jobs["unloaded"].result()
+    (log,) = jobs_of(run).glob("*_0_log.out")
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log.read_text()
+    first, second = rows(run / "resume.jsonl")
+    assert (first["end"]["kind"], second["end"]["kind"]) == ("lost", "complete")
+
+
+def test_a_killed_evaluation_is_measured_in_the_next_start(cluster, jobs, tiny):
+    _, run = jobs["followed"].result()
+    words = ("--config", run.parents[1] / "followed.yaml", *TWO_NODES, "--evaluate", run.parents[1] / "data" / "test")
+    job = re.search(r"job (\d+): evaluation", cluster.run(sys.executable, SUBMIT, *words))[1]
+    until(lambda: list(ranks_of(run, "evaluate")))
+    os.kill(int(next(ranks_of(run, "evaluate")).name), signal.SIGKILL)
+    fields = cluster.ended(job)
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1")
+    assert list((run / "evaluations").rglob("results.json"))
+
+
 def test_a_pipeline_skips_the_teacher_that_is_done_stores_its_embeddings_and_trains_a_sweep_as_an_array(
     cluster, jobs, tiny
 ):
@@ -198,8 +256,8 @@ def test_a_pipeline_skips_the_teacher_that_is_done_stores_its_embeddings_and_tra
     assert "nothing is left to do" in again and "job " not in again
 
 
-def trainings(run):
-    """The processes of mmtard that train this run, without their loader processes."""
+def ranks_of(run, command):
+    """The processes of a submitted job that run this command of mmtard on this run, without their loader processes."""
     for path in Path("/proc").glob("[0-9]*"):
         try:
             words = (path / "cmdline").read_bytes().split(b"\0")
@@ -207,5 +265,5 @@ def trainings(run):
             by_submitit = b"submitit.core._submit" in (Path("/proc") / parent / "cmdline").read_bytes().split(b"\0")
         except (OSError, TypeError):
             continue
-        if by_submitit and words[1:4] == [b"-m", b"mmtard", b"train"] and os.fsencode(run) in words[4]:
+        if by_submitit and words[1:4] == [b"-m", b"mmtard", command.encode()] and os.fsencode(run) in words[4]:
             yield path
