@@ -116,7 +116,7 @@ def unloaded(cluster, config, run):
 
 def at_work(cluster, config, run):
     """The id of a job of one rank that has done some of its many steps."""
-    longer = ("train.steps=40", "attack.steps=40", "checkpoint.every=2")
+    longer = ("train.steps=20", "attack.steps=40", "checkpoint.every=2")
     shape = ("--nodes=1", *TWO_NODES[1:])
     submitted = cluster.run(sys.executable, SUBMIT, "--config", config, *shape, *longer)
     until(lambda: (run / "metrics.jsonl").exists() and len(rows(run / "metrics.jsonl")) >= 3)
