@@ -76,6 +76,11 @@ def _add_index(commands) -> None:
     p.add_argument(
         "--allow-pipe", action="store_true", help="let SHARDS name pipe: commands, which run on this machine"
     )
+    p.add_argument("--label-key", metavar="KEY", help="read labels from this key of .json members, not from .cls")
+    p.add_argument("--caption-key", metavar="KEY", help="read captions from this key of .json members, not from .txt")
+    p.add_argument(
+        "--check", action="store_true", help="read every byte of the shards and compare them with the index they have"
+    )
     p.add_argument("--out", type=path, metavar="FILE", help="default: beside the shards")
     p.add_argument("--jobs", type=positive, metavar="N", help="processes; default: one a core")
 
@@ -83,8 +88,17 @@ def _add_index(commands) -> None:
 def _index(args) -> None:
     shards = expand_shards(args.shards)
     check_openers(shards, args.allow_pipe)
-    from ..data.index import build_index
+    from ..config import Data
+    from ..data.dataset import open_dataset
+    from ..data.index import Keys
+    from ..data.indexing import build_index, check_shards
 
-    out = args.out or default_index(shards)
-    index = build_index(shards, out, **({"jobs": args.jobs} if args.jobs else {}))
-    print(f"{out}: {len(index)} samples in {len(shards)} shards, fingerprint {index.fingerprint[:16]}")
+    keys = Keys(args.label_key, args.caption_key)
+    out = args.out or default_index(shards, keys.label, keys.caption)
+    if args.check:
+        data = Data(shards=shards, index=str(out), label_key=keys.label, caption_key=keys.caption, allow_pipe=True)
+        index = open_dataset(data, look_again=False).index
+        check_shards(index, shards, list(range(len(shards))), out, images=True, jobs=args.jobs)
+    else:
+        index = build_index(shards, out, args.jobs, keys=keys)
+    print(f"{out}: {index.summary()}, fingerprint {index.fingerprint[:16]}" + (", unchanged" if args.check else ""))

@@ -1,7 +1,10 @@
-"""A data set as the settings name it: its shards, their index, its class names and prompts, and its samples' bytes."""
+"""A data set as the settings name it: its shards, and their index, which is built or checked as it is opened."""
+
+from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -9,10 +12,23 @@ from pathlib import Path
 import numpy as np
 
 from ..config import Data
+from ..distributed.ranks import Ranks
 from ..errors import UserError
 from ..files import exclusive
-from .index import EXTENSIONS, LABEL_MISSING, LABEL_OK, Index, build_index, load_index, shard_name
-from .paths import default_index, is_remote, shards_of
+from .index import (
+    EXTENSIONS,
+    LABEL_BAD,
+    LABEL_MISSING,
+    LABEL_OK,
+    Index,
+    Keys,
+    OldIndexError,
+    load_index,
+    write_index,
+)
+from .indexing import build_index, check_shards
+from .paths import cached_index, default_index, is_remote, shards_of
+from .shard_scan import shard_name
 
 INDEXING = timedelta(days=1)  # at the most; a terabyte takes a core some two hours
 
@@ -20,7 +36,8 @@ INDEXING = timedelta(days=1)  # at the most; a terabyte takes a core some two ho
 class Dataset:
     """N samples in shards; a sample's id is its place in the index, 0..N-1.
 
-    `paths` list of str [S], as given in the settings; `labels` int64 [N], -1 where there is none; `shard_counts` int64 [S].
+    `paths` list of str [S], as given in the settings; `labels` int64 [N], -1 where there is none; `shard_counts` int64
+    [S].
     """
 
     def __init__(self, index: Index, paths: list[str]):
@@ -61,72 +78,118 @@ class Dataset:
 
     def label_problem(self, sample: int) -> str | None:
         """Why a sample has no label; None when it has one."""
-        status = self.index.label_status[sample]
-        return (
-            None
-            if status == LABEL_OK
-            else "no .cls member"
-            if status == LABEL_MISSING
-            else ".cls is not a class number"
-        )
+        key = self.index.read_by.label
+        problems = {
+            LABEL_OK: None,
+            LABEL_MISSING: "no .cls member" if key is None else f"no '{key}' in a .json member",
+            LABEL_BAD: ".cls is not a class number" if key is None else f"'{key}' is not a class number",
+        }
+        return problems[int(self.index.label_status[sample])]
+
+    def label_summary(self) -> str:
+        """How many samples have no usable label and why, with an example; empty where all have one."""
+        bad = [
+            i for status in (LABEL_MISSING, LABEL_BAD) for i in np.flatnonzero(self.index.label_status == status)[:1]
+        ]
+        counts = [int((self.index.label_status == self.index.label_status[i]).sum()) for i in bad]
+        return "; ".join(f"{n} of {len(self)}: {self.label_problem(i)} ('{self.name(i)}')" for n, i in zip(counts, bad))
 
 
-def open_dataset(settings: Data) -> Dataset:
+def open_dataset(settings: Data, look_again: bool = True) -> Dataset:
     """The data set of the settings; the index of local shards is built when there is none.
 
-    Any number of processes may call this at once: one builds, the others of its node wait for it.
+    Any number of processes may call this at once: one builds, the others of its node wait for it. A local shard that was
+    written since it was indexed is walked anew (headers, labels, captions), unless `look_again` is False.
     Raises UserError for remote shards without an index, and when the shards are no longer those indexed.
     """
     shards = shards_of(settings)
-    path = Path(settings.index) if settings.index else default_index(shards)
-    if not path.is_file():
-        if any(map(is_remote, shards)):
-            raise UserError(
-                f"data.index: remote shards have no index at '{path}'; run `mmtard index SHARDS --out FILE` once and set data.index to FILE"
-            )
-        _build_once(shards, path)
-    index = load_index(path)
-    _check_unchanged(index, shards, path)
+    keys = Keys(settings.label_key, settings.caption_key)
+    path = Path(settings.index) if settings.index else default_index(shards, keys.label, keys.caption)
+    index = _fitting(path, keys)
+    if index is None and any(map(is_remote, shards)):
+        _refuse_remote(path, keys)
+    if index is None:
+        if path.is_file() and not os.access(path.parent, os.W_OK) and not settings.index:
+            path = cached_index(shards, keys.label, keys.caption)
+        index = _build_once(shards, path, keys)
+    index = _unchanged(index, shards, path, look_again)
     return Dataset(index, shards)
 
 
-def open_dataset_on_all_ranks(settings: Data, ranks) -> Dataset:
-    """The data set on every rank of a launch; the first one builds its index where there is none, while the others wait. Collective."""
+def open_dataset_on_all_ranks(settings: Data, ranks: Ranks) -> Dataset:
+    """The data set on every rank of a launch. Collective.
+
+    The first rank builds the index where there is none, and walks shards that were written since, while the others wait.
+    """
     ranks.run_on_first(lambda: open_dataset(settings).fingerprint, patience=INDEXING)
-    return open_dataset(settings)
+    return open_dataset(settings, look_again=False)
 
 
-def _build_once(shards: list[str], path: Path) -> None:
+def _fitting(path: Path, keys: Keys) -> Index | None:
+    """The index at `path`; None where there is none, or one of an older format or made with other keys."""
+    try:
+        index = load_index(path)
+    except (FileNotFoundError, OldIndexError):
+        return None
+    return index if index.read_by == keys else None
+
+
+def _refuse_remote(path: Path, keys: Keys) -> None:
+    how = "".join(
+        f" --{name}-key {key}" for name, key in (("label", keys.label), ("caption", keys.caption)) if key is not None
+    )
+    reason = f"remote shards have no index at '{path}'"
+    if path.is_file():
+        reason = f"the index at '{path}' of the remote shards is of an older format or was made with other keys"
+    raise UserError(f"data.index: {reason}; run `mmtard index SHARDS --out FILE{how}` once and set data.index to FILE")
+
+
+def _build_once(shards: list[str], path: Path, keys: Keys) -> Index:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(path.with_name(f".{path.name}.lock")):
-            if not path.is_file():
-                build_index(shards, path)
+            if (index := _fitting(path, keys)) is None:
+                index = build_index(shards, path, keys=keys)
+            return index
     except OSError as error:
-        if error.errno in (
-            errno.ENOLCK,
-            errno.ENOSYS,
-            errno.ENOTSUP,
-        ):  # no locks there: several may build, the last to finish stays
-            build_index(shards, path)
-            return
+        # Without locks several may build; the last to finish stays.
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            return build_index(shards, path, keys=keys)
         raise UserError(
             f"cannot write the index '{path}': {error.strerror}; set data.index to a file on another file system"
         ) from None
 
 
-def _check_unchanged(index: Index, shards: list[str], path: Path) -> None:
+def _unchanged(index: Index, shards: list[str], path: Path, look_again: bool) -> Index:
+    """The index, with new modification times where shards were written anew with the same content.
+
+    Raises UserError for shards of other names or sizes, and for those whose samples, labels or captions differ.
+    """
     remedy = f"the shards changed since they were indexed; run `mmtard index SHARDS --out {path}` again"
-    names = [shard_name(s) for s in shards]
+    names = [shard_name(s).encode("utf-8", "replace").decode() for s in shards]
     indexed = [str(n) for n in index.shard_names]
     if names != indexed:
-        at = next(
-            (i for i, pair in enumerate(zip(names, indexed)) if pair[0] != pair[1]), min(len(names), len(indexed))
-        )
+        differ = (i for i, pair in enumerate(zip(names, indexed)) if pair[0] != pair[1])
+        at = next(differ, min(len(names), len(indexed)))
         now, then = (f"'{some[at]}'" if at < len(some) else "none" for some in (names, indexed))
         raise UserError(
-            f"index '{path}' is of {len(indexed)} shards, data.shards names {len(names)}; shard {at} is {now}, indexed was {then}: {remedy}"
+            f"index '{path}' is of {len(indexed)} shards, data.shards names {len(names)}; "
+            f"shard {at} is {now}, indexed was {then}: {remedy}"
         )
-    for shard, size in zip(shards, index.shard_sizes):
-        if not is_remote(shard) and os.path.getsize(shard) != size:
-            raise UserError(f"shard '{shard}' has {os.path.getsize(shard)} bytes, indexed were {size}: {remedy}")
+    times = index.shard_mtimes.copy()
+    for number, (shard, size) in enumerate(zip(shards, index.shard_sizes)):
+        if not is_remote(shard):
+            status = os.stat(shard)
+            times[number] = status.st_mtime_ns
+            if status.st_size != size:
+                raise UserError(f"shard '{shard}' has {status.st_size} bytes, indexed were {size}: {remedy}")
+    written = np.flatnonzero(times != index.shard_mtimes).tolist()
+    if not written or not look_again:
+        return index
+    check_shards(index, shards, written, path, images=False)
+    index = replace(index, shard_mtimes=times)
+    try:
+        write_index(index, path)
+    except OSError:
+        pass  # in a folder of others: the next start looks again
+    return index

@@ -93,22 +93,30 @@ def _as_files(found: list[Path]) -> list[str]:
     return [f"./{path}" if is_remote(str(path)) else str(path) for path in found]
 
 
-def default_index(shards: list[str]) -> Path:
+def default_index(shards: list[str], label_key: str | None = None, caption_key: str | None = None) -> Path:
     """Where the index of these shards belongs unless data.index says otherwise.
 
-    Beside the shards where all lie in one folder, if it is there already or may be written there, else in the user's cache folder.
+    Beside the shards where all lie in one folder, if it is there already or may be written there, else in the user's
+    cache folder. Labels or captions from keys of .json members make another index.
     """
-    digest = hashlib.sha256(
-        "\n".join(os.path.abspath(s) if not is_remote(s) else s for s in shards).encode("utf-8", "surrogateescape")
-    ).hexdigest()[:16]
+    cached = cached_index(shards, label_key, caption_key)
     folders = {Path(os.path.abspath(s)).parent for s in shards} if not any(map(is_remote, shards)) else set()
     if len(folders) == 1:
         folder = folders.pop()
         whole = {p.name for p in folder.glob("*.tar")} == {Path(s).name for s in shards}
-        beside = folder / ("mmtard-index.npz" if whole else f"mmtard-index-{digest}.npz")
+        plain = whole and label_key is None and caption_key is None
+        beside = folder / ("mmtard-index.npz" if plain else f"mmtard-{cached.name}")
         # Root passes every access check; a folder that nobody may write to was meant to stay as it is.
         if beside.is_file() or (os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222):
             return beside
+    return cached
+
+
+def cached_index(shards: list[str], label_key: str | None = None, caption_key: str | None = None) -> Path:
+    """The place of these shards' index in the user's cache folder."""
+    words = [os.path.abspath(s) if not is_remote(s) else s for s in shards]
+    words += [f"{name}:{key}" for name, key in (("label", label_key), ("caption", caption_key)) if key is not None]
+    digest = hashlib.sha256("\n".join(words).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmtard" / f"index-{digest}.npz"
 
 

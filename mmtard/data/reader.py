@@ -1,5 +1,6 @@
 """The bytes of any sample of a data set."""
 
+import json
 import os
 import zlib
 from collections import OrderedDict
@@ -7,6 +8,7 @@ from collections import OrderedDict
 from ..errors import UserError
 from .dataset import Dataset
 from .paths import is_remote
+from .shard_scan import json_value
 
 
 class Reader:
@@ -27,23 +29,44 @@ class Reader:
         """The encoded image. Raises UserError naming the shard when its bytes are not those that were indexed."""
         index, shard = self.dataset.index, self.dataset.shard_of(sample)
         data = self._read(shard, int(index.image_offset[sample]), int(index.image_size[sample]))
-        if zlib.crc32(data) != index.image_crc[sample]:
+        self._check(data, int(index.image_crc[sample]), sample, shard)
+        return data
+
+    def caption(self, sample: int) -> str:
+        """The .txt member as it stands, without white space around it; an empty string where there is none.
+
+        Where captions come from a key of the .json member: its text, or several texts, one a line.
+        Raises UserError naming the shard when its bytes are not those that were indexed.
+        """
+        index, shard = self.dataset.index, self.dataset.shard_of(sample)
+        if index.text_size[sample] < 0:
+            return ""
+        data = self._read(shard, int(index.text_offset[sample]), int(index.text_size[sample]))
+        self._check(data, int(index.text_crc[sample]), sample, shard)
+        if (key := index.read_by.caption) is not None:
+            value = json_value(data, key)
+            texts = value if isinstance(value, list) else [value]
+            return "\n".join(" ".join(text.split()) for text in texts if isinstance(text, str)).strip()
+        return data.decode("utf-8-sig", "replace").strip()
+
+    def captions(self, sample: int) -> list[str]:
+        """Every caption of a sample: a line of its text each, or the texts of a JSON list; [] where there is none."""
+        text = self.caption(sample)
+        if text.startswith("["):
+            try:
+                listed = json.loads(text)
+            except (ValueError, RecursionError):
+                listed = None
+            if isinstance(listed, list) and listed and all(isinstance(one, str) for one in listed):
+                return [" ".join(one.split()) for one in listed if one.strip()]
+        return [line.strip() for line in text.split("\n") if line.strip()]
+
+    def _check(self, data: bytes, crc: int, sample: int, shard: int) -> None:
+        if zlib.crc32(data) != crc:
             where = f"shard '{self.dataset.paths[shard]}'"
             raise UserError(
                 f"{where} changed since it was indexed ('{self.dataset.name(sample)}' differs); run `mmtard index` again"
             )
-        return data
-
-    def caption(self, sample: int) -> str:
-        """The .txt member; an empty string where there is none."""
-        index, size = self.dataset.index, int(self.dataset.index.text_size[sample])
-        if size < 0:
-            return ""
-        return (
-            self._read(self.dataset.shard_of(sample), int(index.text_offset[sample]), size)
-            .decode("utf-8", "replace")
-            .strip()
-        )
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         try:

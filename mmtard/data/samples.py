@@ -150,7 +150,7 @@ class SampleReader:
             labels=torch.from_numpy(self.dataset.labels[given]),
             sample_ids=torch.from_numpy(given),
             seeds=torch.from_numpy(seeds.view(np.int64).copy()),
-            captions=[self.reader.caption(i) for i in given.tolist()],
+            captions=[self._caption(i, seed) for i, seed in zip(given.tolist(), seeds.tolist())],
             replaced=replaced,
             teacher_embeddings=embeddings,
             left_out=left_out,
@@ -181,11 +181,17 @@ class SampleReader:
             "repair or remove the shard"
         )
 
+    def _caption(self, sample: int, seed: int) -> str:
+        """One of the sample's captions, which its seed chooses where there are several; empty where there is none."""
+        captions = self.reader.captions(sample)
+        return captions[seed % len(captions)] if captions else ""
+
     def _problem(self, sample: int) -> str | None:
         """What a sample lacks that its training needs; None when it has all."""
         problem = self.dataset.label_problem(sample) if self.need_labels else None
-        if problem is None and self.need_captions and not self.reader.caption(sample):
-            problem = "no .txt member, or an empty one"
+        if problem is None and self.need_captions and not self.reader.captions(sample):
+            key = self.dataset.index.read_by.caption
+            problem = "no .txt member, or an empty one" if key is None else f"no '{key}' in a .json member"
         return problem
 
     def _pixels(self, sample: int, image, seed: int) -> np.ndarray:

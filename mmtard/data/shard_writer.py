@@ -15,7 +15,8 @@ from ..errors import UserError
 from ..files import exclusive, publish
 from ..seeding import permutation
 from .images import DecodeError, decode
-from .index import EXTENSIONS, build_index
+from .index import EXTENSIONS
+from .indexing import build_index
 from .worker_pool import map_in_processes
 
 RECORD = "shards.json"

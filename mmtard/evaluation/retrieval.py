@@ -6,7 +6,6 @@ Recall at 1, 5 and 10 in both directions, clean and with attacked images.
 from __future__ import annotations
 
 import base64
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ class Captions:
     def read(cls, dataset: Dataset, ids: list[int], cache: Cache) -> Captions:
         """The captions of the samples, in their order. Raises UserError naming a sample without any."""
         reader = Reader(dataset, staging_for(dataset, cache))
-        captions = [captions_in(reader.caption(i)) for i in ids]
+        captions = [reader.captions(i) for i in ids]
         for i, own in zip(ids, captions):
             if not own:
                 raise UserError(f"'{dataset.name(i)}' has no caption; retrieval needs a .txt member beside each image")
@@ -66,18 +65,6 @@ class Captions:
         theirs = torch.isin(self.image, torch.from_numpy(chosen))
         image = torch.searchsorted(torch.from_numpy(chosen), self.image[theirs])
         return Captions([text for text, own in zip(self.texts, theirs.tolist()) if own], image), theirs
-
-
-def captions_in(text: str) -> list[str]:
-    """The captions in a .txt member: those of a JSON list of texts, else its lines that are not blank."""
-    if text.lstrip().startswith("["):
-        try:
-            listed = json.loads(text)
-        except (ValueError, RecursionError):
-            listed = None
-        if isinstance(listed, list) and listed and all(isinstance(caption, str) for caption in listed):
-            return [" ".join(caption.split()) for caption in listed if caption.strip()]
-    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
 import gzip
+import hashlib
+import io
 import multiprocessing
 import os
 import shutil
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +17,11 @@ from mmtard.cli import main as cli
 from mmtard.config import Data
 from mmtard.data.class_names import classnames, templates
 from mmtard.data.dataset import open_dataset
-from mmtard.data.index import build_index, load_index, shard_name
+from mmtard.data.index import load_index
+from mmtard.data.indexing import build_index
 from mmtard.data.paths import default_index, expand_shards
 from mmtard.data.reader import Reader
+from mmtard.data.shard_scan import scan_shard, shard_name
 from mmtard.errors import UserError
 
 IMAGE = encode(picture(0))
@@ -239,7 +244,7 @@ def open_and_tell(shards, counted):
     from mmtard.data import dataset
 
     build = dataset.build_index
-    dataset.build_index = lambda *a: (counted.put(1), build(*a, progress=False))[1]
+    dataset.build_index = lambda *a, **k: (counted.put(1), build(*a, progress=False, **k))[1]
     counted.put(open_dataset(Data(shards=shards)).fingerprint)
 
 
@@ -338,3 +343,185 @@ def test_patterns_of_other_programs_are_taken(folder, tmp_path):
     (tmp_path / "packed" / "0.tar.gz").touch()
     with pytest.raises(UserError, match="no .tar in .*packed' but '0.tar.gz'; unpack it"):
         expand_shards(str(tmp_path / "packed"))
+
+
+def rewrite(path, change):
+    """Write a tar anew in its place with members changed by change(name, data); tars are padded, so its size stays."""
+    with tarfile.open(path) as tar:
+        members = [(m.name, tar.extractfile(m).read()) for m in tar.getmembers()]
+    before = path.stat().st_size
+    write_tar(path, [(name, change(name, data)) for name, data in members])
+    assert path.stat().st_size == before
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("cls", "the labels of 7 samples differ"), ("txt", "the captions of 7 samples differ"), ("renamed", "its samples differ"),
+])  # fmt: skip
+def test_shards_rewritten_at_their_size_are_noticed(folder, kind, words):
+    path = folder / "1.tar"
+    members = [
+        (f"{n}.{e}", d) for n, d in enumerate([IMAGE] * 7) for e, d in (("jpg", d), ("cls", b"1"), ("txt", b"a cat"))
+    ]
+    write_tar(path, members)
+    first = open_dataset(Data(shards=str(folder))).fingerprint
+    if kind == "renamed":
+        write_tar(path, [(name.replace("3", "9"), data) for name, data in members])
+    else:
+        rewrite(path, lambda name, data: (b"2" if kind == "cls" else b"a dog") if name.endswith(kind) else data)
+    with pytest.raises(UserError, match=f"1.tar' changed since it was indexed: {words}.*run `mmtard index"):
+        open_dataset(Data(shards=str(folder)))
+    built = build_index([str(folder / f"{i}.tar") for i in range(3)], folder / "mmtard-index.npz", 1, False)
+    assert built.fingerprint != first, "what trains otherwise has another fingerprint"
+    assert open_dataset(Data(shards=str(folder))).fingerprint == built.fingerprint
+
+
+def test_shards_written_again_with_the_same_content_are_looked_at_once(folder, dataset, monkeypatch):
+    rewrite(folder / "1.tar", lambda name, data: data)
+    os.utime(folder / "2.tar", ns=(1, 1))
+    assert open_dataset(Data(shards=str(folder))).fingerprint == dataset.fingerprint
+    monkeypatch.setattr(
+        "mmtard.data.indexing.scan_shard", lambda *a, **k: pytest.fail("the index knows their new times")
+    )
+    open_dataset(Data(shards=str(folder)))
+
+
+def test_a_full_check_finds_what_sizes_and_times_do_not_show(folder, dataset, capsys):
+    path, index = folder / "1.tar", str(folder / "mmtard-index.npz")
+    assert cli.main(["index", str(folder), "--check"]) == 0
+    assert "32 samples in 3 shards, fingerprint" in (said := capsys.readouterr().out) and said.strip().endswith(
+        "unchanged"
+    )
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    data[dataset.index.image_offset[12] + 300] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert len(open_dataset(Data(shards=str(folder)))) == 32
+    assert cli.main(["index", str(folder), "--check", "--out", index]) == 2
+    assert "1.tar' changed since it was indexed: the images of 1 samples differ" in capsys.readouterr().err
+
+
+def test_a_caption_changed_after_the_index_was_made_is_not_read(open_members):
+    dataset = open_members([("a.jpg", IMAGE), ("a.txt", b"a cat")])
+    path = Path(dataset.paths[0])
+    rewrite(path, lambda name, data: b"a dog" if name == "a.txt" else data)
+    with pytest.raises(UserError, match="0.tar' changed since it was indexed"):
+        Reader(dataset).caption(0)
+
+
+def test_an_index_of_an_earlier_format_is_made_anew(folder, dataset):
+    path = folder / "mmtard-index.npz"
+    with np.load(path) as arrays:
+        old = {name: arrays[name] for name in arrays.files if name != "text_crc"}
+    np.savez(path, **{**old, "format": np.int64(1)})
+    with pytest.raises(UserError, match="has format 1, this version reads 2; run `mmtard index"):
+        load_index(path)
+    assert open_dataset(Data(shards=str(folder))).fingerprint == dataset.fingerprint
+    assert len(load_index(path)) == 32
+
+
+def test_captions_count_in_the_fingerprint_and_data_without_any_keep_theirs(folder, dataset):
+    """The second number is of the version before captions counted: runs of labels go on with their fingerprint."""
+    index = dataset.index
+    digest = hashlib.sha256("\n".join(map(str, index.shard_names)).encode() + b"\0" + b"\n".join(index.keys.tolist()))
+    for array in (index.shard_sizes, index.shard_counts, index.image_size, index.image_crc, index.labels):
+        digest.update(array.astype("<i8").tobytes())
+    assert dataset.fingerprint == digest.hexdigest()
+
+
+def test_labels_and_captions_in_json_members_are_read_on_request(folder, tmp_path):
+    members = [
+        (f"{i}.{end}", data)
+        for i in range(4)
+        for end, data in (
+            ("jpg", IMAGE), ("cls", b"9"),
+            ("json", [b'{"label": 2, "text": "a cat"}', b'{"label": "1", "text": ["one", "two"]}', b'{"label": "dog"}', b"[1]"][i]),
+        )
+    ]  # fmt: skip
+    write_tar(tmp_path / "j" / "0.tar", members)
+    shards = str(tmp_path / "j")
+    plain = open_dataset(Data(shards=shards))
+    keyed = open_dataset(Data(shards=shards, label_key="label", caption_key="text"))
+    assert plain.labels.tolist() == [9] * 4 and keyed.labels.tolist() == [2, 1, -1, -1]
+    assert [keyed.label_problem(i) for i in (2, 3)] == ["'label' is not a class number", "no 'label' in a .json member"]
+    assert [Reader(keyed).captions(i) for i in range(4)] == [["a cat"], ["one", "two"], [], []]
+    assert plain.fingerprint != keyed.fingerprint
+    assert open_dataset(Data(shards=shards)).labels.tolist() == [9] * 4, "each request has its own index"
+
+
+def test_captions_are_lines_or_a_json_list(open_members):
+    texts = [
+        b"a cat\n a second \n\n",
+        b'["a cat", "one cat"]',
+        b"[not json]",
+        "\ufeffun caf\u00e9\u2028au lait".encode(),
+        b" \n",
+    ]
+    dataset = open_members([m for i, text in enumerate(texts) for m in ((f"{i}.jpg", IMAGE), (f"{i}.txt", text))])
+    assert [Reader(dataset).captions(i) for i in range(5)] == [
+        ["a cat", "a second"], ["a cat", "one cat"], ["[not json]"], ["un caf\u00e9\u2028au lait"], [],
+    ]  # fmt: skip
+
+
+def special(name, kind, link):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, link
+    return member
+
+
+def test_what_a_shard_holds_and_is_not_read_is_counted_and_named(tmp_path):
+    path = tmp_path / "d" / "0.tar"
+    path.parent.mkdir()
+    write_tar(path, [
+        ("a.jpg", IMAGE), ("a.png", IMAGE), ("a.cls", b"dog"), ("b.jpg", IMAGE), ("c.gif", IMAGE), ("c.cls", b"1"),
+        ("d.image.jpg", IMAGE), ("d.label.cls", b"1"), ("README", b""), ("._a.jpg", b""),
+    ])  # fmt: skip
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(special("e.jpg", tarfile.LNKTYPE, "a.jpg"))
+        tar.addfile(special("f.jpg", tarfile.SYMTYPE, "/etc/passwd"))
+        tar.addfile(special("folder", tarfile.DIRTYPE, ""))
+    dataset = open_dataset(Data(shards=str(path.parent)))
+    assert dataset.keys == ["a", "b"]
+    summary = dataset.index.summary()
+    for words in (
+        "2 left out without an image", "1 without a label", "1 with a label that is not an integer (such as 'dog' in 'a.cls')",
+        "1 second images of a sample (such as 'a.png')", "1 .gif images, of a kind that is not read (jpg, jpeg, png, webp are)",
+        "1 images with more than one dot in their name, whose first dot ends the key (such as 'd.image.jpg')",
+        "1 labels with more than one dot in their name", "2 links and special files, which hold no data of their own (such as 'e.jpg')",
+        "2 files whose name has no extension or begins with a dot (such as 'README')",
+    ):  # fmt: skip
+        assert words in summary, words
+    assert (
+        dataset.label_summary() == "1 of 2: no .cls member ('0.tar/b'); 1 of 2: .cls is not a class number ('0.tar/a')"
+    )
+    with pytest.raises(
+        UserError, match=r"no sample with an image .*6 images with more than one dot .*'IMG_2020.01.0.jpg'"
+    ):
+        write_tar(tmp_path / "dotted" / "0.tar", [(f"IMG_2020.01.{i}.jpg", IMAGE) for i in range(6)])
+        open_dataset(Data(shards=str(tmp_path / "dotted")))
+
+
+def test_damaged_indexes_and_shards_are_told_in_one_line_whatever_is_damaged(folder, dataset, tmp_path):
+    """A bounded fuzz: any error but the declared one is a finding."""
+    rng = np.random.default_rng(0)
+    index, shard = (folder / "mmtard-index.npz").read_bytes(), (folder / "0.tar").read_bytes()[:6000] + bytes(1024)
+    pax = io.BytesIO()
+    with tarfile.open(fileobj=pax, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for number in range(3):
+            member = tarfile.TarInfo(f"{'x' * 120}{number}\u00fc.jpg")
+            member.size, member.pax_headers = len(IMAGE), {"GNU.sparse.size": "5", "comment": "c"}
+            tar.addfile(member, io.BytesIO(IMAGE))
+    refused, path = 0, tmp_path / "x.tar"
+    for number in range(240):
+        whole = bytearray([index, shard, pax.getvalue()][number % 3])
+        for _ in range(rng.integers(1, 6)):
+            at = int(rng.integers(len(whole) if rng.random() < 0.5 else 700))
+            whole[at : at + int(rng.integers(0, 5))] = rng.bytes(int(rng.integers(1, 5)))
+        path.write_bytes(whole[: None if rng.random() < 0.8 else int(rng.integers(len(whole)))])
+        for read in (load_index,) if number % 3 == 0 else (scan_shard, partial(scan_shard, images=False)):
+            try:
+                read(path if read is load_index else str(path))
+            except UserError as error:
+                refused += 1
+                assert "\n" not in str(error) and "x.tar" in str(error)
+    assert refused > 100

@@ -9,7 +9,7 @@ from tiny_shards import samples, write_tar
 from mmtard.config import Cache, Data
 from mmtard.data.dataset import open_dataset
 from mmtard.data.images import Transform
-from mmtard.data.index import build_index
+from mmtard.data.indexing import build_index
 from mmtard.data.order import Order
 from mmtard.data.reader import Reader
 from mmtard.data.samples import SampleReader
@@ -218,3 +218,52 @@ def test_variables_of_the_staging_folder_are_those_of_the_node(source, tmp_path,
         Staging(dataset, cache)
     monkeypatch.setenv("NODE_DISK", str(tmp_path / "disk"))
     assert Staging(dataset, cache).folder == tmp_path / "disk" / "shards"
+
+
+def test_a_remote_shard_rewritten_at_its_size_is_noticed_and_fetched_anew_once_indexed(source, tmp_path):
+    dataset, staging = remote(source, tmp_path)
+    old = staging.ensure(0)
+    members = samples(0, 8)
+    write_tar(source / "0.tar", [(name, b"6" if name.endswith(".cls") else data) for name, data in members])
+    assert (source / "0.tar").stat().st_size == dataset.shard_sizes[0]
+    old.unlink()
+    with pytest.raises(UserError, match="0.tar.*' changed since it was indexed: the labels of 7 samples differ"):
+        staging.ensure(0)
+    assert list(staging.folder.iterdir()) == []
+    (tmp_path / "i.npz").unlink()
+    again, staging = remote(source, tmp_path)
+    assert staging.ensure(0) != old and again.fingerprint != dataset.fingerprint
+
+
+def test_a_full_staging_disk_is_told_as_such(source, tmp_path, monkeypatch):
+    dataset, staging = remote(source, tmp_path)
+    (staging.folder / "full").symlink_to("/dev/full")
+    make_room = staging._make_room
+    monkeypatch.setattr(
+        staging, "_make_room", lambda part, size: (make_room(part, size), part.unlink(), part.symlink_to("/dev/full"))
+    )
+    with pytest.raises(
+        UserError, match="data.cache.dir: cannot write shard .*No space left on device.*GB left: free space"
+    ):
+        staging.ensure(0)
+
+
+def test_the_shared_staging_folder_must_be_the_users_own(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "tmp"))
+    own = tmp_path / "tmp" / f"mmtard-shards-{os.getuid()}"
+    own.parent.mkdir()
+    dataset, _ = remote(source, tmp_path)
+    assert Staging(dataset, Cache()).folder == own and own.stat().st_mode & 0o777 == 0o700
+    own.chmod(0o777)
+    Staging(dataset, Cache())
+    assert own.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(os, "getuid", lambda: own.stat().st_uid)
+    own.rename(tmp_path / "of another")
+    own.symlink_to(tmp_path / "of another")
+    with pytest.raises(UserError, match="data.cache.dir: '.*mmtard-shards-.*' is a link, not a folder of yours"):
+        Staging(dataset, Cache())
+    own.unlink()
+    (tmp_path / "tmp" / "mmtard-shards-4711").mkdir()
+    monkeypatch.setattr(os, "getuid", lambda: 4711)
+    with pytest.raises(UserError, match="is of user .*, not a folder of yours; set data.cache.dir"):
+        Staging(dataset, Cache())

@@ -16,7 +16,7 @@ from mmtard.config import Data
 from mmtard.data.class_names import classnames
 from mmtard.data.dataset import open_dataset
 from mmtard.data.images import Transform
-from mmtard.data.index import build_index
+from mmtard.data.indexing import build_index
 from mmtard.data.order import Order
 from mmtard.data.samples import SampleReader
 from mmtard.data.stream import TrainStream, eval_batches
