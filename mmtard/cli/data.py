@@ -36,6 +36,9 @@ def _add_shards(commands) -> None:
         metavar="FILE",
         help="one name a line, in the order of the sorted sub-folders (as numbers where all are); default: their names",
     )
+    p.add_argument(
+        "--nested", action="store_true", help="each folder at any depth that holds images is a class, named by its path"
+    )
     p.add_argument("--jobs", type=positive, metavar="N", help="processes; default: one a core")
     p.add_argument(
         "--shuffle-seed", type=int, default=0, metavar="S", help="order of the images over the shards (default 0)"
@@ -54,6 +57,7 @@ def _shards(args) -> None:
         jobs=args.jobs,
         shuffle_seed=args.shuffle_seed,
         classnames=args.classnames,
+        nested=args.nested,
     )
     print(written)
 

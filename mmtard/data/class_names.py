@@ -1,6 +1,9 @@
-"""Class names and prompts, as files beside the shards or as settings give them."""
+"""Class names and prompts, as text files beside the shards or as settings give them."""
+
+from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from ..config import Data
@@ -10,16 +13,18 @@ from .paths import is_remote, shards_of
 
 
 def classnames(settings: Data, dataset: Dataset) -> list[str]:
-    """The class names, in the order of the labels: `settings.classnames`, else classnames.txt beside the shards or one folder up.
+    """The class names, in the order of the labels.
 
-    Raises UserError when there is no such file, or a label of the data has no name in it.
+    From `settings.classnames`, else from classnames.txt beside the shards or one folder up. Raises UserError when there
+    is no such file, it is no list of names, or a label of the data has no name in it.
     """
     path = _classnames_file(settings)
-    names = _lines(path, "data.classnames")
+    names = read_names(path, "data.classnames")
     highest = int(dataset.labels.max(initial=-1))
     if highest >= len(names):
         raise UserError(
-            f"data.classnames: '{path}' has {len(names)} names, and the shards have a sample of label {highest}; give the file of their classes"
+            f"data.classnames: '{path}' has {len(names)} names, and the shards have a sample of label {highest}; "
+            "give the file of their classes"
         )
     return names
 
@@ -34,32 +39,98 @@ def _classnames_file(settings: Data) -> Path:
             if path.is_file():
                 return path
     raise UserError(
-        f"data.classnames: no classnames.txt beside '{first}'; set data.classnames to a file of one name a line, in the order of the labels, or data.targets=none where the method reads embeddings alone"
+        f"data.classnames: no classnames.txt beside '{first}'; set data.classnames to a file of one name a line, in the "
+        "order of the labels, or data.targets=none where the method reads embeddings alone"
     )
 
 
+def read_names(path: Path, key: str) -> list[str]:
+    """The names of a file of class names, one a line; a name's line is its label.
+
+    Raises UserError naming `key` for a file that cannot be read, a blank line among the names (those after it would get
+    other labels), and numbers before the names.
+    """
+    names = read_entries(path, key)
+    if "" in names:
+        number = names.index("") + 1
+        raise UserError(
+            f"{key}: line {number} of '{path}' is blank, and a name's line is its label; name the class there"
+        )
+    numbered = [re.fullmatch(r"(\d+)\s*[,;:\t]\s*(.+)", name) for name in names]
+    if names and all(numbered):
+        raise UserError(
+            f"{key}: the lines of '{path}' begin with numbers ('{names[0]}'); write the names alone, one a line, in the "
+            "order of the labels"
+        )
+    return names
+
+
+def doubtful_names(names: list[str], dataset: Dataset) -> list[str]:
+    """What is likely a mistake in the names of a data set's classes, a sentence each; nothing that is certainly wrong."""
+    doubts = []
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        places = [str(i) for i, name in enumerate(names) if name == twice[0]]
+        doubts.append(
+            f"{len(twice)} names stand for several classes ('{twice[0]}' for {' and '.join(places)}): "
+            "the model cannot tell them apart"
+        )
+    present = int(dataset.labels.max(initial=-1)) + 1
+    if 0 < present < len(names):
+        doubts.append(
+            f"there are {len(names)} names, and no sample has a label above {present - 1}: another data set's?"
+        )
+    for pattern, what in (
+        (r"n\d{8}", "codes of WordNet"),
+        (r"\d+", "numbers"),
+        (r"[^\s_]+(_[^\s_]+)+", "words joined by underscores"),
+    ):
+        like = [name for name in names if re.fullmatch(pattern, name)]
+        if len(like) > len(names) / 2:
+            doubts.append(
+                f"{len(like)} of {len(names)} names are {what} ('{like[0]}'): give a file of names as people say them"
+            )
+    return doubts
+
+
 def templates(settings: Data) -> list[str]:
-    """The prompts, each with `{}` where the class name goes. Raises UserError for one without a place, or with other braces."""
+    """The prompts, each with `{}` where the class name goes.
+
+    Raises UserError for a prompt without a place for the name, or with other braces.
+    """
     given = settings.templates
     if isinstance(given, str):
-        given = [given] if "{" in given and not Path(given).is_file() else _lines(Path(given), "data.templates")
+        if "{" in given and not Path(given).is_file():
+            given = [given]
+        else:
+            given = [line for line in read_entries(Path(given), "data.templates") if line]
     prompts = [t.replace("{c}", "{}") for t in given]
     for prompt in prompts:
         rest = prompt.replace("{}", "")
         if rest == prompt or "{" in rest or "}" in rest:
             raise UserError(
-                f"data.templates: '{prompt}' has no single kind of place for the class name; write it like 'a photo of a {{}}'"
+                f"data.templates: '{prompt}' has no single kind of place for the class name; "
+                "write it like 'a photo of a {}'"
             )
     if not prompts:
         raise UserError("data.templates: no prompt given; write at least one, like 'a photo of a {}'")
     return prompts
 
 
-def _lines(path: Path, key: str) -> list[str]:
+def read_entries(path: Path, key: str) -> list[str]:
+    """The lines of a UTF-8 text file without white space around them; blank lines at its end are dropped.
+
+    Lines end at a line feed, a carriage return or both, and at nothing else: U+2028 and U+0085 may stand in a name. A
+    byte-order mark is no part of the first line. Raises UserError naming `key` for a file that cannot be read.
+    """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{key}: cannot read '{path}' ({getattr(error, 'strerror', None) or error}); give a text file, one entry a line"
+            f"{key}: cannot read '{path}' ({getattr(error, 'strerror', None) or error}); "
+            "give a text file in UTF-8, one entry a line"
         ) from None
-    return [line for line in lines if line]
+    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines

@@ -1,21 +1,26 @@
 """An image folder written as WebDataset shards: the same bytes from the same images, whatever the number of processes."""
 
-import hashlib
+from __future__ import annotations
+
+import filecmp
 import io
 import json
-import re
+import os
 import tarfile
-from dataclasses import asdict, dataclass
+import tempfile
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from ..errors import UserError
-from ..files import exclusive, publish
+from ..files import exclusive, publish, write_text
 from ..seeding import permutation
+from .class_names import read_names
+from .image_folder import Source, survey
 from .images import DecodeError, decode
-from .index import EXTENSIONS
+from .index import Index
 from .indexing import build_index
 from .worker_pool import map_in_processes
 
@@ -34,37 +39,49 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Source:
-    path: Path
-    label: int
-    key: str
-
-
-@dataclass(frozen=True)
 class Written:
-    """What a folder of shards holds; `skipped` are the unreadable images, as paths."""
+    """What a folder of shards holds.
+
+    `skipped` are the unreadable images, as paths; `left_out` counts the images that were no part of it, by reason.
+    """
 
     shards: int
     samples: int
     classes: int
     skipped: list[str]
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        left_out = f"; {len(self.skipped)} unreadable images left out, see skipped.txt" if self.skipped else ""
-        return f"{self.samples} samples of {self.classes} classes in {self.shards} shards{left_out}"
+        told = f"{self.samples} samples of {self.classes} classes in {self.shards} shards"
+        if self.skipped:
+            told += f"; {len(self.skipped)} unreadable images left out, see skipped.txt"
+        if self.left_out:
+            total = sum(self.left_out.values())
+            told += f"; {total} images left out: " + "; ".join(f"{n} {why}" for why, n in self.left_out.items())
+        return told
 
 
 def write_shards(
-    images: Path, out: Path, *, samples_per_shard: int = 1000, resize: int | None = None, quality: int = 95, jobs: int | None = None,
-    shuffle_seed: int = 0, classnames: Path | None = None, progress: bool = True,
-) -> Written:  # fmt: skip
+    images: Path,
+    out: Path,
+    *,
+    samples_per_shard: int = 1000,
+    resize: int | None = None,
+    quality: int = 95,
+    jobs: int | None = None,
+    shuffle_seed: int = 0,
+    classnames: Path | None = None,
+    nested: bool = False,
+    progress: bool = True,
+) -> Written:
     """Write `images`/<class>/*.jpg|jpeg|png|webp as `out`/000000.tar ..., with classnames.txt, nshards.txt and the index.
 
-    Labels count the class folders in sorted order, as numbers where all are numbers (ImageNet-V2's 0 ... 999); `classnames` is a file of
-    one name a line in that order (default: the folder names).
-    `resize` re-encodes images whose shorter side is longer than that as JPEG of `quality`; all else is copied byte for byte. With
-    `resize`, unreadable images are left out and listed in skipped.txt. A `name.txt` beside an image becomes its caption. An interrupted
-    call may be repeated: finished shards stay. Raises UserError when `out` holds shards of other images or settings.
+    Labels count the class folders in sorted order, as numbers where all are numbers (ImageNet-V2's 0 ... 999); with
+    `nested` every folder that holds images is a class, named by its path. `classnames` is a file of one name a line in
+    that order (default: the folder names). `resize` re-encodes images whose shorter side is longer than that as JPEG of
+    `quality`; all else is copied byte for byte. With `resize`, unreadable images are left out and listed in skipped.txt.
+    A `name.txt` beside an image becomes its caption. An interrupted call may be repeated: finished shards stay.
+    Raises UserError when `out` holds shards of other images or settings.
     """
     images, out = Path(images), Path(out)
     if samples_per_shard < 1:
@@ -74,85 +91,68 @@ def write_shards(
             f"'{out}' lies inside the image folder '{images}', where it would count as a class; write elsewhere"
         )
     try:
-        folders, sources, digest = _survey(images)
+        folder = survey(images, nested)
     except OSError as error:
         raise UserError(f"'{error.filename or images}' cannot be read ({error.strerror}); mend or remove it") from None
-    names = _names(classnames, folders)
-    shuffled = [sources[i] for i in permutation(len(sources), shuffle_seed).tolist()]
-    plan = [
-        (out / f"{n:06d}.tar", shuffled[i : i + samples_per_shard])
-        for n, i in enumerate(range(0, len(sources), samples_per_shard))
-    ]
+    names = _names(classnames, folder.classes)
+    recipe = Recipe(samples_per_shard, resize, quality, shuffle_seed, folder.digest)
+    plan = _plan(folder.sources, recipe, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with exclusive(out / ".writing"):
-            _agree(out, Recipe(samples_per_shard, resize, quality, shuffle_seed, digest))
-            for left in out.glob(".*.tar.*.part"):  # by a call that was killed
-                left.unlink()
-            todo = [part for part in plan if not part[0].exists()]
-            map_in_processes(partial(_write_shard, resize=resize, quality=quality), todo, jobs, "shards", progress)
-            (out / "classnames.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-            (out / "nshards.txt").write_text(f"{len(plan)}\n")
-            index = build_index([str(path) for path, _ in plan], out / "mmtard-index.npz", jobs, progress)
+            _agree(out, recipe)
+            index = _write(plan, recipe, out, names, jobs, progress)
             kept = set(index.keys.tolist())
-            skipped = sorted(str(s.path) for s in sources if s.key.encode() not in kept)
+            skipped = sorted(str(s.path) for s in folder.sources if s.key.encode() not in kept)
             if skipped:
-                (out / "skipped.txt").write_text(
-                    "".join(f"{path}\n" for path in skipped), encoding="utf-8", errors="surrogateescape"
-                )
+                text = "".join(f"{path}\n" for path in skipped)
+                (out / "skipped.txt").write_text(text, encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise UserError(
             f"cannot write shards: {error.strerror}: '{error.filename or out}'; free space or choose another folder"
         ) from None
-    return Written(len(plan), len(index), len(names), skipped)
+    return Written(len(plan), len(index), len(names), skipped, folder.left_out)
 
 
-def _survey(images: Path) -> tuple[list[str], list[Source], str]:
-    """The class folders, every image in sorted order, and a hash of their names and sizes."""
-    if not images.is_dir():
-        raise UserError(f"'{images}' is not a folder; give one whose sub-folders are the classes")
-    folders = sorted(p.name for p in images.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not folders:
-        raise UserError(f"'{images}' has no sub-folders; give a folder whose sub-folders are the classes")
-    for folder in folders:
-        if any("\ud800" <= c <= "\udfff" for c in folder):  # as which Python reads bytes that are no UTF-8
-            raise UserError(
-                f"'{images}': the class folder {folder!r} has a name that cannot be written as text; rename it"
-            )
-    if all(re.fullmatch("[0-9]+", name) for name in folders):
-        folders.sort(key=int)
-    sources, digest = [], hashlib.sha256()
-    for label, folder in enumerate(folders):
-        found = sorted(
-            p for p in (images / folder).iterdir() if p.suffix[1:].lower() in EXTENSIONS and not p.name.startswith(".")
+Part = tuple[Path, list[Source]]  # a shard and the images that go into it
+
+
+def _plan(sources: list[Source], recipe: Recipe, out: Path) -> list[Part]:
+    shuffled = [sources[i] for i in permutation(len(sources), recipe.shuffle_seed).tolist()]
+    each = recipe.samples_per_shard
+    starts = range(0, len(sources), each)
+    return [(out / f"{number:06d}.tar", shuffled[start : start + each]) for number, start in enumerate(starts)]
+
+
+def _write(plan: list[Part], recipe: Recipe, out: Path, names: list[str], jobs: int | None, progress: bool) -> Index:
+    """Write the shards that are not there, check those whose images were touched since, and index all."""
+    for left in out.glob(".*.tar.*.part"):  # by a call that was killed
+        left.unlink()
+    encoding = {"resize": recipe.resize, "quality": recipe.quality}
+    finished = [part for part in plan if part[0].exists()]
+    # A file that was changed, or moved to where it is, after the shard was finished is newer than the shard.
+    touched = [part for part in finished if _newest(part) > part[0].stat().st_mtime_ns]
+    todo = [part for part in plan if part not in finished]
+    map_in_processes(partial(_write_shard, **encoding), todo, jobs, "shards", progress)
+    same = map_in_processes(partial(_is_still, **encoding), touched, jobs, "check", progress and bool(touched))
+    if changed := [path for (path, _), equal in zip(touched, same) if not equal]:
+        raise UserError(
+            f"'{out}' holds shards of other images ({len(changed)} of its shards would be written otherwise now, the "
+            f"first is '{changed[0].name}'); choose another folder or remove it"
         )
-        if not found:
-            kinds = ", ".join(EXTENSIONS)
-            raise UserError(
-                f"class folder '{images / folder}' has no image ({kinds}); give the folder whose sub-folders are the classes, or remove it"
-            )
-        for path in found:
-            # The number makes keys unique; dots would end them, and long or foreign names do not fit a plain tar header.
-            readable = re.sub(r"[^A-Za-z0-9_-]", "_", f"{folder}-{path.stem}")[:64]
-            sources.append(Source(path, label, f"{len(sources):08d}-{readable}"))
-            caption = path.with_suffix(".txt")
-            sizes = (path.stat().st_size, caption.stat().st_size if caption.is_file() else -1)
-            digest.update(f"{folder}/{path.name}\0{sizes[0]}\0{sizes[1]}\n".encode("utf-8", "surrogateescape"))
-    return folders, sources, digest.hexdigest()
+    (out / "classnames.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    (out / "nshards.txt").write_text(f"{len(plan)}\n")
+    return build_index([str(path) for path, _ in plan], out / "mmtard-index.npz", jobs, progress)
 
 
 def _names(classnames: Path | None, folders: list[str]) -> list[str]:
     if classnames is None:
         return folders
-    try:
-        names = [line.strip() for line in Path(classnames).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--classnames: cannot read '{classnames}' ({getattr(error, 'strerror', None) or error})"
-        ) from None
+    names = read_names(Path(classnames), "--classnames")
     if len(names) != len(folders):
         raise UserError(
-            f"--classnames: '{classnames}' has {len(names)} names for {len(folders)} class folders; write one a line, in sorted folder order"
+            f"--classnames: '{classnames}' has {len(names)} names for {len(folders)} class folders; "
+            "write one a line, in sorted folder order"
         )
     return names
 
@@ -164,8 +164,7 @@ def _agree(out: Path, recipe: Recipe) -> None:
     except FileNotFoundError:
         if any(out.glob("*.tar")):
             raise UserError(f"'{out}' holds shards that were not written here; choose another folder") from None
-        with publish(record) as temporary:
-            temporary.write_text(json.dumps(asdict(recipe), indent=1) + "\n")
+        write_text(record, json.dumps(asdict(recipe), indent=1) + "\n")
         return
     except ValueError:
         raise UserError(f"'{record}' is damaged; remove '{out}' and write the shards anew") from None
@@ -176,11 +175,36 @@ def _agree(out: Path, recipe: Recipe) -> None:
         )
 
 
-def _write_shard(part: tuple[Path, list[Source]], resize: int | None, quality: int) -> None:
+def _newest(part: Part) -> int:
+    """When the newest of a shard's images was changed, in nanoseconds."""
+    return max(source.changed for source in part[1])
+
+
+def _write_shard(part: Part, resize: int | None, quality: int) -> None:
+    """Write a shard. It is then as old as its newest image, so that an image changed later is newer than the shard."""
     path, sources = part
+    with publish(path) as temporary:
+        _fill(temporary, path, sources, resize, quality)
+        os.utime(temporary, ns=(_newest(part), _newest(part)))
+
+
+def _is_still(part: Part, resize: int | None, quality: int) -> bool:
+    """Whether the shard that is there is what its images give now; then it is as old as its newest image again."""
+    path, sources = part
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".check-") as scratch:
+        now = Path(scratch) / path.name
+        _fill(now, path, sources, resize, quality)
+        same = filecmp.cmp(now, path, shallow=False)
+    if same:
+        os.utime(path, ns=(_newest(part), _newest(part)))
+    return same
+
+
+def _fill(tar_path: Path, path: Path, sources: list[Source], resize: int | None, quality: int) -> None:
     written = 0
-    # webdataset's TarWriter leaves the order of a sample's members and the owner to its own defaults; plain USTAR with fixed fields does not.
-    with publish(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+    # webdataset's TarWriter leaves the order of a sample's members and the owner to its own defaults; plain USTAR with
+    # fixed fields does not.
+    with tarfile.open(tar_path, "x", format=tarfile.USTAR_FORMAT) as tar:
         for source in sources:
             try:
                 extension, data = _image(source.path, resize, quality)
@@ -192,10 +216,11 @@ def _write_shard(part: tuple[Path, list[Source]], resize: int | None, quality: i
             if caption.is_file():
                 _put(tar, f"{source.key}.txt", caption.read_bytes())
             written += 1
-        if not written:
-            raise UserError(
-                f"none of the {len(sources)} images meant for '{path}' can be read ('{sources[0].path}', ...); repair or remove them"
-            )
+    if not written:
+        raise UserError(
+            f"none of the {len(sources)} images meant for '{path}' can be read ('{sources[0].path}', ...); "
+            "repair or remove them"
+        )
 
 
 def _image(path: Path, resize: int | None, quality: int) -> tuple[str, bytes]:

@@ -191,3 +191,61 @@ def test_keys_are_plain_whatever_the_file_names(tmp_path):
     assert len(set(dataset.keys)) == 3 and all("." not in k and k.isascii() for k in dataset.keys)
     assert classnames(Data(shards=str(tmp_path / "out")), dataset) == ["schöne Käfer.2"]
     assert sum(len(b) for b in eval_batches(SampleReader(dataset, Transform(16)), range(3), 2)) == 3
+
+
+def test_images_that_are_left_out_are_counted_by_why_and_nested_folders_are_taken_on_request(images, tmp_path):
+    deep = images / "n01" / "deep"
+    deep.mkdir()
+    for name in ("a.JPG", "b.PNG"):
+        picture(7).save(deep / name)
+    picture(8).save(images / "n02" / "old.gif")
+    picture(9).save(images / "loose.png")
+    written = write(images, tmp_path / "out")
+    assert written.samples == 21 and str(written) == (
+        "21 samples of 3 classes in 3 shards; 4 images left out: "
+        f"1 beside the class folders, in '{images}' itself; "
+        "2 below a class folder (--nested makes each such folder a class); "
+        "1 of a kind that is not read (.gif; jpg, jpeg, png, webp are)"
+    )
+    nested = write(images, tmp_path / "nested", nested=True)
+    assert nested.samples == 23 and nested.classes == 4 and sum(nested.left_out.values()) == 2
+    data = Data(shards=str(tmp_path / "nested"))
+    assert classnames(data, open_dataset(data)) == ["n01", "n01/deep", "n02", "n10"]
+    with pytest.raises(UserError, match="class folder '.*images' has no image.*23 lie in folders below it: --nested"):
+        (images / "loose.png").unlink()
+        (images / "n02" / "old.gif").unlink()
+        write(tmp_path, images.parent.parent / f"out-of-the-way-{os.getpid()}")
+
+
+@pytest.mark.parametrize("more", [{}, {"resize": 32}])
+def test_images_exchanged_between_classes_are_noticed_when_a_folder_goes_on(images, tmp_path, more):
+    """Names and sizes stay the same: what tells is when the files were moved."""
+    pair = [images / "n01" / "x.png", images / "n02" / "x.png"]
+    for path, colour in zip(pair, ((255, 0, 0), (0, 0, 255))):
+        Image.new("RGB", (64, 64), colour).save(path, compress_level=0)
+    assert pair[0].stat().st_size == pair[1].stat().st_size
+    write(images, tmp_path / "out", **more)
+    before = contents(tmp_path / "out")
+    os.utime(images / "n10" / "n10_0.v1.JPEG")
+    assert write(images, tmp_path / "out", **more).samples == 23, "touched, but the same bytes"
+    pair[0].rename(images / "swap")
+    pair[1].rename(pair[0])
+    (images / "swap").rename(pair[1])
+    with pytest.raises(UserError, match="holds shards of other images .* of its shards would be written otherwise now"):
+        write(images, tmp_path / "out", **more)
+    assert {k: v for k, v in contents(tmp_path / "out").items() if k.endswith("tar")} == {
+        k: v for k, v in before.items() if k.endswith("tar")
+    }
+
+
+def test_a_class_name_of_any_letters_is_read_as_it_was_written(images, tmp_path):
+    strange = "dog\u2028big \x85 bird"
+    (images / "n02").rename(images / strange)
+    write(images, tmp_path / "out")
+    data = Data(shards=str(tmp_path / "out"))
+    assert classnames(data, open_dataset(data)) == [strange, "n01", "n10"]
+    (images / strange).rename(images / "two\nlines")
+    with pytest.raises(
+        UserError, match="the class folder 'two.nlines' has a name that cannot be written as text; rename it"
+    ):
+        write(images, tmp_path / "again")

@@ -1,0 +1,65 @@
+"""Class names as people write them: the right names, or one line that says what is wrong."""
+
+import numpy as np
+import pytest
+
+from mmtard.config import Data
+from mmtard.data.class_names import classnames, doubtful_names, read_names, templates
+from mmtard.errors import UserError
+
+
+class Labels:
+    def __init__(self, highest):
+        self.labels = np.array([0, highest])
+
+
+@pytest.mark.parametrize("data, names", [
+    ("cat\ndog\nbird\n", ["cat", "dog", "bird"]),
+    ("\ufeffcat\ndog\nbird", ["cat", "dog", "bird"]),
+    ("cat\r\ndog\r\nbird\r\n\r\n", ["cat", "dog", "bird"]),
+    ("cat\rdog\rbird", ["cat", "dog", "bird"]),
+    ("cat\ndog\u2028big\nbird\n", ["cat", "dog\u2028big", "bird"]),
+    ("ca\x85t\nd\x0bo\x0cg\nbi\x1crd\n \n", ["ca\x85t", "d\x0bo\x0cg", "bi\x1crd"]),
+    ("crane\ncrane\nbird\n", ["crane", "crane", "bird"]),
+    (" great white shark \n7\nn01440764", ["great white shark", "7", "n01440764"]),
+])  # fmt: skip
+def test_names_are_read_as_they_stand(tmp_path, data, names):
+    (tmp_path / "n.txt").write_bytes(data.encode())
+    assert read_names(tmp_path / "n.txt", "data.classnames") == names
+    assert classnames(Data(shards="x", classnames=str(tmp_path / "n.txt")), Labels(2)) == names
+
+
+@pytest.mark.parametrize("data, words", [
+    (b"cat\n\ndog\nbird\n", "line 2 of '.*' is blank, and a name's line is its label; name the class there"),
+    (b"\ncat\ndog\nbird\n", "line 1 of '.*' is blank"),
+    (b"0,cat\n1,dog\n2,bird\n", r"begin with numbers \('0,cat'\); write the names alone"),
+    (b"1: cat\n2: dog\n3: bird\n", "begin with numbers"),
+    ("cat\ndog\nbird\n".encode("utf-16"), "cannot read '.*'; give a text file in UTF-8|cannot read"),
+    ("caf\u00e9\ndog\nbird\n".encode("latin-1"), "cannot read .* give a text file in UTF-8, one entry a line"),
+    (b"cat\ndog\n", "has 2 names, and the shards have a sample of label 2"),
+    (b"['cat', 'dog', 'bird']\n", "has 1 names, and the shards have a sample of label 2"),
+    (b"", "has 0 names"),
+])  # fmt: skip
+def test_what_is_no_list_of_names_is_refused_in_one_line(tmp_path, data, words):
+    (tmp_path / "n.txt").write_bytes(data)
+    with pytest.raises(UserError, match=words) as caught:
+        classnames(Data(shards="x", classnames=str(tmp_path / "n.txt")), Labels(2))
+    assert str(caught.value).startswith("data.classnames: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("names, highest, words", [
+    (["cat", "dog", "bird"], 2, None),
+    (["crane", "bird", "crane"], 2, "'crane' for 0 and 2): the model cannot tell them apart"),
+    (["cat", "dog", "bird", "fish"], 2, "there are 4 names, and no sample has a label above 2"),
+    (["n01440764", "n01443537", "n01484850"], 2, "3 of 3 names are codes of WordNet ('n01440764')"),
+    (["0", "1", "2"], 2, "3 of 3 names are numbers ('0')"),
+    (["apple_pie", "beet_salad", "ramen"], 2, "2 of 3 names are words joined by underscores ('apple_pie')"),
+])  # fmt: skip
+def test_what_is_likely_a_mistake_is_said(names, highest, words):
+    doubts = doubtful_names(names, Labels(highest))
+    assert len(doubts) == (words is not None) and (words is None or words in doubts[0])
+
+
+def test_prompts_are_read_by_the_same_rules(tmp_path):
+    (tmp_path / "t.txt").write_bytes("\ufeffa photo of a {c}.\r\n\r\nthe\u2028{}\r\n".encode())
+    assert templates(Data(shards="x", templates=str(tmp_path / "t.txt"))) == ["a photo of a {}.", "the\u2028{}"]
