@@ -7,6 +7,7 @@ import atexit
 import multiprocessing
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
@@ -191,13 +192,26 @@ def _load(samples: SampleReader, requests: Iterator, workers: int) -> Iterator[B
             if isinstance(batch, UserError):
                 raise batch
             yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        # A worker killed while it hands a batch over ends in an error of the connection to it.
+        gone = None if "DataLoader worker" in str(error) else _killed(processes)
+        if gone is None and "DataLoader worker" not in str(error):
             raise
+        error = error if gone is None else RuntimeError(f"DataLoader worker (pid {gone}) was killed")
         raise _lost(error, workers) from None
     finally:
         end()
         atexit.unregister(end)
+
+
+def _killed(processes: list) -> int | None:
+    """The pid of a worker that has ended, given a moment to be known as dead; None where all live."""
+    until = time.monotonic() + 1
+    while True:
+        dead = [p.pid for p in processes if not p.is_alive()]
+        if dead or time.monotonic() > until or not processes:
+            return dead[0] if dead else None
+        time.sleep(0.02)
 
 
 def _lost(error: RuntimeError, workers: int) -> ProcessLostError:
