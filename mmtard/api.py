@@ -1,39 +1,299 @@
-"""The public functions of `import mmtard`."""
+"""The public functions of `import mmtard`: a model, an attack, an evaluation, a training run. docs/api.md shows them."""
 
 from __future__ import annotations
 
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import config as settings
+from .errors import UserError, unknown_name
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from .attacks.attack import AttackResult
+    from .attacks.state import Classifier
+    from .models.zero_shot_model import Tokenizer, ZeroShotModel
+
+Eps = str | float | Fraction  # "2/255", 0.0078, Fraction(2, 255)
 
 
-def load(source: str, arch: str | None = None):
-    """The CLIP model of any source that the command line takes. Raises UserError for one that is not known."""
-    from .config import Model
+def load(
+    source: str | Path | nn.Module,
+    arch: str | None = None,
+    *,
+    text: str | None = None,
+    quick_gelu: bool | None = None,
+    ema: bool = False,
+    tokenizer: Tokenizer | None = None,
+    device: str | torch.device | None = None,
+) -> ZeroShotModel:
+    """Load a CLIP model in float32, frozen and in eval mode, or wrap an open_clip model as it is.
+
+    source: a run or checkpoint folder, an exported folder, a weights file, "hf-hub:...", an open_clip tag such as "openai",
+    "random", or an open_clip model, whose weights are then shared. arch: the open_clip architecture (or .json), where the
+    source does not say it. text, quick_gelu: source of the text tower and activation, where a weights file does not say them.
+    ema: the moving average of a run's weights. tokenizer: texts -> token ids, for a wrapped model that brings its own.
+    device: default the CPU, for a wrapped model its own. Raises UserError for what cannot be loaded, and says why.
+    """
+    from torch import nn
+
     from .models.loading import load_clip
+    from .models.zero_shot_model import ZeroShotModel, wrap
 
-    return load_clip(Model(weights=str(source), arch=arch), where="source")
+    if isinstance(source, nn.Module):
+        if text is not None or quick_gelu is not None or ema:
+            raise UserError("text, quick_gelu, ema: they belong to weights that are loaded, not to a model; leave them out")
+        model = wrap(source, arch, tokenizer)
+    elif isinstance(source, str | Path):
+        clip = load_clip(_spec(source, arch, text, quick_gelu, ema), where="source")
+        clip.model.eval().requires_grad_(False)
+        model = ZeroShotModel(clip, tokenizer or clip.tokenizer())
+    else:
+        raise UserError(f"source: a {type(source).__name__}; give a path, an open_clip tag, or an open_clip model")
+    return model if device is None else model.to(device)
 
 
-def train(config, overrides: list[str] = ()) -> int:
-    """Train, or go on training, the run of a configuration (a path or a `Config`); 0 when it is complete, 75 when it was asked to stop."""
-    from . import config as settings
+def attack(
+    model: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    eps: Eps = "2/255",
+    norm: str | float = "linf",
+    name: str | Sequence[str] = "apgd-ce",
+    *,
+    iters: int = 100,
+    restarts: int = 1,
+    queries: int = 5000,
+    targets: int = 9,
+    step_size: Eps | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    source: Classifier | None = None,
+) -> AttackResult:
+    """Attack plain tensors; each image's worst case, and whether it can be believed.
+
+    model: any callable of images [B,C,H,W] float32 in [0,1] -> logits [B,classes] float32, in eval mode, that normalises
+    inside. images: float32 [B,C,H,W] in [0,1]; labels: int64 [B]; both on the model's device. eps: the radius in units of
+    [0,1] pixels. norm: L-inf or L2, in any usual spelling ("linf", "Linf", numpy.inf, "L2", 2). name: pgd, apgd-ce, apgd-dlr,
+    apgd-t, fab-t, square, transfer, autoattack (pyautoattack's own), or several in their order, each on what still stands.
+    iters, restarts: of every gradient attack. queries: of Square. targets: classes that a targeted attack aims at. step_size:
+    of pgd, default 2.5 eps / iters. seed: of the random starts; the batch size changes nothing. source: the model that
+    `transfer` follows. Raises UserError for whatever does not fit.
+
+    Sources: PGD Madry et al., ICLR 2018; APGD, FAB, AutoAttack Croce & Hein, ICML 2020; Square Andriushchenko et al., ECCV 2020.
+    """
+    from .attacks.attack import attack_tensors
+    from .attacks.state import AttackSettings
+    from .attacks.threat_model import check_norm
+    from .evaluation.model import full_float32
+    from .models.zero_shot_model import ZeroShotModel
+
+    if isinstance(model, ZeroShotModel):
+        raise UserError("model: it classifies nothing yet; name the classes: model.classifier(['cat', 'dog'])")
+    if not callable(model):
+        raise UserError(f"model: a {type(model).__name__} cannot be called; give images -> logits")
+    kind, radius = check_norm(norm), _size(eps, "eps")
+    if kind == "linf" and radius >= 1:
+        raise UserError(f"eps: {eps} lets an attack replace the whole image, for pixels are in [0,1]; write {eps}/255")
+    names = [name] if isinstance(name, str) else list(name)
+    if not names:
+        raise UserError("name: no attack; write one such as 'apgd-ce'")
+    means = AttackSettings(
+        eps=radius,
+        norm=kind,
+        iters=iters,
+        restarts=restarts,
+        queries=queries,
+        targets=targets,
+        step_size=None if step_size is None else _size(step_size, "step_size"),
+    )
+    with full_float32():
+        return attack_tensors(
+            model, images, labels, means, names, seed=seed, batch_size=batch_size, source=source
+        )
+
+
+def evaluate(
+    model: str | Path | ZeroShotModel,
+    data: str | Path,
+    protocol: str = "fare",
+    *,
+    arch: str | None = None,
+    datasets: Sequence[str] | None = None,
+    eps: Eps | Sequence[Eps] | None = None,
+    norm: str | float | None = None,
+    n_samples: int | str | None = None,
+    out: str | Path | None = None,
+    batch_size: int | None = None,
+    workers: int = 2,
+    sanity: bool = False,
+    device: str = "auto",
+    say: Callable[..., Any] = print,
+    **changes: Any,
+) -> dict:
+    """Measure a model on datasets by a named protocol; the content of results.json, which is also written.
+
+    model: what `load` takes as a source (with `arch`), or a `ZeroShotModel`. data: a dataset (shards, or images in class
+    folders), or a folder of them; datasets: some of these by name. protocol: fare, tecoa, robustbench or quick. eps: radii in
+    units of [0,1]. n_samples: how many are attacked, "all" for all. changes: other settings of the protocol, by name: attacks,
+    iters, restarts, queries, step_size, templates, perturb_at, seed. out: the folder of results.json; default: named by the
+    settings, in the run's evaluations/ or in ./evaluations. say: takes each line of progress. Runs in the process group of this
+    launch, or alone, and is resumable: the same call goes on where it was interrupted. Raises UserError for what does not fit.
+    """
+    from .distributed.ranks import process_group
+    from .evaluation.datasets import find_datasets
+    from .evaluation.evaluate import evaluate as measure
+    from .evaluation.request import EvaluationRequest, default_out
+
+    asked = _protocol(protocol, eps, norm, n_samples, changes)
+    sources = find_datasets(str(data), None if datasets is None else list(datasets))
+    with _as_weights(model, arch) as (spec, identity), _environment_as_it_was(), process_group(device) as ranks:
+        folder = Path(out) if out is not None else default_out(identity, asked, sources, str(data), batch_size=batch_size)
+        request = EvaluationRequest(
+            spec, sources, asked, folder, batch_size=batch_size, workers=workers, sanity=sanity
+        )
+        return measure(request, ranks, say)
+
+
+def train(config: str | Path | dict | settings.Config, overrides: Sequence[str] = ()) -> int:
+    """Train, or go on training, the run of a configuration, as `mmtard train` does.
+
+    config: a YAML file, the name of one that comes with mmtard, a dict of settings, or a `mmtard.config.Config`. overrides:
+    "key.sub=value" texts, for a file or a name. Returns 0 when the run is complete, 75 when a signal stopped it: the same call
+    then goes on. Raises UserError for settings or data that do not fit, RunError for what ended the run. Collective over the
+    ranks of this launch.
+    """
+    from .data.paths import shards_of
     from .distributed.interruption import Interruption
-    from .training.train import train
+    from .distributed.launcher import world_size_from_env
+    from .runs import history, trackers
 
-    if isinstance(config, (str, Path)):
-        config = settings.load(config, overrides)
-    with Interruption() as interruption:
-        return train(config, interruption)
+    if isinstance(config, settings.Config | dict):
+        if overrides:
+            raise UserError("overrides: they belong to a file of settings; change the dict or the Config itself")
+        run = config if isinstance(config, settings.Config) else settings.validate(config)
+    else:
+        run = settings.load(config, list(overrides))
+    settings.check_world(run, world_size_from_env())
+    shards_of(run.data)
+    trackers.check(run.log)
+    history.may_start(run)
+    if run.engine.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU that is there
+    from .training.train import train as run_training
+
+    with _environment_as_it_was(), _signals_as_they_were():
+        interruption = Interruption()
+        if threading.current_thread() is not threading.main_thread():  # only there may Python set handlers of signals
+            return run_training(run, interruption)
+        with interruption:
+            return run_training(run, interruption)
 
 
-def evaluate(request, ranks, **options) -> dict:
-    """Measure a model as an `EvaluationRequest` says. Collective over the ranks."""
-    from .evaluation.evaluate import evaluate
+def _spec(
+    source: str | Path, arch: str | None, text: str | None = None, quick_gelu: bool | None = None, ema: bool = False
+) -> settings.Model:
+    return settings.Model(weights=str(source), arch=arch, text=text, quick_gelu=quick_gelu, ema=ema)
 
-    return evaluate(request, ranks, **options)
+
+def _size(value: Eps, name: str) -> float:
+    """A radius or step in units of [0,1]. Raises UserError for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, str | float | int | Fraction):
+        raise UserError(f"{name}: {value!r} is not a number; write it as '2/255' or 0.0078")
+    try:
+        return float(settings.parse_fraction(value))
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{name}: {error}") from None
 
 
-def attack(*args, **kwargs):
-    """Adversarial images of plain tensors."""
-    from .attacks.ensemble import run_attacks
+def _protocol(name: str, eps: Any, norm: Any, n_samples: int | str | None, changes: dict[str, Any]) -> Any:
+    """The protocol with what the call changes. Raises UserError for a setting that no protocol has."""
+    from .attacks.threat_model import check_norm
+    from .evaluation import request
+    from .evaluation.protocols import Protocol
 
-    return run_attacks(*args, **kwargs)
+    own = {field.name for field in fields(Protocol)} - {"name", "eps", "norm", "n_samples", "eps_of", "datasets", "purpose"}
+    for key in changes:
+        if key not in own:
+            raise unknown_name("setting of an evaluation", key, own)
+    for key in ("attacks", "templates"):
+        if changes.get(key) is not None:
+            given = changes[key]
+            changes[key] = (given,) if isinstance(given, str) else tuple(given)
+    if changes.get("step_size") is not None:
+        changes["step_size"] = Fraction(_text(changes["step_size"], "step_size"))
+    if eps is not None:
+        radii = [eps] if isinstance(eps, str | float | int | Fraction) else list(eps)
+        eps = [Fraction(_text(radius, "eps")) for radius in radii]
+    if isinstance(n_samples, str) and n_samples != "all":
+        raise UserError(f"n_samples: '{n_samples}' is no number; write one, or 'all'")
+    return request.protocol(
+        name,
+        eps,
+        all_samples=n_samples == "all",
+        n_samples=None if n_samples == "all" else n_samples,
+        norm=None if norm is None else check_norm(norm),
+        **changes,
+    )
+
+
+def _text(value: Any, name: str) -> Fraction:
+    _size(value, name)
+    return settings.parse_fraction(value)
+
+
+@contextmanager
+def _as_weights(model: Any, arch: str | None) -> Iterator[tuple[settings.Model, settings.Model]]:
+    """A model as a source that every rank loads, and as what names the folder of its results."""
+    from .models.weights import tensors_sha256
+    from .models.zero_shot_model import ZeroShotModel, save
+
+    if isinstance(model, str | Path):
+        spec = _spec(model, arch)
+        yield spec, spec
+        return
+    if not isinstance(model, ZeroShotModel):
+        raise UserError(f"model: a {type(model).__name__}; give a source, or wrap an open_clip model with mmtard.load(model)")
+    with tempfile.TemporaryDirectory(prefix="mmtard-model-") as scratch:
+        folder = Path(scratch) / "model"
+        save(model, folder)
+        sha256 = tensors_sha256(model.clip.model.state_dict())
+        yield _spec(folder, None), _spec(f"model-{sha256[:16]}", None)
+
+
+@contextmanager
+def _environment_as_it_was() -> Iterator[None]:
+    """Joining a process group sets RANK and its like; a process that this one starts later must not be taken for a rank."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                os.environ.pop(name, None)
+
+
+@contextmanager
+def _signals_as_they_were() -> Iterator[None]:
+    """A run of the command line ignores signals once it is done; a program or notebook that goes on must not."""
+    from .distributed.interruption import Interruption
+
+    before = {number: signal.getsignal(number) for number in Interruption.SIGNALS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
