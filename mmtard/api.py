@@ -1,4 +1,4 @@
-"""The public functions of `import mmtard`: a model, an attack, an evaluation, a training run. docs/api.md shows them."""
+"""The public functions of `import mmtard`: load, attack, evaluate, train. docs/api.md shows them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import config as settings
-from .errors import UserError, unknown_name
+from . import config as settings, resources
+from .errors import RunError, UserError, unknown_name
 
 if TYPE_CHECKING:
     import torch
@@ -39,11 +40,12 @@ def load(
 ) -> ZeroShotModel:
     """Load a CLIP model in float32, frozen and in eval mode, or wrap an open_clip model as it is.
 
-    source: a run or checkpoint folder, an exported folder, a weights file, "hf-hub:...", an open_clip tag such as "openai",
-    "random", or an open_clip model, whose weights are then shared. arch: the open_clip architecture (or .json), where the
-    source does not say it. text, quick_gelu: source of the text tower and activation, where a weights file does not say them.
-    ema: the moving average of a run's weights. tokenizer: texts -> token ids, for a wrapped model that brings its own.
-    device: default the CPU, for a wrapped model its own. Raises UserError for what cannot be loaded, and says why.
+    source: a run or checkpoint folder, an exported folder, a weights file, "hf-hub:...", an open_clip tag such as
+    "openai", "random", or an open_clip model, whose weights are then shared. arch: the open_clip architecture (or
+    .json), where the source does not say it. text, quick_gelu: source of the text tower and activation, where a
+    weights file does not say them. ema: the moving average of a run's weights. tokenizer: texts -> token ids, for a
+    wrapped model that brings its own. device: default the CPU, for a wrapped model its own. Raises UserError for what
+    cannot be loaded, and says why.
     """
     from torch import nn
 
@@ -52,7 +54,9 @@ def load(
 
     if isinstance(source, nn.Module):
         if text is not None or quick_gelu is not None or ema:
-            raise UserError("text, quick_gelu, ema: they belong to weights that are loaded, not to a model; leave them out")
+            raise UserError(
+                "text, quick_gelu, ema: they belong to weights that are loaded, not to a model; leave them out"
+            )
         model = wrap(source, arch, tokenizer)
     elif isinstance(source, str | Path):
         clip = load_clip(_spec(source, arch, text, quick_gelu, ema), where="source")
@@ -82,15 +86,17 @@ def attack(
 ) -> AttackResult:
     """Attack plain tensors; each image's worst case, and whether it can be believed.
 
-    model: any callable of images [B,C,H,W] float32 in [0,1] -> logits [B,classes] float32, in eval mode, that normalises
-    inside. images: float32 [B,C,H,W] in [0,1]; labels: int64 [B]; both on the model's device. eps: the radius in units of
-    [0,1] pixels. norm: L-inf or L2, in any usual spelling ("linf", "Linf", numpy.inf, "L2", 2). name: pgd, apgd-ce, apgd-dlr,
-    apgd-t, fab-t, square, transfer, autoattack (pyautoattack's own), or several in their order, each on what still stands.
-    iters, restarts: of every gradient attack. queries: of Square. targets: classes that a targeted attack aims at. step_size:
-    of pgd, default 2.5 eps / iters. seed: of the random starts; the batch size changes nothing. source: the model that
-    `transfer` follows. Raises UserError for whatever does not fit.
+    model: any callable of images [B,C,H,W] float32 in [0,1] -> logits [B,classes] float32, in eval mode, that
+    normalises inside. images: float32 [B,C,H,W] in [0,1]; labels: int64 [B]; both on the model's device. eps: the
+    radius in units of [0,1] pixels. norm: L-inf or L2, in any usual spelling ("linf", "Linf", numpy.inf, "L2", 2).
+    name: pgd, apgd-ce, apgd-dlr, apgd-t, fab-t, square, transfer, autoattack (pyautoattack's own), or several in
+    their order, each on what still stands. iters, restarts: of every gradient attack. queries: of Square. targets:
+    classes that a targeted attack aims at. step_size: of pgd, default 2.5 eps / iters. seed: of the random starts;
+    the batch size changes nothing. source: the model that `transfer` follows. Raises UserError for whatever does not
+    fit.
 
-    Sources: PGD Madry et al., ICLR 2018; APGD, FAB, AutoAttack Croce & Hein, ICML 2020; Square Andriushchenko et al., ECCV 2020.
+    Sources: PGD Madry et al., ICLR 2018; APGD, FAB, AutoAttack Croce & Hein, ICML 2020; Square Andriushchenko et al.,
+    ECCV 2020.
     """
     from .attacks.attack import attack_tensors
     from .attacks.state import AttackSettings
@@ -102,7 +108,7 @@ def attack(
         raise UserError("model: it classifies nothing yet; name the classes: model.classifier(['cat', 'dog'])")
     if not callable(model):
         raise UserError(f"model: a {type(model).__name__} cannot be called; give images -> logits")
-    kind, radius = check_norm(norm), _size(eps, "eps")
+    kind, radius = check_norm(norm), float(_fraction(eps, "eps"))
     if kind == "linf" and radius >= 1:
         raise UserError(f"eps: {eps} lets an attack replace the whole image, for pixels are in [0,1]; write {eps}/255")
     names = [name] if isinstance(name, str) else list(name)
@@ -115,12 +121,10 @@ def attack(
         restarts=restarts,
         queries=queries,
         targets=targets,
-        step_size=None if step_size is None else _size(step_size, "step_size"),
+        step_size=None if step_size is None else float(_fraction(step_size, "step_size")),
     )
     with full_float32():
-        return attack_tensors(
-            model, images, labels, means, names, seed=seed, batch_size=batch_size, source=source
-        )
+        return attack_tensors(model, images, labels, means, names, seed=seed, batch_size=batch_size, source=source)
 
 
 def evaluate(
@@ -143,12 +147,13 @@ def evaluate(
 ) -> dict:
     """Measure a model on datasets by a named protocol; the content of results.json, which is also written.
 
-    model: what `load` takes as a source (with `arch`), or a `ZeroShotModel`. data: a dataset (shards, or images in class
-    folders), or a folder of them; datasets: some of these by name. protocol: fare, tecoa, robustbench or quick. eps: radii in
-    units of [0,1]. n_samples: how many are attacked, "all" for all. changes: other settings of the protocol, by name: attacks,
-    iters, restarts, queries, step_size, templates, perturb_at, seed. out: the folder of results.json; default: named by the
-    settings, in the run's evaluations/ or in ./evaluations. say: takes each line of progress. Runs in the process group of this
-    launch, or alone, and is resumable: the same call goes on where it was interrupted. Raises UserError for what does not fit.
+    model: what `load` takes as a source (with `arch`), or a `ZeroShotModel`. data: a dataset (shards, or images in
+    class folders), or a folder of them; datasets: some of these by name. protocol: fare, tecoa, robustbench or quick.
+    eps: radii in units of [0,1]. n_samples: how many are attacked, "all" for all. changes: other settings of the
+    protocol, by name: attacks, iters, restarts, queries, step_size, templates, perturb_at, seed. out: the folder of
+    results.json; default: named by the settings, in the run's evaluations/ or in ./evaluations. say: takes each line
+    of progress. Runs in the process group of this launch, or alone, and is resumable: the same call goes on where it
+    was interrupted. Raises UserError for what does not fit.
     """
     from .distributed.ranks import process_group
     from .evaluation.datasets import find_datasets
@@ -158,20 +163,20 @@ def evaluate(
     asked = _protocol(protocol, eps, norm, n_samples, changes)
     sources = find_datasets(str(data), None if datasets is None else list(datasets))
     with _as_weights(model, arch) as (spec, identity), _environment_as_it_was(), process_group(device) as ranks:
-        folder = Path(out) if out is not None else default_out(identity, asked, sources, str(data), batch_size=batch_size)
-        request = EvaluationRequest(
-            spec, sources, asked, folder, batch_size=batch_size, workers=workers, sanity=sanity
+        folder = (
+            Path(out) if out is not None else default_out(identity, asked, sources, str(data), batch_size=batch_size)
         )
+        request = EvaluationRequest(spec, sources, asked, folder, batch_size=batch_size, workers=workers, sanity=sanity)
         return measure(request, ranks, say)
 
 
 def train(config: str | Path | dict | settings.Config, overrides: Sequence[str] = ()) -> int:
     """Train, or go on training, the run of a configuration, as `mmtard train` does.
 
-    config: a YAML file, the name of one that comes with mmtard, a dict of settings, or a `mmtard.config.Config`. overrides:
-    "key.sub=value" texts, for a file or a name. Returns 0 when the run is complete, 75 when a signal stopped it: the same call
-    then goes on. Raises UserError for settings or data that do not fit, RunError for what ended the run. Collective over the
-    ranks of this launch.
+    config: a YAML file, the name of one that comes with mmtard, a dict of settings, or a `mmtard.config.Config`.
+    overrides: "key.sub=value" texts, for a file or a name. Returns 0 when the run is complete, 75 when a signal
+    stopped it: the same call then goes on. Raises UserError for settings or data that do not fit, RunError for what
+    ended the run. Collective over the ranks of this launch.
     """
     from .data.paths import shards_of
     from .distributed.interruption import Interruption
@@ -183,11 +188,13 @@ def train(config: str | Path | dict | settings.Config, overrides: Sequence[str] 
             raise UserError("overrides: they belong to a file of settings; change the dict or the Config itself")
         run = config if isinstance(config, settings.Config) else settings.validate(config)
     else:
-        run = settings.load(config, list(overrides))
+        run = settings.load(resources.find_config(config), list(overrides))
     settings.check_world(run, world_size_from_env())
     shards_of(run.data)
     trackers.check(run.log)
-    history.may_start(run)
+    refused = history.why_not_restart(Path(run.run_dir), run.resume)
+    if refused:
+        raise RunError(f"'{run.run_dir}': {refused}")
     if run.engine.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU that is there
     from .training.train import train as run_training
@@ -206,12 +213,12 @@ def _spec(
     return settings.Model(weights=str(source), arch=arch, text=text, quick_gelu=quick_gelu, ema=ema)
 
 
-def _size(value: Eps, name: str) -> float:
+def _fraction(value: object, name: str) -> Fraction:
     """A radius or step in units of [0,1]. Raises UserError for what is no number."""
-    if isinstance(value, bool) or not isinstance(value, str | float | int | Fraction):
+    if isinstance(value, bool) or not isinstance(value, str | Real):
         raise UserError(f"{name}: {value!r} is not a number; write it as '2/255' or 0.0078")
     try:
-        return float(settings.parse_fraction(value))
+        return settings.parse_fraction(value)
     except (ValueError, OverflowError) as error:
         raise UserError(f"{name}: {error}") from None
 
@@ -222,7 +229,15 @@ def _protocol(name: str, eps: Any, norm: Any, n_samples: int | str | None, chang
     from .evaluation import request
     from .evaluation.protocols import Protocol
 
-    own = {field.name for field in fields(Protocol)} - {"name", "eps", "norm", "n_samples", "eps_of", "datasets", "purpose"}
+    own = {field.name for field in fields(Protocol)} - {
+        "name",
+        "eps",
+        "norm",
+        "n_samples",
+        "eps_of",
+        "datasets",
+        "purpose",
+    }
     for key in changes:
         if key not in own:
             raise unknown_name("setting of an evaluation", key, own)
@@ -231,10 +246,9 @@ def _protocol(name: str, eps: Any, norm: Any, n_samples: int | str | None, chang
             given = changes[key]
             changes[key] = (given,) if isinstance(given, str) else tuple(given)
     if changes.get("step_size") is not None:
-        changes["step_size"] = Fraction(_text(changes["step_size"], "step_size"))
+        changes["step_size"] = _fraction(changes["step_size"], "step_size")
     if eps is not None:
-        radii = [eps] if isinstance(eps, str | float | int | Fraction) else list(eps)
-        eps = [Fraction(_text(radius, "eps")) for radius in radii]
+        eps = [_fraction(radius, "eps") for radius in ([eps] if isinstance(eps, str | Real) else eps)]
     if isinstance(n_samples, str) and n_samples != "all":
         raise UserError(f"n_samples: '{n_samples}' is no number; write one, or 'all'")
     return request.protocol(
@@ -245,11 +259,6 @@ def _protocol(name: str, eps: Any, norm: Any, n_samples: int | str | None, chang
         norm=None if norm is None else check_norm(norm),
         **changes,
     )
-
-
-def _text(value: Any, name: str) -> Fraction:
-    _size(value, name)
-    return settings.parse_fraction(value)
 
 
 @contextmanager
@@ -263,7 +272,9 @@ def _as_weights(model: Any, arch: str | None) -> Iterator[tuple[settings.Model, 
         yield spec, spec
         return
     if not isinstance(model, ZeroShotModel):
-        raise UserError(f"model: a {type(model).__name__}; give a source, or wrap an open_clip model with mmtard.load(model)")
+        raise UserError(
+            f"model: a {type(model).__name__}; give a source, or wrap an open_clip model with mmtard.load(model)"
+        )
     with tempfile.TemporaryDirectory(prefix="mmtard-model-") as scratch:
         folder = Path(scratch) / "model"
         save(model, folder)
@@ -273,7 +284,7 @@ def _as_weights(model: Any, arch: str | None) -> Iterator[tuple[settings.Model, 
 
 @contextmanager
 def _environment_as_it_was() -> Iterator[None]:
-    """Joining a process group sets RANK and its like; a process that this one starts later must not be taken for a rank."""
+    """Puts RANK and its like back, which joining a process group sets: a later child process is no rank."""
     before = dict(os.environ)
     try:
         yield

@@ -63,7 +63,7 @@ def permutation(size: int, *seed: int) -> np.ndarray:
     return np.argsort(raw, kind="stable")
 
 
-def sample_seeds(seed: int, epochs, sample_ids) -> np.ndarray:
+def sample_seeds(seed: int, epochs: int | np.ndarray, sample_ids: int | np.ndarray) -> np.ndarray:
     """One seed for each (epoch, sample id) [B] -> uint64 [B]: m(m(m(seed) ^ epoch) ^ id) with m the step of SplitMix64.
 
     Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".

@@ -54,7 +54,9 @@ class AttackResult:
         return all(line["status"] == "PASS" for line in self.health)
 
     def __str__(self) -> str:
-        lines = [f"{line['status']} {line['check']}: {line['detail']}" for line in self.health if line["status"] != "PASS"]
+        lines = [
+            f"{line['status']} {line['check']}: {line['detail']}" for line in self.health if line["status"] != "PASS"
+        ]
         head = f"{len(self.correct)} images: clean {self.clean_accuracy:.1%}, under attack {self.robust_accuracy:.1%}"
         return "\n".join([head, *(lines or [f"PASS {len(self.health)} of {len(self.health)} health checks"])])
 
@@ -113,7 +115,9 @@ def attack_tensors(
 
 def _check_module(model: nn.Module, images: Tensor) -> None:
     if model.training:
-        raise UserError("model: it is in training mode, in which its answers depend on the batch; call model.eval() first")
+        raise UserError(
+            "model: it is in training mode, in which its answers depend on the batch; call model.eval() first"
+        )
     first = next(model.parameters(), None)
     if first is not None and first.device != images.device:
         raise UserError(f"images: on {images.device}, the model on {first.device}; write images.to('{first.device}')")

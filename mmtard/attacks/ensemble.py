@@ -12,8 +12,9 @@ iters, ...).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from . import registry
 from .inputs import check_images, check_label_range, check_per_sample
 from .state import AttackSettings, AttackState, Classifier, SampleLoss, logits_of
 from .threat_model import perturbation_size
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass
@@ -170,25 +173,31 @@ class _Ensemble:
 
 def merge(facts: Sequence[AttackFacts]) -> AttackFacts:
     """The facts of several batches (or ranks) of the same run as one."""
-
-    def over(how: Callable, name: str) -> int | float | None:
-        values = [v for v in (getattr(f, name) for f in facts) if v is not None]
-        return how(values) if values else None
-
-    def added(name: str) -> dict:
-        return {k: sum(getattr(f, name).get(k, 0) for f in facts) for f in facts for k in getattr(f, name)}
-
+    dlr = [f.zero_gradient_dlr for f in facts if f.zero_gradient_dlr is not None]
     return AttackFacts(
-        **{
-            name: over(sum, name)
-            for name in ("n", "attacked", "not_finite", "zero_gradient_ce", "zero_gradient_dlr", "taken_back")
-        },
-        largest_perturbation=over(max, "largest_perturbation"),
-        lowest_pixel=over(min, "lowest_pixel"),
-        highest_pixel=over(max, "highest_pixel"),
-        **{name: added(name) for name in ("broken", "seconds", "queries")},
-        skipped={k: v for f in facts for k, v in f.skipped.items()},
+        n=sum(f.n for f in facts),
+        attacked=sum(f.attacked for f in facts),
+        largest_perturbation=max(f.largest_perturbation for f in facts),
+        lowest_pixel=min(f.lowest_pixel for f in facts),
+        highest_pixel=max(f.highest_pixel for f in facts),
+        not_finite=sum(f.not_finite for f in facts),
+        zero_gradient_ce=sum(f.zero_gradient_ce for f in facts),
+        zero_gradient_dlr=sum(dlr) if dlr else None,
+        taken_back=sum(f.taken_back for f in facts),
+        broken=_added([f.broken for f in facts]),
+        seconds=_added([f.seconds for f in facts]),
+        queries=_added([f.queries for f in facts]),
+        skipped={name: reason for f in facts for name, reason in f.skipped.items()},
     )
+
+
+def _added(counts: Sequence[dict[str, Number]]) -> dict[str, Number]:
+    """The sum of each name's numbers, in the order in which the names first stand."""
+    total: dict[str, Number] = {}
+    for count in counts:
+        for name, number in count.items():
+            total[name] = total[name] + number if name in total else number
+    return total
 
 
 def zero_gradients(model: Classifier, images: Tensor, labels: Tensor, loss_fn: SampleLoss) -> int:

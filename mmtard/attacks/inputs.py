@@ -35,7 +35,7 @@ def check_images(images: Tensor) -> None:
         raise UserError(f"images: shape {list(images.shape)}; give a batch, [B,C,H,W] (one image: images[None])")
     if not images.numel():
         raise UserError(f"images: shape {list(images.shape)} holds no pixel; give at least one image")
-    low, high = (float(extreme) for extreme in images.aminmax())
+    low, high = (float(extreme) for extreme in images.detach().aminmax())
     if math.isnan(low):
         raise UserError("images: NaN among the pixels, which is not within [0,1]; repair or leave out these images")
     if not (low >= 0 and high <= 1):

@@ -27,9 +27,9 @@ _CLIP_VOCABULARY = 49408  # of OpenAI's tokenizer, which open_clip's plain text 
 class ZeroShotModel:
     """A CLIP model that takes pixels. `mmtard.load` makes it.
 
-    image_tower: images [B,3,H,W] float32 in [0,1] -> embeddings [B,D] float32, not normalised; other sizes than `image_size`
-    are resized inside, and pixels are normalised inside. clip: the whole open_clip model, and the configuration that
-    describes it. tokenize: N texts -> token ids.
+    image_tower: images [B,3,H,W] float32 in [0,1] -> embeddings [B,D] float32, not normalised; other sizes than
+    `image_size` are resized inside, and pixels are normalised inside. clip: the whole open_clip model, and the
+    configuration that describes it. tokenize: N texts -> token ids.
     """
 
     def __init__(self, clip: Clip, tokenize: Tokenizer):
@@ -78,7 +78,9 @@ class ZeroShotModel:
         names, prompts = _strings(class_names, "class_names"), _strings(templates, "templates")
         for prompt in prompts:
             if "{}" not in prompt:
-                raise UserError(f"templates: '{prompt}' has no place for the class name; write it like 'a photo of a {{}}.'")
+                raise UserError(
+                    f"templates: '{prompt}' has no place for the class name; write it like 'a photo of a {{}}.'"
+                )
         embeddings = self.embed_texts([prompt.replace("{}", name) for name in names for prompt in prompts])
         return F.normalize(embeddings.view(len(names), len(prompts), -1).mean(1), dim=-1)
 
@@ -105,19 +107,29 @@ class ZeroShotClassifier(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            kind = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        if (
+            not isinstance(images, Tensor)
+            or images.dim() != 4
+            or images.shape[1] != 3
+            or not images.is_floating_point()
+        ):
+            kind = (
+                f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+            )
             raise UserError(f"images: {kind}; give float32 [B,3,H,W] in [0,1] (8-bit pixels: images.float() / 255)")
         if images.device != self.class_embeddings.device:
-            raise UserError(f"images: on {images.device}, the model on {self.class_embeddings.device}; move one of them")
+            raise UserError(
+                f"images: on {images.device}, the model on {self.class_embeddings.device}; move one of them"
+            )
         return ZeroShotHead(self.class_embeddings, self.logit_scale)(self.image_tower(images)).logits
 
 
 def wrap(model: nn.Module, arch: str | None = None, tokenizer: Tokenizer | None = None) -> ZeroShotModel:
     """An open_clip model as it is: its weights are shared, not copied.
 
-    arch: its name in open_clip's list, which says its tokenizer; without, OpenAI's is taken where the vocabulary fits. Raises
-    UserError for another kind of model, one in training mode or half precision, and a tokenizer that is not known.
+    arch: its name in open_clip's list, which says its tokenizer; without, OpenAI's is taken where the vocabulary
+    fits. Raises UserError for another kind of model, one in training mode or half precision, and a tokenizer that is
+    not known.
     """
     missing = [name for name in ("visual", "encode_text", "logit_scale") if not hasattr(model, name)]
     if missing:
@@ -144,7 +156,7 @@ def wrap(model: nn.Module, arch: str | None = None, tokenizer: Tokenizer | None 
 
 
 def save(model: ZeroShotModel, folder: Path) -> None:
-    """Write the model as a folder that `mmtard.load` and open_clip load. Raises UserError where its architecture is not known."""
+    """Write a folder that `mmtard.load` and open_clip load. Raises UserError where the architecture is not known."""
     if "model_cfg" not in model.clip.config:
         raise UserError("model: it was wrapped without its architecture; name it: mmtard.load(model, arch='ViT-B-32')")
     model.clip.save(folder)
@@ -155,7 +167,8 @@ def _plain_tokenizer(model: nn.Module) -> Tokenizer:
     vocabulary, length = getattr(text, "vocab_size", None), getattr(text, "context_length", None)
     if vocabulary != _CLIP_VOCABULARY or length is None:
         raise UserError(
-            f"model: its vocabulary of {vocabulary} is not OpenAI's, so its tokenizer is not known; name its arch or tokenizer"
+            f"model: its vocabulary of {vocabulary} is not OpenAI's, so its tokenizer is not known; "
+            "name its arch or tokenizer"
         )
     return open_clip.SimpleTokenizer(context_length=length)
 
@@ -171,7 +184,7 @@ def _strings(given: Sequence[str], name: str) -> list[str]:
 
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts back which parameters take a gradient, and which modules are in training mode: a wrapped model is its owner's."""
+    """Puts back what takes a gradient and what is in training mode: a wrapped model is its owner's."""
     gradients = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     try:

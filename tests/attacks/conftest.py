@@ -50,8 +50,7 @@ class Double(nn.Module):
 
 @pytest.fixture(scope="session")
 def victim():
-    """A small network adversarially trained on noisy patterns, and 100 samples that it gets right; half stand at
-    `eps`."""
+    """A small network trained on noisy patterns, and 100 samples that it gets right; half of them stand at `eps`."""
     torch.manual_seed(0)
     patterns = F.interpolate(torch.randn(CLASSES, 3, 4, 4, dtype=torch.float64), size=12, mode="bilinear")
 

@@ -168,8 +168,7 @@ def test_the_misclassified_iterate_is_kept_then_the_larger_loss():
 
 
 def test_neither_the_last_iterate_nor_that_of_largest_loss_decides():
-    """On its way to a class never reached, the attack crosses a third one's region: 0.5, 0.6 (misclassified), 0.7,
-    0.75."""
+    """On its way to a class never reached it crosses a third one's region: 0.5, 0.6 (misclassified), 0.7, 0.75."""
 
     def model(x):
         u = x.mean((1, 2, 3))

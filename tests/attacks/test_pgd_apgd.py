@@ -313,8 +313,7 @@ def test_apgd_is_algorithm_1_of_its_paper(norm, seeds, net, images):
 
 
 def test_apgd_follows_the_paper_through_any_sequence_of_losses():
-    """Scripted losses, climbing with sudden falls, reach every branch of the step-size rule; all iterates are
-    compared."""
+    """Scripted losses, climbing with sudden falls, reach every branch of the step-size rule."""
     n, steps, rng = 200, 50, torch.Generator().manual_seed(0)
     falls, size = torch.rand(2, steps + 1, n, generator=rng, dtype=torch.float64)
     values = torch.where(falls < 0.12, -4 * size, size).cumsum(0)

@@ -152,8 +152,7 @@ def test_flags_are_those_of_the_attack_and_the_gap_is_counted(victim):
 
 
 def test_the_logits_attacked_are_those_that_the_model_gives(victim):
-    """A student whose scale moved: bare cosines, 100 cosines and its own scale are three attacks under
-    cross-entropy."""
+    """A student's scale moved: bare cosines, 100 cosines and its own scale are three attacks under cross-entropy."""
     cosines = lambda x: F.normalize(victim.model(x), dim=1)
     runs = {scale: run(victim, "apgd-ce", model=lambda x, s=scale: s * cosines(x)) for scale in (1.0, 14.0, 100.0)}
     broken = {scale: out.facts.broken["apgd-ce"] for scale, out in runs.items()}
