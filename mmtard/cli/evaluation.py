@@ -175,14 +175,44 @@ def _add_compare(commands) -> None:
         commands,
         "compare",
         _compare,
-        "Paired differences of two evaluations on the same samples, with McNemar's test.",
-        "mmtard compare runs/a/evaluations/quick-ImageNet-linf-2_255-0c1d2e3f runs/b/evaluations/quick-ImageNet-linf-2_255-0c1d2e3f",
+        "Runs on the same samples: paired differences from the first with McNemar's test, means over seeds.",
+        "mmtard compare runs/single_teacher runs/mmtard\n"
+        "         mmtard compare runs/ard-0 runs/ard-1 runs/mmtard-0 runs/mmtard-1 --labels ARD ARD MMT-ARD MMT-ARD "
+        "--latex table.tex",
     )
-    p.add_argument("a", type=path, metavar="A", help="results.json, or the folder of one")
-    p.add_argument("b", type=path, metavar="B")
+    p.add_argument(
+        "runs",
+        type=path,
+        nargs="+",
+        metavar="RUN",
+        help="a run, whose evaluations that match the first one's are found, or a results.json or the folder of one",
+    )
+    p.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="NAME",
+        help="a name for each RUN, in their order; runs of one name are averaged (default: the folders' names)",
+    )
+    p.add_argument("--csv", type=path, metavar="FILE", help="also write the table as CSV")
+    p.add_argument("--latex", type=path, metavar="FILE", help="also write the accuracies as a LaTeX tabular")
 
 
 def _compare(args) -> None:
-    from ..evaluation import compare
+    from ..evaluation import comparison_tables
+    from ..evaluation.compare import compare_all
+    from ..files import write_text
 
-    compare.show(compare.compare(args.a, args.b), args.a, args.b)
+    rows = compare_all(args.runs, args.labels)
+    comparison_tables.show(rows)
+    for file, flag, text in (
+        (args.csv, "--csv", comparison_tables.as_csv),
+        (args.latex, "--latex", comparison_tables.as_latex),
+    ):
+        if file is not None:
+            try:
+                write_text(file, text(rows))
+            except OSError as error:
+                raise UserError(
+                    f"{flag}: cannot write '{file}': {error.strerror or error}; choose another file"
+                ) from None
+            print(f"written: {file}")

@@ -55,7 +55,8 @@ def class_name_lines(names: list[str], labels: np.ndarray, same: list[tuple[str,
     labels: int64 [N] of the data, -1 where there is none. same: pairs of different names that the model reads alike.
     """
     problems = []
-    twice = [name for name, n in Counter(names).items() if n > 1]
+    spellings = {name.casefold(): name for name in reversed(names)}
+    twice = [spellings[name] for name, n in Counter(name.casefold() for name in names).items() if n > 1]
     if twice:
         problems.append(f"{_some(twice)} twice: an image of one of the two classes is right by chance at best")
     for kind, looks in _NO_WORDS:

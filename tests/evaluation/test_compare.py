@@ -1,6 +1,8 @@
 """`mmtard compare`: paired differences on the same samples, and a refusal of everything that is not a pair."""
 
 import copy
+import csv
+import io
 import json
 import math
 
@@ -9,7 +11,8 @@ import pytest
 from scipy.stats import binomtest
 
 from mmtard.errors import UserError
-from mmtard.evaluation.compare import compare
+from mmtard.evaluation.compare import compare, compare_all, means
+from mmtard.evaluation.comparison_tables import as_csv, as_latex
 from mmtard.evaluation.statistics import mcnemar, newcombe_interval, paired_difference
 
 
@@ -122,3 +125,82 @@ def test_each_dataset_and_eps_has_its_row(pair, command, capsys):
 def test_what_is_no_pair_is_refused_by_name(pair, change, message):
     with pytest.raises(UserError, match=message):
         compare(*pair(change))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Call with {run: {name of an evaluation: change of the results}}: run folders with these evaluations."""
+
+    def write(**evaluations):
+        for run, changes in evaluations.items():
+            (tmp_path / run / "checkpoints").mkdir(parents=True)
+            for name, change in changes.items():
+                content = copy.deepcopy(RESULTS) | {"model": {"weights": str(tmp_path / run)}}
+                change(content)
+                folder = tmp_path / name if "/" in name else tmp_path / run / "evaluations" / name
+                folder.mkdir(parents=True)
+                (folder / "results.json").write_text(json.dumps(content))
+        return [tmp_path / run for run in evaluations]
+
+    return write
+
+
+def robust(*flags):
+    return lambda r: r["datasets"][0]["samples"]["eps"]["2/255"].update(robust=list(flags))
+
+
+def test_runs_are_compared_by_the_evaluations_that_match_wherever_they_lie(runs, tmp_path, command, capsys):
+    other = {"loose": lambda r: r["settings"].update(iters=3)}
+    a, b, c = runs(
+        a={"x": robust(True, False, False), **other},
+        b={"y": robust(False, True, True), "damaged": lambda r: r.update(datasets=5)},
+        c={"elsewhere/c": robust(True, True, True)},
+    )
+    rows = compare_all([a, b, c])
+    assert [(r.eps, r.label, round(r.accuracy, 3)) for r in rows] == [
+        (None, "a", 0.667), (None, "b", 0.667), (None, "c", 0.667), ("2/255", "a", 0.333), ("2/255", "b", 0.667), ("2/255", "c", 1.0),
+    ]  # fmt: skip
+    assert [r.difference and (r.difference["only_a"], r.difference["only_b"]) for r in rows[3:]] == [
+        None,
+        (1, 2),
+        (0, 2),
+    ]
+    files = tmp_path / "t.csv", tmp_path / "t.tex"
+    assert command("compare", a, b, c, "--labels", "A", "B [x]", "C_1", "--csv", files[0], "--latex", files[1]) == 0
+    printed = capsys.readouterr().out
+    assert "B [x]" in printed and "+66.67" in printed and f"C_1: {tmp_path / 'elsewhere' / 'c'}" in printed
+    lines = list(csv.DictReader(files[0].open()))
+    assert [(r["model"], r["eps"], r["only_this"]) for r in lines][-1] == ("C_1", "2/255", "2") and len(lines) == 6
+    assert r"C\_1 & 66.67 & 100.00 \\" in files[1].read_text().splitlines()
+
+
+def test_runs_of_one_label_are_averaged(runs):
+    flags = {"a0": (True, False, False), "a1": (True, True, False), "b0": (True, True, True)}
+    paths = runs(**{run: {"x": robust(*of)} for run, of in flags.items()})
+    rows = compare_all(paths, ["ARD", "ARD", "MMT"])
+    found = {(m.label, m.eps): m for m in means(rows)}
+    ard = found["ARD", "2/255"]
+    # of 1/3 and 2/3: the mean is 1/2, the sample's standard deviation sqrt(2 * (1/6)^2)
+    assert (ard.runs, ard.accuracy) == (2, 0.5) and ard.deviation == pytest.approx(math.sqrt(2) / 6)
+    assert (found["MMT", "2/255"].runs, found["MMT", "2/255"].deviation) == (1, 0.0)
+    assert r"ARD & 66.67 $\pm$ 0.00 & 50.00 $\pm$ 23.57 \\" in as_latex(rows)
+    assert [r["runs"] for r in csv.DictReader(io.StringIO(as_csv(rows)))] == ["1"] * 6 + ["2", "1"] * 2
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda r: r["settings"].update(norm="l2"), "no evaluation of '.*b' matches one of '.*a': .* norm is linf and l2"),
+    (lambda r: r["datasets"][0].update(fingerprint="g"), "matches one of '.*a': pets: fingerprint differs, f and g"),
+    (lambda r: r["datasets"][0].update(name="cars"), "'.*a' and '.*b' have no evaluation in common; evaluate both"),
+    (lambda r: r.update(datasets=5), "'.*b' has no evaluation that can be compared .'.*results.json' is damaged"),
+])  # fmt: skip
+def test_runs_without_a_match_are_told_what_differs(runs, change, message):
+    with pytest.raises(UserError, match=message):
+        compare_all(runs(a={"x": lambda r: None}, b={"x": change}))
+
+
+def test_labels_of_another_number_and_a_single_run_are_refused(runs):
+    a, b = runs(a={"x": lambda r: None}, b={"x": lambda r: None})
+    with pytest.raises(UserError, match="--labels: 1 labels for 2 runs"):
+        compare_all([a, b], ["A"])
+    with pytest.raises(UserError, match="needs two or more"):
+        compare_all([a])

@@ -1,0 +1,107 @@
+"""The evaluations of runs that measured the same, found where `mmtard evaluate` put them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+from ..files import settings_digest
+from ..runs.layout import CHECKPOINTS, EVALUATIONS, RESULTS
+from .results import read
+
+# What may differ between two evaluations that measure the same: how fast, and what else was checked.
+FREE = ("batch_size", "sanity")
+DECIDES = ("kind", "fingerprint", "classes", "templates", "perturb_at", "perturbed_size", "left_out")
+DEPTH = 4  # folders below the one that holds a run, in which an evaluation of it is looked for
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A zero-shot dataset of an evaluation. `of_run`: the run itself was measured, rather than a checkpoint by name."""
+
+    path: Path
+    settings: dict
+    entry: dict
+    of_run: bool = True
+
+    @property
+    def way(self) -> str:
+        """What two evaluations have in common that may be compared sample by sample."""
+        entry, samples = self.entry, self.entry["samples"]
+        return settings_digest(
+            {
+                "settings": {k: v for k, v in self.settings.items() if k not in FREE},
+                "name": entry["name"],
+                **{key: entry.get(key) for key in DECIDES},
+                "eps": list(entry["eps"]),
+                "samples": [samples.get("ids"), samples.get("labels")],
+            }
+        )
+
+
+def is_results(path: Path) -> bool:
+    """Whether a path names one evaluation, rather than a run whose evaluations are to be found."""
+    return path.is_file() or (path / RESULTS).exists() or not path.is_dir()
+
+
+def measured_of(path: Path) -> dict[str, Measured]:
+    """way -> the evaluation of a run, or of one results.json; of several that measured the same, the run's own, the newest.
+
+    Raises UserError where there is none that can be read.
+    """
+    if is_results(path):
+        found, unreadable = [(path, read(path), True)], []
+    else:
+        found, unreadable = _of_run(path)
+    if not found:
+        told = f" ({'; '.join(unreadable)})" if unreadable else ""
+        raise UserError(
+            f"'{path}' has no evaluation that can be compared{told}; run `mmtard evaluate {path} --data ROOT`, "
+            f"or name the folder of its {RESULTS}"
+        )
+    found.sort(key=lambda one: (one[2], _age(one[0])))  # later ones take the place of earlier ones
+    return {
+        measured.way: measured
+        for file, results, of_run in found
+        for entry in results["datasets"]
+        if entry["kind"] == "zeroshot"
+        for measured in [Measured(file, results["settings"], entry, of_run)]
+    }
+
+
+def _of_run(run: Path) -> tuple[list[tuple[Path, dict, bool]], list[str]]:
+    """(file, results, whether the run itself was measured) of each evaluation of a run, and what is wrong with others."""
+    found, unreadable = [], []
+    for file in dict.fromkeys([*sorted(run.rglob(RESULTS)), *_beside(run)]):
+        try:
+            results = read(file)
+        except UserError as error:
+            if run in file.parents:
+                unreadable.append(str(error).partition(";")[0])
+            continue
+        weights = Path(str(results.get("model", {}).get("weights", "")))
+        own = run in file.parents and file.relative_to(run).parts[0] == EVALUATIONS
+        if own or _lies_in(weights, run):
+            found.append((file, results, weights.resolve() == run.resolve()))
+    return found, unreadable
+
+
+def _beside(run: Path) -> Iterator[Path]:
+    """The results.json beside the run and in evaluations/ here, where --out may have put them; none of another run."""
+    for top in (run.resolve().parent, Path(EVALUATIONS)):
+        for depth in range(1, DEPTH + 1):
+            for file in sorted(top.glob("/".join(["*"] * depth) + f"/{RESULTS}")):
+                if not any((folder / CHECKPOINTS).is_dir() for folder in file.parents):
+                    yield file
+
+
+def _lies_in(weights: Path, run: Path) -> bool:
+    """Whether weights are the run's: the folder itself, or one of its checkpoints. Its start is another model."""
+    inner = run.resolve()
+    return weights.resolve() == inner or (inner / CHECKPOINTS) in weights.resolve().parents
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
