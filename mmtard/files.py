@@ -131,7 +131,7 @@ def why_not_written(path: Path, error: OSError, needed: int | None = None) -> st
     reason = error.strerror or str(error)
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return f"cannot write '{path}': {reason}"
-    wanted = f", {_size(needed)} needed" if needed else ""
+    wanted = f", {size_in_words(needed)} needed" if needed else ""
     return f"cannot write '{path}': {reason} ({free_space(path)}{wanted}); free space there, then start again"
 
 
@@ -143,10 +143,11 @@ def free_space(path: Path) -> str:
     free = shutil.disk_usage(folder).free
     while not folder.is_mount():
         folder = folder.parent
-    return f"the disk at '{folder}' has {_size(free)} free"
+    return f"the disk at '{folder}' has {size_in_words(free)} free"
 
 
-def _size(n_bytes: int) -> str:
+def size_in_words(n_bytes: int) -> str:
+    """`1.5 GiB`, `3.0 MiB`, `0.5 KiB`."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if n_bytes >= size:
             return f"{n_bytes / size:.1f} {unit}"
@@ -166,7 +167,7 @@ def read_json_lines(path: Path) -> list[dict]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)

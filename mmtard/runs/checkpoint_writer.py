@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import discard, free_space, write_text
+from ..files import discard, free_space, size_in_words, write_text
 from . import checkpoints
 from .checkpoints import FILES, FORMAT, MANIFEST, OPTIMIZER, STATE, WEIGHTS, published, why_invalid
 from .checksums import describe
@@ -73,7 +73,7 @@ class Checkpoints:
         if error is not None:
             room = ""
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                room = f" ({free_space(self.folder)}, a checkpoint takes {self._needed / 2**30:.3g} GiB)"
+                room = f" ({free_space(self.folder)}, a checkpoint takes {size_in_words(self._needed)})"
             raise UserError(
                 f"checkpoint could not be written to '{self.folder}': {error}; "
                 f"free space or correct the folder, then start again{room}"

@@ -50,7 +50,7 @@ def why_invalid(checkpoint: Path) -> str | None:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            return f"{checkpoint.name}: format {manifest['format']}, this version reads {FORMAT}"
+            return f"{checkpoint.name}: format {manifest['format']!r:.40}, this version reads {FORMAT}"
         for name in FILES:
             reason = _why_damaged(checkpoint / name, manifest["files"][name])
             if reason is not None:
@@ -176,7 +176,7 @@ def _why_damaged(path: Path, expected: dict) -> str | None:
         return "is missing"
     size = path.stat().st_size
     if size != expected["bytes"]:
-        return f"has {size} bytes, not {expected['bytes']}"
+        return f"has {size} bytes, not {expected['bytes']!r:.40}"
     return None if describe(path)["sha256"] == expected["sha256"] else "does not match its checksum"
 
 

@@ -72,7 +72,7 @@ def _known(run: Path) -> dict[str, dict]:
         known = json.loads((run / CHECKSUMS).read_bytes())["files"]
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         known = None
     if not isinstance(known, dict):
         raise UserError(

@@ -8,6 +8,7 @@ import os
 import socket
 import time
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -42,9 +43,9 @@ def take(run: Path) -> list[IO | Owner]:
         if time.monotonic() > until:
             raise _in_use(run, file.read().strip())
         time.sleep(0.5)
-    file.truncate(0)
-    file.write(f"{socket.gethostname()} process {os.getpid()}")
-    file.flush()
+    with suppress(OSError):  # who holds it is for the eye; a full disk is told by what must be written
+        os.ftruncate(fd, 0)
+        os.write(fd, f"{socket.gethostname()} process {os.getpid()}".encode())
     return [file]
 
 

@@ -131,7 +131,7 @@ def _identity(run: Path) -> str:
     """The id that the run has at W&B, made at its first start. A damaged file is made anew."""
     try:
         known = json.loads((run / WANDB).read_bytes())["id"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         known = ""
     if not isinstance(known, str) or not re.fullmatch(r"[\w-]{1,64}", known):
         known = uuid.uuid4().hex[:16]

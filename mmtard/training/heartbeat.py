@@ -35,7 +35,7 @@ class Heartbeat:
         with self._writing:
             self._beat += 1
             try:
-                (self.run / HEARTBEATS).mkdir(parents=True, exist_ok=True)
+                (self.run / HEARTBEATS).mkdir(exist_ok=True)
                 with publish(self._path(self.rank)) as scratch:
                     scratch.write_text(json.dumps(self.report()), encoding="utf-8")
             except OSError:
@@ -53,7 +53,7 @@ class Heartbeat:
         unknown |= {"said": None, "left": False}
         try:
             known = json.loads(self._path(rank).read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return unknown
         whole = isinstance(known, dict) and isinstance(known.get("step"), int) and known.get("phase") in PHASES
         return unknown | known if whole else unknown
