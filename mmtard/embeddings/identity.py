@@ -1,4 +1,4 @@
-"""Which stored embeddings a configuration may train on: found by the teacher's weights, the images and the data, or refused."""
+"""Which stored embeddings a configuration may train on: found by the teacher's weights, the images and the data."""
 
 from __future__ import annotations
 
@@ -21,13 +21,10 @@ def cacheable_teachers(config: Config) -> list[str]:
     Raises UserError for a teacher that is set so and sees adversarial images, which are new at each step.
     """
     method = methods.find_method(config.method.name)
-    objective = (
-        attack_objectives.find_objective(config.attack_objective, config.fusion) if config.attack_objective else None
-    )
-    seen = {p.model for p in method.passes(config.method) if p.image != "clean"} | (
-        {objective.through_teacher} if objective else set()
-    )
-    clean = {} if config.needs_tokens else config.ensemble.keys() - seen
+    attacked = {p.model for p in method.passes(config.method) if p.image != "clean"}
+    if config.attack_objective:
+        attacked.add(attack_objectives.find_objective(config.attack_objective, config.fusion).through_teacher)
+    clean = {} if config.needs_tokens else config.ensemble.keys() - attacked
     for name, teacher in config.teachers.items():
         if teacher.stored and name not in clean:
             what = (
@@ -36,21 +33,26 @@ def cacheable_teachers(config: Config) -> list[str]:
                 else "shows this teacher adversarial images, new at each step"
             )
             raise UserError(
-                f"teachers.{name}.stored: method '{config.method.name}' with attack objective '{config.attack_objective}' {what}; set it to false"
+                f"teachers.{name}.stored: method '{config.method.name}' with attack objective"
+                f" '{config.attack_objective}' {what}; set it to false"
             )
     return [name for name, teacher in config.teachers.items() if teacher.stored] or sorted(clean)
 
 
-def load_teacher_clip(config: Config, teacher: str) -> Clip:
-    """A teacher before any run of the configuration: the untouched student need not be in the run's folder yet."""
+def load_teacher_clip(config: Config, teacher: str, ranks: Ranks) -> Clip:
+    """A teacher before any run of the configuration: the untouched student need not be in the run's folder yet.
+
+    Collective.
+    """
     spec = config.model_of(teacher)
-    return loading.load_clip(spec, config.seed, "student" if spec is config.student else f"teachers.{teacher}")
+    where = "student" if spec is config.student else f"teachers.{teacher}"
+    return loading.load_clip_on_all_ranks(spec, ranks, config.seed, where)
 
 
-def embedding_identity(config: Config, clip: Clip, image_size: int, fingerprint: str) -> dict:
-    """Everything a teacher's embeddings depend on: its image tower, what becomes of an image before it sees it, and the data.
+def embedding_identity(config: Config, clip: Clip, image_size: int | tuple[int, int], fingerprint: str) -> dict:
+    """Everything a teacher's embeddings depend on: its image tower, how images are prepared, and the data.
 
-    image_size: of the student, whose images the teacher sees.
+    image_size: of the student, whose images the teacher sees; H = W, or (H, W).
     """
     data, model, preprocess = config.data, clip.config["model_cfg"], clip.config["preprocess_cfg"]
     depends_on = {
@@ -74,17 +76,18 @@ def embedding_identity(config: Config, clip: Clip, image_size: int, fingerprint:
 
 
 def open_stores(
-    config: Config, clips: dict[str, Clip], image_size: int, fingerprint: str, ranks: Ranks
+    config: Config, clips: dict[str, Clip], image_size: int | tuple[int, int], fingerprint: str, ranks: Ranks
 ) -> dict[str, EmbeddingStore]:
     """Teacher -> its stored embeddings, for each teacher that is set to be `stored`. Collective.
 
-    Raises UserError on every rank when a teacher cannot be stored, or nothing that is stored matches, naming what differs.
+    Raises UserError on every rank when a teacher cannot be stored, or nothing that is stored matches, naming what
+    differs.
     """
     wanted = [name for name, teacher in config.teachers.items() if teacher.stored]
     if not wanted:
         return {}
 
-    def found() -> dict[str, Path]:
+    def matching() -> dict[str, Path]:
         cacheable_teachers(config)
         folder = embeddings_folder(config.data)
         paths = {
@@ -92,7 +95,7 @@ def open_stores(
             for n in wanted
         }
         for path in paths.values():
-            EmbeddingStore(path)  # complains on all ranks
+            EmbeddingStore(path)  # raises here, on the first rank, so that every rank ends with the same message
         return paths
 
-    return {name: EmbeddingStore(path) for name, path in ranks.run_on_first(found).items()}
+    return {name: EmbeddingStore(path) for name, path in ranks.run_on_first(matching).items()}

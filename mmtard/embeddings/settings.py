@@ -9,16 +9,15 @@ from ..config import Config, Data, Model
 from ..data.paths import default_index, shards_of
 from ..errors import UserError
 
+MANIFEST = "manifest.json"
+
 
 def embeddings_folder(settings: Data) -> Path:
-    """Where the stored teacher embeddings of this data belong: `settings.embeddings`, else embeddings/ beside the index."""
+    """Where stored teacher embeddings of this data are: `settings.embeddings`, else embeddings/ beside the index."""
     if settings.embeddings:
         return Path(settings.embeddings)
     index = Path(settings.index) if settings.index else default_index(shards_of(settings))
     return index.parent / "embeddings"
-
-
-MANIFEST = "manifest.json"
 
 
 def embedding_recipe(config: Config, teacher: str) -> dict:
@@ -39,23 +38,38 @@ def embedding_recipe(config: Config, teacher: str) -> dict:
     return json.loads(json.dumps(made))
 
 
+def read_manifest(folder: Path) -> dict | None:
+    """The manifest of a finished store; None where there is none, or it is damaged or another program's.
+
+    It holds `identity` (everything that the embeddings depend on), `samples`, `views` (integers above 0) and `parts`
+    (the size in bytes of each file by name).
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), dict) for key in ("identity", "parts")):
+        return None
+    counts = [manifest.get(key) for key in ("samples", "views")]
+    return manifest if all(type(n) is int and n > 0 for n in counts) else None
+
+
 def manifests(folder: Path) -> dict[Path, dict]:
     """Folder -> manifest of every finished store in a folder of them."""
     found = {}
     for path in sorted(folder.glob(f"*/{MANIFEST}")) if folder.is_dir() else []:
-        try:
-            manifest = json.loads(path.read_text())
-            if isinstance(manifest, dict) and isinstance(manifest.get("identity"), dict):
-                found[path.parent] = manifest
-        except (OSError, ValueError):
-            pass  # being written, or not ours
+        manifest = read_manifest(path.parent)
+        if manifest is not None:
+            found[path.parent] = manifest
     return found
 
 
 def stored_teachers(config: Config) -> dict[str, Path | None]:
-    """Teacher -> the folder of embeddings that were stored from these same settings, or None, for each that is set to be `stored`.
+    """Teacher -> the folder of embeddings that were stored from these same settings, or None.
 
-    Whether weights and shards are still those that the embeddings were made of, only `mmtard cache` and `mmtard train` can tell.
+    Every teacher that is set to be `stored` has an entry.
+    Whether weights and shards are still those that the embeddings were made of, only `mmtard cache` and `mmtard
+    train` can tell.
     """
     wanted = [name for name, teacher in config.teachers.items() if teacher.stored]
     try:

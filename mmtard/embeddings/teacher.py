@@ -17,7 +17,8 @@ class StoredTeacher:
 
     def __init__(self, name: str, stored: EmbeddingStore, tower: ImageTower, head: ZeroShotHead, dtype: torch.dtype):
         self.name, self.head = name, head
-        self.placement = f"stored in {stored.folder} (made {stored.manifest['images_at_once']} images at a time)"
+        at_once = stored.manifest.get("images_at_once", "?")
+        self.placement = f"stored in {stored.folder} (made {at_once} images at a time)"
         self.bytes_whole = sum(p.numel() for p in tower.parameters()) * dtype.itemsize
 
     def __call__(self, images: Tensor) -> Prediction:

@@ -74,7 +74,7 @@ class EvaluatedModel:
 
 def load_model(spec: Model, ranks: Ranks, where: str = "model") -> EvaluatedModel:
     """A frozen model on this rank's device. Collective. Raises UserError as `load_clip` does."""
-    clip = loading.load_clip(_the_same_everywhere(spec, ranks), where=where)
+    clip = loading.load_clip_on_all_ranks(_the_same_everywhere(spec, ranks), ranks, where=where)
     state = clip.model.state_dict()
     image = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
     text = {k: v for k, v in state.items() if not k.startswith("visual.")}

@@ -1,9 +1,9 @@
 """The tensors of a torch zip archive, read without running any code that it names.
 
-Two kinds of file come here: TorchScript models (OpenAI's own `ViT-B-32.pt`), whose loader in torch executes the archive's program,
-and checkpoints that keep other Python objects beside the weights (an argparse.Namespace, a NumPy scalar), which torch's
-weights-only loader refuses. Every class or function that the pickle names, other than torch's own for tensors, becomes an
-`Inert` object that keeps its state and does nothing.
+Two kinds of file come here: TorchScript models (OpenAI's own `ViT-B-32.pt`), whose loader in torch executes the
+archive's program, and checkpoints that keep other Python objects beside the weights (an argparse.Namespace, a NumPy
+scalar), which torch's weights-only loader refuses. Every class or function that the pickle names, other than torch's
+own for tensors, becomes an `Inert` object that keeps its state and does nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_DEPTH = 64  # of modules inside modules
 
 
 class Inert:
-    """What stands in place of an object whose class is not torch's own for tensors: `origin` is that class, `state` its attributes."""
+    """What stands in place of an object of a foreign class: `origin` is that class, `state` its attributes."""
 
     origin = "?"
 
@@ -74,7 +74,8 @@ def is_torchscript(path: Path) -> bool:
 def read_archive(path: Path) -> object:
     """What `torch.save` or `torch.jit.save` wrote, with an `Inert` object in place of every foreign one.
 
-    Raises ValueError, OSError, pickle.UnpicklingError or zipfile.BadZipFile for a file that is damaged or of another kind.
+    Raises ValueError, OSError, pickle.UnpicklingError or zipfile.BadZipFile for a file that is damaged or of another
+    kind.
     """
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
@@ -114,7 +115,10 @@ def module_tensors(root: Inert, path: Path) -> dict[str, Tensor]:
 
 
 def _declared(archive: zipfile.ZipFile) -> dict[str, set[str]]:
-    """Class -> the names of its parameters and buffers, as the archive's program lists them. The program is read as text."""
+    """Class -> the names of its parameters and buffers, as the archive's program lists them.
+
+    The program is read as text.
+    """
     found: dict[str, set[str]] = {}
     for name in archive.namelist():
         match = re.fullmatch(r"[^/]+/code/(.+)\.py", name)

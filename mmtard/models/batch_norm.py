@@ -1,6 +1,7 @@
 """Batch norm with the statistics of the whole global batch, each view of it (clean, adversarial) by its own.
 
-torch's SyncBatchNorm works on GPUs alone and would mix the views, whose statistics differ (Xie et al., CVPR 2020, AdvProp).
+torch's SyncBatchNorm works on GPUs alone and would mix the views, whose statistics differ (Xie et al., CVPR 2020,
+AdvProp).
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from .batch_layout import BatchLayout
 
 
 class SyncedBatchNorm(nn.BatchNorm2d):
-    """x [V*B,C,H,W], V views of B samples a rank. In training each view is normalised by its mean and variance over the samples of
-    all ranks; in evaluation (and so in the attack) by the running ones, which `update_running` moves."""
+    """Batch norm that normalises each view by its own mean and variance over the samples of all ranks.
+
+    x [V*B,C,H,W], V views of B samples a rank. In evaluation, and so in the attack, the running statistics are used,
+    which `update_running` moves.
+    """
 
     def __init__(self, of: nn.BatchNorm2d, layout: BatchLayout):
         super().__init__(of.num_features, of.eps, of.momentum, device=of.weight.device, dtype=of.weight.dtype)
@@ -45,8 +49,8 @@ class SyncedBatchNorm(nn.BatchNorm2d):
 class _Normalise(torch.autograd.Function):
     """(x - mean) / sqrt(var + eps) * weight + bias, differentiated through the statistics of all ranks.
 
-    Also returns mean and var [V,C] and the samples they are over. Arithmetic is float32 at least; what is kept for the backward
-    is x itself.
+    Also returns mean and var [V,C] and the samples they are over. Arithmetic is float32 at least; what is kept for
+    the backward is x itself.
     """
 
     @staticmethod
@@ -85,7 +89,10 @@ def _standardised(values: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 
 
 def synchronise(visual: nn.Module, layout: BatchLayout) -> None:
-    """Make every batch norm of an image tower a SyncedBatchNorm. Raises UserError for a tower with none, or with other kinds."""
+    """Make every batch norm of an image tower a SyncedBatchNorm.
+
+    Raises UserError for a tower with none, or with other kinds.
+    """
     found = {name: m for name, m in visual.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     if not found:
         raise UserError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..files import write_text
+from ..files import discard, write_text
 from ..runs.checkpoints import save_tensors
 from .image_tower import ImageTower
 from .tokenizer import load_tokenizer
@@ -94,20 +93,12 @@ class Clip:
         """
         folder = Path(folder)
         scratch = folder.with_name(folder.name + ".tmp")
-        _remove(scratch)
+        discard(scratch)
         scratch.mkdir(parents=True)
         tensors = {name: value.detach().clone().contiguous() for name, value in self.model.state_dict().items()}
         save_tensors(tensors, scratch / WEIGHTS_FILE)
         write_text(scratch / CONFIG_FILE, json.dumps(self.config, indent=2) + "\n")
         if self.config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):  # open_clip looks for it in the folder itself
             self.tokenizer().save_pretrained(scratch)
-        _remove(folder)
+        discard(folder)
         scratch.rename(folder)
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder with all that is in it, or the file or link of that name, never what a link points to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .batch_layout import BatchLayout
 
+LEAST_TO_COMPARE = 8  # so many different images with one embedding are no chance
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
 
 class ImageTower(nn.Module):
     """An open_clip image tower that takes pixels: resizing and normalisation live in its forward.
 
-    images [B,3,H,W] float32 in [0,1], any H and W -> embeddings [B,D] float32, not normalised; with `tokens`, also those of
-    the P patches, [B,P,D], brought to the same space. Other sizes than `size` (H, W) are resized inside (bicubic, no antialias).
-    `autocast`: the dtype in which the tower runs while its weights stay float32, or None.
+    images [B,3,H,W] float32 in [0,1], any H and W -> embeddings [B,D] float32, not normalised; with `tokens`, also
+    those of the P patches, [B,P,D], brought to the same space. Other sizes than `size` (H, W) are resized inside
+    (bicubic, no antialias). `autocast`: the dtype in which the tower runs while its weights stay float32, or None.
     """
 
     def __init__(self, visual: nn.Module, mean, std):
@@ -71,8 +72,8 @@ class ImageTower(nn.Module):
     def train(self, mode: bool = True) -> ImageTower:
         """Set training mode for everything but frozen batch norm.
 
-        Its statistics stay those of the pretrained model, so clean and adversarial images, ranks and micro-batches all see
-        one and the same network.
+        Its statistics stay those of the pretrained model, so clean and adversarial images, ranks and micro-batches
+        all see one and the same network.
         """
         super().train(mode)
         for module in self.modules():
@@ -88,6 +89,23 @@ def require_tokens(tower: ImageTower, where: str) -> None:
             f"{where}: the method reads a ViT's patch tokens, which a {type(tower.visual).__name__} does not give;"
             " choose a ViT or another method"
         )
+
+
+def why_no_embeddings(rows: Tensor, images: int) -> str | None:
+    """Say why rows [B,D], made from `images` different images, cannot be a model's embeddings; None when they can.
+
+    They cannot where one is not finite, is zero or too large to be normalised in float32, or where all are the same.
+    """
+    norms = rows.float().norm(dim=-1)
+    if not rows.isfinite().all():
+        return "not finite (NaN or infinity)"
+    if not (norms > 0).all():
+        return "zero"
+    if not norms.isfinite().all():
+        return f"too large (up to {rows.abs().max().item():.2g}) to be normalised"
+    if images >= LEAST_TO_COMPARE and (rows == rows[0]).all():
+        return f"the same for {images} different images"
+    return None
 
 
 def freeze(tower: ImageTower, dtype: torch.dtype, device: torch.device) -> ImageTower:

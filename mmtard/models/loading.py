@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import config as settings
 from ..config import Model
+from ..distributed.ranks import Ranks
 from ..errors import UserError
 from ..runs import checksums
 from ..runs.checkpoints import read_resolved, read_weights
@@ -44,8 +45,9 @@ FOLDER_WEIGHTS = (
 def load_clip(spec: Model, seed: int = 0, where: str = "student") -> Clip:
     """The open_clip model a `Model` setting describes, on the CPU in float32, every weight accounted for.
 
-    Raises UserError naming `where` for an unknown source, a configuration with unknown keys, a wrong architecture, weights that do
-    not fit (with the keys) or are not finite, or an activation (QuickGELU) that is not the one the weights were trained with.
+    Raises UserError naming `where` for an unknown source, a configuration with unknown keys, a wrong architecture,
+    weights that do not fit (with the keys) or are not finite, or an activation (QuickGELU) that is not the one the
+    weights were trained with.
     """
     if spec.ema and not _is_run(spec):
         raise UserError(
@@ -55,13 +57,27 @@ def load_clip(spec: Model, seed: int = 0, where: str = "student") -> Clip:
     return load(spec, seed, where)
 
 
+def load_clip_on_all_ranks(spec: Model, ranks: Ranks, seed: int = 0, where: str = "student") -> Clip:
+    """The same as `load_clip` on every rank. Collective.
+
+    What must be fetched from elsewhere is fetched by the first rank alone; the others then find it in the cache. An
+    error of the first rank is every rank's.
+    """
+    if not _is_fetched(spec):
+        return load_clip(spec, seed, where)
+    loaded: list[Clip] = []
+    ranks.run_on_first(lambda: loaded.append(load_clip(spec, seed, where)))
+    return loaded[0] if loaded else load_clip(spec, seed, where)
+
+
 def load_skeleton(spec: Model, where: str) -> Clip:
     """The model a `Model` setting describes on the meta device: its shapes, no weights, and nothing downloaded."""
     source = Path(spec.weights)
     folder = next((f for f in (source, source / START_FOLDER) if (f / CONFIG_FILE).is_file()), None)
     if spec.arch is None and folder is None:
         raise UserError(
-            f"{where}: '{spec.weights}' is not here and does not say its architecture; for this table, give {where}.arch=ViT-L-14"
+            f"{where}: '{spec.weights}' is not here and does not say its architecture; for this table, give"
+            f" {where}.arch=ViT-L-14"
             " or another"
         )
     if spec.arch is None:
@@ -104,6 +120,12 @@ def _is_file(spec: Model) -> bool:
 
 def _is_tag(spec: Model) -> bool:
     return True  # whatever is nothing else
+
+
+def _is_fetched(spec: Model) -> bool:
+    """Whether the source, or that of its text tower, may come over the network."""
+    row = next(load for matches, load in SOURCES if matches(spec))
+    return row in (_from_hub, _from_tag) or (spec.text is not None and not Path(spec.text).exists())
 
 
 def _from_hub(spec: Model, seed: int, where: str) -> Clip:
@@ -161,7 +183,8 @@ def _from_file(spec: Model, seed: int, where: str) -> Clip:
         raise UserError(f"{where}.text: '{path}' already holds a text tower; leave text out")
     if spec.quick_gelu is None and not spec.arch.endswith(".json") and not name.endswith("quickgelu"):
         raise UserError(
-            f"{where}.quick_gelu: the file '{path}' does not say which activation it was trained with; set quick_gelu to true"
+            f"{where}.quick_gelu: the file '{path}' does not say which activation it was trained with; set quick_gelu"
+            " to true"
             " (OpenAI's) or false"
         )
     clip = _of_architecture(name, _wanted_gelu(name, spec, None, where))
@@ -174,7 +197,8 @@ def _from_tag(spec: Model, seed: int, where: str) -> Clip:
     tags = open_clip.list_pretrained_tags_by_model(name)
     if spec.weights not in tags:
         raise UserError(
-            f"{where}.weights: '{spec.weights}' is neither a file, a folder, hf-hub:..., 'random' nor a tag of {spec.arch}"
+            f"{where}.weights: '{spec.weights}' is neither a file, a folder, hf-hub:..., 'random' nor a tag of"
+            f" {spec.arch}"
             f" (tags: {', '.join(tags) or 'none'})"
         )
     return _pretrained(name, spec.weights, _wanted_gelu(name, spec, _trained_gelu(name, spec.weights), where))
@@ -201,7 +225,8 @@ def _no_arch(spec: Model, where: str, clip: Clip) -> Clip:
         raise UserError(f"{where}.arch: '{spec.weights}' brings its own architecture; leave arch out")
     if spec.quick_gelu is not None and spec.quick_gelu != bool(clip.config["model_cfg"].get("quick_gelu", False)):
         raise UserError(
-            f"{where}.quick_gelu: {spec.quick_gelu}, but '{spec.weights}' was trained with quick_gelu {not spec.quick_gelu};"
+            f"{where}.quick_gelu: {spec.quick_gelu}, but '{spec.weights}' was trained with quick_gelu"
+            f" {not spec.quick_gelu};"
             " leave it out"
         )
     return clip
@@ -250,7 +275,8 @@ def _wanted_gelu(name: str, spec: Model, trained: bool | None, where: str) -> bo
     if trained is not None and quick_gelu != trained:
         asked = "quick_gelu" if spec.quick_gelu is not None else f"arch {name}"
         raise UserError(
-            f"{where}: weights '{spec.weights}' were trained with quick_gelu {str(trained).lower()}, but {asked} asks for"
+            f"{where}: weights '{spec.weights}' were trained with quick_gelu {str(trained).lower()}, but {asked} asks"
+            " for"
             f" {str(quick_gelu).lower()}; leave quick_gelu out and name the plain architecture"
         )
     return quick_gelu
@@ -292,13 +318,16 @@ def _exported_folder(folder: Path, where: str) -> Clip:
     found = [folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()]
     if not found:
         raise UserError(
-            f"{where}.weights: cannot load 'local-dir:{folder}': it holds no weights (such as {WEIGHTS_FILE}); copy them there"
+            f"{where}.weights: cannot load 'local-dir:{folder}': it holds no weights (such as {WEIGHTS_FILE}); copy"
+            " them there"
         )
     return _from_folder(folder / CONFIG_FILE, found[0], f"local-dir:{folder}", where)
 
 
 def _from_folder(config: Path, weights: Path, name: str, where: str) -> Clip:
-    """A model from its open_clip_config.json and its weights. open_clip's own reader would pass on every key of the config, and
+    """A model from its open_clip_config.json and its weights.
+
+    open_clip's own reader would pass on every key of the config, and
     stretch positional embeddings of another size to fit, without a word."""
     cfg, preprocess = _folder_config(config, where, name)
     clip = _clip(build(cfg, preprocess), name, cfg)
@@ -313,7 +342,8 @@ def _with_text_of(spec: Model, tower: dict[str, Tensor], where: str) -> Clip:
     """An image tower's weights beside the text tower of another source."""
     if spec.text is None:
         raise UserError(
-            f"{where}.text: '{spec.weights}' holds an image tower alone; name the source of its text tower, e.g. text: openai"
+            f"{where}.text: '{spec.weights}' holds an image tower alone; name the source of its text tower, e.g."
+            " text: openai"
         )
     clip = load_clip(spec.model_copy(update={"weights": spec.text, "text": None}), where=f"{where}.text")
     state = {k.removeprefix("visual."): v for k, v in tower.items()}
@@ -322,7 +352,7 @@ def _with_text_of(spec: Model, tower: dict[str, Tensor], where: str) -> Clip:
 
 
 def _in_names_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A whole model's weights in the names and shapes of `model`: open_clip's own conversions of older files and MobileCLIP's."""
+    """A whole model's weights in the names and shapes of `model`, by open_clip's own conversions of older files."""
     state = dict(convert_state_dict(model, state))
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)

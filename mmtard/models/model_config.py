@@ -1,7 +1,8 @@
 """What a model's configuration may say, and the open_clip model that it describes.
 
-The configuration of a folder, a repository or a `.json` file was written by others, and open_clip passes parts of it on to other
-libraries, some of which run code on request. So only the keys below pass; any other is refused by its name.
+The configuration of a folder, a repository or a `.json` file was written by others, and open_clip passes parts of it
+on to other libraries, some of which run code on request. So only the keys below pass; any other is refused by its
+name.
 """
 
 from __future__ import annotations
@@ -185,7 +186,8 @@ def _check(cfg: dict, known: Known, prefix: str, where: str, path: str) -> None:
         kinds = known.get(key)
         if kinds is None:
             raise UserError(
-                f"{where}: '{path}' sets {prefix}{key}, which mmtard does not pass on to any library; remove it from the file"
+                f"{where}: '{path}' sets {prefix}{key}, which mmtard does not pass on to any library; remove it from"
+                " the file"
             )
         if value is None:
             continue

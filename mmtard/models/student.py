@@ -1,4 +1,4 @@
-"""The student of a run: the start that is stored with it, and the tower that is trained, as the `student` section wants it."""
+"""The student of a run: the start that is stored with it, and the tower that is trained, as `student` wants it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .image_tower import ImageTower, blocks
 def start_model(config: Config, run: Path, resumed: bool, ranks: Ranks) -> Clip:
     """The pretrained model a run starts from, read from the run's own folder.
 
-    A new run writes it there, so that it can be evaluated, exported and resumed without its source. Collective.
+    The first rank of a new run fetches the source and writes it there, so that the run can be evaluated, exported and
+    resumed without its source. The others wait until they see what it wrote. Collective.
     """
     folder = run / START_FOLDER
     if config.student.lora:
         lora.require()
     if not resumed:
-        clip = loading.load_clip(config.student, config.seed, "student")
-        ranks.run_on_first(lambda: _save_start(clip, run))
+        ranks.run_on_first(lambda: _save_start(loading.load_clip(config.student, config.seed, "student"), run))
     else:
         remedy = "restore it from a copy of the run, or train it anew in another run_dir"
         ranks.run_on_first(lambda: checksums.verify(run, START_FOLDER, remedy))
@@ -38,7 +38,10 @@ def start_model(config: Config, run: Path, resumed: bool, ranks: Ranks) -> Clip:
 
 
 def _save_start(clip: Clip, run: Path) -> None:
-    """Write the start with its checksums. Raises UserError where there is no room for it, and leaves none of it then."""
+    """Write the start with its checksums.
+
+    Raises UserError where there is no room for it, and leaves none of it then.
+    """
     try:
         with checksums.renewed(run, START_FOLDER):
             clip.save(run / START_FOLDER)
@@ -49,7 +52,10 @@ def _save_start(clip: Clip, run: Path) -> None:
 
 
 def trainable_tower(config: Config, clip: Clip, checkpoint: Path | None) -> ImageTower:
-    """The tower to be trained, with the weights of a checkpoint folder where there is one; what is frozen needs no grad."""
+    """The tower to be trained, with the weights of a checkpoint folder where there is one.
+
+    What is frozen does not require grad.
+    """
     made = clip.tower()
     disable_dropout(made)
     if config.student.lora:
@@ -65,9 +71,10 @@ def trainable_tower(config: Config, clip: Clip, checkpoint: Path | None) -> Imag
 
 
 def disable_dropout(tower: ImageTower) -> None:
-    """Switch off an architecture's own dropout, stochastic depth and patch dropout (timm's ConvNeXt and ViTamin have some).
+    """Switch off an architecture's own dropout, stochastic depth and patch dropout (timm's ConvNeXt and ViTamin).
 
-    They draw from torch's global generator, whose state depends on ranks, micro-batches and restarts; a training must not.
+    They draw from torch's global generator, whose state depends on ranks, micro-batches and restarts; a training must
+    not.
     """
     for module in tower.modules():
         for chance in ("p", "drop_prob", "prob"):
@@ -78,7 +85,10 @@ def disable_dropout(tower: ImageTower) -> None:
 
 
 def checkpoint_activations(tower: ImageTower) -> None:
-    """Keep of each block its input alone, and compute the rest again in the backward. Raises UserError for towers that cannot."""
+    """Keep of each block its input alone, and compute the rest again in the backward.
+
+    Raises UserError for towers that cannot.
+    """
     visual = tower.visual
     if isinstance(visual, ModifiedResNet):  # open_clip's own switch does nothing there
         for block in blocks(tower):
@@ -89,5 +99,6 @@ def checkpoint_activations(tower: ImageTower) -> None:
         getattr(visual, "trunk", visual).set_grad_checkpointing(True)
     except (AttributeError, AssertionError, NotImplementedError):
         raise UserError(
-            f"engine.checkpoint_activations: a {type(getattr(visual, 'trunk', visual)).__name__} tower cannot; set it to false"
+            f"engine.checkpoint_activations: a {type(getattr(visual, 'trunk', visual)).__name__} tower cannot; set it"
+            " to false"
         ) from None

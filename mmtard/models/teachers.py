@@ -1,4 +1,4 @@
-"""The frozen ensemble: named towers that are asked for predictions, whole on every rank or sharded over the ranks, or read from disk.
+"""Frozen teachers: towers that are asked for predictions, whole on every rank or sharded over the ranks.
 
 A ViT-L/14 in float32 beside a ViT-B/32 student with PGD-10, one image a rank on 2 ranks (CPU, gloo; the commands head
 configs/benchmarks/vitl14_teacher.yaml; mean of steps 2 and 3, on cores shared with other programs):
@@ -7,10 +7,11 @@ configs/benchmarks/vitl14_teacher.yaml; mean of steps 2 and 3, on cores shared w
     sharded       580 MiB a rank    60 s a step
     stored          0 MiB a rank    25 s a step
 
-All three trained to the same bits. Sharding saves (1 - 1/world) of the bytes and gathers all of the tower once a forward, whatever
-the micro-batch: that time is bytes / bandwidth, so it weighs less the more images a rank takes at once. Rule of thumb: store a
-teacher that sees clean images alone; replicate the others; shard one only where the memory it frees lets `train.micro_batch_size` grow
-(or fit at all), and only where nodes are linked fast enough to gather it in a fraction of its forward.
+All three trained to the same bits. Sharding saves (1 - 1/world) of the bytes and gathers all of the tower once a
+forward, whatever the micro-batch: that time is bytes / bandwidth, so it weighs less the more images a rank takes at
+once. Rule of thumb: store a teacher that sees clean images alone; replicate the others; shard one only where the
+memory it frees lets `train.micro_batch_size` grow (or fit at all), and only where nodes are linked fast enough to
+gather it in a fraction of its forward.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from torch.distributed.fsdp import fully_shard
 
 from ..config import Teacher
 from ..distributed.ranks import Ranks
+from ..errors import UserError
 from ..zero_shot import Prediction, ZeroShotHead
-from .image_tower import ImageTower, blocks, freeze
+from .image_tower import ImageTower, blocks, freeze, why_no_embeddings
 
 
 class FrozenTeacher:
@@ -36,6 +38,7 @@ class FrozenTeacher:
         self, name: str, settings: Teacher, tower: ImageTower, head: ZeroShotHead, ranks: Ranks, dtype: torch.dtype
     ):
         self.name, self.settings, self.head = name, settings, head
+        self._checked = False
         self.tower = freeze(tower, dtype, ranks.device)
         if settings.placement == "sharded":
             shard(self.tower, ranks)
@@ -46,12 +49,24 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, tokens: bool = False) -> Prediction:
-        """images [B,3,H,W] float32 in [0,1] -> Prediction without gradient, with the patches' tokens when asked for."""
-        return self.head(*self.tower(images, tokens=True)) if tokens else self.head(self.tower(images))
+        """images [B,3,H,W] float32 in [0,1] -> Prediction without gradient, with the patches' tokens when asked for.
+
+        Raises UserError when the first embeddings are none that a model gives: not finite, zero, or all the same.
+        """
+        embeddings, *rest = self.tower(images, tokens=True) if tokens else (self.tower(images),)
+        if not self._checked:  # once: it waits for the device
+            self._checked = True
+            reason = why_no_embeddings(embeddings, len(images))
+            if reason:
+                raise UserError(f"teachers.{self.name}: its embeddings are {reason}; take other weights")
+        return self.head(embeddings, *rest)
 
     def differentiable(self, images: Tensor) -> Prediction:
-        """The Prediction with its gradient to the images; the weights gather none. A sharded tower is gathered again for the
-        backward, so every rank must ask, and differentiate, as often as the others."""
+        """The Prediction with its gradient to the images; the weights gather none.
+
+        A sharded tower is gathered again for the backward, so every rank must ask, and differentiate, as often as the
+        others.
+        """
         return self.head(self.tower(images))
 
     @property

@@ -41,7 +41,8 @@ def load_tokenizer(text_cfg: dict, name: str) -> Callable[[list[str]], Tensor]:
         if "trust_remote_code" in str(error):
             raise _runs_code(name, hf_name) from None
         raise UserError(
-            f"{name}: its tokenizer '{hf_name or 'of CLIP'}' cannot be used ({_line(error)}); download it again, or correct text_cfg"
+            f"{name}: its tokenizer '{hf_name or 'of CLIP'}' cannot be used ({_line(error)}); download it again, or"
+            " correct text_cfg"
         ) from None
 
 
@@ -58,7 +59,8 @@ def _check_files(folder: Path, name: str) -> None:
 
 def _runs_code(name: str, tokenizer: str) -> UserError:
     return UserError(
-        f"{name}: its tokenizer '{tokenizer}' asks to run code of its own (auto_map), which mmtard never does; take a model without it"
+        f"{name}: its tokenizer '{tokenizer}' asks to run code of its own (auto_map), which mmtard never does; take a"
+        " model without it"
     )
 
 

@@ -23,7 +23,7 @@ OPENAI_CONSTANTS = ("input_resolution", "context_length", "vocab_size")  # buffe
 
 
 def tensors_sha256(state: dict[str, Tensor]) -> str:
-    """sha256 hex of names, types, shapes and bytes, in the order of the names: the same from whichever file they came."""
+    """sha256 hex of names, types, shapes and bytes in the order of the names: equal from whichever file they came."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -35,8 +35,8 @@ def tensors_sha256(state: dict[str, Tensor]) -> str:
 def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str, remedy: str = "check `arch`") -> None:
     """Load every weight into `module`.
 
-    what: how the message calls the weights. Raises UserError naming the keys that are missing, unexpected or of another shape,
-    and the first tensor that holds NaN or infinity.
+    what: how the message calls the weights. Raises UserError naming the keys that are missing, unexpected or of
+    another shape, and the first tensor that holds NaN or infinity.
     """
     own = module.state_dict()
     problems = {
@@ -60,13 +60,13 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], what: str, remedy
 
 
 def load_trained(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
-    """Load what a checkpoint holds of a module: everything but its frozen parameters, as strictly as `load_strictly`."""
+    """Load what a checkpoint holds of a module, all but its frozen parameters, as strictly as `load_strictly`."""
     frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
     load_strictly(module, frozen | weights, what)
 
 
 def require_finite(state: dict[str, Tensor], what: str) -> None:
-    """Raise UserError naming the first tensor that holds NaN or infinity: a model with such weights measures nothing."""
+    """Raise UserError naming the first tensor that holds NaN or infinity: such a model measures nothing."""
     for name, tensor in state.items():
         if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
             continue
@@ -74,15 +74,16 @@ def require_finite(state: dict[str, Tensor], what: str) -> None:
         if not (low.isfinite() and high.isfinite()):
             count = int((~tensor.detach().isfinite()).sum())
             raise UserError(
-                f"{what} is not finite: '{name}' holds NaN or infinity in {count} of its {tensor.numel()} numbers; take other weights"
+                f"{what} is not finite: '{name}' holds NaN or infinity in {count} of its {tensor.numel()} numbers;"
+                " take other weights"
             )
 
 
 def read_state_dict(path: Path, where: str) -> dict[str, Tensor]:
-    """The weights of a file by name: safetensors, a torch checkpoint, or a TorchScript archive. No code of the file runs.
+    """The weights of a file by name: safetensors, a torch checkpoint or a TorchScript archive. None of its code runs.
 
-    Prefixes of DDP, torch.compile and Lightning are taken off; entries that are no tensors, such as an epoch, are left out.
-    Raises UserError that begins with `where`, for a file that is empty, cut, damaged, or holds no weights.
+    Prefixes of DDP, torch.compile and Lightning are taken off; entries that are no tensors, such as an epoch, are
+    left out. Raises UserError that begins with `where`, for a file that is empty, cut, damaged, or holds no weights.
     """
     content = _read(path, where)
     for wrapper in WRAPPERS:
@@ -93,7 +94,8 @@ def read_state_dict(path: Path, where: str) -> dict[str, Tensor]:
         foreign = _foreign(content)
         if foreign:
             raise UserError(
-                f"{where}.weights: cannot read '{path}': it holds a Python object ({foreign}) in place of weights, which is never"
+                f"{where}.weights: cannot read '{path}': it holds a Python object ({foreign}) in place of weights,"
+                " which is never"
                 " run; save the model's state_dict() alone"
             )
         raise UserError(f"{where}.weights: '{path}' holds no state_dict (names and tensors)")
@@ -101,7 +103,10 @@ def read_state_dict(path: Path, where: str) -> dict[str, Tensor]:
 
 
 def _without_prefixes(state: dict[str, Tensor], path: Path, where: str) -> dict[str, Tensor]:
-    """The names as the model itself has them. torch.compile may wrap a part of a model, so its prefix goes wherever it stands."""
+    """The names as the model itself has them.
+
+    torch.compile may wrap a part of a model, so its prefix goes wherever it stands.
+    """
     while True:
         prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None)
         if prefix is None:
@@ -145,7 +150,8 @@ def _read(path: Path, where: str) -> object:
             if named is None:
                 raise
             raise UserError(
-                f"{refused}: it holds a Python object ({named[1]}), which is never run, in torch's old format; write the weights"
+                f"{refused}: it holds a Python object ({named[1]}), which is never run, in torch's old format; write"
+                " the weights"
                 " alone with torch.save(checkpoint['state_dict'], 'weights.pt')"
             ) from None
     except UserError:

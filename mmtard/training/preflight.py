@@ -247,7 +247,7 @@ class StoredEmbeddings(Check):
         config, ranks = bench.config, bench.ranks
         dataset = open_dataset_on_all_ranks(config.data, ranks)
         stored = [name for name, teacher in config.teachers.items() if teacher.stored]
-        clips = {name: identity.load_teacher_clip(config, name) for name in stored}
+        clips = {name: identity.load_teacher_clip(config, name, ranks) for name in stored}
         stores = identity.open_stores(config, clips, bench.image_size, dataset.fingerprint, ranks)
         return {name: store.folder for name, store in stores.items()}
 

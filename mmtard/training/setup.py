@@ -19,7 +19,7 @@ from ..embeddings.store import EmbeddingStore
 from ..embeddings.teacher import StoredTeacher
 from ..models.clip import Clip
 from ..models.image_tower import DTYPES, require_tokens
-from ..models.loading import load_clip
+from ..models.loading import load_clip_on_all_ranks
 from ..models.student import start_model, trainable_tower
 from ..models.teachers import FrozenTeacher
 from ..runs.checkpoints import read_optimizer
@@ -54,7 +54,8 @@ def build_training(
     """Load and place all that the run trains with, and go on from its checkpoint where there is one. Collective."""
     start = start_model(config, folder.path, bool(folder.checkpoint), ranks)
     clips = {"student": start} | {
-        name: load_clip(teacher, config.seed, f"teachers.{name}") for name, teacher in config.ensemble.items()
+        name: load_clip_on_all_ranks(teacher, ranks, config.seed, f"teachers.{name}")
+        for name, teacher in config.ensemble.items()
     }
     if config.needs_tokens:
         for name, clip in clips.items():

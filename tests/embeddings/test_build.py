@@ -27,7 +27,7 @@ from mmtard.embeddings.build import _Storing, cache
 from mmtard.embeddings.store import EmbeddingStore, PartLayout
 from mmtard.errors import RunError, UserError
 from mmtard.models import loading
-from mmtard.training.preflight import Checks
+from mmtard.training.preflight import Bench, Models, StoredEmbeddings
 from mmtard.training.train import train
 
 SAMPLES, BATCH = 40, 8
@@ -65,7 +65,7 @@ def one_group():
 
 @pytest.fixture
 def run(tmp_path, shards, vit, resnet):
-    """Call with dotted overrides: the configuration of a short MMT-ARD run whose clean teacher is a small ResNet on other pixels."""
+    """Call with dotted overrides: the configuration of a short MMT-ARD run whose clean teacher is a small ResNet."""
     tree = {
         "run_dir": str(tmp_path / "run"),
         "seed": 3,
@@ -73,7 +73,10 @@ def run(tmp_path, shards, vit, resnet):
         "teachers": {"clean": {"arch": resnet, "weights": "random"}, "robust": {"arch": vit, "weights": "random"}},
         "method": {"name": "mmtard", "weighting": "confidence_sigmoid"},
         "attack": {"eps": "8/255", "steps": 1, "alarm_every": 5},
-        "data": {"shards": str(shards), "lanes": 4, "window": 4, "workers": 0, "embeddings": str(tmp_path / "embeddings"), "max_replaced": "1/2"},
+        "data": {
+            "shards": str(shards), "lanes": 4, "window": 4, "workers": 0, "max_replaced": "1/2",
+            "embeddings": str(tmp_path / "embeddings"),
+        },
         "train": {"steps": 12, "batch_size": BATCH, "micro_batch_size": 4, "lr": 1e-3},
         "engine": {"precision": "float32", "device": "cpu", "zero_stage": 0},
         "log": {"tensorboard": False},
@@ -127,7 +130,8 @@ def test_the_views_of_a_sample_come_round_and_its_random_start_does_not(shards):
             starts.setdefault(sample, set()).add(seed)
     first, second, third, again = looks[3]
     assert again.equal(first) and not first.equal(second) and not first.equal(third) and len(starts[3]) == 4
-    # It stands in for the unreadable sample 7, looking as it does itself: views 0, 1, 2, 0 twice each, so 6 + 1 + 1 equal pairs.
+    # It stands in for the unreadable sample 7, looking as it does itself: views 0, 1, 2, 0 twice each, so 6 + 1 + 1
+    # equal pairs.
     assert len(looks[8]) == 8 and sum(a.equal(b) for i, a in enumerate(looks[8]) for b in looks[8][:i]) == 8
 
 
@@ -249,7 +253,8 @@ def test_embeddings_that_do_not_match_are_refused_naming_what_differs(run, shard
     # A random teacher is another with another seed.
     with pytest.raises(
         UserError,
-        match=rf"^teachers.clean.stored: no embeddings stored in '{tmp_path}/embeddings' match, those in '[0-9a-f]+' {told}",
+        match=rf"^teachers.clean.stored: no embeddings stored in '{tmp_path}/embeddings' match,"
+        rf" those in '[0-9a-f]+' {told}",
     ):
         train(run("teachers.clean.stored=true", change), Interruption())
 
@@ -286,10 +291,10 @@ def test_the_untouched_student_of_fare_is_stored_before_its_run_exists(run, tmp_
 
 def test_preflight_tells_whether_the_stored_embeddings_match(run, capsys):
     config = run("teachers.clean.stored=true")
-    checks = Checks(config, ranks.start("cpu"))
-    assert checks.run("models") and not checks.run("embeddings")
+    bench = Bench(config, ranks.start("cpu"))
+    assert bench.run(Models()) and not bench.run(StoredEmbeddings())
     _, folder = store(config)
-    assert checks.run("embeddings")
+    assert bench.run(StoredEmbeddings())
     models, absent, there = capsys.readouterr().out.splitlines()
     assert models.startswith("PASS models: student, robust load;")
     assert (

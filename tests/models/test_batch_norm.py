@@ -1,4 +1,4 @@
-"""Batch norm over the whole batch, view by view; over two ranks and after resume it is in tests/parallel/test_students.py."""
+"""Batch norm over the whole batch, view by view; two ranks and resume are in tests/parallel/test_students.py."""
 
 import pytest
 import torch

@@ -25,7 +25,7 @@ def test_an_exported_folder_gives_its_embeddings_here_and_in_open_clip(base, tmp
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Call with a model and org/name: that repository, in the only cache that Hugging Face's own library then looks into."""
+    """Call with a model and org/name: that repository, in the only cache that Hugging Face's library looks into."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
@@ -59,8 +59,10 @@ def test_a_model_of_the_hub_brings_its_own_tokenizer(vit, word_tokenizer, hub, t
     (config,) = (tmp_path / "hub").glob("*/snapshots/*/open_clip_config.json")
     config.write_text(config.read_text().replace(str(word_tokenizer), "org/words"))
     script = (
-        "import torch; from mmtard.models.loading import load_clip; from mmtard.config import Model; clip = load_clip(Model(weights='hf-hub:org/words'));"
-        "torch.save(clip.class_embeddings(['cat', 'red cow'], ['a photo of a {}']), 'out.pt'); from pathlib import Path; clip.save(Path('saved'))"
+        "import torch; from mmtard.models.loading import load_clip; from mmtard.config import Model; clip ="
+        " load_clip(Model(weights='hf-hub:org/words'));"
+        "torch.save(clip.class_embeddings(['cat', 'red cow'], ['a photo of a {}']), 'out.pt'); from pathlib import"
+        " Path; clip.save(Path('saved'))"
     )
     offline = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()}
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | offline, check=True, timeout=120)
@@ -156,9 +158,14 @@ def created(monkeypatch):
 
 @pytest.mark.parametrize(
     "arch, tag, gelu",  # as open_clip's own list of pretrained models says how each was trained
-    [("ViT-B-32", "openai", True), ("ViT-B-32-quickgelu", "openai", True), ("ViT-B/32", "openai", True), ("ViT-B-32", "laion2b_s34b_b79k", False),
-     ("RN50", "openai", True)],
-)  # fmt: skip
+    [
+        ("ViT-B-32", "openai", True),
+        ("ViT-B-32-quickgelu", "openai", True),
+        ("ViT-B/32", "openai", True),
+        ("ViT-B-32", "laion2b_s34b_b79k", False),
+        ("RN50", "openai", True),
+    ],
+)
 def test_the_tag_decides_the_activation(created, arch, tag, gelu):
     loading.load_clip(Model(arch=arch, weights=tag))
     assert created == [(arch.replace("/", "-"), tag, gelu)]

@@ -1,4 +1,4 @@
-"""Adapters on a tower's attention: what they compute, what dropout drops, and that merged, unmerged and peft's are one model."""
+"""Adapters on a tower's attention: what they compute, what dropout drops; merged, unmerged and peft's are one model."""
 
 import copy
 import json
@@ -106,10 +106,11 @@ def test_dropout_keeps_its_share_and_the_mean(adapted):
 
 @pytest.fixture
 def run(vit, tmp_path):
-    """A run of adapters with its start, a checkpoint and an average: (folder, the adapted float32 tower of the checkpoint)."""
+    """A run of adapters with a start, a checkpoint and an average: (folder, the checkpoint's adapted float32 tower)."""
     folder = tmp_path / "run"
     config = validate({
-        "run_dir": str(folder), "student": {"arch": vit, "weights": "random", "lora": SETTINGS.model_dump()}, "method": {"name": "clean"},
+        "run_dir": str(folder), "method": {"name": "clean"},
+        "student": {"arch": vit, "weights": "random", "lora": SETTINGS.model_dump()},
         "data": {"shards": "s", "lanes": 4}, "train": {"steps": 1, "batch_size": 4},
     })  # fmt: skip
     clip = loading.load_clip(config.student, 1)

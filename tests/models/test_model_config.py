@@ -23,7 +23,7 @@ def saved(base, tmp_path_factory):
 
 @pytest.fixture
 def stranger(saved, tmp_path):
-    """A model folder whose tokenizer is Python of its own, which leaves a mark when it runs; call with changes to its text_cfg."""
+    """Call with changes to its text_cfg: a model folder whose tokenizer is Python of its own; that it ran is seen."""
     folder, mark = tmp_path / "stranger", tmp_path / "RAN"
 
     def make(**text):

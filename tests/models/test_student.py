@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmtard.config import Lora, Model, validate
+from mmtard.config import Lora, Model, Teacher, validate
 from mmtard.errors import UserError
 from mmtard.models import batch_norm, loading, lora, student
+from mmtard.models.teachers import FrozenTeacher
 from mmtard.training.memory import Saved
+from mmtard.zero_shot import ZeroShotHead
 
 
 @pytest.fixture(scope="session")
@@ -122,3 +124,60 @@ def test_what_a_tower_cannot_is_refused(timm_arch):
     tower.visual = torch.nn.Flatten()
     with pytest.raises(UserError, match="engine.checkpoint_activations: a Flatten tower cannot; set it to false"):
         student.checkpoint_activations(tower)
+
+
+# ---------------------------------------------------------------- several ranks, one source
+
+
+class Rank:
+    """One of two ranks, one after the other: what the first found is the second's."""
+
+    world_size, device = 2, torch.device("cpu")
+
+    def __init__(self, is_first, shared):
+        self.is_first, self.shared = is_first, shared
+
+    def run_on_first(self, work):
+        if self.is_first:
+            self.shared["result"] = work()
+        return self.shared["result"]
+
+
+def test_one_rank_reads_the_source_of_a_start_and_the_others_what_it_wrote(vit, tmp_path, monkeypatch, tree):
+    config = validate({**tree, "student": {"arch": vit, "weights": "random"}})
+    sources, load = [], loading.load_clip
+    monkeypatch.setattr(loading, "load_clip", lambda spec, *a, **k: sources.append(spec.weights) or load(spec, *a, **k))
+    shared = {}
+    first, second = (student.start_model(config, tmp_path, False, Rank(is_first, shared)) for is_first in (True, False))
+    assert sources == ["random", str(tmp_path / "start"), str(tmp_path / "start")]
+    assert first.sha256(image=True) == second.sha256(image=True)
+
+
+def test_what_comes_over_the_network_is_fetched_by_one_rank_before_the_others_ask(monkeypatch):
+    asked, shared = [], {}
+    monkeypatch.setattr(loading, "load_clip", lambda spec, *_: asked.append("first" if not shared else "then") or spec)
+    for is_first in (True, False):
+        loading.load_clip_on_all_ranks(Model(weights="hf-hub:org/clip"), Rank(is_first, shared), 0, "teachers.clean")
+    assert asked == ["first", "then"]
+
+    def absent(*_):
+        raise UserError("teachers.clean.weights: cannot load")
+
+    monkeypatch.setattr(loading, "load_clip", absent)
+    with pytest.raises(UserError, match="cannot load"):
+        loading.load_clip_on_all_ranks(Model(arch="ViT-B-32", weights="openai"), Rank(True, {}), 0, "teachers.clean")
+
+
+@pytest.mark.parametrize("value, words", [(0.0, "zero"), (1.0, "the same for 8 different images")])
+def test_a_teacher_whose_embeddings_say_nothing_is_refused_at_its_first_batch(vit, value, words):
+    tower = loading.load_clip(Model(arch=vit, weights="random")).tower()
+    with torch.no_grad():
+        tower.visual.proj.zero_()
+        if value:
+            tower.visual.ln_post.weight.zero_()
+            tower.visual.proj.fill_(value)
+            tower.visual.ln_post.bias.fill_(1.0)
+    head = ZeroShotHead(torch.nn.functional.normalize(torch.randn(3, 16), dim=-1), 100.0)
+    teacher = FrozenTeacher("clean", Teacher(arch=vit, weights="random"), tower, head, Rank(True, {}), torch.float32)
+    with pytest.raises(UserError, match=f"^teachers.clean: its embeddings are {words}; take other weights"):
+        teacher(torch.rand(8, 3, 16, 16))

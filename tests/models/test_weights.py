@@ -111,7 +111,7 @@ def test_a_file_that_is_no_state_dict_is_refused_without_running_it(vit, tmp_pat
 
 
 def write_torchscript(state, path):
-    """A TorchScript module with these tensors, another that is no weight, and an integer beside them, as OpenAI's archives have."""
+    """A TorchScript module with these tensors, another that is no weight, and an integer, as OpenAI's archives have."""
 
     class Leaf(torch.nn.Module):
         def __init__(self):

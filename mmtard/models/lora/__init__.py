@@ -1,4 +1,4 @@
-"""Low-rank adapters on a tower's attention (LoRA, Hu et al., ICLR 2022), through peft: attached, merged, written as peft reads them.
+"""Low-rank adapters on a tower's attention (LoRA, Hu et al., ICLR 2022): attached, merged, written as peft reads them.
 
 An adapted weight is W + alpha / r * B A with W frozen and B zero at first. In training, dropout acts on what A sees.
 """
@@ -24,12 +24,14 @@ _OPEN_CLIP, _TIMM = re.compile(r"resblocks\.\d+\.attn$"), re.compile(r"\.attn\.(
 def attach(visual: nn.Module, settings: Lora, layout: BatchLayout, seed: int = 0) -> None:
     """Freeze an image tower and put adapters on its attention's qkv and output projections; only they require grad.
 
-    layout: whose seeds decide what dropout drops. Raises UserError when the tower has no such attention, or peft is missing.
+    layout: whose seeds decide what dropout drops. Raises UserError when the tower has no such attention, or peft is
+    missing.
     """
     targets = _attention(visual)
     if not targets:
         raise UserError(
-            f"student.lora: no attention blocks for adapters in a {type(visual).__name__} tower; train it whole, with student.lora=null"
+            f"student.lora: no attention blocks for adapters in a {type(visual).__name__} tower; train it whole, with"
+            " student.lora=null"
         )
     require()
     from . import layers
@@ -47,7 +49,7 @@ def require() -> None:
 
 
 def merge(visual: nn.Module) -> None:
-    """Fold the adapters of a tower into its weights; afterwards it is the plain architecture again, without gradients."""
+    """Fold the adapters of a tower into its weights. It is then the plain architecture again, without gradients."""
     from . import layers
 
     layers.merge(visual)
@@ -59,7 +61,10 @@ def is_adapter(weights: dict[str, Tensor]) -> bool:
 
 
 def save(weights: dict[str, Tensor], settings: Lora, base: str, folder: Path) -> None:
-    """Write a checkpoint's adapter for `peft.PeftModel.from_pretrained(CLIP, folder)`, CLIP the whole open_clip model `base` names."""
+    """Write a checkpoint's adapter for `peft.PeftModel.from_pretrained(CLIP, folder)`.
+
+    base: what names the whole open_clip model CLIP.
+    """
     require()
     from . import layers
 
@@ -82,6 +87,7 @@ def _attention(visual: nn.Module) -> list[str]:
             and getattr(visual.get_submodule(name.removesuffix(".qkv")), "q_bias", None) is not None
         ):
             raise UserError(
-                f"student.lora: {name} of this {type(visual).__name__} takes no adapter, its bias stands apart; train it whole, with student.lora=null"
+                f"student.lora: {name} of this {type(visual).__name__} takes no adapter, its bias stands apart; train"
+                " it whole, with student.lora=null"
             )
     return found

@@ -1,4 +1,4 @@
-"""What stands in an adapted tower's place of attention: peft's layers, made to train under ZeRO and to depend on seeds alone."""
+"""Adapted attention: peft's layers, made to train under ZeRO and to depend on samples' seeds alone."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ NAME = "default"  # peft's, of the one adapter
 class AdaptedAttention(MultiheadAttention):
     """Self-attention whose two projections have adapters: x [B,L,D] -> [B,L,D].
 
-    peft's own forward (0.21) merges the updates into the frozen weights and takes them out again at every call: that rounds
-    those weights away, knows no dropout, adds the output projection's update twice, and replaces what ZeRO has partitioned.
+    peft's own forward (0.21) merges the updates into the frozen weights and takes them out again at every call: that
+    rounds those weights away, knows no dropout, adds the output projection's update twice, and replaces what ZeRO has
+    partitioned.
     """
 
     def forward(
@@ -50,7 +51,7 @@ class AdaptedAttention(MultiheadAttention):
 
 
 class SampleDropout(nn.Module):
-    """Dropout whose mask depends on each sample's own seed: the same at every world size, micro-batch size and restart."""
+    """Dropout whose mask depends on each sample's own seed: equal at every world size, micro-batch and restart."""
 
     def __init__(self, p: float, purpose: str, layout: BatchLayout):
         super().__init__()
