@@ -167,7 +167,7 @@ def _load(samples: SampleReader, requests: Iterator, workers: int) -> Iterator[B
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_it_is,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_initialized(),  # by a run on GPUs; one on the CPU leaves them alone
         worker_init_fn=_start_worker,
         multiprocessing_context="fork" if workers else None,
         generator=torch.Generator(),

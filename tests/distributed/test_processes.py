@@ -1,10 +1,13 @@
 """The end of a process: what it still has to say is said, and no thread of torch turns it into a crash."""
 
 import os
+import resource
 import subprocess
 import sys
 
 import pytest
+
+from mmtard.distributed.processes import raise_descriptor_limit
 
 # A thread that is inside torch when the interpreter is taken down aborts the process nearly every time.
 THREAD = """
@@ -41,3 +44,13 @@ def test_output_that_could_not_be_written_is_a_failure():
             timeout=60,
         )
     assert ended.returncode == 120
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        assert raise_descriptor_limit(300) == 300 == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        assert raise_descriptor_limit(200) == 300  # and is never lowered
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

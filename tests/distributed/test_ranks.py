@@ -1,13 +1,18 @@
 """Who a process takes itself for, and the device it takes, from what Slurm sets and torch sees; no GPU is touched."""
 
 import os
+import sys
+import time
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from mmtard.data import stream
 from mmtard.distributed import ranks
-from mmtard.errors import UserError
+from mmtard.errors import RunError, UserError
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MMTARD_INIT_FILE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -112,3 +117,87 @@ def test_gpus_that_slurm_gave_and_torch_does_not_see_are_not_passed_over(start, 
 @pytest.mark.parametrize("env", [{}, {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, {"SLURM_GPUS_ON_NODE": "0"}])
 def test_without_a_gpu_auto_is_the_cpu(start, env):
     assert start(0, **env).device == torch.device("cpu")
+
+
+def test_a_network_interface_that_reaches_nobody_is_one_line_with_the_variables(start, monkeypatch):
+    def full_mesh(*args, **kwargs):
+        raise RuntimeError("Gloo connectFullMesh failed with [pair.cc:144] no error")
+
+    monkeypatch.setattr(ranks, "_meeting_point", lambda world: "file:///nowhere")
+    real = start(0)
+    assert real.world_size == 1
+    monkeypatch.setattr(dist, "new_group", full_mesh)
+    with pytest.raises(
+        RunError, match=r"rank 1 of 2 .* cannot reach .* connectFullMesh .*; name .* GLOO_SOCKET_IFNAME"
+    ):
+        ranks._cpu_group(1, 2, timedelta(minutes=1))
+
+
+def test_every_group_of_a_process_gets_the_limit_also_one_that_a_library_made(ranks_of_one):
+    def timeout(group):
+        return group._get_backend(torch.device("cpu")).options._timeout
+
+    own = dist.new_group(backend="gloo", timeout=timedelta(minutes=10))  # as DeepSpeed's are
+    assert timeout(own) == timedelta(minutes=10)
+    ranks.set_timeouts(timedelta(minutes=50))
+    groups = (own, ranks_of_one.cpu_group, dist.group.WORLD)
+    assert [timeout(group) for group in groups] == [timedelta(minutes=50)] * 3
+
+
+@pytest.fixture
+def ranks_of_one(ranks):
+    return ranks
+
+
+@pytest.fixture
+def leave(monkeypatch):
+    """Call with a device: what `stop` asks of torch.distributed there, in order.
+
+    seconds: that taking the groups down takes; peer_is_gone: whether another rank has ended.
+    """
+    calls = []
+
+    def destroy(seconds):
+        time.sleep(seconds)
+        calls.append("destroy")
+
+    def call(device, seconds=0.0, peer_is_gone=False):
+        def barrier():
+            calls.append("barrier")
+            if peer_is_gone:
+                raise RuntimeError("Connection closed by peer")
+
+        monkeypatch.setattr(ranks, "LEAVE_S", 0.1)
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "destroy_process_group", lambda: destroy(seconds))
+        monkeypatch.setitem(sys.modules, "deepspeed.comm.comm", None)
+        ranks.stop(SimpleNamespace(device=torch.device(device, 0), barrier=barrier))
+        return list(calls)
+
+    return call
+
+
+@pytest.mark.parametrize("peer_is_gone", [False, True])
+def test_ranks_on_gpus_wait_for_one_another_before_they_leave_their_groups(leave, peer_is_gone):
+    assert leave("cuda", peer_is_gone=peer_is_gone) == ["barrier", "destroy"]
+
+
+def test_a_group_that_cannot_be_taken_down_does_not_hold_the_end_of_a_run(leave):
+    assert leave("cuda", seconds=0.5) == ["barrier"]
+
+
+def test_ranks_on_cpus_leave_without_waiting(leave):
+    assert leave("cpu") == ["destroy"]
+
+
+def test_a_run_on_the_cpu_leaves_a_gpu_that_is_there_alone(monkeypatch):
+    """Pinned memory would open a context on it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = {}
+
+    def loader(*args, **settings):
+        asked.update(settings)
+        return []
+
+    monkeypatch.setattr(stream, "DataLoader", loader)
+    assert list(stream._load(None, iter([]), 0)) == [] and asked["pin_memory"] is False
