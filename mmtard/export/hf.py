@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.clip import Clip
+from ..models.transformers_clip import IN_BLOCKS, OUTSIDE_BLOCKS
 from ..runs.checkpoints import save_tensors
 
 FOLDER = "transformers"
@@ -75,33 +76,8 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
             _, _, block, part = rest.split(".", 3)
             out.update(_block(f"{tower}.encoder.layers.{block}", part, value))
         elif rest != "attn_mask":
-            out[f"{tower}.{_OUTSIDE_BLOCKS.get(rest, rest)}"] = value
+            out[f"{tower}.{OUTSIDE_BLOCKS.get(rest, rest)}"] = value
     return {name: value.contiguous() for name, value in out.items()}
-
-
-_OUTSIDE_BLOCKS = {
-    "conv1.weight": "embeddings.patch_embedding.weight",
-    "class_embedding": "embeddings.class_embedding",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "token_embedding.weight": "embeddings.token_embedding.weight",
-    # "pre_layrnorm" is how transformers spells it.
-    **{
-        f"{ours}.{kind}": f"{theirs}.{kind}"
-        for ours, theirs in (
-            ("ln_pre", "pre_layrnorm"),
-            ("ln_post", "post_layernorm"),
-            ("ln_final", "final_layer_norm"),
-        )
-        for kind in ("weight", "bias")
-    },
-}
-_IN_BLOCKS = {
-    "attn.out_proj": "self_attn.out_proj",
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
 
 
 def _block(at: str, part: str, value: Tensor) -> dict[str, Tensor]:
@@ -109,7 +85,7 @@ def _block(at: str, part: str, value: Tensor) -> dict[str, Tensor]:
         kind = part.removeprefix("attn.in_proj_")
         return {f"{at}.self_attn.{name}_proj.{kind}": third for name, third in zip("qkv", value.chunk(3))}
     module, _, kind = part.rpartition(".")
-    return {f"{at}.{_IN_BLOCKS.get(module, module)}.{kind}": value}
+    return {f"{at}.{IN_BLOCKS.get(module, module)}.{kind}": value}
 
 
 def _obstacle(clip: Clip) -> str | None:

@@ -1,4 +1,4 @@
-"""A CLIP from any source: open_clip tags, the hub, exported folders, runs, files, or random weights."""
+"""A CLIP from any source: tags, the hub, folders of open_clip or transformers, runs, files, or random weights."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ from ..runs.checkpoints import read_resolved, read_weights
 from . import lora
 from .clip import CONFIG_FILE, START_FOLDER, WEIGHTS_FILE, Clip
 from .model_config import build, check_model_config, check_preprocess, read_json
+from .transformers_clip import (
+    WEIGHTS as TRANSFORMERS_WEIGHTS,
+    from_transformers,
+    is_transformers_folder,
+    open_clip_config,
+)
 from .weights import load_strictly, load_trained, read_state_dict, require_finite
 
 HUB = "hf-hub:"
@@ -102,8 +108,12 @@ def _is_exported(spec: Model) -> bool:
     return (Path(spec.weights) / CONFIG_FILE).is_file()
 
 
+def _is_transformers(spec: Model) -> bool:
+    return is_transformers_folder(Path(spec.weights))
+
+
 def _is_run(spec: Model) -> bool:
-    return Path(spec.weights).is_dir() and not _is_exported(spec)
+    return Path(spec.weights).is_dir() and not _is_exported(spec) and not _is_transformers(spec)
 
 
 def _is_absent(spec: Model) -> bool:
@@ -142,6 +152,18 @@ def _from_exported(spec: Model, seed: int, where: str) -> Clip:
     return _no_arch(spec, where, _exported_folder(Path(spec.weights), where))
 
 
+def _from_transformers(spec: Model, seed: int, where: str) -> Clip:
+    folder, where_weights = Path(spec.weights), f"{where}.weights"
+    cfg, preprocess = open_clip_config(folder, where_weights)
+    check_model_config(cfg, where_weights, spec.weights)
+    check_preprocess(preprocess, where_weights, spec.weights)
+    clip = _clip(build(cfg, preprocess), f"transformers:{folder}", cfg)
+    weights = next(folder / name for name in TRANSFORMERS_WEIGHTS if (folder / name).is_file())
+    state = from_transformers(read_state_dict(weights, where))
+    load_strictly(clip.model, _in_names_of(clip.model, state), f"{where_weights} '{weights}'", "check the folder")
+    return _no_arch(spec, where, clip)
+
+
 def _from_run(spec: Model, seed: int, where: str) -> Clip:
     def read(run: Path, checkpoint: Path) -> tuple[Path, Path, dict[str, Tensor]]:
         return run, checkpoint, read_weights(checkpoint, spec.ema)
@@ -175,7 +197,7 @@ def _from_seed(spec: Model, seed: int, where: str) -> Clip:
 
 def _from_file(spec: Model, seed: int, where: str) -> Clip:
     name, path = _architecture(spec.arch, where, spec.weights), Path(spec.weights)
-    state = read_state_dict(path, where)
+    state = from_transformers(read_state_dict(path, where))
     whole = any(k.startswith("visual.") for k in state) and any(not k.startswith("visual.") for k in state)
     if not whole:
         return _with_text_of(spec, state, where)
@@ -208,6 +230,7 @@ def _from_tag(spec: Model, seed: int, where: str) -> Clip:
 SOURCES: tuple[tuple[Callable[[Model], bool], Callable[[Model, int, str], Clip]], ...] = (
     (_is_hub, _from_hub),
     (_is_exported, _from_exported),
+    (_is_transformers, _from_transformers),
     (_is_run, _from_run),
     (_is_absent, _absent),
     (_is_random, _from_seed),
