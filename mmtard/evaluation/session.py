@@ -47,7 +47,8 @@ class EvaluationSession:
     def dataset(self, source: DatasetSource, stored: dict) -> tuple[dict, bool]:
         """A dataset's part of the results, and whether it had to be measured. Collective."""
         source, native = self.ranks.run_on_first(lambda: self._prepare(source), patience=INDEXING)
-        dataset = open_dataset(source.data)
+        # The first rank has just looked whether the shards are those that were indexed.
+        dataset = open_dataset(source.data, look_again=False)
         transform = self.model.transform() if native is None else Native(native)
         measured = self._measured(source, dataset, transform)
         key = self._key(source, measured)
@@ -178,7 +179,7 @@ class EvaluationSession:
         if measured["kind"] == "zeroshot":
             entry["templates_from"] = self._prompts(source)[1]
             health += data_checks.label_lines(dataset)
-            health += data_checks.class_name_lines(measured["classes"], dataset.labels, self._read_alike(measured))
+            health += data_checks.class_name_lines(measured["classes"], dataset, self._read_alike(measured))
             health += data_checks.chance_lines(entry["clean_all"], entry["chance"])
         if self.run is not None:
             health.append(self.run.line(dataset))

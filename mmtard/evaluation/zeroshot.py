@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import losses
 from ..attacks import checks, ensemble
 from ..attacks.checks import health_line
 from ..attacks.ensemble import AttackFacts
@@ -29,7 +30,6 @@ from .partial_results import PartialResults
 from .protocols import Protocol
 from .statistics import stratified
 
-NO_PREDICTION = -1  # of a sample whose logits are not all finite
 NOTHING_ATTACKED = health_line("attacks", False, "no sample is classified correctly: nothing to attack")
 
 
@@ -52,7 +52,7 @@ class CleanPass:
 
     labelled: int  # samples with a label, readable or not
     left_out: list[tuple[str, str]]  # (name, reason) of those that could not be read
-    prediction: dict[int, int]  # sample id -> class, or NO_PREDICTION
+    prediction: dict[int, int]  # sample id -> class, or losses.NO_CLASS
     label: dict[int, int]
     ids: list[int]  # the stratified sample, in the order of the ids
 
@@ -102,9 +102,7 @@ def clean_pass(task: ZeroShotTask) -> CleanPass:
 
 def _clean_chunk(task: ZeroShotTask, images: Tensor, batch: Batch, ids: list[int]) -> dict:
     def predict(x: Tensor) -> list[int]:
-        logits = task.logits(x)
-        # The largest of some NaN is the first class, which would be right for that class's samples.
-        return torch.where(logits.isfinite().all(1), logits.argmax(1), NO_PREDICTION).tolist()
+        return losses.predicted_class(task.logits(x)).tolist()
 
     with torch.no_grad():
         return {"prediction": sum(task.work.in_batches(predict, [images]), []), "labels": batch.labels.tolist()}
@@ -189,27 +187,18 @@ def summary(
         },
         "health": [
             *results.unread(clean.left_out, clean.labelled),
-            *not_finite(task.work.dataset, clean.prediction),
             *attack_lines(at_radius.values(), skipped),
+            finite_line(task.work.dataset, clean.prediction),
         ],
     }
 
 
-def not_finite(dataset: Dataset, prediction: dict[int, int]) -> list[dict]:
-    """A line that names the samples without a prediction; none where all logits are finite."""
-    bad = [dataset.name(i) for i, k in prediction.items() if k == NO_PREDICTION]
-    if not bad:
-        return []
-    first = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
-    return [
-        health_line(
-            "finite logits",
-            False,
-            f"clean: {len(bad)} of {len(prediction)} samples have logits that are NaN or infinite "
-            f"and count as wrong ({first}): the model's weights or its text embeddings are not finite, or overflow",
-            "FAIL",
-        )
-    ]
+def finite_line(dataset: Dataset, prediction: dict[int, int]) -> dict:
+    """The line about the clean pass, which names the first samples without a prediction."""
+    bad = [dataset.name(i) for i, k in prediction.items() if k == losses.NO_CLASS]
+    line = checks.finite_logits(len(bad), len(prediction))
+    first = f" ({', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''})" if bad else ""
+    return line | {"detail": line["detail"] + first}
 
 
 def attack_lines(at_radius: Sequence[AtRadius], skipped: dict[str, str]) -> list[dict]:

@@ -7,8 +7,9 @@ import os
 import pytest
 from tiny_datasets import write
 
+from mmtard import losses
 from mmtard.errors import RunError, UserError
-from mmtard.evaluation import evaluate, model, partial_results, results, table, zeroshot
+from mmtard.evaluation import evaluate, model, partial_results, results, table
 from mmtard.evaluation.compare import compare
 
 
@@ -135,7 +136,11 @@ def test_a_sample_whose_logits_are_not_finite_is_no_prediction(small, measure, m
     monkeypatch.setattr(model.EvaluatedModel, "logits", broken)
     found = measure(small, attacks=("pgd",), iters=1)
     (entry,) = found["datasets"]
-    bad = [k for k, p in enumerate(entry["samples"]["clean_prediction"]) if p == zeroshot.NO_PREDICTION]
+    bad = [k for k, p in enumerate(entry["samples"]["clean_prediction"]) if p == losses.NO_CLASS]
     assert 0 < len(bad) < 8 and not any(entry["samples"]["clean"][k] for k in bad)
     (line,) = [line for line in entry["health"] if line["check"] == "finite logits"]
-    assert line["status"] == "FAIL" and f"clean: {len(bad)} of 8 samples have logits that are NaN" in line["detail"]
+    assert (
+        line["status"] == "FAIL"
+        and f"{len(bad)} of 8 clean images with NaN or infinite logits; they count as wrong (0.tar/s00"
+        in line["detail"]
+    )
