@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from fractions import Fraction
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import config as settings, resources
-from .errors import RunError, UserError, unknown_name
+from .errors import RunError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -102,13 +99,14 @@ def attack(
     from .attacks.state import AttackSettings
     from .attacks.threat_model import check_norm
     from .evaluation.model import full_float32
+    from .evaluation.python_call import pixels
     from .models.zero_shot_model import ZeroShotModel
 
     if isinstance(model, ZeroShotModel):
         raise UserError("model: it classifies nothing yet; name the classes: model.classifier(['cat', 'dog'])")
     if not callable(model):
         raise UserError(f"model: a {type(model).__name__} cannot be called; give images -> logits")
-    kind, radius = check_norm(norm), float(_fraction(eps, "eps"))
+    kind, radius = check_norm(norm), float(pixels(eps, "eps"))
     if kind == "linf" and radius >= 1:
         raise UserError(f"eps: {eps} lets an attack replace the whole image, for pixels are in [0,1]; write {eps}/255")
     names = [name] if isinstance(name, str) else list(name)
@@ -121,7 +119,7 @@ def attack(
         restarts=restarts,
         queries=queries,
         targets=targets,
-        step_size=None if step_size is None else float(_fraction(step_size, "step_size")),
+        step_size=None if step_size is None else float(pixels(step_size, "step_size")),
     )
     with full_float32():
         return attack_tensors(model, images, labels, means, names, seed=seed, batch_size=batch_size, source=source)
@@ -134,6 +132,10 @@ def evaluate(
     *,
     arch: str | None = None,
     datasets: Sequence[str] | None = None,
+    index: str | Path | None = None,
+    classnames: str | Path | None = None,
+    transfer_from: str | Path | None = None,
+    transfer_arch: str | None = None,
     eps: Eps | Sequence[Eps] | None = None,
     norm: str | float | None = None,
     n_samples: int | str | None = None,
@@ -148,25 +150,33 @@ def evaluate(
     """Measure a model on datasets by a named protocol; the content of results.json, which is also written.
 
     model: what `load` takes as a source (with `arch`), or a `ZeroShotModel`. data: a dataset (shards, or images in
-    class folders), or a folder of them; datasets: some of these by name. protocol: fare, tecoa, robustbench or quick.
-    eps: radii in units of [0,1]. n_samples: how many are attacked, "all" for all. changes: other settings of the
-    protocol, by name: attacks, iters, restarts, queries, step_size, templates, perturb_at, seed. out: the folder of
-    results.json; default: named by the settings, in the run's evaluations/ or in ./evaluations. say: takes each line
-    of progress. Runs in the process group of this launch, or alone, and is resumable: the same call goes on where it
-    was interrupted. Raises UserError for what does not fit.
+    class folders), or a folder of them. datasets: some of these by name. index, classnames: files of a single dataset.
+    protocol: fare, tecoa, robustbench, ... eps: radii in units of [0,1]. n_samples: how many are attacked, "all" for
+    all. transfer_from, transfer_arch: a source whose gradients the attack `transfer` follows. changes: other settings
+    of the protocol, by name: attacks, iters, restarts, queries, step_size, templates, perturb_at, seed. out: the
+    folder of results.json; default: named by the settings, in the run's evaluations/ or in ./evaluations. batch_size:
+    images a rank takes at once. workers: loader processes a rank. sanity: also the health checks that need attacks of
+    their own. device: auto, cpu or cuda. say: takes each line of progress.
+
+    Runs in the process group of this launch, or alone. The same call goes on where it was interrupted. Raises
+    UserError for what does not fit.
     """
+    from .distributed.guest import environment_as_it_was
     from .distributed.ranks import process_group
     from .evaluation.datasets import find_datasets
     from .evaluation.evaluate import evaluate as measure
+    from .evaluation.python_call import arguments_in_place_of_flags, changed_protocol
     from .evaluation.request import EvaluationRequest, default_out
 
-    asked = _protocol(protocol, eps, norm, n_samples, changes)
-    sources = find_datasets(str(data), None if datasets is None else list(datasets))
-    with _as_weights(model, arch) as (spec, identity), _environment_as_it_was(), process_group(device) as ranks:
-        folder = (
-            Path(out) if out is not None else default_out(identity, asked, sources, str(data), batch_size=batch_size)
-        )
-        request = EvaluationRequest(spec, sources, asked, folder, batch_size=batch_size, workers=workers, sanity=sanity)
+    with arguments_in_place_of_flags():
+        asked = changed_protocol(protocol, eps, norm, n_samples, transfer_from is not None, changes)
+        names = None if datasets is None else list(datasets)
+        sources = find_datasets(str(data), names, _text(index), _text(classnames))
+    surrogate = _spec(transfer_from, transfer_arch) if transfer_from else None
+    with _as_weights(model, arch) as (spec, identity), environment_as_it_was(), process_group(device) as ranks:
+        others = {"batch_size": batch_size, "transfer": _text(transfer_from)}
+        folder = default_out(identity, asked, sources, str(data), **others) if out is None else Path(out)
+        request = EvaluationRequest(spec, sources, asked, folder, surrogate, batch_size, workers, sanity)
         return measure(request, ranks, say)
 
 
@@ -179,6 +189,7 @@ def train(config: str | Path | dict | settings.Config, overrides: Sequence[str] 
     ended the run. Collective over the ranks of this launch.
     """
     from .data.paths import shards_of
+    from .distributed.guest import environment_as_it_was, signals_as_they_were
     from .distributed.interruption import Interruption
     from .distributed.launcher import world_size_from_env
     from .runs import history, trackers
@@ -199,7 +210,7 @@ def train(config: str | Path | dict | settings.Config, overrides: Sequence[str] 
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU that is there
     from .training.train import train as run_training
 
-    with _environment_as_it_was(), _signals_as_they_were():
+    with environment_as_it_was(), signals_as_they_were():
         interruption = Interruption()
         if threading.current_thread() is not threading.main_thread():  # only there may Python set handlers of signals
             return run_training(run, interruption)
@@ -213,52 +224,8 @@ def _spec(
     return settings.Model(weights=str(source), arch=arch, text=text, quick_gelu=quick_gelu, ema=ema)
 
 
-def _fraction(value: object, name: str) -> Fraction:
-    """A radius or step in units of [0,1]. Raises UserError for what is no number."""
-    if isinstance(value, bool) or not isinstance(value, str | Real):
-        raise UserError(f"{name}: {value!r} is not a number; write it as '2/255' or 0.0078")
-    try:
-        return settings.parse_fraction(value)
-    except (ValueError, OverflowError) as error:
-        raise UserError(f"{name}: {error}") from None
-
-
-def _protocol(name: str, eps: Any, norm: Any, n_samples: int | str | None, changes: dict[str, Any]) -> Any:
-    """The protocol with what the call changes. Raises UserError for a setting that no protocol has."""
-    from .attacks.threat_model import check_norm
-    from .evaluation import request
-    from .evaluation.protocols import Protocol
-
-    own = {field.name for field in fields(Protocol)} - {
-        "name",
-        "eps",
-        "norm",
-        "n_samples",
-        "eps_of",
-        "datasets",
-        "purpose",
-    }
-    for key in changes:
-        if key not in own:
-            raise unknown_name("setting of an evaluation", key, own)
-    for key in ("attacks", "templates"):
-        if changes.get(key) is not None:
-            given = changes[key]
-            changes[key] = (given,) if isinstance(given, str) else tuple(given)
-    if changes.get("step_size") is not None:
-        changes["step_size"] = _fraction(changes["step_size"], "step_size")
-    if eps is not None:
-        eps = [_fraction(radius, "eps") for radius in ([eps] if isinstance(eps, str | Real) else eps)]
-    if isinstance(n_samples, str) and n_samples != "all":
-        raise UserError(f"n_samples: '{n_samples}' is no number; write one, or 'all'")
-    return request.protocol(
-        name,
-        eps,
-        all_samples=n_samples == "all",
-        n_samples=None if n_samples == "all" else n_samples,
-        norm=None if norm is None else check_norm(norm),
-        **changes,
-    )
+def _text(path: str | Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 @contextmanager
@@ -280,31 +247,3 @@ def _as_weights(model: Any, arch: str | None) -> Iterator[tuple[settings.Model, 
         save(model, folder)
         sha256 = tensors_sha256(model.clip.model.state_dict())
         yield _spec(folder, None), _spec(f"model-{sha256[:16]}", None)
-
-
-@contextmanager
-def _environment_as_it_was() -> Iterator[None]:
-    """Puts RANK and its like back, which joining a process group sets: a later child process is no rank."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            if name in before:
-                os.environ[name] = before[name]
-            else:
-                os.environ.pop(name, None)
-
-
-@contextmanager
-def _signals_as_they_were() -> Iterator[None]:
-    """A run of the command line ignores signals once it is done; a program or notebook that goes on must not."""
-    from .distributed.interruption import Interruption
-
-    before = {number: signal.getsignal(number) for number in Interruption.SIGNALS}
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)

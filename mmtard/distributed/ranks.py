@@ -199,7 +199,11 @@ def reduce(numbers: torch.Tensor) -> None:
 
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[Ranks]:
-    """`start` and `stop` around a block; a lost connection leaves as a RunError of one line."""
+    """`start` and `stop` around a block; a lost connection leaves as a RunError of one line.
+
+    A group that this process was in before, such as that of a program which calls mmtard, is joined and left as it is.
+    """
+    was_in_one = dist.is_initialized()
     ranks = start(device)
     try:
         yield ranks
@@ -210,7 +214,8 @@ def process_group(device: str = "auto") -> Iterator[Ranks]:
             "lost the connection to another rank; its own lines say why, this rank saw: "
             f"{' '.join(str(error).split())[:300]}"
         ) from None
-    stop()
+    if not was_in_one:
+        stop()
 
 
 def stop(ranks: Ranks | None = None) -> None:
