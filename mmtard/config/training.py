@@ -40,6 +40,11 @@ class Engine(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(
         2, description="DeepSpeed ZeRO: 1 shares the moments over the ranks, 2 the gradients too, 3 the weights too"
     )
+    deterministic: bool = Field(
+        False,
+        description="GPUs: deterministic kernels, so that equal runs on the same GPUs and world size give the same bits; "
+        "slower. A CPU run always does",
+    )
     checkpoint_activations: bool = Field(
         False, description="keep each block's input alone for the backward: less memory, a forward more"
     )

@@ -106,13 +106,16 @@ def _the_same_everywhere(spec: Model, ranks: Ranks) -> Model:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """TF32 off: by default cuDNN's convolutions, a ViT's patch embedding among them, keep 10 bits of a float32's 23."""
-    kinds = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [kind.allow_tf32 for kind in kinds]
+    """TF32 off: by default cuDNN's convolutions, a ViT's patch embedding among them, keep 10 bits of a float32's 23.
+
+    Through torch's newer settings: the older `allow_tf32` raises where somebody has used the newer ones.
+    """
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    before = [kind.fp32_precision for kind in kinds]
     try:
         for kind in kinds:
-            kind.allow_tf32 = False
+            kind.fp32_precision = "ieee"
         yield
     finally:
-        for kind, allowed in zip(kinds, before):
-            kind.allow_tf32 = allowed
+        for kind, precision in zip(kinds, before):
+            kind.fp32_precision = precision

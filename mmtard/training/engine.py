@@ -76,6 +76,8 @@ class Engine:
                 "memory_efficient_linear": False,  # would replace F.linear for the whole process, the teachers included
             },
             "steps_per_print": 2**31,
+            # DeepSpeed's timer waits for the whole device at every forward of the module, each attack step's included.
+            "timers": {"throughput": {"enabled": False}},
         }
 
     @property

@@ -48,8 +48,9 @@ class StepRecord:
     def agree(self, terms: TermSums, update: UpdateResult, batch: Batch, bad_samples: list[int], stop: bool) -> Agreed:
         """Sum a step's numbers over the ranks, and count it."""
         counts = [batch_digest(batch.seeds), len(batch.replaced), len(bad_samples), stop]
-        *totals, digest, replaced, bad, stop_asked = self.ranks.sum([*terms.sums.values(), *counts])
-        means = {name: total / self.batch_size for name, total in zip(terms.sums, totals)}
+        sums = terms.sums
+        *totals, digest, replaced, bad, stop_asked = self.ranks.sum([*sums.values(), *counts])
+        means = {name: total / self.batch_size for name, total in zip(sums, totals)}
         quantiles = terms.quantiles(self.ranks)
         self.replaced += int(replaced)
         self.skipped += not update.applied

@@ -18,6 +18,7 @@ from ..runs.checkpoint_writer import Checkpoints
 from ..runs.metrics import MetricLogger, SilentLogger
 from . import probe
 from .engine import UpdateResult
+from .numerics import numerics
 from .optimizer import learning_rate
 from .overfitting_alarm import OverfittingAlarm
 from .record import StepRecord
@@ -32,10 +33,11 @@ def train(config: Config, interruption: Interruption) -> int:
     A set `interruption` is acted on after the step under way, so that every start makes progress. Collective over the
     ranks of this launch. Raises UserError for what the user can mend, RunError for what ended the run.
     """
-    ranks = process_group.start(config.engine.device)
-    with Watchdog(config, ranks) as watchdog:
-        status = Trainer(config, ranks, watchdog).train(interruption)
-    process_group.stop(ranks)
+    with numerics(config.engine):
+        ranks = process_group.start(config.engine.device)
+        with Watchdog(config, ranks) as watchdog:
+            status = Trainer(config, ranks, watchdog).train(interruption)
+        process_group.stop(ranks)
     return status
 
 
@@ -117,17 +119,18 @@ class Trainer:
 
     def _optimizer_step(self, batch: Batch, lr: float) -> tuple[TermSums, UpdateResult, list[int]]:
         """Attack, forward, backward and update on this rank's share, one micro-batch at a time."""
-        engine, terms, bad_samples = self.parts.engine, TermSums(), []
+        engine, terms, finite = self.parts.engine, TermSums(), []
         for micro in batch.split(engine.micro_batch_size):
             micro = micro.to(self.ranks.device)
             images = micro.pixels(self.ranks.device)  # float32 in [0, 1] here and nowhere else
             loss, named_terms = self.parts.task(images, micro.labels, micro.seeds, micro.teacher_embeddings)
-            finite = torch.isfinite(loss.detach())
+            finite.append(torch.isfinite(loss.detach()))
             # One non-finite sample makes the gradient non-finite on every rank, and the engine skips the update.
-            engine.backward(loss.mean() * (1.0 if finite.all() else torch.nan))
+            engine.backward(loss.mean() * torch.where(finite[-1].all(), 1.0, torch.nan))
             update = engine.end_micro_batch(lr)
-            bad_samples += micro.sample_ids[~finite.cpu()].tolist()
             terms.add({"loss": loss.detach(), **named_terms})
+        # Read once, when all work of the step is launched.
+        bad_samples = batch.sample_ids[~torch.cat(finite).cpu()].tolist()
         return terms, update, bad_samples
 
     def _save_checkpoint(self) -> None:

@@ -95,19 +95,19 @@ def test_a_way_of_resizing_that_is_not_known_ends_it_with_its_name(exported, col
 @pytest.fixture
 def tf32():
     """TF32 allowed everywhere, as a user's environment may have it: the two kinds of operations that may use it."""
-    kinds = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [kind.allow_tf32 for kind in kinds]
+    kinds = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [kind.fp32_precision for kind in kinds]
     for kind in kinds:
-        kind.allow_tf32 = True
+        kind.fp32_precision = "tf32"
     yield kinds
-    for kind, allowed in zip(kinds, before):
-        kind.allow_tf32 = allowed
+    for kind, precision in zip(kinds, before):
+        kind.fp32_precision = precision
 
 
 def test_nothing_is_rounded_to_tf32_while_it_is_measured(colours, measure, exported, tf32, monkeypatch):
     seen, run = [], ensemble.run_attacks
     monkeypatch.setattr(
-        ensemble, "run_attacks", lambda *args: seen.append([kind.allow_tf32 for kind in tf32]) or run(*args)
+        ensemble, "run_attacks", lambda *args: seen.append([kind.fp32_precision for kind in tf32]) or run(*args)
     )
     measure(colours, attacks=("pgd",), iters=1)
     asked = {
@@ -119,7 +119,8 @@ def test_nothing_is_rounded_to_tf32_while_it_is_measured(colours, measure, expor
         "ema": False,
     }
     probe.measure({**asked, "device": "cpu", "n_samples": 8, "batch_size": 8})
-    assert seen == [[False, False]] * 2 and [kind.allow_tf32 for kind in tf32] == [True, True], "as it was"
+    assert seen == [["ieee", "ieee"]] * 2
+    assert [kind.fp32_precision for kind in tf32] == ["tf32", "tf32"], "as it was"
 
 
 def test_what_stands_after_each_attack_adds_up_and_is_written_as_it_is_returned(colours, measure, tmp_path):
