@@ -28,7 +28,7 @@ class After(Interruption):
 if __name__ == "__main__":
     settings = config.load(sys.argv[1])
     ranks = process_group.start("cpu")
-    process_group.stop, stop = lambda: None, process_group.stop
+    process_group.stop, stop = lambda *_: None, process_group.stop
     try:
         cache(settings, After(8) if ranks.rank == ranks.world_size - 1 else Interruption())
     except RunError as error:

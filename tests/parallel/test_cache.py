@@ -25,7 +25,7 @@ def test_two_ranks_stop_together_go_on_and_make_the_files_of_one(job, tmp_path, 
     assert any(": 1 of 3 parts are to be stored" in line for line in printed)
 
     said = []
-    monkeypatch.setattr("mmtard.distributed.ranks.stop", lambda: None)
+    monkeypatch.setattr("mmtard.distributed.ranks.stop", lambda *_: None)
     alone = settings.load(path, [f"data.embeddings={tmp_path / 'one'}", "train.micro_batch_size=8"])
     cache(alone, Interruption(), said.append)
     for name in ("part-000000", "part-000001", "part-000002"):
