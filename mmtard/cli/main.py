@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in OPTIONAL:
             raise
-        return _fail(f"{OPTIONAL[package]} needs the package {package}, which is not here: pip install {package}", 2)
+        return _fail(f"the package {package} is not here, for {OPTIONAL[package]}; install it: pip install {package}", 2)
 
 
 def parser() -> argparse.ArgumentParser:

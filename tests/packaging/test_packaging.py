@@ -141,7 +141,7 @@ def test_an_installed_wheel_in_an_empty_folder_knows_its_configurations(installe
         (
             "deepspeed",
             ("train", "run.yaml"),
-            "training needs the package deepspeed, which is not here: pip install deepspeed",
+            "the package deepspeed is not here, for training; install it: pip install deepspeed",
         ),
     ],
 )
