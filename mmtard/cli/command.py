@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,17 @@ def config_path(text: str) -> Path:
         return resources.find_config(path(text))
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def name_flags(message: str, flags: dict[str, str]) -> str:
+    """A message of a room that knows settings alone, with the flags of the command line that set them.
+
+    flags: what the message may say -> what the user writes.
+    """
+    if not flags:
+        return message
+    words = "|".join(re.escape(word) for word in sorted(flags, key=len, reverse=True))
+    return re.sub(rf"(?<![\w.-])({words})(?![\w.])", lambda found: flags[found[1]], message)
 
 
 def may_start(config: Config, again: bool = False) -> None:

@@ -85,6 +85,7 @@ def _add_index(commands) -> None:
     p.add_argument(
         "--check", action="store_true", help="read every byte of the shards and compare them with the index they have"
     )
+    p.set_defaults(flags={"data.shards": "SHARDS", "data.index": "--out"})
     p.add_argument("--out", type=path, metavar="FILE", help="default: beside the shards")
     p.add_argument("--jobs", type=positive, metavar="N", help="processes; default: one a core")
 

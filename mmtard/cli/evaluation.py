@@ -12,6 +12,17 @@ from ..errors import UserError
 from .command import add_command, heavy_imports
 
 
+# What messages call a setting -> the flag of `evaluate` that sets it.
+FLAGS = {
+    "model.weights": "MODEL", "model.arch": "--arch", "model.text": "--text", "model.ema": "--ema",
+    "model.quick_gelu": "--quick-gelu", "--transfer-from.weights": "--transfer-from",
+    "--transfer-from.arch": "--transfer-arch", "arch: ViT-B-32": "--arch ViT-B-32", "text: openai": "--text openai",
+    "set quick_gelu to true": "give --quick-gelu true", "leave arch out": "leave --arch out",
+    "leave text out": "leave --text out", "leave ema out": "leave --ema out", "data.shards": "--data",
+    "data.index": "--index", "data.classnames": "--classnames", "data.templates": "--templates",
+}  # fmt: skip
+
+
 def add(commands) -> None:
     """Add the commands of this file to the command line."""
     _add_evaluate(commands)
@@ -28,6 +39,7 @@ def _add_evaluate(commands) -> None:
         "         mmtard evaluate openai --arch ViT-B-32 --protocol fare --data clip_benchmark --datasets cifar10 pets --eps 1/255 2/255",
     )
     _evaluation_arguments(p)
+    p.set_defaults(flags=FLAGS)
 
 
 def _evaluation_arguments(p: argparse.ArgumentParser) -> None:

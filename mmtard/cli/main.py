@@ -13,6 +13,7 @@ from .. import __version__
 from ..config.argument_types import check_words
 from ..errors import RunError, UserError
 from . import config, data, evaluation, launch, runs, training
+from .command import name_flags
 
 PROGRAM = "mmtard"
 GROUPS = (launch, data, config, training, runs, evaluation)  # as --help lists them
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     0 done, 1 the run failed, 2 the user's to mend, 75 start it again to go on, 130 interrupted, 141 its reader has gone.
     """
     argv = sys.argv[1:] if argv is None else argv
+    args = argparse.Namespace()
     try:
         check_words(argv)
         args = parse(argv)
@@ -43,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except UserError as error:
-        return _fail(str(error), 2)
+        return _fail(name_flags(str(error), getattr(args, "flags", {})), 2)
     except RunError as error:
         return _fail(str(error), error.status)
     except KeyboardInterrupt:
@@ -55,7 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in OPTIONAL:
             raise
-        return _fail(f"the package {package} is not here, for {OPTIONAL[package]}; install it: pip install {package}", 2)
+        return _fail(
+            f"the package {package} is not here, for {OPTIONAL[package]}; install it: pip install {package}", 2
+        )
 
 
 def parser() -> argparse.ArgumentParser:

@@ -91,6 +91,7 @@ def _add_export(commands) -> None:
     )
     p.add_argument("run_folder", type=path, metavar="RUN", help="run or checkpoint folder")
     p.add_argument("out", type=path, metavar="OUT")
+    p.set_defaults(flags={"export.weights": "RUN", "export.ema": "--ema", "leave ema out": "leave --ema out"})
     p.add_argument("--hf", action="store_true", help="also OUT/transformers, which transformers' CLIPModel loads")
     p.add_argument("--ema", action="store_true", help="the moving average of the weights that train.ema kept")
     p.add_argument(

@@ -265,3 +265,32 @@ def test_the_deepspeed_launchers_local_rank_is_accepted_where_it_puts_it(mmtard)
     """launcher/launch.py starts `python -m MODULE --local_rank=N ARGUMENTS`: before the command."""
     done = mmtard("--local_rank=0", "config", "run.yaml")
     assert done.returncode == 0 and yaml.safe_load(done.stdout)["train"]["steps"] == 10, done.stderr
+
+
+@pytest.mark.parametrize(
+    "command, message, told",
+    [
+        ("evaluate", "model.arch: weights 'x' do not name it; set it, e.g. arch: ViT-B-32", "--arch: weights 'x' do not name it; set it, e.g. --arch ViT-B-32"),
+        ("evaluate", "model.weights: 'gone/x' does not exist; correct the path", "MODEL: 'gone/x' does not exist; correct the path"),
+        ("evaluate", "--transfer-from.arch: unknown", "--transfer-arch: unknown"),
+        ("evaluate", "data.templates: cannot read 'x'", "--templates: cannot read 'x'"),
+        ("evaluate", "data.shards: missing shard 'my.data.shards.tar'", "--data: missing shard 'my.data.shards.tar'"),
+        ("index", "data.shards: missing shard 'x'", "SHARDS: missing shard 'x'"),
+        ("export", "export.weights: 'x' does not exist", "RUN: 'x' does not exist"),
+        ("train", "data.shards: missing shard 'x'", "data.shards: missing shard 'x'"),
+    ],
+)  # fmt: skip
+def test_messages_of_a_command_name_its_own_flags(monkeypatch, capsys, command, message, told):
+    from mmtard.cli import data, evaluation, runs, training
+
+    def fail(*args):
+        raise UserError(message)
+
+    words = {"evaluate": ["m", "--data", "d"], "index": ["x"], "export": ["r", "o"], "train": ["vitb32_mmtard"]}[
+        command
+    ]
+    module = {"evaluate": evaluation, "index": data, "export": runs, "train": training}[command]
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(module, f"_{command}", fail)
+    assert main.main([command, *words]) == 2
+    assert capsys.readouterr().err == f"mmtard: {told}\n"
