@@ -34,7 +34,7 @@ OPTIONAL = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; the exit status.
 
-    0 done, 1 the run failed, 2 the user's to mend, 75 start it again to go on, 130 interrupted, 141 its reader has gone.
+    0 done, 1 the run failed, 2 the user's to mend, 75 start it again to go on, 130 interrupted, 141 its reader is gone.
     """
     argv = sys.argv[1:] if argv is None else argv
     args = argparse.Namespace()

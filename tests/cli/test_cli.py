@@ -225,7 +225,8 @@ def test_a_start_that_failed_or_was_stopped_is_left_to_the_user_to_repeat(mmtard
     done = mmtard("config", "--may-start", "again", "run.yaml", SLURM_JOB_ID="5")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(
-        f"mmtard: '{tmp_path / 'run'}': this start ended as {kind}: rank 1: out of memory; it is not repeated by itself, submit it again"
+        f"mmtard: '{tmp_path / 'run'}': this start ended as {kind}: rank 1: out of memory; "
+        "it is not repeated by itself, submit it again"
     )
     assert mmtard("config", "--may-start", "now", "run.yaml", SLURM_JOB_ID="6").returncode == 0
 
@@ -270,26 +271,20 @@ def test_the_deepspeed_launchers_local_rank_is_accepted_where_it_puts_it(mmtard)
 @pytest.mark.parametrize(
     "command, message, told",
     [
-        ("evaluate", "model.arch: weights 'x' do not name it; set it, e.g. arch: ViT-B-32", "--arch: weights 'x' do not name it; set it, e.g. --arch ViT-B-32"),
-        ("evaluate", "model.weights: 'gone/x' does not exist; correct the path", "MODEL: 'gone/x' does not exist; correct the path"),
-        ("evaluate", "--transfer-from.arch: unknown", "--transfer-arch: unknown"),
-        ("evaluate", "data.templates: cannot read 'x'", "--templates: cannot read 'x'"),
-        ("evaluate", "data.shards: missing shard 'my.data.shards.tar'", "--data: missing shard 'my.data.shards.tar'"),
         ("index", "data.shards: missing shard 'x'", "SHARDS: missing shard 'x'"),
+        ("index", "data.shards: missing shard 'my.data.shards.tar'", "SHARDS: missing shard 'my.data.shards.tar'"),
         ("export", "export.weights: 'x' does not exist", "RUN: 'x' does not exist"),
         ("train", "data.shards: missing shard 'x'", "data.shards: missing shard 'x'"),
     ],
 )  # fmt: skip
 def test_messages_of_a_command_name_its_own_flags(monkeypatch, capsys, command, message, told):
-    from mmtard.cli import data, evaluation, runs, training
+    from mmtard.cli import data, runs, training
 
     def fail(*args):
         raise UserError(message)
 
-    words = {"evaluate": ["m", "--data", "d"], "index": ["x"], "export": ["r", "o"], "train": ["vitb32_mmtard"]}[
-        command
-    ]
-    module = {"evaluate": evaluation, "index": data, "export": runs, "train": training}[command]
+    words = {"index": ["x"], "export": ["r", "o"], "train": ["vitb32_mmtard"]}[command]
+    module = {"index": data, "export": runs, "train": training}[command]
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(module, f"_{command}", fail)
     assert main.main([command, *words]) == 2

@@ -45,15 +45,18 @@ WRONG = [  # override(s), words of the one line that answers them
     ("attack.eps=-1/255", "attack.eps: -1/255|greater than or equal to 0"),
     (
         "method.name=mmtrd",
-        "unknown method 'mmtrd'; known: clean, tecoa, fare, pmg_aft, tga_zsr, sim_clip, trades, ard, rslad, iad, adaad, mtard, mmtard",
+        "unknown method 'mmtrd'; known: clean, tecoa, fare, pmg_aft, tga_zsr, sim_clip, trades, ard, rslad, iad, "
+        "adaad, mtard, mmtard",
     ),
     (
         "method={}",
-        "method.name: unknown method 'None'; known: clean, tecoa, fare, pmg_aft, tga_zsr, sim_clip, trades, ard, rslad, iad, adaad, mtard, mmtard",
+        "method.name: unknown method 'None'; known: clean, tecoa, fare, pmg_aft, tga_zsr, sim_clip, trades, ard, "
+        "rslad, iad, adaad, mtard, mmtard",
     ),
     (
         "attack.objective=kl_clen",
-        "attack.objective: unknown objective 'kl_clen'; known: ce, ce_targeted, kl_clean, kl_robust, kl_fused, kl_self, kl_adaptive, l2_embedding",
+        "attack.objective: unknown objective 'kl_clen'; known: ce, ce_targeted, kl_clean, kl_robust, kl_fused, "
+        "kl_self, kl_adaptive, l2_embedding",
     ),
     (
         "teachers.third.weights=a",
@@ -88,7 +91,8 @@ WRONG = [  # override(s), words of the one line that answers them
     ("method.views={}", "method.views: {}|at least 1"),
     (
         "method.weighting=entrpy",
-        "method.weighting: 'entrpy'|'uniform', 'official', 'constant', 'confidence_sigmoid', 'hardness', 'entropy' or 'mtard'",
+        "method.weighting: 'entrpy'|'uniform', 'official', 'constant', 'confidence_sigmoid', 'hardness', 'entropy' or "
+        "'mtard'",
     ),
     (
         "attack={objective: kl_fused, fusion: {clean: 1, third: 2}}",
@@ -248,7 +252,8 @@ def test_micro_batches_a_rank_accumulates(tree, write, world, micro, expected):
         (
             2,
             "3",
-            "train.micro_batch_size: 3 does not divide a rank's 4 samples (batch_size 8 over 2 ranks); choose a divisor of 4",
+            "train.micro_batch_size: 3 does not divide a rank's 4 samples (batch_size 8 over 2 ranks); "
+            "choose a divisor of 4",
         ),
     ],
 )

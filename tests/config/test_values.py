@@ -71,8 +71,9 @@ def test_a_path_that_begins_with_a_variable_that_is_not_set_is_refused(home):
 
 
 PATH_SETTINGS = [
-    "run_dir", "student.weights", "student.arch", "student.text", "teachers.clean.weights", "data.index", "data.classnames",
-    "data.templates", "data.embeddings", "data.shards", "probe.data", "probe.index", "probe.classnames",
+    "run_dir", "student.weights", "student.arch", "student.text", "teachers.clean.weights", "data.index",
+    "data.classnames", "data.templates", "data.embeddings", "data.shards", "probe.data", "probe.index",
+    "probe.classnames",
 ]  # fmt: skip
 
 
