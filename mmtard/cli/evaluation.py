@@ -12,17 +12,6 @@ from ..errors import UserError
 from .command import add_command, heavy_imports
 
 
-# What messages call a setting -> the flag of `evaluate` that sets it.
-FLAGS = {
-    "model.weights": "MODEL", "model.arch": "--arch", "model.text": "--text", "model.ema": "--ema",
-    "model.quick_gelu": "--quick-gelu", "--transfer-from.weights": "--transfer-from",
-    "--transfer-from.arch": "--transfer-arch", "arch: ViT-B-32": "--arch ViT-B-32", "text: openai": "--text openai",
-    "set quick_gelu to true": "give --quick-gelu true", "leave arch out": "leave --arch out",
-    "leave text out": "leave --text out", "leave ema out": "leave --ema out", "data.shards": "--data",
-    "data.index": "--index", "data.classnames": "--classnames", "data.templates": "--templates",
-}  # fmt: skip
-
-
 def add(commands) -> None:
     """Add the commands of this file to the command line."""
     _add_evaluate(commands)
@@ -36,10 +25,9 @@ def _add_evaluate(commands) -> None:
         _evaluate,
         "How robust a model is: clean and under attack, with intervals and checks of the attack, by a named protocol.",
         "mmtard evaluate runs/b32 --data shards/imagenet/val\n"
-        "         mmtard evaluate openai --arch ViT-B-32 --protocol fare --data clip_benchmark --datasets cifar10 pets --eps 1/255 2/255",
+        "         mmtard evaluate openai --arch ViT-B-32 --protocol fare --data clip_benchmark --datasets cifar10 pets",
     )
     _evaluation_arguments(p)
-    p.set_defaults(flags=FLAGS)
 
 
 def _evaluation_arguments(p: argparse.ArgumentParser) -> None:
@@ -147,8 +135,9 @@ def _measure(args, interruption: Interruption) -> int:
     transfer = settings.Model(arch=args.transfer_arch, weights=args.transfer_from) if args.transfer_from else None
     n_samples, batch_size = (None if n in ("all", "auto") else n for n in (args.n_samples, args.batch_size))
     protocol = request.protocol(
-        args.protocol, args.eps, transfer is not None, args.n_samples == "all", n_samples=n_samples, norm=args.norm, iters=args.iters,
-        restarts=args.restarts, seed=args.seed, perturb_at=args.perturb_at, attacks=args.attacks and tuple(args.attacks),
+        args.protocol, args.eps, transfer is not None, args.n_samples == "all", n_samples=n_samples, norm=args.norm,
+        iters=args.iters, restarts=args.restarts, seed=args.seed, perturb_at=args.perturb_at,
+        attacks=args.attacks and tuple(args.attacks),
     )  # fmt: skip
     sources = datasets.find_datasets(args.data, args.datasets, args.index, args.classnames, args.allow_pipe)
     with heavy_imports():
