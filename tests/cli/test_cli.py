@@ -164,7 +164,7 @@ def test_version(capsys):
             ["evaluate", "m", "--data", "s", "--n-samples", "some"],
             "--n-samples: 'some' is not a whole number of at least 1",
         ),
-        (["compare", "a"], "required: B"),
+        (["compare"], "required: RUN"),
         (["shards", "a", "b", "--quality", "101"], "'101' is not a JPEG quality; give 1 to 100"),
         (["export", "run"], "required: OUT"),
     ],
