@@ -219,11 +219,11 @@ MANIFEST = ".mmtard.json"
 def replace_folder(folder: Path, kind: str, earlier: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
     """Yields a new, empty folder that takes the place of `folder` when the block ends well.
 
-    For folders that mmtard makes as a whole and may make again: a report, an exported model. `kind` says which ("report").
-    A manifest in the folder lists what mmtard wrote there. UserError, before anything is written, where `folder` exists
-    and is not mmtard's own: no manifest of this kind, or a file that the manifest does not list. An empty folder may be
-    taken. `earlier` says whether a folder without a manifest was made by a version that wrote none.
-    Where the block fails, the old folder stays and the new one is removed.
+    For folders that mmtard makes as a whole and may make again: a report, an exported model. `kind` says which
+    ("report"). A manifest in the folder lists what mmtard wrote there. UserError, before anything is written, where
+    `folder` exists and is not mmtard's own: no manifest of this kind, or a file that the manifest does not list. An
+    empty folder may be taken. `earlier` says whether a folder without a manifest was made by a version that wrote
+    none. Where the block fails, the old folder stays and the new one is removed.
     """
     folder = Path(folder)
     check_replaceable(folder, kind, earlier)

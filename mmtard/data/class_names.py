@@ -15,8 +15,8 @@ from .paths import is_remote, shards_of
 def classnames(settings: Data, dataset: Dataset) -> list[str]:
     """The class names, in the order of the labels.
 
-    From `settings.classnames`, else from classnames.txt beside the shards or one folder up. Raises UserError when there
-    is no such file, it is no list of names, or a label of the data has no name in it.
+    From `settings.classnames`, else from classnames.txt beside the shards or one folder up. Raises UserError when
+    there is no such file, it is no list of names, or a label of the data has no name in it.
     """
     path = _classnames_file(settings)
     names = read_names(path, "data.classnames")
@@ -39,8 +39,8 @@ def _classnames_file(settings: Data) -> Path:
             if path.is_file():
                 return path
     raise UserError(
-        f"data.classnames: no classnames.txt beside '{first}'; set data.classnames to a file of one name a line, in the "
-        "order of the labels, or data.targets=none where the method reads embeddings alone"
+        f"data.classnames: no classnames.txt beside '{first}'; set data.classnames to a file of one name a line, "
+        "in the order of the labels, or data.targets=none where the method reads embeddings alone"
     )
 
 
@@ -59,14 +59,14 @@ def read_names(path: Path, key: str) -> list[str]:
     numbered = [re.fullmatch(r"(\d+)\s*[,;:\t]\s*(.+)", name) for name in names]
     if names and all(numbered):
         raise UserError(
-            f"{key}: the lines of '{path}' begin with numbers ('{names[0]}'); write the names alone, one a line, in the "
-            "order of the labels"
+            f"{key}: the lines of '{path}' begin with numbers ('{names[0]}'); write the names alone, one a line, "
+            "in the order of the labels"
         )
     return names
 
 
 def doubtful_names(names: list[str], dataset: Dataset) -> list[str]:
-    """What is likely a mistake in the names of a data set's classes, a sentence each; nothing that is certainly wrong."""
+    """What is likely a mistake in the names of a data set's classes, a sentence each."""
     doubts = []
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice:

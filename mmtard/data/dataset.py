@@ -98,9 +98,9 @@ class Dataset:
 def open_dataset(settings: Data, look_again: bool = True) -> Dataset:
     """The data set of the settings; the index of local shards is built when there is none.
 
-    Any number of processes may call this at once: one builds, the others of its node wait for it. A local shard that was
-    written since it was indexed is walked anew (headers, labels, captions), unless `look_again` is False.
-    Raises UserError for remote shards without an index, and when the shards are no longer those indexed.
+    Any number of processes may call this at once: one builds, the others of its node wait for it. A local shard that
+    was written since it was indexed is walked anew (headers, labels, captions), unless `look_again` is False. Raises
+    UserError for remote shards without an index, and when the shards are no longer those indexed.
     """
     shards = shards_of(settings)
     keys = Keys(settings.label_key, settings.caption_key)
@@ -119,7 +119,8 @@ def open_dataset(settings: Data, look_again: bool = True) -> Dataset:
 def open_dataset_on_all_ranks(settings: Data, ranks: Ranks) -> Dataset:
     """The data set on every rank of a launch. Collective.
 
-    The first rank builds the index where there is none, and walks shards that were written since, while the others wait.
+    The first rank builds the index where there is none, and walks shards that were written since, while the others
+    wait.
     """
     ranks.run_on_first(lambda: open_dataset(settings).fingerprint, patience=INDEXING)
     return open_dataset(settings, look_again=False)

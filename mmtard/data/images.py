@@ -36,35 +36,50 @@ class DecodeError(Exception):
 def decode(data: bytes) -> Image.Image:
     """The pixels of an encoded image as a PIL image in RGB.
 
-    Grey is repeated, alpha is dropped, 16-bit grey keeps its upper byte, CMYK is converted without a colour profile. The EXIF
-    orientation is deliberately not applied: pixels are taken as stored, as torchvision and open_clip do, on which
-    published numbers rest. Raises DecodeError for truncated, damaged, unknown or oversized images.
+    Grey is repeated, alpha is dropped, 16-bit grey keeps its upper byte, CMYK is converted without a colour profile.
+    The EXIF orientation is deliberately not applied: pixels are taken as stored, as torchvision and open_clip do, on
+    which published numbers rest. Raises DecodeError for truncated, damaged, unknown or oversized images, and for
+    pixels whose range is not known.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise DecodeError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+        _check_size(image)
+        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+            raise DecodeError("pixels of 32 bits, whose range is not known; write them as 8 or 16 bits")
         image.load()
         if image.mode.startswith("I"):
-            grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-            image = Image.fromarray(grey)
+            image = Image.fromarray(np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8))
         elif image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
         return image.convert("RGB")
     except UnidentifiedImageError:
         raise DecodeError("not an image of a known format") from None
+    except MemoryError:
+        raise DecodeError("too large for the memory of this process") from None
     except _DAMAGED as error:
         raise DecodeError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def _check_size(image: Image.Image) -> None:
+    """Raises DecodeError for an image of too many pixels, before any of them takes memory.
+
+    A pixel of 16 or 32 bits passes through wider numbers on its way to RGB, so that fewer of them are allowed.
+    """
+    wide = image.mode.startswith(("I", "F"))
+    most = MAX_PIXELS // 4 if wide else MAX_PIXELS
+    if image.width * image.height > most:
+        bits = " of 16 bits or more" if wide else ""
+        raise DecodeError(f"{image.width}x{image.height} pixels{bits}, more than {most}")
 
 
 class Transform:
     """(PIL image RGB, sample seed) -> uint8 [3,H,W]. All randomness comes from the seed.
 
-    size: H = W, or (H, W). Without `crop_scale`: the shorter side to `resize` (None: `size`), then the centre square, pixel for
-    pixel as torchvision's Resize and CenterCrop; for another shape the smallest image that covers it, then its centre, as
-    open_clip does. With `squash`: both sides to `size`, whatever the aspect. With `crop_scale` (least, most) area: torchvision's
-    RandomResizedCrop, aspect ratio 3/4 to 4/3. `interpolation`: bicubic or bilinear, antialiased. `flip` mirrors half of the
-    samples. Raises UserError for settings that do not fit.
+    size: H = W, or (H, W). Without `crop_scale`: the shorter side to `resize` (None: `size`), then the centre square,
+    pixel for pixel as torchvision's Resize and CenterCrop; for another shape the smallest image that covers it, then
+    its centre, as open_clip does. With `squash`: both sides to `size`, whatever the aspect. With `crop_scale` (least,
+    most) area: torchvision's RandomResizedCrop, aspect ratio 3/4 to 4/3. `interpolation`: bicubic or bilinear,
+    antialiased. `flip` mirrors half of the samples. Raises UserError for settings that do not fit.
     """
 
     def __init__(
@@ -95,14 +110,16 @@ class Transform:
         mode, interpolation = preprocess.get("resize_mode") or "shortest", preprocess.get("interpolation") or "bicubic"
         if mode not in ("shortest", "squash"):
             raise UserError(
-                f"{where}: its images are resized by resize_mode '{mode}'; shortest and squash are known, take a model of these"
+                f"{where}: its images are resized by resize_mode '{mode}'; shortest and squash are known, "
+                "take a model of these"
             )
         if interpolation == "random":  # in training; open_clip measures with bicubic
             interpolation = "bicubic"
         if interpolation not in INTERPOLATIONS:
             known = " and ".join(INTERPOLATIONS)
             raise UserError(
-                f"{where}: its images are resized by interpolation '{interpolation}'; {known} are known, take a model of these"
+                f"{where}: its images are resized by interpolation '{interpolation}'; {known} are known, "
+                "take a model of these"
             )
         return cls(size, squash=mode == "squash", interpolation=interpolation)
 
@@ -166,7 +183,10 @@ class Transform:
 
 
 class Native:
-    """A stored image's own pixels: RGB PIL image -> uint8 [3,H,W]. All images must be `shape` (H, W): UserError for any other."""
+    """A stored image's own pixels: RGB PIL image -> uint8 [3,H,W].
+
+    All images must be `shape` (H, W): UserError for any other.
+    """
 
     def __init__(self, shape: tuple[int, int]):
         self.shape = shape
@@ -175,7 +195,8 @@ class Native:
         if (image.height, image.width) != self.shape:
             at, others = f"{image.width}x{image.height}", f"{self.shape[1]}x{self.shape[0]}"
             raise UserError(
-                f"is {at} pixels, others are {others}: images of several sizes have no common native size; use --perturb-at input"
+                f"is {at} pixels, others are {others}: images of several sizes have no common native size; "
+                "use --perturb-at input"
             )
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 

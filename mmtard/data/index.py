@@ -26,7 +26,7 @@ class OldIndexError(UserError):
 
 @dataclass(frozen=True)
 class Keys:
-    """From which keys of a sample's .json member its label and its captions are read; None: from .cls and .txt members."""
+    """From which keys of a sample's .json member its label and captions are read; None: from .cls and .txt members."""
 
     label: str | None = None
     caption: str | None = None
@@ -37,14 +37,14 @@ FROM_MEMBERS = Keys()
 
 @dataclass(frozen=True)
 class Index:
-    """The samples of a list of shards, as arrays; N samples in S shards, in the order of the shards and of their members.
+    """The samples of a list of shards as arrays: N samples in S shards, in the order of the shards and their members.
 
-    `keys` S-bytes [N]; `image_offset`, `image_size`, `text_offset`, `text_size` int64 [N] in bytes from the shard's start
-    (sizes of absent captions are -1); `image_crc`, `text_crc` uint32 [N]; `extension` uint8 [N] into EXTENSIONS; `labels`
-    int64 [N], -1 where `label_status` uint8 [N] is LABEL_MISSING or LABEL_BAD; `shard_names` str [S]; `shard_sizes` in
-    bytes, `shard_mtimes` in nanoseconds (-1 behind an opener) and `shard_counts` int64 [S]; `imageless` int64 [S], samples
-    left out for want of an image; `remarks` str [S], JSON: what else was not read -> [how many, an example];
-    `json_keys` str [2]: the Keys, empty for None.
+    `keys` S-bytes [N]; `image_offset`, `image_size`, `text_offset`, `text_size` int64 [N] in bytes from the shard's
+    start (sizes of absent captions are -1); `image_crc`, `text_crc` uint32 [N]; `extension` uint8 [N] into EXTENSIONS;
+    `labels` int64 [N], -1 where `label_status` uint8 [N] is LABEL_MISSING or LABEL_BAD; `shard_names` str [S];
+    `shard_sizes` in bytes, `shard_mtimes` in nanoseconds (-1 behind an opener) and `shard_counts` int64 [S];
+    `imageless` int64 [S], samples left out for want of an image; `remarks` str [S], JSON: what else was not read ->
+    [how many, an example]; `json_keys` str [2]: the Keys, empty for None.
     """
 
     shard_names: np.ndarray

@@ -40,7 +40,8 @@ def open_shard(shard: str) -> Iterator[BinaryIO]:
             raise OSError(f"its opener ended with status {stream.status}") from None
         raise
     except (tarfile.ReadError, UserError):
-        # A program we stopped reading from dies of the closed pipe; any other failure of it explains what we could not read.
+        # A program we stopped reading from dies of the closed pipe; any other failure of it explains what we could not
+        # read.
         _close(stream, tolerated=(-signal.SIGPIPE,))
         raise
     else:

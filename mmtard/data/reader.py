@@ -7,6 +7,7 @@ from collections import OrderedDict
 
 from ..errors import UserError
 from .dataset import Dataset
+from .limits import raise_file_limit
 from .paths import is_remote
 from .shard_scan import json_value
 
@@ -18,12 +19,14 @@ class Reader:
     """
 
     MAX_OPEN = 128  # a rank reads from as many shards at a time as it has lanes
+    SHARE_OF_FILES = 4  # at most this part of the files that the process may open
 
     def __init__(self, dataset: Dataset, staging=None):
         self._open: OrderedDict[int, int] = OrderedDict()
         if dataset.remote and staging is None:
             raise ValueError("remote shards need a Staging")
         self.dataset, self.staging = dataset, staging
+        self.max_open = max(1, min(self.MAX_OPEN, raise_file_limit() // self.SHARE_OF_FILES))
 
     def image(self, sample: int) -> bytes:
         """The encoded image. Raises UserError naming the shard when its bytes are not those that were indexed."""
@@ -65,7 +68,8 @@ class Reader:
         if zlib.crc32(data) != crc:
             where = f"shard '{self.dataset.paths[shard]}'"
             raise UserError(
-                f"{where} changed since it was indexed ('{self.dataset.name(sample)}' differs); run `mmtard index` again"
+                f"{where} changed since it was indexed ('{self.dataset.name(sample)}' differs); "
+                "run `mmtard index` again"
             )
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
@@ -83,7 +87,7 @@ class Reader:
         fd = self._open.pop(shard, None)
         if fd is None:
             self._drop_evicted()
-            if len(self._open) >= self.MAX_OPEN:
+            if len(self._open) >= self.max_open:
                 os.close(self._open.popitem(last=False)[1])
             path = self.dataset.paths[shard]
             fd = self.staging.open(shard) if self.staging is not None else os.open(path, os.O_RDONLY | os.O_CLOEXEC)

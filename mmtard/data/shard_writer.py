@@ -1,4 +1,4 @@
-"""An image folder written as WebDataset shards: the same bytes from the same images, whatever the number of processes."""
+"""An image folder written as WebDataset shards: the same bytes from the same images, by any number of processes."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ def write_shards(
     nested: bool = False,
     progress: bool = True,
 ) -> Written:
-    """Write `images`/<class>/*.jpg|jpeg|png|webp as `out`/000000.tar ..., with classnames.txt, nshards.txt and the index.
+    """Write `images`/<class>/*.jpg|jpeg|png|webp as `out`/000000.tar ..., with class names, nshards.txt and the index.
 
     Labels count the class folders in sorted order, as numbers where all are numbers (ImageNet-V2's 0 ... 999); with
     `nested` every folder that holds images is a class, named by its path. `classnames` is a file of one name a line in
-    that order (default: the folder names). `resize` re-encodes images whose shorter side is longer than that as JPEG of
-    `quality`; all else is copied byte for byte. With `resize`, unreadable images are left out and listed in skipped.txt.
-    A `name.txt` beside an image becomes its caption. An interrupted call may be repeated: finished shards stay.
-    Raises UserError when `out` holds shards of other images or settings.
+    that order (default: the folder names). `resize` re-encodes images whose shorter side is longer than that as JPEG
+    of `quality`; all else is copied byte for byte. With `resize`, unreadable images are left out and listed in
+    skipped.txt. A `name.txt` beside an image becomes its caption. An interrupted call may be repeated: finished shards
+    stay. Raises UserError when `out` holds shards of other images or settings.
     """
     images, out = Path(images), Path(out)
     if samples_per_shard < 1:

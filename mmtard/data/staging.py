@@ -134,8 +134,8 @@ class Staging:
     def _cannot_write(self, path: str, size: int, error: OSError) -> UserError:
         left = shutil.disk_usage(self.folder).free / 1e9
         return UserError(
-            f"data.cache.dir: cannot write shard '{path}' of {size / 1e9:.3g} GB to '{self.folder}' ({error.strerror}); "
-            f"its disk has {left:.3g} GB left: free space, lower data.cache.max_gb or name another folder"
+            f"data.cache.dir: cannot write shard '{path}' of {size / 1e9:.3g} GB to '{self.folder}' "
+            f"({error.strerror}); its disk has {left:.3g} GB left: free space, lower data.cache.max_gb or name another folder"
         )
 
     def _check_content(self, shard: int, part: Path) -> None:
@@ -239,7 +239,7 @@ class Stager:
         self._thread = threading.Thread(target=self._run, name="stager", daemon=True)
 
     def check(self, consumed: int) -> None:
-        """Raises UserError when the shards a rank reads at once cannot all be kept: each sample would fetch its shard anew."""
+        """Raises UserError when the shards a rank reads at once do not fit: each sample would fetch its shard anew."""
         now, _ = self.order.shards_ahead(consumed, self.rank, self.world, 0)
         sizes = [int(self.staging.dataset.shard_sizes[s]) for s in now if is_remote(self.staging.dataset.paths[s])]
         if sum(sizes) > self.staging.limit:

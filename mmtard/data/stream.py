@@ -22,6 +22,7 @@ from ..errors import ProcessLostError, UserError
 from ..seeding import sample_seeds
 from .dataset import Dataset
 from .images import Transform
+from .limits import prepare_for_workers
 from .order import Order
 from .samples import Batch, EmbeddingRows, SampleReader, SampleRequest
 from .staging import SHIELDED, Stager, staging_for
@@ -82,7 +83,8 @@ class TrainStream:
             stager.check(self.steps.start * self.batch_size)
         try:
             for step, batch in enumerate(
-                _load(self.samples, self._requests(), self.settings.workers), self.steps.start
+                _load(self.samples, self._requests(), self.settings.workers, self.batch_size // self.world),
+                self.steps.start,
             ):
                 if stager:
                     stager.advance((step + 1) * self.batch_size)
@@ -155,12 +157,14 @@ def eval_batches(
         for c in chunks
     )
     tally = ReplacedTally(max_replaced)
-    for batch in _load(samples, requests, workers):
+    for batch in _load(samples, requests, workers, min(batch_size, len(ids))):
         tally.add(batch)
         yield batch
 
 
-def _load(samples: SampleReader, requests: Iterator, workers: int) -> Iterator[Batch]:
+def _load(samples: SampleReader, requests: Iterator, workers: int, batch_size: int) -> Iterator[Batch]:
+    height, width = samples.transform.shape
+    prepare_for_workers(workers, batch_bytes=batch_size * 3 * height * width)
     loader = DataLoader(
         samples,
         sampler=requests,

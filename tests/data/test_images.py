@@ -25,6 +25,50 @@ def test_sixteen_bit_grey_keeps_the_upper_byte():
     assert pixels(decode(encode(image, "PNG")))[0, :, 0].tolist() == [0, 0, 1, 255]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_of_unknown_range_are_refused_and_not_black(dtype):
+    """Floats in [0, 1] and 32-bit integers in 0..255 both came out as black."""
+    grey = Image.fromarray(np.linspace(0, 1 if dtype == np.float32 else 255, 64).astype(dtype).reshape(8, 8))
+    with pytest.raises(DecodeError, match="pixels of 32 bits, whose range is not known; write them as 8 or 16 bits"):
+        decode(encode(grey, "TIFF"))
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PNG"])
+def test_sixteen_bit_images_are_bounded_before_they_take_memory(kind, monkeypatch):
+    """A damaged one of 1.4 kB with 31 x 4,194,324 pixels took 3.2 GB: each pixel passes through wider numbers."""
+    monkeypatch.setattr("mmtard.data.images.MAX_PIXELS", 4 * 1199)
+    data = encode(Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40)), kind)
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("its pixels were read"))
+    with pytest.raises(DecodeError, match="40x30 pixels of 16 bits or more, more than 1199"):
+        decode(data)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_mutated_image_is_an_image_or_a_decode_error():
+    """A bounded fuzz of every format and of the ways to a square; any other error is a finding."""
+    rng, rgb = np.random.default_rng(0), picture(4, (37, 23))
+    palette, grey16 = rgb.quantize(16), Image.fromarray(np.arange(620, dtype=np.uint16).reshape(20, 31) * 100)
+    whole = [encode(rgb, kind) for kind in ("JPEG", "PNG", "WEBP", "BMP", "TIFF")]
+    whole += [encode(rgb, "JPEG", progressive=True), encode(rgb.convert("CMYK"), "JPEG"), encode(palette, "GIF")]
+    whole += [encode(palette, "PNG", transparency=3), encode(grey16, "PNG"), encode(grey16, "TIFF")]
+    whole += [encode(rgb, "TIFF", compression=how) for how in ("tiff_lzw", "tiff_deflate", "jpeg")]
+    whole += [encode(rgb.convert("1"), "TIFF", compression="group4"), encode(rgb.convert("LA"), "PNG")]
+    squares = [Transform(16), Transform(16, crop_scale=(0.5, 1)), Transform(16, squash=True)]
+    read = 0
+    for number in range(60 * len(whole)):
+        data = bytearray(whole[number % len(whole)])
+        for _ in range(int(rng.integers(1, 5))):
+            at = int(rng.integers(len(data) if rng.random() < 0.5 else min(200, len(data))))
+            data[at : at + int(rng.integers(0, 5))] = rng.bytes(int(rng.integers(1, 5)))
+        try:
+            pixels = squares[number % 3](decode(bytes(data)), number)
+            read += 1
+        except DecodeError:
+            continue
+        assert pixels.shape == (3, 16, 16) and pixels.dtype == np.uint8
+    assert 0 < read < 60 * len(whole)
+
+
 def test_cmyk_jpeg_shows_its_colours():
     red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
     assert np.abs(pixels(decode(encode(red, quality=100))) - [255, 0, 0]).max() <= 3

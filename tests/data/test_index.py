@@ -271,19 +271,30 @@ def test_remote_shards_are_indexed_through_their_opener(folder, tmp_path, spec):
     assert len(open_dataset(Data(shards=remote, index=str(tmp_path / "i.npz"), allow_pipe=True))) == 32
 
 
-@pytest.mark.parametrize("spec, words", [
-    ("pipe:cat {}/none.tar", "cannot be read: its opener ended with status 1"), ("s3://bucket/none.tar", "pipe:aws s3 cp"),
-    ("pipe:head -c 3000 {}/0.tar", "is truncated or damaged|is truncated, damaged"), ("pipe:cat /dev/urandom", "not a plain tar"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("pipe:cat {}/none.tar", "cannot be read: its opener ended with status 1"),
+        ("s3://bucket/none.tar", "pipe:aws s3 cp"),
+        ("pipe:head -c 3000 {}/0.tar", "is truncated or damaged|is truncated, damaged"),
+        ("pipe:cat /dev/urandom", "not a plain tar"),
+    ],
+)
 def test_openers_that_fail(folder, tmp_path, spec, words, capfd):
     with pytest.raises(UserError, match=words):
         build_index([spec.format(folder)], tmp_path / "i.npz", 1, False)
 
 
-@pytest.mark.parametrize("shard, name", [
-    ("/a/b/0001.tar", "0001.tar"), ("pipe:aws s3 cp s3://b/x-0001.tar -", "x-0001.tar"), ("https://h/p/0.tar?token=1.2", "0.tar"),
-    ("pipe:curl -s 'https://h/a.tar/0.tar'", "0.tar"), ("file:rel.tar", "rel.tar"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shard, name",
+    [
+        ("/a/b/0001.tar", "0001.tar"),
+        ("pipe:aws s3 cp s3://b/x-0001.tar -", "x-0001.tar"),
+        ("https://h/p/0.tar?token=1.2", "0.tar"),
+        ("pipe:curl -s 'https://h/a.tar/0.tar'", "0.tar"),
+        ("file:rel.tar", "rel.tar"),
+    ],
+)
 def test_shard_names(shard, name):
     assert shard_name(shard) == name
 
@@ -354,9 +365,14 @@ def rewrite(path, change):
     assert path.stat().st_size == before
 
 
-@pytest.mark.parametrize("kind, words", [
-    ("cls", "the labels of 7 samples differ"), ("txt", "the captions of 7 samples differ"), ("renamed", "its samples differ"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("cls", "the labels of 7 samples differ"),
+        ("txt", "the captions of 7 samples differ"),
+        ("renamed", "its samples differ"),
+    ],
+)
 def test_shards_rewritten_at_their_size_are_noticed(folder, kind, words):
     path = folder / "1.tar"
     members = [
@@ -430,14 +446,16 @@ def test_captions_count_in_the_fingerprint_and_data_without_any_keep_theirs(fold
 
 
 def test_labels_and_captions_in_json_members_are_read_on_request(folder, tmp_path):
+    texts = [b'{"label": 2, "text": "a cat"}', b'{"label": "1", "text": ["one", "two"]}', b'{"label": "dog"}', b"[1]"]
     members = [
         (f"{i}.{end}", data)
         for i in range(4)
         for end, data in (
-            ("jpg", IMAGE), ("cls", b"9"),
-            ("json", [b'{"label": 2, "text": "a cat"}', b'{"label": "1", "text": ["one", "two"]}', b'{"label": "dog"}', b"[1]"][i]),
+            ("jpg", IMAGE),
+            ("cls", b"9"),
+            ("json", texts[i]),
         )
-    ]  # fmt: skip
+    ]
     write_tar(tmp_path / "j" / "0.tar", members)
     shards = str(tmp_path / "j")
     plain = open_dataset(Data(shards=shards))
@@ -484,12 +502,16 @@ def test_what_a_shard_holds_and_is_not_read_is_counted_and_named(tmp_path):
     assert dataset.keys == ["a", "b"]
     summary = dataset.index.summary()
     for words in (
-        "2 left out without an image", "1 without a label", "1 with a label that is not an integer (such as 'dog' in 'a.cls')",
-        "1 second images of a sample (such as 'a.png')", "1 .gif images, of a kind that is not read (jpg, jpeg, png, webp are)",
+        "2 left out without an image",
+        "1 without a label",
+        "1 with a label that is not an integer (such as 'dog' in 'a.cls')",
+        "1 second images of a sample (such as 'a.png')",
+        "1 .gif images, of a kind that is not read (jpg, jpeg, png, webp are)",
         "1 images with more than one dot in their name, whose first dot ends the key (such as 'd.image.jpg')",
-        "1 labels with more than one dot in their name", "2 links and special files, which hold no data of their own (such as 'e.jpg')",
+        "1 labels with more than one dot in their name",
+        "2 links and special files, which hold no data of their own (such as 'e.jpg')",
         "2 files whose name has no extension or begins with a dot (such as 'README')",
-    ):  # fmt: skip
+    ):
         assert words in summary, words
     assert (
         dataset.label_summary() == "1 of 2: no .cls member ('0.tar/b'); 1 of 2: .cls is not a class number ('0.tar/a')"

@@ -3,7 +3,7 @@ import pytest
 
 from mmtard.data.order import Order
 from mmtard.errors import UserError
-from mmtard.seeding import sample_seeds
+from mmtard.seeding import permutation, sample_seeds
 
 COUNTS = [11, 7, 14, 5, 9]  # 46 samples
 
@@ -20,6 +20,32 @@ def test_an_epoch_has_every_sample_once_but_the_tail_and_epochs_differ():
     assert len({frozenset(range(46)) - frozenset(e.tolist()) for e in epochs}) > 1, (
         "the same samples are left out each time"
     )
+
+
+def test_every_sample_of_a_single_shard_is_read_though_lanes_do_not_divide_it():
+    order = Order([10], seed=3, lanes=4, window=6)
+    epochs = [order.batch(e * 8, 8)[0].tolist() for e in range(5)]
+    assert all(len(set(epoch)) == 8 for epoch in epochs)
+    assert set(sum(epochs, [])) == set(range(10)), "samples 8 and 9 were never read before"
+    assert [sorted(set(range(10)) - set(epoch)) for epoch in epochs] == [[8, 9], [6, 7], [4, 5], [2, 3], [0, 1]]
+
+
+def test_a_single_shard_that_lanes_divide_keeps_its_order_and_so_does_every_first_epoch():
+    """The order of before: lane by lane, the places that the window's shuffle gives, the same laying each epoch."""
+    for count in (12, 10):
+        order = Order([count], seed=3, lanes=4, window=2)
+        for epoch in range(3 if count == 12 else 1):
+            each = count // 4
+            laid = [
+                place
+                for lane in range(4)
+                for number in range(-(-each // 2))
+                for place in lane * each
+                + number * 2
+                + permutation(min(2, each - 2 * number), 2, 3, epoch, lane, number)
+            ]
+            ids = order.batch(epoch * 4 * each, 4 * each)[0]
+            assert ids.tolist() == laid
 
 
 def test_a_batch_crosses_from_one_epoch_into_the_next():

@@ -163,11 +163,16 @@ def test_leavings_of_a_killed_fetch_are_cleared_and_other_files_left_alone(sourc
     assert (staging.folder / "users-own.tar").exists() and not name.exists()
 
 
-@pytest.mark.parametrize("spec, words", [
-    ("pipe:cat /nowhere/{0}", "cannot be fetched .its opener ended with status 1"), ("file:/nowhere/{0}", "cannot be fetched"),
-    ("s3://bucket{0}", "no opener for this scheme"), ("pipe:head -c 5000 {0}", "gave 5000 bytes, indexed were"),
-    ("pipe:cat {0} /dev/zero", "gave more than"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("pipe:cat /nowhere/{0}", "cannot be fetched .its opener ended with status 1"),
+        ("file:/nowhere/{0}", "cannot be fetched"),
+        ("s3://bucket{0}", "no opener for this scheme"),
+        ("pipe:head -c 5000 {0}", "gave 5000 bytes, indexed were"),
+        ("pipe:cat {0} /dev/zero", "gave more than"),
+    ],
+)
 def test_openers_that_fail_name_the_shard(source, tmp_path, spec, words, monkeypatch, capfd):
     monkeypatch.setattr(Staging, "PAUSE_S", 0.01)
     dataset, staging = remote(source, tmp_path, spec)

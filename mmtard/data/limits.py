@@ -1,0 +1,56 @@
+"""What loader processes need of the machine, tested before they start: without it they wait for ever without a word."""
+
+from __future__ import annotations
+
+import os
+import resource
+
+from ..errors import UserError
+
+SHARED_MEMORY = "/dev/shm"
+PREFETCHED = 2  # batches that torch's DataLoader has each worker prepare ahead
+FILES_OF_A_WORKER = 20  # its pipes, and the tensors of the batches on their way
+FILES_BESIDE = 32  # shards, logs and sockets of the process itself
+MOST_FILES = 1 << 16
+
+
+def prepare_for_workers(workers: int, batch_bytes: int) -> None:
+    """Raise the limit of open files as far as the system allows.
+
+    Raises UserError where files or shared memory do not suffice for `workers` processes that hand over batches of
+    `batch_bytes`.
+    """
+    files = raise_file_limit()
+    if not workers:
+        return
+    open_now = len(os.listdir("/proc/self/fd"))
+    need = open_now + FILES_BESIDE + FILES_OF_A_WORKER * workers
+    if files < need:
+        raise UserError(
+            f"data.workers: this process may have {files} files open, and {workers} loader processes need about "
+            f"{need}; raise the limit (`ulimit -n`), or set data.workers=0 (--workers 0)"
+        )
+    try:
+        shared = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return
+    free, need = shared.f_bavail * shared.f_frsize, (PREFETCHED * workers + 1) * batch_bytes
+    if free < need:
+        raise UserError(
+            f"data.workers: {SHARED_MEMORY} has {free / 2**20:.3g} MiB free, and {workers} loader processes need about "
+            f"{need / 2**20:.3g} MiB there; give the container more (docker run --shm-size=8g), or set data.workers=0 "
+            "(--workers 0)"
+        )
+
+
+def raise_file_limit() -> int:
+    """Raise this process's limit of open files to what it may be; the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+        except (OSError, ValueError):
+            pass
+    return MOST_FILES if soft == resource.RLIM_INFINITY else soft
