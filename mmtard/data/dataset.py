@@ -86,14 +86,6 @@ class Dataset:
         }
         return problems[int(self.index.label_status[sample])]
 
-    def label_summary(self) -> str:
-        """How many samples have no usable label and why, with an example; empty where all have one."""
-        bad = [
-            i for status in (LABEL_MISSING, LABEL_BAD) for i in np.flatnonzero(self.index.label_status == status)[:1]
-        ]
-        counts = [int((self.index.label_status == self.index.label_status[i]).sum()) for i in bad]
-        return "; ".join(f"{n} of {len(self)}: {self.label_problem(i)} ('{self.name(i)}')" for n, i in zip(counts, bad))
-
 
 def open_dataset(settings: Data, look_again: bool = True) -> Dataset:
     """The data set of the settings; the index of local shards is built when there is none.

@@ -94,20 +94,25 @@ class Index:
         parts |= {name: getattr(self, name)[samples] for name in PER_SAMPLE}
         return replace(self, **parts)
 
+    def not_read(self) -> dict[str, tuple[int, str]]:
+        """What the shards hold and is not read: what it is -> (how many, an example)."""
+        return {what: met for what, met in _together(self.remarks).items() if what != EXAMPLES}
+
+    def notes(self, labels: bool = True) -> list[str]:
+        """What of the shards was not used and why, a phrase each. labels: also samples without a usable label."""
+        missing, bad = (int((self.label_status == s).sum()) for s in (LABEL_MISSING, LABEL_BAD))
+        _, example = _together(self.remarks).get(EXAMPLES, (0, None))
+        counted = [(int(self.imageless.sum()), "left out without an image")]
+        if labels:
+            such = f" (such as {example})" if example else ""
+            counted += [(missing, "without a label"), (bad, f"with a label that is not an integer{such}")]
+        notes = [f"{n} {what}" for n, what in counted if n]
+        return notes + [f"not read: {n} {what} (such as {like})" for what, (n, like) in self.not_read().items()]
+
     def summary(self) -> str:
         """One line: samples, shards, and what was not used and why."""
-        missing, bad = (int((self.label_status == s).sum()) for s in (LABEL_MISSING, LABEL_BAD))
-        remarks = _together(self.remarks)
-        _, example = remarks.pop(EXAMPLES, (0, None))
-        such = f" (such as {example})" if example else ""
-        counted = [
-            (int(self.imageless.sum()), "left out without an image"),
-            (missing, "without a label"),
-            (bad, f"with a label that is not an integer{such}"),
-        ]
-        notes = [f"{n} {what}" for n, what in counted if n]
-        notes += [f"not read: {n} {what} (such as {like})" for what, (n, like) in remarks.items()]
-        return f"{len(self)} samples in {len(self.shard_names)} shards" + (f" ({', '.join(notes)})" if notes else "")
+        notes = ", ".join(self.notes())
+        return f"{len(self)} samples in {len(self.shard_names)} shards" + (f" ({notes})" if notes else "")
 
 
 PER_SHARD = ("shard_names", "shard_sizes", "shard_mtimes", "shard_counts", "imageless", "remarks")

@@ -135,7 +135,8 @@ class Staging:
         left = shutil.disk_usage(self.folder).free / 1e9
         return UserError(
             f"data.cache.dir: cannot write shard '{path}' of {size / 1e9:.3g} GB to '{self.folder}' "
-            f"({error.strerror}); its disk has {left:.3g} GB left: free space, lower data.cache.max_gb or name another folder"
+            f"({error.strerror}); its disk has {left:.3g} GB left: free space, lower data.cache.max_gb "
+            "or name another folder"
         )
 
     def _check_content(self, shard: int, part: Path) -> None:

@@ -22,6 +22,8 @@ def not_used(dataset: Dataset, left_out: Sequence[tuple[str, str]], labels: bool
             alike = unlabelled[dataset.index.label_status[unlabelled] == status]
             reasons[dataset.label_problem(int(alike[0])) or "no label"] += len(alike)
     reasons["without an image"] += int(dataset.index.imageless.sum())
+    for what, (n, _) in dataset.index.not_read().items():
+        reasons[f"not read: {what}"] += n
     for _, reason in left_out:
         reasons[reason.partition(":")[0]] += 1
     return {reason: n for reason, n in reasons.items() if n}

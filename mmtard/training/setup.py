@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from ..config import Config, Teacher
+from ..data.class_names import classnames
 from ..data.dataset import Dataset
 from ..data.samples import Batch
 from ..data.stream import TrainStream, train_stream
@@ -17,6 +18,7 @@ from ..distributed.ranks import Ranks, set_timeouts
 from ..embeddings.identity import open_stores
 from ..embeddings.store import EmbeddingStore
 from ..embeddings.teacher import StoredTeacher
+from ..evaluation.data_checks import class_name_lines
 from ..models.clip import Clip
 from ..models.image_tower import DTYPES, require_tokens
 from ..models.loading import load_clip_on_all_ranks
@@ -130,6 +132,11 @@ def log_start(
     }[config.data.targets]
     scale = f"logit scale {head.logit_scale:.4g}"
     logger.print(f"{len(dataset)} samples{classes}, images {image_size} px, {scale}")
+    for note in dataset.index.notes(labels=config.needs_labels):
+        logger.print(f"of the shards: {note}")
+    if config.data.targets == "labels":
+        for line in class_name_lines(classnames(config.data, dataset), dataset.labels, []):
+            logger.print(f"{line['status']} {line['check']}: {line['detail']}")
     for name, teacher in ensemble.items():
         mib = ", ".join(f"{held[name] / 2**20:.2f}" for held in held_by_rank)
         whole = f"{teacher.bytes_whole / 2**20:.2f} MiB"

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -272,3 +273,15 @@ def test_images_alone_are_no_data_for_a_method_of_classes(train, settings):
         "data.targets=none where the method reads embeddings alone",
     ):
         train(given, Never())
+
+
+def test_the_start_says_what_of_the_shards_is_not_used_and_doubts_the_class_names(train, settings, capfd):
+    given, _ = settings("odd", method={"name": "tecoa"}, train={"steps": 1, "batch_size": 8, "warmup_steps": 0})
+    folder = Path(given.data.shards)
+    (folder / "classnames.txt").write_text("cat\ndog\ncat\ncow\n")
+    with tarfile.open(folder / "0.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("024.gif"))
+    assert train(given, Never()) == 0
+    said = capfd.readouterr().out
+    assert "of the shards: 1 left out without an image" in said and "not read: 1 .gif images" in said
+    assert "WARN class names: 'cat' twice" in said and "4 names, but the highest label is 2" in said
