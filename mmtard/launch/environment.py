@@ -109,13 +109,13 @@ def _ask(*command: str) -> str:
 def main() -> int:
     """Print `export` lines for the shell of a job on stdout, and the first line of its log on stderr."""
     try:
-        told = rendezvous(os.environ)
+        variables = rendezvous(os.environ)
     except UserError as error:
         print(f"mmtard: {error}", file=sys.stderr)
         return 2
-    for name, value in told.items():
+    for name, value in variables.items():
         print(f"export {name}={shlex.quote(value)}")
-    say(announcement({**os.environ, **told}), file=sys.stderr)
+    say(announcement({**os.environ, **variables}), file=sys.stderr)
     return 0
 
 

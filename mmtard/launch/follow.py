@@ -76,5 +76,5 @@ def _state(job: str) -> str:
     done = subprocess.run(["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True)
     if done.returncode:
         return "REVOKED" if "Invalid job id" in done.stderr else "UNKNOWN"
-    found = re.search(r" JobState=(\w+)", done.stdout)
-    return found[1] if found else "UNKNOWN"
+    state = re.search(r" JobState=(\w+)", done.stdout)
+    return state[1] if state else "UNKNOWN"

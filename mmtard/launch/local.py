@@ -19,8 +19,8 @@ def run(python: str, words: tuple[str, ...], code: Path, world: int) -> int:
 
     Signals are passed on. A rank that ends badly takes the others with it.
     """
-    told: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: told.append(n)) for number in Interruption.heeded()}
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in Interruption.heeded()}
     processes = []
     try:
         with tempfile.TemporaryDirectory(prefix="mmtard-") as meet:
@@ -36,7 +36,7 @@ def run(python: str, words: tuple[str, ...], code: Path, world: int) -> int:
                 env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
                 # Their own group: Ctrl-C comes once, from here, and not also from the terminal.
                 processes.append(subprocess.Popen([python, "-m", "mmtard", *words], env=env, process_group=0))
-            return _watch(processes, told)
+            return _watch(processes, received)
     finally:
         for process in processes:
             process.kill()
@@ -45,11 +45,11 @@ def run(python: str, words: tuple[str, ...], code: Path, world: int) -> int:
             signal.signal(number, handler)
 
 
-def _watch(processes: list[subprocess.Popen], told: list[int]) -> int:
+def _watch(processes: list[subprocess.Popen], received: list[int]) -> int:
     end = None
     while True:
-        while told:
-            number = told.pop(0)
+        while received:
+            number = received.pop(0)
             for process in processes:
                 process.send_signal(number)
         statuses = [process.poll() for process in processes]

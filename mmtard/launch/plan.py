@@ -61,8 +61,8 @@ def plan(path: Path, overrides: list[str], sweeps: list[str], pipeline: bool, ev
 
     to_train = [c for c in students if steps_done(Path(c.run_dir)) < c.train.steps]
     notes += [f"complete: {c.run_dir}" for c in students if c not in to_train]
-    storing, found = _storing(to_train, needed)
-    notes += found
+    storing, more_notes = _storing(to_train, needed)
+    notes += more_notes
     if storing and pipeline:
         stages.append(Stage("stored embeddings", tuple(storing), needed))
         needed += tuple(work.run_dir for work in storing)
@@ -74,9 +74,9 @@ def plan(path: Path, overrides: list[str], sweeps: list[str], pipeline: bool, ev
         ]
     if to_train:
         stages.append(Stage("training", tuple(_training(c, world) for c in to_train), needed))
-    evaluations, found = _evaluation_stages(students, to_train, evaluate)
+    evaluations, more_notes = _evaluation_stages(students, to_train, evaluate)
     stages += evaluations
-    notes += found
+    notes += more_notes
     return Plan(folder, stages, notes)
 
 
@@ -149,15 +149,17 @@ def _teachers(path: Path, overrides: list[str], students: list[Config]) -> dict[
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
         known[Path(config.run_dir).absolute()] = config
-    found: dict[str, Config] = {}
+    trainings: dict[str, Config] = {}
     for student in students:
         for name, teacher in student.teachers.items():
             config = known.get(Path(teacher.weights).absolute())
-            if config is not None and config not in found.values():
-                found[
-                    f"teacher {name}" if f"teacher {name}" not in found else f"teacher {name} {slug(config.run_dir)}"
-                ] = config
-    return found
+            if config is None or config in trainings.values():
+                continue
+            title = f"teacher {name}"
+            if title in trainings:  # a sweep over teachers may call two of them the same
+                title = f"{title} {slug(config.run_dir)}"
+            trainings[title] = config
+    return trainings
 
 
 def _teacher_stages(teachers: dict[str, Config], pipeline: bool, world: int) -> tuple[list[Stage], list[str]]:

@@ -61,7 +61,8 @@ class Task:
         """Run mmtard to its end; its exit status, of a signal as minus its number."""
         # In place of submitit's handlers, which would requeue from inside the signal, before anything is saved.
         for number in Interruption.SIGNALS:
-            signal.signal(number, self._note_signal)
+            # No terminal belongs to a job; mmtard is started deaf to its end.
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else self._note_signal)
         # Ignored until mmtard listens: it would be ended by one that comes while it starts.
         self.child = subprocess.Popen([sys.executable, "-m", "mmtard", *self.words], preexec_fn=ignore_signals)
         looked, end = time.monotonic(), math.inf
