@@ -264,7 +264,8 @@ def stored(tmp_path, overrides=()):
     config = settings.load(tmp_path / "run.yaml", ["teachers.clean.stored=true", *overrides])
     folder = embeddings_folder(config.data) / "0123456789abcdef"
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"identity": {}, "made_from": embedding_recipe(config, "clean")}))
+    told = {"identity": {}, "made_from": embedding_recipe(config, "clean"), "samples": 1, "views": 1, "parts": {}}
+    (folder / "manifest.json").write_text(json.dumps(told))
     return folder
 
 
