@@ -43,7 +43,7 @@ class Watchdog:
         self.run, self.rank, self.bounds = Path(config.run_dir), ranks.rank, config.resume
         self.limit = 60 * config.resume.watchdog_minutes
         self.interval = min(5.0, self.limit / 20)
-        self.silent = min(SILENT_S, self.limit / 4)
+        self.silent = SILENT_S
         self.heartbeat = Heartbeat(self.run, ranks.rank, ranks.world_size)
         self._since = time.monotonic()
         self._closed = threading.Event()
@@ -140,7 +140,7 @@ class Watchdog:
             elif _mark(self.run / HISTORY) != noted and (ended := self._noted_end()):
                 self._end_process(*ended, since)
             # Whom to name takes two looks, so the watch starts to look a little early.
-            early = max(self.silent, 3 * self.interval)
+            early = min(self.silent, max(self.limit / 4, 3 * self.interval))
             if self.heartbeat.place[1] != PHASES[0] and time.monotonic() - self._since > self.limit - early:
                 self._look()
 

@@ -11,7 +11,7 @@ import torch
 
 from mmtard import config as settings
 from mmtard.errors import UserError
-from mmtard.runs import folder, history
+from mmtard.runs import history, lock
 
 from .launch import start_ranks
 from .test_interruptions import REQUEUE, metrics, starts, steps_done, train, until
@@ -72,7 +72,7 @@ def test_a_second_start_is_refused_and_a_hang_ends_in_time_names_the_rank_and_pa
 ):
     train = {"steps": 5000, "batch_size": 16, "lr": 1e-3}
     processes, run, path = two("hung", train=train, resume={"watchdog_minutes": 0.1, "max_losses": 0})
-    monkeypatch.setattr(folder, "LOCK_WAIT_S", 0.6)
+    monkeypatch.setattr(lock, "LOCK_WAIT_S", 0.6)
     with pytest.raises(
         UserError, match=f"is in use by {os.uname().nodename} process {processes[0].pid}; wait for it to end"
     ):

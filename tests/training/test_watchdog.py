@@ -40,7 +40,7 @@ def hang(tree, write, tmp_path, monkeypatch):
 
     monkeypatch.setattr(watchdog.os, "_exit", exit)
 
-    def call(said=None, beats=False, silent=0.3, note=None, **more):
+    def call(said=None, beats=False, silent=60.0, note=None, **more):
         run.mkdir()
         history.record_start(run, {"step": 0})
         settings = config.load(write(tree), ["resume.watchdog_minutes=0.01"])
