@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to through a pipe: what a page shows, and what it complained of."""
+"""A headless Chromium, spoken to through a pipe in its DevTools protocol: what a page shows and complained of."""
 
 import base64
 import fcntl
@@ -14,24 +14,17 @@ from pathlib import Path
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
     "--remote-debugging-pipe",
-)
+)  # fmt: skip
 
 
 class Chromium:
     """with Chromium() as browser: browser.open(path, width); browser.value("document.title"); browser.screenshot(png)
 
-    `complaints`: console errors, exceptions and security violations of the pages opened; `asked`: every address they
-    asked for.
+    complaints: console errors, exceptions and security violations of the pages opened.
+    asked: every address they asked for.
     """
 
     def __enter__(self):
@@ -45,11 +38,8 @@ class Chromium:
 
         self.process = subprocess.Popen(
             [PROGRAM, *FLAGS, f"--user-data-dir={self.profile}", "about:blank"],
-            preexec_fn=pipes_to_3_and_4,
-            close_fds=False,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+            preexec_fn=pipes_to_3_and_4, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
         os.close(its_end)
         os.close(our_end)
         self.numbers, self.buffer, self.session = itertools.count(1), b"", None

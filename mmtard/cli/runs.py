@@ -52,17 +52,26 @@ def _add_report(commands) -> None:
         commands,
         "report",
         _report,
-        "One HTML page of runs and models: training, accuracy under attack, images, health, commands; figures as PNGs.",
-        "mmtard report runs/b32 runs/baseline --out reports/b32",
+        "One HTML page of runs and models: accuracy under attack, images, health, training, commands; "
+        "its figures as PNG, SVG and PDF, its tables as CSV and LaTeX.",
+        "mmtard report runs --out reports/all\n"
+        "         mmtard report runs/b32 runs/baseline --labels MMT-ARD baseline --out reports/b32",
     )
     p.add_argument(
         "runs",
         nargs="+",
         type=path,
         metavar="RUN",
-        help="run folder, or a results.json or folder of them of a model that is no run",
+        help="run folder, a folder of runs, a model folder, or a results.json or folder of them; evaluations of "
+        "their weights are found by the weights' hash, below these folders and beside the runs",
     )
     p.add_argument("--out", type=path, required=True, metavar="DIR")
+    p.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="NAME",
+        help="how the page calls them: a name for each RUN, or for each model found",
+    )
     p.add_argument(
         "--images",
         type=natural,
@@ -78,7 +87,7 @@ def _report(args) -> None:
             raise UserError(f"'{run}' does not exist; give a run's folder, or a results.json or its folder")
     from ..report.page import report
 
-    print(report(args.runs, args.out, args.images, command=shlex.join(sys.argv)))
+    print(report(args.runs, args.out, args.images, shlex.join(sys.argv), args.labels))
 
 
 def _add_export(commands) -> None:

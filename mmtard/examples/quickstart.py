@@ -1,10 +1,11 @@
-"""The main job from nothing: renders images, pretrains a tiny CLIP, trains teachers, distils, compares.
+"""The main job from nothing: renders images, pretrains a tiny CLIP, trains teachers, distils, compares, reports.
 
 `python -m mmtard.examples.quickstart` works below the current folder and skips what is done.
 """
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..evaluation import datasets
 from ..evaluation.evaluate import evaluate
 from ..evaluation.protocols import PROTOCOLS
 from ..evaluation.request import EvaluationRequest
+from ..report.page import report
 from .pretrain import PROMPT, pretrain
 from .shapes import make_data
 from .stages import cell, configuration, console, main, title, train
@@ -47,6 +49,7 @@ def _run() -> None:
         train(config)
     title(stages, stages, f"measuring, PGD-20 at eps {show_pixels(EPS)}")
     _table(_measure())
+    _report()
 
 
 def _measure() -> dict[str, dict[str, dict]]:
@@ -80,6 +83,16 @@ def _table(measured: dict[str, dict[str, dict]]) -> None:
     console.print(
         f"chance level: {chance}. The zero-shot classes are colour-shape combinations that no training image shows."
     )
+
+
+def _report() -> None:
+    """Write the page of the runs and the student's start, and say where it lies."""
+    teachers = {name: ROOT / name for name in TRAINED if ROOT / name not in COMPARED.values()}
+    shown = COMPARED | teachers
+    words = [str(path) for path in shown.values()]
+    command = shlex.join(["mmtard", "report", *words, "--labels", *shown, "--out", str(ROOT / "report")])
+    page = report(list(shown.values()), ROOT / "report", command=command, labels=list(shown))
+    console.print(f"Look at it in a browser: {page.resolve().as_uri()}", markup=False)
 
 
 if __name__ == "__main__":

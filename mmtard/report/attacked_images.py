@@ -1,4 +1,4 @@
-"""A few samples attacked again for the eye: the image, its perturbation magnified, and what the model says before and after."""
+"""A few samples attacked again for the eye: the image, its perturbation magnified, what the model says of both."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..models.clip import CONFIG_FILE, Clip
 from ..models.weights import tensors_sha256
 from ..zero_shot import ZeroShotHead
 from .records import Evaluation, Zeroshot
-from .sources import ReportSource
+from .run_files import ReportSource
 from .style import Figure
 
 ATTACK, ITERS = "apgd-ce", 20  # for the eye: the numbers of the tables come from the evaluation's own attacks
@@ -54,7 +54,7 @@ class Strip:
 
 
 def strip(source: ReportSource, number: int, wanted: int) -> Strip:
-    """Attack `wanted` samples of the source's newest evaluation, half of them broken there and half not, as far as there are."""
+    """Attack `wanted` samples of the source's newest evaluation, half of them broken there, as far as there are."""
     for evaluation in reversed(source.evaluations):
         for dataset in evaluation.zeroshot:
             if dataset.eps:
@@ -62,14 +62,19 @@ def strip(source: ReportSource, number: int, wanted: int) -> Strip:
                 title = f"{source.name} on {dataset.name}, {evaluation.settings.norm} {eps}"
                 try:
                     return _attacked(source, number, evaluation, dataset, eps, choose(dataset, eps, wanted), title)
-                except (UserError, OSError, RuntimeError) as error:
+                except (UserError, OSError, RuntimeError, ValueError, IndexError) as error:
                     return Strip(title, [], missing=" ".join(str(error).split()))
     return Strip(source.name, [], missing="no evaluation under attack names a model and samples to attack")
 
 
 def choose(dataset: Zeroshot, eps: str, wanted: int) -> list[int]:
-    """Places in `dataset.samples`, ascending: classified correctly, half of them broken at this radius; the others fill up."""
+    """Choose places in `dataset.samples`, ascending: classified correctly, half of them broken at this radius.
+
+    Where there are fewer of one kind, the others fill up.
+    """
     samples = dataset.samples
+    if eps not in samples.eps:
+        return []
     right = [i for i, clean in enumerate(samples.clean) if clean]
     broken = [i for i in right if not samples.eps[eps].robust[i]]
     stood = [i for i in right if samples.eps[eps].robust[i]]
@@ -89,7 +94,7 @@ def _attacked(
     if not places:
         raise UserError("no sample is classified correctly without attack")
     clip, head = _model(source, evaluation, dataset)
-    images, seeds = _images(dataset, places, clip)
+    images, seeds = _images(dataset, places, clip, _bases(evaluation))
     tower = clip.tower().eval().requires_grad_(False)
     labels = torch.tensor([dataset.samples.labels[i] for i in places])
 
@@ -101,30 +106,46 @@ def _attacked(
     with torch.no_grad():
         before, after = (model(x).softmax(1) for x in (images, outcome.adv))
     factor = 0.5 / float((outcome.adv - images).abs().max().clamp_min(1e-6))
-    shown = [
-        _shown(
-            f"strip-{number}-{row}", images[row], outcome.adv[row], factor, before[row], after[row], dataset, eps, place
-        )
-        for row, place in enumerate(places)
-    ]
+    shown = []
+    for row, place in enumerate(places):
+        pair = _Pair(images[row], outcome.adv[row], before[row], after[row])
+        shown.append(_shown(f"strip-{number}-{row}", pair, factor, dataset, eps, place))
     caption = (
-        f"Left to right: the image, its perturbation times {factor:.3g} (grey: none), the attacked image. Attacked again for this page with "
-        f"{ATTACK}, {ITERS} iterations; “measured” is the evaluation's own outcome."
+        f"Left to right: the image, its perturbation times {factor:.3g} (grey: none), the attacked image. "
+        f"Attacked again for this page with {ATTACK}, {ITERS} iterations; “measured” is the evaluation's own outcome."
     )
     return Strip(title, shown, caption)
 
 
-def _images(dataset: Zeroshot, places: list[int], clip: Clip) -> tuple[Tensor, Tensor]:
-    """([B,3,H,W] in [0,1], seeds [B]) of the stored sample ids, brought to the model's size in its own way.
+@dataclass(frozen=True)
+class _Pair:
+    """An image and its attacked image, [3,H,W] in [0, 1], and the model's probabilities [C] of each."""
+
+    image: Tensor
+    adv: Tensor
+    before: Tensor
+    after: Tensor
+
+
+def _bases(evaluation: Evaluation) -> list[Path]:
+    """Where relative places of an evaluation may begin: here, else a folder above its results."""
+    return [Path(), *evaluation.path.resolve().parents]
+
+
+def _images(dataset: Zeroshot, places: list[int], clip: Clip, bases: list[Path]) -> tuple[Tensor, Tensor]:
+    """Return ([B,3,H,W] in [0, 1], seeds [B]) of the stored sample ids, brought to the model's size in its own way.
 
     Raises UserError when the data are gone or others.
     """
     shards = dataset.shards or dataset.data
     if any(map(is_remote, [shards] if isinstance(shards, str) else shards)):
         raise UserError(f"its data '{shards}' are remote")
-    if shards != dataset.data and not Path(str(shards)).is_dir():
+    if isinstance(shards, str):
+        shards = next((str(base / shards) for base in bases if (base / shards).exists()), shards)
+    if dataset.shards not in (None, dataset.data) and not Path(str(shards)).is_dir():
         raise UserError(
-            f"the shards '{shards}', which '{dataset.data}' was read from, are gone; the command of its evaluation writes them again"
+            f"the shards '{shards}', which '{dataset.data}' was read from, are gone; "
+            "the command of its evaluation writes them again"
         )
     index = dataset.index if dataset.index and Path(dataset.index).is_file() else None
     found = open_dataset(Data(shards=shards, index=index))
@@ -143,7 +164,7 @@ def _images(dataset: Zeroshot, places: list[int], clip: Clip) -> tuple[Tensor, T
 def _model(source: ReportSource, evaluation: Evaluation, dataset: Zeroshot) -> tuple[Clip, ZeroShotHead]:
     """Raises UserError when the weights are not on this machine, or no longer those that were measured."""
     named = Path(evaluation.model.weights)
-    folder = named if named.exists() else source.path
+    folder = next((base / named for base in _bases(evaluation) if (base / named).exists()), source.path)
     if not folder.is_dir() or not any(
         (folder / name).exists() for name in (CONFIG_FILE, "checkpoints", "manifest.json")
     ):
@@ -154,7 +175,7 @@ def _model(source: ReportSource, evaluation: Evaluation, dataset: Zeroshot) -> t
 
 
 def _measured_clip(folder: Path, sha256: str) -> Clip:
-    """The weights of a folder, or else their moving average, whose image tower has this hash."""
+    """Load the weights of a folder, or else their moving average, whichever image tower has this hash."""
     clip = loading.load_clip(Model(weights=str(folder)), where="report")
     if tensors_sha256(clip.model.visual.state_dict()) == sha256:
         return clip
@@ -167,29 +188,30 @@ def _measured_clip(folder: Path, sha256: str) -> Clip:
     return clip
 
 
-def _shown(
-    name: str,
-    image: Tensor,
-    adv: Tensor,
-    factor: float,
-    before: Tensor,
-    after: Tensor,
-    dataset: Zeroshot,
-    eps: str,
-    place: int,
-) -> Shown:
+def _shown(name: str, pair: _Pair, factor: float, dataset: Zeroshot, eps: str, place: int) -> Shown:
+    label = dataset.classes[dataset.samples.labels[place]]
+    said = [f"{dataset.classes[int(p.argmax())]} ({100 * float(p.max()):.0f} %)" for p in (pair.before, pair.after)]
+    measured = _measured(dataset, eps, place)
+    picture = _triptych([pair.image, (pair.adv - pair.image) * factor + 0.5, pair.adv])
+    alt = (
+        f"A {label}, the perturbation magnified, and the attacked image: "
+        f"said to be {said[0]} before, {said[1]} after the attack."
+    )
     samples = dataset.samples
-    label = dataset.classes[samples.labels[place]]
-    said = [f"{dataset.classes[int(p.argmax())]} ({100 * float(p.max()):.0f} %)" for p in (before, after)]
-    by = samples.eps[eps].broken_by[place]
-    measured = "stood" if samples.eps[eps].robust[place] else f"broken by {by}" if by else "wrong without attack"
-    picture = _triptych([image, (adv - image) * factor + 0.5, adv])
-    alt = f"A {label}, the perturbation magnified, and the attacked image: said to be {said[0]} before, {said[1]} after the attack."
     return Shown(Figure(name, alt, picture), str(samples.ids[place]), label, *said, measured)
 
 
+def _measured(dataset: Zeroshot, eps: str, place: int) -> str:
+    """What the evaluation found of this sample."""
+    outcomes = dataset.samples.eps[eps]
+    if outcomes.robust[place]:
+        return "stood"
+    by = outcomes.broken_by[place]
+    return f"broken by {by}" if by else "wrong without attack"
+
+
 def _triptych(images: list[Tensor]) -> bytes:
-    """Three images [3,H,W] side by side as a PNG, each pixel a square."""
+    """Paste three images [3,H,W] side by side into a PNG, each pixel a square."""
     height, width = images[0].shape[1:]
     scale = max(1, round(SIDE / max(height, width)))
     canvas = Image.new("RGB", (3 * scale * width + 2 * GAP, scale * height), "white")

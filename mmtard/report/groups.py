@@ -1,4 +1,4 @@
-"""Evaluations that may stand in one table, and datasets that may share a row: measured in the same way, the newest of each model."""
+"""Evaluations that may stand in one table, and datasets that may share a row: measured alike, newest first."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ from dataclasses import dataclass, field
 
 from ..config import parse_fraction
 from ..evaluation.statistics import paired_difference
-from .records import Measured, Retrieval, Zeroshot
-from .sources import ReportSource
+from .records import Evaluation, Measured, Retrieval, Zeroshot
+from .run_files import ReportSource
 
 FREE = ("batch_size", "sanity", "eps", "eps_of")  # settings that do not change what a number at one radius means
+# What differs in the `way` of two datasets of one name, as it is said in their rows' names.
 WAYS = {
     "fingerprint": "data",
     "perturb_at": "perturbed at",
     "classes": "class names",
     "templates": "prompts",
-}  # of `way`, in a row's name
+}
 LEFT_OUT_OF_MEANS = "ImageNet"
 
 
 @dataclass
 class Group:
-    """`models[i]`: the datasets of the i-th model by the row they stand in, in the order of the report's sources (empty where it has none).
+    """Evaluations with the same settings.
 
-    A row is called by the name of its dataset, and where other data or another way of asking have that name, too, by what differs.
+    models[i]: the datasets of the i-th model by the row they stand in, in the order of the report's sources (empty
+    where it has none). A row is called by the name of its dataset, and by what differs where other data or another way
+    of asking have that name, too.
     """
 
     title: str
@@ -48,22 +51,30 @@ class Group:
         having = [model for model in self.models if model]
         return [name for name in self.datasets if all(name in model for model in having)]
 
+    @property
+    def prompts(self) -> dict[tuple[str, ...], list[str]]:
+        """The rows that each set of prompts was asked in."""
+        found: dict[tuple[str, ...], list[str]] = {}
+        for model in self.models:
+            for name, dataset in model.items():
+                rows = found.setdefault(tuple(dataset.templates), [])
+                rows += [name] if name not in rows else []
+        return found
+
 
 def group(sources: list[ReportSource]) -> list[Group]:
-    """The groups in the order in which their first evaluation is met."""
+    """Return the groups in the order in which their first evaluation is met."""
     groups: dict[str, Group] = {}
-    taken: dict[
-        str, dict[tuple[int, str], tuple[Measured, str]]
-    ] = {}  # of each group: (model, row) -> the newest, and its file
+    # Of each group: (model, row) -> the newest, and its file.
+    taken: dict[str, dict[tuple[int, str], tuple[Measured, str]]] = {}
     for i, source in enumerate(sources):
         for evaluation in reversed(source.evaluations):
             settings = evaluation.settings.model_dump(mode="json")
-            key = json.dumps(
-                [evaluation.protocol, {k: v for k, v in settings.items() if k not in FREE}], sort_keys=True
-            )
+            same = {k: v for k, v in settings.items() if k not in FREE}
+            key = json.dumps([evaluation.protocol, same], sort_keys=True)
             if key not in groups:
-                title = f"protocol {evaluation.protocol}: {evaluation.settings.norm}, {', '.join(evaluation.settings.attacks)}, {evaluation.settings.iters} iterations"
-                groups[key] = Group(title, evaluation.settings.norm, [{} for _ in sources], [{} for _ in sources])
+                empty = [[{} for _ in sources] for _ in range(2)]
+                groups[key] = Group(_title(evaluation), evaluation.settings.norm, *empty)
             for dataset in evaluation.datasets:
                 row = i, json.dumps([dataset.name, dataset.kind, dataset.way])
                 _, newer = taken.setdefault(key, {}).setdefault(row, (dataset, str(evaluation.path)))
@@ -77,6 +88,11 @@ def group(sources: list[ReportSource]) -> list[Group]:
     return list(groups.values())
 
 
+def _title(evaluation: Evaluation) -> str:
+    how = evaluation.settings
+    return f"protocol {evaluation.protocol}: {how.norm}, {', '.join(how.attacks)}, {how.iters} iterations"
+
+
 def _row_names(datasets: list[Measured]) -> list[str]:
     """A name for each: the same for the same data asked in the same way, another for others."""
     ways: dict[str, list[dict]] = {}
@@ -85,36 +101,36 @@ def _row_names(datasets: list[Measured]) -> list[str]:
     names = []
     for dataset in datasets:
         differ = [key for key in WAYS if any(way[key] != dataset.way[key] for way in ways[dataset.name])]
-        said = ", ".join(f"{WAYS[key]} {dataset.way[key][:8]}" for key in differ)
+        said = ", ".join(f"{WAYS[key]} {_way(dataset, key)}" for key in differ)
         names.append(f"{dataset.name} ({said})" if said else dataset.name)
     return names
 
 
+def _way(dataset: Measured, key: str) -> str:
+    templates = getattr(dataset, "templates", [])
+    return f"“{templates[0]}”" if key == "templates" and len(templates) == 1 else dataset.way[key][:8]
+
+
 def difference(first: Zeroshot, other: Zeroshot, eps: str | None) -> dict | None:
-    """How `other`'s accuracy at a radius (None: clean, all samples) differs from `first`'s, as a fraction.
+    """Say how `other`'s accuracy at a radius (None: clean, all samples) differs from `first`'s, as a fraction.
 
     `p`: McNemar's, of the samples that both models were attacked on; None where they are not the same samples.
     """
     if eps is None:
-        return {
-            "difference": other.clean_all.accuracy - first.clean_all.accuracy,
-            "p": None,
-            "paired": first.way == other.way,
-        }
+        change = other.clean_all.accuracy - first.clean_all.accuracy
+        return {"difference": change, "p": None, "paired": first.way == other.way}
     if eps not in first.eps or eps not in other.eps:
         return None
     a, b = first.samples, other.samples
-    if (first.way, a.ids, a.labels) != (other.way, b.ids, b.labels):
-        return {
-            "difference": other.eps[eps].robust.accuracy - first.eps[eps].robust.accuracy,
-            "p": None,
-            "paired": False,
-        }
+    same = (first.way, a.ids, a.labels) == (other.way, b.ids, b.labels)
+    if not (same and a.ids and eps in a.eps and eps in b.eps):
+        change = other.eps[eps].robust.accuracy - first.eps[eps].robust.accuracy
+        return {"difference": change, "p": None, "paired": False}
     return {**paired_difference(a.eps[eps].robust, b.eps[eps].robust), "paired": True}
 
 
 def mean(datasets: list[Zeroshot], eps: str | None) -> float | None:
-    """The unweighted mean accuracy at a radius (None: clean); None when a dataset lacks it or there is none."""
+    """Return the unweighted mean accuracy at a radius (None: clean); None when a dataset lacks it or there is none."""
     if not datasets or (eps is not None and any(eps not in d.eps for d in datasets)):
         return None
     return sum(d.clean_all.accuracy if eps is None else d.eps[eps].robust.accuracy for d in datasets) / len(datasets)

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from .. import __version__
-from ..errors import UserError
 from ..runs import history
-from . import accuracy, curves, sources, tables
+from . import accuracy, curves, seeds, sources, tables
 from .attacked_images import Strip, strip
 from .groups import Group, group
+from .output_folder import check_own, output_folder
 from .records import Check
-from .sources import ReportSource
+from .run_files import ReportSource
+from .shown import typed, visible
 from .style import COLOURS, Figure
+from .table_files import as_csv, as_latex
+from .tables import Table
 
 PAGE, TEMPLATE = "report.html", "page.html.j2"
+KIND, REMEDY = "report", "choose another folder for --out"
 STATUSES = ("FAIL", "WARN", "PASS")
 
 
@@ -35,92 +39,155 @@ class Section:
     note: str = ""
 
 
-def report(paths: list[Path], out: Path, images: int = 6, command: str = "") -> Path:
-    """Write OUT/report.html and its figures as PNGs beside it; the page's path.
+@dataclass
+class Content:
+    """All that the page shows, in its order."""
 
-    paths: run folders, or results.json files or folders of them. images: samples shown under attack for each model, 0 for none.
-    Raises UserError for a path that is neither, and when OUT holds something else.
+    sources: list[ReportSource]
+    comparison: list[Section]
+    tables: list[Table]
+    strips: list[Strip]
+    radii: list[Section]
+    health: list[tuple[str, str, Check]]
+    training: list[Section]
+    details: list[Table]
+
+    @property
+    def missing(self) -> dict[str, list[str]]:
+        """What was not found, in words -> of whom."""
+        told = [(text, source.name) for source in self.sources for text in source.missing]
+        told += [(f"attacked images: {s.missing}", s.title) for s in self.strips if s.missing]
+        if any(source.is_run for source in self.sources):
+            told += [(f"{s.title}: {s.missing}", "all runs") for s in self.training if not s.figures]
+        found: dict[str, list[str]] = {}
+        for text, name in told:
+            found.setdefault(text, []).append(name)
+        return found
+
+    @property
+    def figures(self) -> list[Figure]:
+        """Every figure once, with a name of its own."""
+        blocks = [f for section in (*self.comparison, *self.radii, *self.training) for f in section.figures]
+        names: dict[str, int] = {}
+        unique = []
+        for figure in [*blocks, *(shown.figure for s in self.strips for shown in s.samples)]:
+            names[figure.name] = names.get(figure.name, 0) + 1
+            n = names[figure.name]
+            unique.append(figure if n == 1 else replace(figure, name=f"{figure.name}-{n}"))
+        return unique
+
+
+def report(paths: list[Path], out: Path, images: int = 6, command: str = "", labels: list[str] | None = None) -> Path:
+    """Write OUT/report.html, its figures as PNG, SVG and PDF and its tables as CSV and LaTeX; return the page's path.
+
+    paths: run or model folders, results.json files, or folders with any of these below. images: samples shown under
+    attack for each model, 0 for none. labels: names for the models, one for each path or for each model found. Raises
+    UserError for a path that is none of these, and when OUT holds what no report of mmtard wrote.
     """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / PAGE).is_file())):
-        raise UserError(f"'{out}' exists and is no report; choose another folder for --out")
-    found = sources.read(paths)
-    groups = group(found)
-    strips = [strip(source, i, images) for i, source in enumerate(found)] if images else []
-    sections = _sections(found, groups)
-    figures = [f for block in sections.values() for section in block for f in section.figures]
-    figures += [shown.figure for s in strips for shown in s.samples]
-    page = _render(found, groups, sections, strips, command)
-    _publish(out, page, figures)
+    check_own(out.resolve(), KIND, REMEDY)  # before minutes of work
+    content = _content(sources.read(paths, labels), images)
+    page = _render(content, command)
+    with output_folder(out, KIND, REMEDY) as scratch:
+        (scratch / PAGE).write_text(page, encoding="utf-8")
+        for figure in content.figures:
+            for kind, data in {"png": figure.png, **figure.vector}.items():
+                (scratch / f"{figure.name}.{kind}").write_bytes(data)
+        for table in content.tables:
+            (scratch / f"{table.name}.csv").write_text(as_csv(table), encoding="utf-8")
+            (scratch / f"{table.name}.tex").write_text(as_latex(table), encoding="utf-8")
     return out / PAGE
 
 
-def _sections(found: list[ReportSource], groups: list[Group]) -> dict[str, list[Section]]:
-    robustness = [section for n, g in enumerate(groups) for section in _of_group(g, n, found) if any(g.models)]
-    trajectory = accuracy.trajectory(found)
-    training = [
-        ("Loss terms", curves.losses(found), "no run has a metrics.jsonl with a loss"),
-        ("Teacher weights", curves.teacher_weights(found), "no method here weights its teachers by sample"),
-        (
-            "Accuracy during training",
-            [*curves.probes(found), *([trajectory] if trajectory else [])],
-            "no run has a probes.jsonl",
-        ),
-        ("Optimisation", curves.optimisation(found), "no run has a metrics.jsonl with a learning rate"),
-        ("Throughput and memory", curves.speed(found), "no run has a metrics.jsonl with its speed"),
-    ]
-    return {"robustness": robustness, "training": [Section(*entry) for entry in training]}
-
-
-def _of_group(g: Group, number: int, found: list[ReportSource]) -> list[Section]:
-    marks = (
-        "Large: mean over the model's datasets; small: each dataset."
-        if any(len(model) > 1 for model in g.models)
-        else ""
-    )
-    return [
-        Section(
-            "Clean against robust accuracy",
-            accuracy.scatter(g, number, found),
-            "no dataset was attacked",
-            f"{g.title}. {marks} Dotted: nothing lost to the attack.",
-        ),
-        Section(
-            "Accuracy against eps",
-            accuracy.against_eps(g, number, found),
-            "no dataset was attacked",
-            f"{g.title}. Bars: 95 % interval; at 0 the clean accuracy of the attacked samples.",
-        ),
-    ]
-
-
-def _render(found: list[ReportSource], groups: list[Group], sections: dict, strips: list[Strip], command: str) -> str:
-    environment = Environment(
-        loader=PackageLoader("mmtard.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"data_uri": _data_uri, "json": _json, "line": json.dumps, "how_it_ended": _how_it_ended}
-    return environment.get_template(TEMPLATE).render(
-        sources=[(source, COLOURS[i % len(COLOURS)]) for i, source in enumerate(found)],
-        pivots=[
-            *(tables.pivot(g, found) for g in groups if any(g.models)),
-            *(tables.retrieval(g, found) for g in groups if any(g.retrieval)),
-        ],
+def _content(found: list[ReportSource], images: int) -> Content:
+    """What is shown of the sources. One whose numbers cannot be shown is told, and the others stay."""
+    groups = group(found)
+    measured = [i for i, source in enumerate(found) if source.evaluations] if images else []
+    return Content(
+        sources=found,
+        comparison=[_scatter(g, n, found) for n, g in enumerate(groups) if any(g.models) and g.eps],
+        tables=_tables(found, groups),
+        strips=[strip(found[i], i, images) for i in measured],
+        radii=[_against_eps(g, n, found) for n, g in enumerate(groups) if any(g.models) and g.eps],
+        health=_health(found),
+        training=_training(found),
         details=[
             tables.details(evaluation.zeroshot, f"{source.name}: {evaluation.path}")
             for source in found
             for evaluation in reversed(source.evaluations)
             if evaluation.zeroshot
         ],
-        health=_health(found),
-        sections=sections,
-        strips=strips,
-        command=command,
+    )
+
+
+def _tables(found: list[ReportSource], groups: list[Group]) -> list[Table]:
+    made = []
+    for n, g in enumerate(groups):
+        if any(g.models):
+            made.append(tables.pivot(g, found, f"accuracy-{n}"))
+            made.append(seeds.means(g, found, f"seeds-{n}"))
+        if any(g.retrieval):
+            made.append(tables.retrieval(g, found, f"retrieval-{n}"))
+    return [table for table in made if table is not None]
+
+
+def _scatter(g: Group, number: int, found: list[ReportSource]) -> Section:
+    several = any(len(model) > 1 for model in g.models)
+    marks = "Large: mean over the model's datasets; small: each dataset. " if several else ""
+    note = f"{g.title}. {marks}Dotted: nothing lost to the attack."
+    return Section("Clean against robust accuracy", accuracy.scatter(g, number, found), "no dataset was attacked", note)
+
+
+def _against_eps(g: Group, number: int, found: list[ReportSource]) -> Section:
+    note = f"{g.title}. Bars: 95 % interval; at 0 the clean accuracy of the attacked samples."
+    return Section("Accuracy against eps", accuracy.against_eps(g, number, found), "no dataset was attacked", note)
+
+
+def _training(found: list[ReportSource]) -> list[Section]:
+    """The sections of training, empty ones too: what is missing in them is told at the end."""
+    trajectory = accuracy.trajectory(found)
+    probes = [*curves.probes(found), *([trajectory] if trajectory else [])]
+    return [
+        Section("Loss terms", curves.losses(found), "no run has a metrics.jsonl with a loss"),
+        Section("Teacher weights", curves.teacher_weights(found), "no method here weights its teachers by sample"),
+        Section("Accuracy during training", probes, "no run has a probes.jsonl"),
+        Section("Optimisation", curves.optimisation(found), "no run has a metrics.jsonl with a learning rate"),
+        Section("Throughput and memory", curves.speed(found), "no run has a metrics.jsonl with its speed"),
+    ]
+
+
+def _render(content: Content, command: str) -> str:
+    environment = Environment(
+        loader=PackageLoader("mmtard.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_visible,
+    )
+    environment.filters |= {
+        "data_uri": _data_uri,
+        "json": _json,
+        "line": json.dumps,
+        "how_it_ended": _how_it_ended,
+        "lines": lambda text: Markup(escape(visible(text, lines=True))),
+        "typed": typed,
+    }
+    shown = [s for s in content.strips if s.samples]
+    return environment.get_template(TEMPLATE).render(
+        content=content,
+        sources=[(source, COLOURS[i % len(COLOURS)]) for i, source in enumerate(content.sources)],
+        strips=shown,
+        glance=[shown[0], *shown[1:][-1:]] if shown else [],
+        training=[section for section in content.training if section.figures],
+        command=typed(command),
         version=__version__,
         written=time.strftime("%Y-%m-%d %H:%M %Z"),
     )
+
+
+def _visible(value: object) -> object:
+    """Text and paths with their control characters written out; what is markup already, and numbers, as they are."""
+    return visible(value) if isinstance(value, str | Path) and not isinstance(value, Markup) else value
 
 
 def _health(found: list[ReportSource]) -> list[tuple[str, str, Check]]:
@@ -136,30 +203,13 @@ def _health(found: list[ReportSource]) -> list[tuple[str, str, Check]]:
 
 
 def _how_it_ended(start: dict) -> str:
-    return f"{history.end_kind(start)}: {history.end_reason(start)}"
+    kind, reason = history.end_kind(start), history.end_reason(start)
+    return reason if reason.startswith(kind) else f"{kind}: {reason}"
 
 
 def _json(value) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False)
+    return json.dumps(value, indent=1, ensure_ascii=False, default=str)
 
 
 def _data_uri(figure: Figure) -> str:
     return f"data:image/png;base64,{base64.b64encode(figure.png).decode()}"
-
-
-def _publish(out: Path, page: str, figures: list[Figure]) -> None:
-    scratch = out.with_name(f".{out.name}.writing")
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        (scratch / PAGE).write_text(page, encoding="utf-8")
-        for figure in figures:
-            (scratch / f"{figure.name}.png").write_bytes(figure.png)
-        shutil.rmtree(out, ignore_errors=True)
-        scratch.rename(out)
-    except OSError as error:
-        raise UserError(
-            f"--out: cannot write '{out}': {error.strerror or error}; free space or choose another folder"
-        ) from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from ..config import parse_fraction
 from ..errors import UserError
 from ..evaluation import results
 from ..files import settings_digest
 
 
+def _radius(text: str) -> str:
+    parse_fraction(text)
+    return text
+
+
+Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Radius = Annotated[str, AfterValidator(_radius)]  # as it is written: `2/255`
+
+
 class Record(BaseModel):
+    """A part of a results.json; keys that the report does not show are kept as they are."""
+
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
 class Accuracy(Record):
     """A share of samples, its 95 % interval, and of how many."""
 
-    accuracy: float
-    interval95: tuple[float, float]
-    n: int
+    accuracy: Share
+    interval95: tuple[Share, Share]
+    n: Count
 
 
 class WorstClass(Record):
+    """The class that fares worst under attack, and on how many samples."""
+
     name: str
-    accuracy: float
-    n: int
+    accuracy: Share
+    n: Count
 
 
 class UnderAttack(Record):
@@ -47,14 +62,26 @@ class Outcomes(Record):
 
 
 class Samples(Record):
+    """The attacked samples: the same places in every list, and in those of each radius."""
+
     ids: list[int]
-    labels: list[int]
+    labels: list[Annotated[int, Field(ge=0)]]
     clean: list[bool]
     clean_prediction: list[int]
-    eps: dict[str, Outcomes] = {}
+    eps: dict[Radius, Outcomes] = {}
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> Self:
+        lists = [self.labels, self.clean, self.clean_prediction]
+        lists += [part for at in self.eps.values() for part in (at.broken_by, at.prediction, at.robust)]
+        if any(len(part) != len(self.ids) for part in lists):
+            raise ValueError("its lists are not of one length")
+        return self
 
 
 class Check(Record):
+    """A health check of an attack and what it found."""
+
     check: str
     status: Literal["PASS", "WARN", "FAIL"]
     detail: str
@@ -63,7 +90,7 @@ class Check(Record):
 class Measured(Record):
     """One dataset of an evaluation. Radii as they are written, `2/255`, in ascending order as the protocol lists them.
 
-    `data`: as it was given; `shards` and `index` (None: beside them): what was read, in the cache where `data` is class folders.
+    data: as it was given. shards, index (None: beside them): what was read, in the cache where `data` is class folders.
     """
 
     name: str
@@ -82,39 +109,51 @@ class Measured(Record):
 
 
 class Zeroshot(Measured):
+    """A dataset of classes, measured by the prompts `templates`; perturbed_size: (height, width) in pixels."""
+
     classes: list[str]
-    chance: float
-    n_total: int
+    chance: Share
+    n_total: Count
     templates: list[str]
     perturb_at: str
-    perturbed_size: tuple[int, int]
+    perturbed_size: tuple[Count, Count]
     clean_all: Accuracy
     clean: Accuracy
-    eps: dict[str, UnderAttack]
+    eps: dict[Radius, UnderAttack]
     samples: Samples
+
+    @model_validator(mode="after")
+    def _of_these_classes(self) -> Self:
+        if self.samples.ids and max(self.samples.labels) >= len(self.classes):
+            raise ValueError(f"a label is {max(self.samples.labels)}, there are {len(self.classes)} classes")
+        return self
 
 
 Recalls = dict[str, dict[str, Accuracy]]  # direction -> k -> recall at k
 
 
 class RecallUnderAttack(Record):
+    """Recall among the samples under attack."""
+
     recall: Recalls
 
 
 class Retrieval(Measured):
-    """Images and captions, whose recall at k is measured in both directions. `attack`: in words."""
+    """Images and captions, whose recall at k is measured in both directions. attack: in words."""
 
-    n_total: int
+    n_total: Count
     attack: str = ""
     clean_all: Recalls
     clean: Recalls
-    eps: dict[str, RecallUnderAttack]
+    eps: dict[Radius, RecallUnderAttack]
 
 
 KINDS: dict[str, type[Measured]] = {"zeroshot": Zeroshot, "retrieval": Retrieval}
 
 
 class Settings(Record):
+    """How it was attacked."""
+
     norm: str
     attacks: list[str]
     iters: int
@@ -122,7 +161,10 @@ class Settings(Record):
 
 
 class About(Record):
-    """The model that was measured. `weights`: as they were named; `ema`: their moving average; `sha256`: of its image tower."""
+    """The model that was measured.
+
+    weights: as they were named. ema: their moving average. sha256: of its image tower.
+    """
 
     weights: str
     ema: bool = False
@@ -157,12 +199,14 @@ class Evaluation(Record):
 
 
 def read(path: Path) -> Evaluation:
-    """Raises UserError naming the file and what of it is not as `mmtard evaluate` writes it."""
-    found = results.read(path)
+    """Read a results.json. Raises UserError naming the file and what of it is not as `mmtard evaluate` writes it."""
     try:
+        found = results.read(path)
         datasets = [KINDS.get(d.get("kind"), Measured).model_validate(d) for d in found.get("datasets", [])]
         return Evaluation.model_validate({**found, "path": path, "datasets": datasets})
-    except (ValidationError, AttributeError) as error:
+    except RecursionError:
+        raise UserError(f"'{path}' is nested too deeply for a results.json; evaluate the model again") from None
+    except (ValidationError, AttributeError, TypeError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("datasets",), "msg": str(error)}
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"'{path}': {where}: {first['msg']}; evaluate the model again") from None

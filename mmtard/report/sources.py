@@ -1,48 +1,58 @@
-"""What a report is made of: the files of runs, and evaluations of models that are not runs."""
+"""What a report is made of: runs with every evaluation of their weights, and models that are no runs."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 from ..errors import UserError
-from ..runs import history
-from ..runs.layout import EVENTS, HISTORY, METRICS
+from ..models.clip import START_FOLDER
+from ..runs.layout import CHECKPOINTS, RESULTS
+from . import finding
 from .records import About, Evaluation, read as read_results
+from .run_files import ReportSource, is_run_folder, read_run
 
-PROBES, CONFIG, ENVIRONMENT, RESULTS = "probes.jsonl", "config.yaml", "environment.json", "results.json"
-
-
-@dataclass
-class ReportSource:
-    """A run or a model: what was found of it, and in `missing` what was not, in words."""
-
-    name: str
-    path: Path
-    config: str | None = None  # YAML, as it stands in the run's folder
-    environment: dict | None = None
-    starts: list[dict] = field(default_factory=list)
-    metrics: list[dict] = field(default_factory=list)
-    probes: list[dict] = field(default_factory=list)
-    events: list[dict] = field(default_factory=list)
-    evaluations: list[Evaluation] = field(default_factory=list)  # oldest first
-    missing: list[str] = field(default_factory=list)
-
-    @property
-    def is_run(self) -> bool:
-        return self.config is not None or bool(self.starts)
+RESULTS_ALONE = "training: these are evaluation results alone"
 
 
-def read(paths: list[Path]) -> list[ReportSource]:
-    """The sources in the order given, each with a name of its own. Raises UserError for a path that is neither run nor results."""
-    found = [source for path in paths for source in _read(path)]
+def read(paths: list[Path], labels: list[str] | None = None) -> list[ReportSource]:
+    """Read the sources in the order given, each with a name of its own.
+
+    paths: run folders, model folders, results.json files or folders of them, folders with any of these below. The
+    evaluations of a run or model are found by the hash of its weights wherever they lie below the folders given or
+    beside the runs. What cannot be read below a folder is a source with a `problem`. labels: names, one for each path
+    or for each source. Raises UserError for a path that is none of these, and where nothing can be read.
+    """
+    pool = _Pool(paths)
+    found, of_path = [], []
+    for path in paths:
+        of_path.append(len(found))
+        found += _read(path, pool)
+    if found and all(source.problem for source in found):
+        raise UserError(f"nothing can be read: {'; '.join(s.problem for s in found[:3])}")
     for i, source in enumerate(found):
         others = [s.name for s in found[:i]]
         if source.name in others:
             source.name = next(name for name in _longer_names(source) if name not in others)
+    _label(found, of_path, labels)
     return found
+
+
+def _label(found: list[ReportSource], of_path: list[int], labels: list[str] | None) -> None:
+    if labels is None:
+        return
+    places = next((places for places in (of_path, range(len(found))) if len(places) == len(labels)), None)
+    if places is None:
+        names = ", ".join(source.name for source in found)
+        raise UserError(f"--labels: {len(labels)} for {len(found)} models ({names}); give one for each of them")
+    if len(set(labels)) < len(labels):
+        raise UserError("--labels: one stands there twice; give each model a name of its own")
+    for place, label in zip(places, labels):
+        found[place].name = label
+    for i, source in enumerate(found):
+        while source.name in (other.name for other in found[:i]):
+            source.name += "'"
 
 
 def _longer_names(source: ReportSource) -> Iterator[str]:
@@ -54,36 +64,140 @@ def _longer_names(source: ReportSource) -> Iterator[str]:
         n += 1
 
 
-def _read(path: Path) -> list[ReportSource]:
+class _Pool:
+    """The evaluations that lie outside of the runs, each read once; a run or model takes those of its own weights."""
+
+    def __init__(self, paths: list[Path]):
+        given = [path for path in paths if is_run_folder(path) or finding.is_model_folder(path)]
+        folders = [path for path in paths if path.is_dir() and path not in given]
+        self._beside = [path for path in finding.search_places(given) if path.is_dir()] if given else []
+        self.below = {path: finding.look_below(path) for path in (*folders, *self._beside)}
+        self._runs = [run.resolve() for run in (*given, *(run for path in folders for run in self.below[path].runs))]
+        self._read: dict[Path, Evaluation | UserError] = {}
+        self._taken: set[Path] = set()
+
+    def read(self, path: Path) -> Evaluation:
+        """Raises UserError, each time, for a file that is no results.json."""
+        key = path.resolve()
+        if key not in self._read:
+            try:
+                self._read[key] = read_results(path)
+            except UserError as error:
+                self._read[key] = error
+        if isinstance(known := self._read[key], UserError):
+            raise known
+        return known
+
+    def take(
+        self, paths: list[Path], wanted: Callable[[Evaluation], bool] | None = None
+    ) -> tuple[list[Evaluation], list[str]]:
+        """(those of the files that nobody took and `wanted` accepts, oldest first, why others cannot be shown)."""
+        evaluations, damaged = [], []
+        for path in sorted(paths, key=lambda path: (_age(path), str(path))):
+            if path.resolve() in self._taken:
+                continue
+            try:
+                evaluation = self.read(path)
+            except UserError as error:
+                self._taken.add(path.resolve())
+                damaged.append(f"an evaluation: {error}")
+                continue
+            if wanted is None or wanted(evaluation):
+                self._taken.add(path.resolve())
+                evaluations.append(evaluation)
+        return evaluations, damaged
+
+    def of(self, weights: finding.Weights) -> list[Evaluation]:
+        """Take the evaluations of a run's or model's weights that lie outside of every run, oldest first."""
+        return self.take(self._outside, lambda evaluation: finding.is_of(evaluation, weights))[0]
+
+    @cached_property
+    def _outside(self) -> list[Path]:
+        """What can be read; a damaged file is told where its folder was given, and else not the report's to tell."""
+        paths = {path.resolve(): path for found in self.below.values() for path in found.results}
+        outside = [p for real, p in paths.items() if not any(real.is_relative_to(run) for run in self._runs)]
+        return [path for path in outside if self._readable(path)]
+
+    def _readable(self, path: Path) -> bool:
+        try:
+            return bool(self.read(path))
+        except UserError:
+            return False
+
+
+def _age(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _read(path: Path, pool: _Pool) -> list[ReportSource]:
     if not path.exists():
         raise UserError(f"'{path}' does not exist; give a run's folder, or a results.json or its folder")
     if path.is_file():
-        evaluation = read_results(path)
-        return [
-            ReportSource(
-                _stem(path), path, evaluations=[evaluation], missing=["training: these are evaluation results alone"]
-            )
-        ]
-    if any((path / name).is_file() for name in (CONFIG, METRICS, HISTORY)):
-        return _columns(read_run(path))
-    evaluations, damaged = _evaluations(path)
-    if not evaluations:
-        why = f" ({damaged[0]})" if damaged else ""
+        return [ReportSource(_stem(path), path, evaluations=[read_results(path)], missing=[RESULTS_ALONE])]
+    if is_run_folder(path):
+        return _run(path, pool)
+    if finding.is_model_folder(path):
+        evaluations, damaged = pool.take(finding.look_below(path).results)
+        evaluations = sorted([*evaluations, *pool.of(finding.Weights(path))], key=lambda e: _age(e.path))
+        missing = [RESULTS_ALONE, *damaged, *([] if evaluations else [_how_to_evaluate(path)])]
+        return [ReportSource(_path_name(path), path, evaluations=evaluations, missing=missing)]
+    return _folder(path, pool)
+
+
+def _folder(path: Path, pool: _Pool) -> list[ReportSource]:
+    """The runs below a folder with their evaluations, then the models that are no run of these; starts come first."""
+    below = pool.below[path]
+    sources = [source for run in below.runs for source in _run(run, pool)]
+    evaluations, damaged = pool.take(below.results)
+    if not below.runs and not evaluations:
+        why = f" ({damaged[0].removeprefix('an evaluation: ')})" if damaged else ""
         raise UserError(
-            f"'{path}' is neither a run's folder nor holds a {RESULTS}{why}; run `mmtard evaluate` first, or correct the path"
+            f"'{path}' is neither a run's folder nor holds a {RESULTS}{why}; "
+            "run `mmtard evaluate` first, or correct the path"
         )
     by_model = _by_model(evaluations)
-    names = _names(path, by_model) if len(by_model) > 1 else dict.fromkeys(by_model, path.resolve().name)
-    missing = ["training: these are evaluation results alone", *damaged]
-    return [
-        ReportSource(names[model], path, evaluations=of_one, missing=list(missing))
-        for model, of_one in by_model.items()
-    ]
+    names = _names(path, by_model)
+    if len(by_model) == 1 and len(evaluations) == len(below.results):
+        names = dict.fromkeys(by_model, path.resolve().name)
+    told = [RESULTS_ALONE, *([] if below.runs else damaged)]
+    sources += [ReportSource(names[m], path, evaluations=of_one, missing=list(told)) for m, of_one in by_model.items()]
+    sources.sort(key=lambda source: not source.name.endswith(f" {START_FOLDER}"))
+    problems = [(path, text) for text in damaged] if below.runs else []
+    problems += [(folder, f"'{folder}' cannot be listed: {why}") for folder, why in below.unreadable]
+    if below.cut:
+        problems.append((path, f"'{path}': only the first {finding.MOST_FOLDERS} folders below it were searched"))
+    return [*sources, *(ReportSource(where.name, where, problem=text) for where, text in problems)]
 
 
-def _columns(run: ReportSource) -> list[ReportSource]:
-    """The run with the evaluations of its own weights, the newest that were measured under its name; a source for each of the others."""
-    own = next((e.model.identity for e in reversed(run.evaluations) if _name(e.model, run.path) == run.name), None)
+def _run(path: Path, pool: _Pool) -> list[ReportSource]:
+    """A run with the evaluations of its newest weights, and a source for each of its other weights measured."""
+    try:
+        run = read_run(path)
+    except OSError as error:
+        return [ReportSource(path.resolve().name, path, problem=f"'{path}' cannot be read: {error.strerror or error}")]
+    own, damaged = pool.take(finding.look_below(path).results)
+    weights = finding.Weights(path)
+    run.evaluations = sorted([*own, *pool.of(weights)], key=lambda e: _age(e.path))
+    run.missing += damaged
+    if not run.evaluations:
+        run.missing.append(_how_to_evaluate(path))
+    return _columns(run, weights)
+
+
+def _how_to_evaluate(path: Path) -> str:
+    return f"accuracy under attack: no evaluation of these weights was found; mmtard evaluate {path} --data ROOT"
+
+
+def _columns(run: ReportSource, weights: finding.Weights) -> list[ReportSource]:
+    """The run with the evaluations of its own weights: those of its last checkpoint, else those last named after it."""
+    if not run.evaluations:
+        return [run]
+    of_newest = [e.model.identity for e in reversed(run.evaluations) if e.model.sha256 == weights.newest]
+    named = [e.model.identity for e in reversed(run.evaluations) if _name(e.model, run.path) == run.name]
+    own = next(iter(of_newest if weights.newest else named), None)
     by_model = _by_model(run.evaluations)
     names = _names(run.path, by_model, {own: run.name})
     run.evaluations = by_model.pop(own, [])
@@ -92,13 +206,8 @@ def _columns(run: ReportSource) -> list[ReportSource]:
             "accuracy under attack: no evaluation of its newest weights; those of others have columns of their own"
         )
     missing = f"training: these are other weights than the newest of the run '{run.path}'"
-    return [
-        run,
-        *(
-            ReportSource(names[model], run.path, evaluations=of_one, missing=[missing])
-            for model, of_one in by_model.items()
-        ),
-    ]
+    others = [ReportSource(names[m], run.path, evaluations=of_one, missing=[missing]) for m, of_one in by_model.items()]
+    return [run, *others]
 
 
 def _by_model(evaluations: list[Evaluation]) -> dict[tuple, list[Evaluation]]:
@@ -112,7 +221,10 @@ def _by_model(evaluations: list[Evaluation]) -> dict[tuple, list[Evaluation]]:
 def _names(
     folder: Path, by_model: dict[tuple, list[Evaluation]], given: dict[tuple | None, str] | None = None
 ) -> dict[tuple | None, str]:
-    """A name for each model, beside those given: of its newest evaluation, where a newer model has that name with the hash of its weights."""
+    """A name for each model beside those given: that of its newest evaluation.
+
+    Where a newer model has that name, too, the hash of the weights is added.
+    """
     names = dict(given or {})
     for model, of_one in reversed(by_model.items()):
         name = _name(of_one[-1].model, folder)
@@ -121,63 +233,18 @@ def _names(
 
 
 def _name(model: About, folder: Path) -> str:
-    """`b32`, `b32 most_robust` or `b32 ema`, as the weights were given; the folder's own name for weights given as `.`."""
-    path = Path(model.weights)
-    of, checkpoint = (path.parent.parent, [path.name]) if path.parent.name == "checkpoints" else (path, [])
-    return " ".join([of.name or folder.resolve().name, *checkpoint, *(["ema"] if model.ema else [])])
+    """`b32`, `b32 most_robust`, `b32 start` or `b32 ema`, as the weights were given; the folder's own for `.`."""
+    name = _path_name(Path(model.weights)) or folder.resolve().name
+    return f"{name} ema" if model.ema else name
+
+
+def _path_name(path: Path) -> str:
+    if path.parent.name == CHECKPOINTS:
+        return f"{path.parent.parent.name} {path.name}"
+    if path.name == START_FOLDER and path.parent.name:
+        return f"{path.parent.name} {START_FOLDER}"
+    return path.name
 
 
 def _stem(path: Path) -> str:
     return path.resolve().parent.name if path.name == RESULTS else path.stem
-
-
-def read_run(path: Path) -> ReportSource:
-    """What a run's folder holds."""
-    source = ReportSource(path.resolve().name, path, starts=history.read(path))
-    source.metrics, source.probes, source.events = (rows_of(path / name) for name in (METRICS, PROBES, EVENTS))
-    source.evaluations, damaged = _evaluations(path / "evaluations")
-    source.missing += damaged
-    if (path / CONFIG).is_file():
-        source.config = (path / CONFIG).read_text(encoding="utf-8")
-    try:
-        source.environment = json.loads((path / ENVIRONMENT).read_text())
-    except (OSError, ValueError):
-        source.missing.append(f"versions, hosts and the command: no readable {ENVIRONMENT}")
-    for what, name, have in (
-        ("training curves", METRICS, source.metrics),
-        ("clean and robust accuracy during training", PROBES, source.probes),
-        ("configuration", CONFIG, source.config),
-        ("history of starts", HISTORY, source.starts),
-        ("accuracy under attack", f"evaluations/**/{RESULTS}", source.evaluations),
-    ):
-        if not have:
-            source.missing.append(f"{what}: no {name}")
-    return source
-
-
-def _evaluations(folder: Path) -> tuple[list[Evaluation], list[str]]:
-    """(the evaluations below a folder, oldest first, and why others cannot be shown)."""
-    found, damaged = [], []
-    for path in sorted(folder.rglob(RESULTS), key=lambda p: (p.stat().st_mtime, str(p))):
-        try:
-            found.append(read_results(path))
-        except UserError as error:
-            damaged.append(f"an evaluation: {error}")
-    return found, damaged
-
-
-def rows_of(path: Path) -> list[dict]:
-    """The rows of a JSONL file; none where it is missing. A line that an interruption cut short is left out."""
-    rows = []
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows

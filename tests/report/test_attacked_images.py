@@ -110,7 +110,8 @@ def test_images_in_class_folders_are_attacked_too_as_long_as_their_shards_are_th
     shutil.rmtree(tmp_path / "cache")
     made = strip(sources.read([tmp_path / "r"])[0], 0, 2)
     assert re.fullmatch(
-        rf"the shards '{tmp_path}/cache/.*', which '{tmp_path}/photos' was read from, are gone; the command of its evaluation writes them again",
+        rf"the shards '{tmp_path}/cache/.*', which '{tmp_path}/photos' was read from, are gone; "
+        "the command of its evaluation writes them again",
         made.missing,
     )
     assert command(*photos) == 0

@@ -17,7 +17,7 @@ def test_a_run_brings_its_files_and_says_what_it_lacks(tmp_path):
     )  # the line cut short is left out
     assert source.missing == [
         "clean and robust accuracy during training: no probes.jsonl",
-        "accuracy under attack: no evaluations/**/results.json",
+        f"accuracy under attack: no evaluation of these weights was found; mmtard evaluate {folder} --data ROOT",
     ]
     (folder / "environment.json").unlink()
     (folder / "metrics.jsonl").unlink()

@@ -19,7 +19,10 @@ def accuracy(flags):
 def dataset(
     name, clean, robust, data="shards", fingerprint="f" * 64, classes=("red square", "green <ring>"), **changes
 ):
-    """A dataset's part of a results.json: `clean` flags of the attacked samples, `robust` {eps: flags}; everyone else is right."""
+    """A dataset's part of a results.json.
+
+    clean: flags of the attacked samples; robust: {eps: flags}. Who is not attacked is right.
+    """
     labels = [i % len(classes) for i in range(len(clean))]
     wrong = [(label + 1) % len(classes) for label in labels]
     by_eps = {
@@ -45,15 +48,19 @@ def dataset(
         }
         for eps, flags in robust.items()
     }
+    samples = {
+        "ids": list(range(len(clean))), "keys": [f"k{i}" for i in range(len(clean))], "labels": labels, "clean": clean,
+        "clean_prediction": [label if c else w for label, w, c in zip(labels, wrong, clean)], "eps": outcomes,
+    }  # fmt: skip
+    health = [
+        {"check": "range", "status": "PASS", "detail": "pixels in [0,1]"},
+        {"check": "zero gradients", "status": "WARN", "detail": "3 of 10 samples"},
+    ]
     return {
-        "name": name, "data": data, "key": "k", "fingerprint": fingerprint, "kind": "zeroshot", "classes": list(classes), "chance": 1 / len(classes),
-        "n_total": len(clean), "replaced": 0, "templates": ["a photo of a {}"], "perturb_at": "input", "perturbed_size": [16, 16],
-        "clean_all": accuracy(clean), "clean": accuracy(clean), "eps": by_eps,
-        "samples": {
-            "ids": list(range(len(clean))), "keys": [f"k{i}" for i in range(len(clean))], "labels": labels, "clean": clean,
-            "clean_prediction": [label if c else w for label, w, c in zip(labels, wrong, clean)], "eps": outcomes,
-        },
-        "health": [{"check": "range", "status": "PASS", "detail": "pixels in [0,1]"}, {"check": "zero gradients", "status": "WARN", "detail": "3 of 10 samples"}],
+        "name": name, "data": data, "key": "k", "fingerprint": fingerprint, "kind": "zeroshot",
+        "classes": list(classes), "chance": 1 / len(classes), "n_total": len(clean), "replaced": 0,
+        "templates": ["a photo of a {}"], "perturb_at": "input", "perturbed_size": [16, 16],
+        "clean_all": accuracy(clean), "clean": accuracy(clean), "eps": by_eps, "samples": samples, "health": health,
         **changes,
     }  # fmt: skip
 
@@ -103,8 +110,10 @@ CONFIG = {
 }
 ROWS = [
     {
-        "step": n, "loss": 3.0 / n, "kl_robust": 2.0 / n, "w_clean": 5.0, "w_clean_p10": 4.0, "w_clean_p50": 5.0, "w_clean_p90": 6.0, "w_robust": 40.0 + n,
-        "lr": 1e-3, "grad_norm": None if n == 4 else 1.0, "batch": 17, "skipped": 0, "replaced": 0, "seconds": 2.0, "images_per_s": 4.0, "memory_gib": 0.5,
+        "step": n, "loss": 3.0 / n, "kl_robust": 2.0 / n,
+        "w_clean": 5.0, "w_clean_p10": 4.0, "w_clean_p50": 5.0, "w_clean_p90": 6.0, "w_robust": 40.0 + n,
+        "lr": 1e-3, "grad_norm": None if n == 4 else 1.0, "batch": 17, "skipped": 0, "replaced": 0,
+        "seconds": 2.0, "images_per_s": 4.0, "memory_gib": 0.5,
     }
     for n in range(1, 11)
 ]  # fmt: skip
@@ -112,7 +121,7 @@ PROBES = [{"step": n, "clean": 0.9 - n / 50, "robust": n / 20, "interval": [0, 1
 
 
 def write_run(folder, rows=ROWS, probes=PROBES):
-    """A run's folder of 10 steps that is complete, with a probe at every second step; a line of its metrics was cut short."""
+    """A run's folder of 10 steps that is complete, with a probe at every second step; its last metrics are cut."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "run_dir": str(folder)}))
     (folder / "environment.json").write_text(
