@@ -220,16 +220,18 @@ def replace_folder(folder: Path, kind: str, earlier: Callable[[Path], bool] = la
     """Yields a new, empty folder that takes the place of `folder` when the block ends well.
 
     For folders that mmtard makes as a whole and may make again: a report, an exported model. `kind` says which
-    ("report"). A manifest in the folder lists what mmtard wrote there. UserError, before anything is written, where
-    `folder` exists and is not mmtard's own: no manifest of this kind, or a file that the manifest does not list. An
-    empty folder may be taken. `earlier` says whether a folder without a manifest was made by a version that wrote
-    none. Where the block fails, the old folder stays and the new one is removed.
+    ("report"). A manifest in the folder lists what mmtard wrote there, with checksums. UserError, before anything is
+    written, where `folder` exists and is not mmtard's own: no manifest of this kind, a file that the manifest does not
+    list, or one that was changed since. An empty folder may be taken. `earlier` says whether a folder without a
+    manifest was made by a version that wrote none. Where the block fails, the old folder stays and the new one is
+    removed.
     """
     folder = Path(folder)
     check_replaceable(folder, kind, earlier)
     with _new_folder(folder) as scratch:
         yield scratch
-        listed = json.dumps({"made_by": "mmtard", "kind": kind, "files": _files_of(scratch)}, indent=1)
+        digests = {name: _digest(scratch / name) for name in _files_of(scratch)}
+        listed = json.dumps({"made_by": "mmtard", "kind": kind, "files": digests}, indent=1)
         (scratch / MANIFEST).write_text(listed + "\n", encoding="utf-8")
         check_replaceable(folder, kind, earlier)
         _swap(scratch, folder)
@@ -248,16 +250,20 @@ def check_replaceable(folder: Path, kind: str, earlier: Callable[[Path], bool] =
         return
     try:
         made = json.loads((folder / MANIFEST).read_bytes())
-        known = set(made["files"]) if made["kind"] == kind and made["made_by"] == "mmtard" else None
+        known = dict(made["files"]) if made["kind"] == kind and made["made_by"] == "mmtard" else None
     except (OSError, ValueError, KeyError, TypeError):
         known = None
     if known is None:
         if (folder / MANIFEST).exists() or not earlier(folder):
             raise UserError(f"'{folder}' exists and is not a {kind} that mmtard made; {remedy}")
         return
-    foreign = sorted(set(_files_of(folder)) - known - {MANIFEST})
+    foreign = sorted(set(_files_of(folder)) - known.keys() - {MANIFEST})
     if foreign:
         raise UserError(f"'{folder}' holds '{foreign[0]}', which mmtard did not write there; {remedy}")
+    present = [name for name in known if os.path.lexists(folder / name)]
+    changed = [name for name in present if _digest(folder / name) != known[name]]
+    if changed:
+        raise UserError(f"'{folder}' holds '{changed[0]}', which was changed since mmtard wrote it; {remedy}")
 
 
 def _files_of(folder: Path) -> list[str]:
@@ -267,6 +273,14 @@ def _files_of(folder: Path) -> list[str]:
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         found += [os.path.relpath(os.path.join(parent, name), folder) for name in files + links]
     return sorted(found)
+
+
+def _digest(path: Path) -> str:
+    """The sha256 of a file; what a link points to does not count."""
+    if path.is_symlink() or not path.is_file():
+        return "no file"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -101,6 +101,12 @@ def _add_export(commands) -> None:
     p.add_argument("run_folder", type=path, metavar="RUN", help="run or checkpoint folder")
     p.add_argument("out", type=path, metavar="OUT")
     p.set_defaults(flags={"export.weights": "RUN", "export.ema": "--ema", "leave ema out": "leave --ema out"})
+    p.add_argument(
+        "--push",
+        metavar="ORG/NAME",
+        help="also say what would be uploaded to this repository of the Hugging Face Hub; with --yes upload it",
+    )
+    p.add_argument("--yes", action="store_true", help="really upload with --push; needs your token of the Hub")
     p.add_argument("--hf", action="store_true", help="also OUT/transformers, which transformers' CLIPModel loads")
     p.add_argument("--ema", action="store_true", help="the moving average of the weights that train.ema kept")
     p.add_argument(
@@ -111,9 +117,15 @@ def _add_export(commands) -> None:
 
 
 def _export(args) -> None:
+    if args.yes and not args.push:
+        raise UserError("--yes: belongs to --push ORG/NAME; add it, or leave --yes out")
     from ..export.folder import export
+    from ..export.push import check_push, push
 
-    for written in export(
-        settings.Model(weights=str(args.run_folder), ema=args.ema), args.out, hf=args.hf, merge_lora=args.merge_lora
-    ):
+    if args.push:
+        check_push(args.push, args.yes)  # before minutes of work
+    model = settings.Model(weights=str(args.run_folder), ema=args.ema)
+    for written in export(model, args.out, hf=args.hf, merge_lora=args.merge_lora):
         print(written)
+    if args.push:
+        print(*push(args.out, args.push, args.yes), sep="\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -9,30 +10,32 @@ import torch
 
 from ..config import Model
 from ..errors import UserError
+from ..files import MANIFEST, check_replaceable, replace_folder, why_not_written
 from ..models import loading
-from ..models.clip import CONFIG_FILE
-from ..models.lora import ADAPTER_CONFIG
+from ..models.clip import Clip
 from .adapter import Adapter
 from .card import model_card
 from .hf import FOLDER as HF_FOLDER, save_transformers
 
 TOWER_FILE, CARD = "image_tower.pt", "README.md"
+KIND = "model"
+LITTLE_ROOM = 2**20  # bytes free on a disk that torch could not write to because it was full
 
 
 def export(source: Model, out: Path, hf: bool = False, merge_lora: bool = False) -> list[Path]:
-    """Write a model to the folder `out`, whole or not at all; the files written.
+    """Write a model to the folder `out`, whole or not at all; return the files written.
 
-    `open_clip.create_model_and_transforms("local-dir:OUT")` loads the folder; `image_tower.pt` is the plain state_dict of the image
-    tower that `model.visual.load_state_dict` takes, as RobustVLM publishes its towers; `README.md` is the model card. hf: also
-    `transformers/`, which `transformers.CLIPModel.from_pretrained` loads. A run that trained adapters is written as a peft
-    folder instead, unless `merge_lora` folds them into the weights. Raises UserError when `out` holds something else, when
-    the model cannot be loaded, and with `hf` when transformers has no such architecture.
+    `open_clip.create_model_and_transforms("local-dir:OUT")` loads the folder. `image_tower.pt` is the plain state_dict
+    of the image tower that `model.visual.load_state_dict` takes, as RobustVLM publishes its towers. `README.md` is the
+    model card. hf: also `transformers/`, which `transformers.CLIPModel.from_pretrained` loads. A run that trained
+    adapters is written as a peft folder instead, unless `merge_lora` folds them into the weights.
+
+    Raises UserError when `out` holds anything but an earlier export as it was written, when the model cannot be loaded,
+    when the disk is full, and with `hf` when transformers has no such architecture.
     """
-    if out.exists() and (
-        not out.is_dir()
-        or (any(out.iterdir()) and not any((out / name).is_file() for name in (CONFIG_FILE, ADAPTER_CONFIG)))
-    ):
-        raise UserError(f"'{out}' exists and is no exported folder; choose another OUT")
+    check_replaceable(out, KIND)
+    if out.exists() and out.resolve() == Path(source.weights).resolve():
+        raise UserError(f"'{out}' is the model itself; choose another OUT")
     adapter = Adapter(source)
     if merge_lora and not adapter.found:
         raise UserError(
@@ -44,21 +47,31 @@ def export(source: Model, out: Path, hf: bool = False, merge_lora: bool = False)
         )
     as_adapter = adapter.found and not merge_lora
     clip = loading.load_clip(source, where="export")  # with an adapter folded in, which the card describes
-    scratch = out.with_name(f".{out.name}.exporting")
-    shutil.rmtree(scratch, ignore_errors=True)
     try:
-        if as_adapter:
-            adapter.save(scratch)
-        else:
-            clip.save(scratch)
-            torch.save(clip.model.visual.state_dict(), scratch / TOWER_FILE)
-        if hf:
-            save_transformers(clip, scratch / HF_FOLDER)
-        (scratch / CARD).write_text(model_card(clip, source, hf, as_adapter), encoding="utf-8")
-        shutil.rmtree(out, ignore_errors=True)
-        scratch.rename(out)
+        with replace_folder(out, KIND) as scratch:
+            if as_adapter:
+                adapter.save(scratch)
+            else:
+                _save(clip, scratch)
+            if hf:
+                save_transformers(clip, scratch / HF_FOLDER)
+            (scratch / CARD).write_text(model_card(clip, source, hf, as_adapter), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write '{out}': {error.strerror or error}; free space or choose another OUT") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return sorted(path for path in out.rglob("*") if path.is_file())
+        needed = sum(value.nbytes for value in clip.model.state_dict().values())
+        raise UserError(why_not_written(out, error, needed)) from None
+    return sorted(path for path in out.rglob("*") if path.is_file() and path != out / MANIFEST)
+
+
+def _save(clip: Clip, folder: Path) -> None:
+    """Write what open_clip loads, and the tower file. Raises OSError when there is no room."""
+    model = folder / "model"  # in the folder: what an interruption leaves of it goes with the folder
+    clip.save(model)
+    for path in model.iterdir():
+        path.rename(folder / path.name)
+    model.rmdir()
+    try:
+        torch.save(clip.model.visual.state_dict(), folder / TOWER_FILE)
+    except RuntimeError as error:  # torch's own writer does not say why
+        full = shutil.disk_usage(folder).free < LITTLE_ROOM
+        number, text = (errno.ENOSPC, "No space left on device") if full else (errno.EIO, str(error))
+        raise OSError(number, text) from None

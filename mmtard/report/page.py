@@ -12,11 +12,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from .. import __version__
+from ..errors import UserError
+from ..files import check_replaceable, replace_folder, why_not_written
 from ..runs import history
 from . import accuracy, curves, seeds, sources, tables
 from .attacked_images import Strip, strip
 from .groups import Group, group
-from .output_folder import check_own, output_folder
 from .records import Check
 from .run_files import ReportSource
 from .shown import typed, visible
@@ -25,7 +26,7 @@ from .table_files import as_csv, as_latex
 from .tables import Table
 
 PAGE, TEMPLATE = "report.html", "page.html.j2"
-KIND, REMEDY = "report", "choose another folder for --out"
+KIND = "report"
 STATUSES = ("FAIL", "WARN", "PASS")
 
 
@@ -84,18 +85,25 @@ def report(paths: list[Path], out: Path, images: int = 6, command: str = "", lab
     attack for each model, 0 for none. labels: names for the models, one for each path or for each model found. Raises
     UserError for a path that is none of these, and when OUT holds what no report of mmtard wrote.
     """
-    check_own(out.resolve(), KIND, REMEDY)  # before minutes of work
+    check_replaceable(out, KIND)  # before minutes of work
     content = _content(sources.read(paths, labels), images)
     page = _render(content, command)
-    with output_folder(out, KIND, REMEDY) as scratch:
-        (scratch / PAGE).write_text(page, encoding="utf-8")
-        for figure in content.figures:
-            for kind, data in {"png": figure.png, **figure.vector}.items():
-                (scratch / f"{figure.name}.{kind}").write_bytes(data)
-        for table in content.tables:
-            (scratch / f"{table.name}.csv").write_text(as_csv(table), encoding="utf-8")
-            (scratch / f"{table.name}.tex").write_text(as_latex(table), encoding="utf-8")
+    try:
+        with replace_folder(out, KIND) as scratch:
+            _write(scratch, page, content)
+    except OSError as error:
+        raise UserError(why_not_written(out, error)) from None
     return out / PAGE
+
+
+def _write(folder: Path, page: str, content: Content) -> None:
+    (folder / PAGE).write_text(page, encoding="utf-8")
+    for figure in content.figures:
+        for kind, data in {"png": figure.png, **figure.vector}.items():
+            (folder / f"{figure.name}.{kind}").write_bytes(data)
+    for table in content.tables:
+        (folder / f"{table.name}.csv").write_text(as_csv(table), encoding="utf-8")
+        (folder / f"{table.name}.tex").write_text(as_latex(table), encoding="utf-8")
 
 
 def _content(found: list[ReportSource], images: int) -> Content:

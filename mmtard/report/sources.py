@@ -39,6 +39,16 @@ def read(paths: list[Path], labels: list[str] | None = None) -> list[ReportSourc
     return found
 
 
+def evaluations_of(folder: Path) -> list[Evaluation]:
+    """Read every evaluation that lies in a run or model folder, and those beside it that are of its weights.
+
+    Oldest first; what cannot be read is left out.
+    """
+    pool = _Pool([folder])
+    own, _ = pool.take(finding.look_below(folder).results)
+    return sorted([*own, *pool.of(finding.Weights(folder))], key=lambda e: _age(e.path))
+
+
 def _label(found: list[ReportSource], of_path: list[int], labels: list[str] | None) -> None:
     if labels is None:
         return

@@ -77,7 +77,9 @@ def test_a_folder_of_its_own_is_replaced_whole_and_no_scratch_stays(tmp_path):
     assert not (old / "was-a-report").exists()
 
 
-@pytest.mark.parametrize("kind", ["not made here", "of another kind", "a file of the user's in it", "a link", "a file"])
+@pytest.mark.parametrize(
+    "kind", ["not made here", "of another kind", "a file of the user's in it", "an edited file", "a link", "a file"]
+)
 def test_a_folder_that_is_not_its_own_is_refused_and_stays(tmp_path, kind):
     out, mine = tmp_path / "out", tmp_path / "mine"
     mine.mkdir()
@@ -91,6 +93,9 @@ def test_a_folder_that_is_not_its_own_is_refused_and_stays(tmp_path, kind):
     elif kind == "of another kind":
         with replace_folder(out, "model") as scratch:
             (scratch / "weights").touch()
+    elif kind == "an edited file":
+        write_report(out)
+        (out / "index.html").write_text("the user's words")
     else:
         write_report(out)
         (out / "figures" / ".git").symlink_to(mine)

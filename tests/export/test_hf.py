@@ -86,7 +86,8 @@ def test_an_architecture_that_transformers_lacks_is_refused(vit, tmp_path, name,
 def test_a_resnet_is_refused(resnet, tmp_path):
     with pytest.raises(
         UserError,
-        match="--hf: transformers' CLIPModel has no such architecture: its image tower is a ModifiedResNet; leave --hf out",
+        match="--hf: transformers' CLIPModel has no such architecture: "
+        "its image tower is a ModifiedResNet; leave --hf out",
     ):
         hf.save_transformers(clip(resnet), tmp_path / "hf")
 

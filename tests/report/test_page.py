@@ -88,7 +88,7 @@ def test_a_report_is_replaced_whole_and_nothing_else_ever(tmp_path, quick_figure
     first = {path.name for path in out.iterdir()}
     report([write_run(tmp_path / "b", [{"step": 1, "lr": 1.0}], None)], out)
     assert "training-loss.png" in first and not (out / "training-loss.png").exists()
-    with pytest.raises(UserError, match="exists and is no report of mmtard; choose another folder for --out"):
+    with pytest.raises(UserError, match="exists and is not a report that mmtard made; choose another folder"):
         report([folder], folder)
     assert (folder / "config.yaml").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "out"]
