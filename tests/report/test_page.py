@@ -58,7 +58,7 @@ def test_every_png_stands_beside_the_page_and_in_it_with_words(page):
     files = {p.read_bytes() for p in folder.glob("*.png")}
     assert inline == files and len(files) == text.count("<img")
     assert {p.name for p in folder.iterdir() if p.suffix not in (".png", ".svg", ".pdf")} == {
-        "report.html", "accuracy-0.csv", "accuracy-0.tex", ".mmtard-files.json",
+        "report.html", "accuracy-0.csv", "accuracy-0.tex", ".mmtard.json",
     }  # fmt: skip
     assert all(len(alt) > 30 for alt in re.findall(r'<img [^>]*alt="([^"]*)"', text)) and text.count(
         "<img"
