@@ -21,4 +21,7 @@ class RunError(Exception):
 
 
 class ProcessLostError(RunError):
-    """A process was lost (killed, or its node failed). Training may restart from the last checkpoint."""
+    """A process of the run was lost (killed, or its node failed). What was done is kept: started again, it goes on."""
+
+    def __init__(self, message: str, status: int = 75):
+        super().__init__(message, status)

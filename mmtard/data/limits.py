@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 
+from ..distributed.processes import raise_descriptor_limit
 from ..errors import UserError
 
 SHARED_MEMORY = "/dev/shm"
@@ -45,12 +46,5 @@ def prepare_for_workers(workers: int, batch_bytes: int) -> None:
 
 def raise_file_limit() -> int:
     """Raise this process's limit of open files to what it may be; the limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-            soft = most
-        except (OSError, ValueError):
-            pass
-    return MOST_FILES if soft == resource.RLIM_INFINITY else soft
+    limit = raise_descriptor_limit(MOST_FILES)
+    return MOST_FILES if limit == resource.RLIM_INFINITY else limit

@@ -12,6 +12,7 @@ import torch
 from processes import alive
 from tiny_shards import encode, picture, samples
 
+from mmtard.cli import main as cli
 from mmtard.config import Data
 from mmtard.data.class_names import classnames
 from mmtard.data.dataset import open_dataset
@@ -207,6 +208,17 @@ def test_a_loader_process_killed_while_the_model_computes_is_a_lost_process_ther
         for _ in range(100):
             time.sleep(0.05)
     batches.close()
+
+
+def test_a_command_that_lost_a_process_asks_to_be_started_again(folder, monkeypatch, capsys):
+    """Evaluation and caching keep what is done; a training's watchdog decides by its history."""
+
+    def lost(*_, **__):
+        raise ProcessLostError("a loader process was lost: DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr("mmtard.data.indexing.build_index", lost)
+    assert cli.main(["index", str(folder)]) == 75
+    assert capsys.readouterr().err.startswith("mmtard: a loader process was lost: DataLoader worker")
 
 
 def test_micro_batches_are_the_batch_in_parts_and_name_what_was_replaced_once(open_members):
