@@ -12,6 +12,7 @@ from pathlib import Path
 from ..config import Data
 from ..data.paths import expand_shards, is_remote
 from ..errors import UserError, unknown_name
+from .corruptions import corruption_folders
 
 SPLITS = ("test", "val", "validation")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
@@ -26,13 +27,17 @@ EUROSAT = {
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """A dataset with a name of its own. spellings: of its folder, beside `name`, without case, `wds_`, `vtab-` and punctuation."""
+    """A dataset with a name of its own.
+
+    spellings: of its folder, beside `name`, without case, `wds_`, `vtab-` and punctuation.
+    """
 
     name: str
     spellings: tuple[str, ...] = ()
     native: bool = False  # perturbed at its stored size by the protocols that cite it
     imagenet: bool = False  # takes ImageNet's prompts
     thousand: bool = False  # has ImageNet's 1000 classes
+    corrupted: bool = False  # lies as CORRUPTION/SEVERITY, each a dataset
     names: dict[str, str] = field(default_factory=dict, hash=False)  # stored class name -> the one in prompts
 
 
@@ -53,6 +58,7 @@ KNOWN = (
     DatasetInfo("ImageNet-A", imagenet=True),
     DatasetInfo("ImageNet-R", imagenet=True),
     DatasetInfo("ImageNet-Sketch", imagenet=True, thousand=True),
+    DatasetInfo("ImageNet-C", imagenet=True, thousand=True, corrupted=True),
 )
 PLAIN = DatasetInfo("")  # nothing particular
 
@@ -69,14 +75,18 @@ def known(name: str) -> DatasetInfo | None:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """A dataset that was found. `data`: its shards and the files beside them; `folder` of its images where there are no shards
-    yet, one sub-folder a class; `captions`: it is measured by retrieval."""
+    """A dataset that was found.
+
+    data: its shards and the files beside them. folder: of its images where there are no shards yet, one sub-folder a
+    class. captions: it is measured by retrieval.
+    """
 
     name: str
     data: Data
     kind: DatasetInfo = PLAIN
     folder: Path | None = None
     captions: bool = False
+    corruption: tuple[str, int] | None = None  # of ImageNet-C: the corruption and its severity
 
 
 def find_datasets(
@@ -88,18 +98,21 @@ def find_datasets(
 ) -> list[DatasetSource]:
     """The datasets at or below ROOT: ROOT itself, else ROOT/[wds/][vtab/]NAME[/test]; `wanted` names some of them.
 
-    ROOT may be a pattern of shards. A dataset is called after its folder, not `test` or `val` but the one above. index, classnames: files
-    of the one dataset that ROOT is. Raises UserError naming what is missing.
+    ROOT may be a pattern of shards. A dataset is called after its folder, not `test` or `val` but the one above. Each
+    corruption and severity of ImageNet-C is a dataset. index, classnames: files of the one dataset that ROOT is. Raises
+    UserError naming what is missing.
     """
-    own = _source(root, index, classnames)
-    if own is None and (index or classnames):
+    own = _sources(root, index, classnames)
+    if not own and (index or classnames):
         raise UserError(
-            f"--{'index' if index else 'classnames'}: belongs to one dataset, '{root}' holds several; name the dataset's folder in --data"
+            f"--{'index' if index else 'classnames'}: belongs to one dataset, '{root}' holds several; "
+            "name the dataset's folder in --data"
         )
-    found = [own] if own else [s for path in _below(Path(root)) if (s := _source(str(path)))]
+    found = own or [source for path in _below(Path(root)) for source in _sources(str(path))]
     if not found:
         raise UserError(
-            f"--data: '{root}' is no dataset and holds none; give a folder of shards, of class folders, or of datasets (NAME/test/0.tar)"
+            f"--data: '{root}' is no dataset and holds none; "
+            "give a folder of shards, of class folders, or of datasets (NAME/test/0.tar)"
         )
     names = [s.name for s in found]
     for name in names:
@@ -107,15 +120,35 @@ def find_datasets(
             raise UserError(f"--data: '{root}' holds the dataset {name} twice; name its folder in --data")
     if allow_pipe:
         found = [replace(s, data=s.data.model_copy(update={"allow_pipe": True})) for s in found]
-    return found if wanted is None else [_pick(found, name, root) for name in dict.fromkeys(wanted)]
+    if wanted is None:
+        return found
+    picked = [source for name in dict.fromkeys(wanted) for source in _pick(found, name, root)]
+    return list({source.name: source for source in picked}.values())
 
 
-def _pick(found: list[DatasetSource], name: str, root: str) -> DatasetSource:
+def _pick(found: list[DatasetSource], name: str, root: str) -> list[DatasetSource]:
     of_kind = known(name)
     for source in found:
         if source.name == (of_kind.name if of_kind else name) or plain(source.name) == plain(name):
-            return source
+            return [source]
+    if of_kind is not None and of_kind.corrupted and (all_ := [source for source in found if source.kind == of_kind]):
+        return all_
     raise unknown_name(f"dataset in '{root}'", name, [s.name for s in found])
+
+
+def _sources(where: str, index: str | None = None, classnames: str | None = None) -> list[DatasetSource]:
+    """The dataset that a folder is, or those of a folder of corruptions; [] where it is neither."""
+    top = Path(where)
+    kind = known(top.resolve().name) if top.is_dir() else None
+    if kind is None or not kind.corrupted:
+        source = _source(where, index, classnames)
+        return [source] if source else []
+    classnames = classnames or _first([top], "classnames.txt")
+    return [
+        replace(found, name=f"{kind.name}/{corruption}/{severity}", kind=kind, corruption=(corruption, severity))
+        for corruption, severity, folder in corruption_folders(top)
+        if (found := _source(str(folder), classnames=classnames))
+    ]
 
 
 def _below(root: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..runs.environment import device_name, environment
 from . import partial_results, results
 from .chunks import CPU_BATCH, CUDA_BATCH
+from .corruptions import corruption_error
 from .model import EvaluatedModel, full_float32, load_model
 from .request import EvaluationRequest
 from .session import EvaluationSession, deciding_settings
@@ -57,6 +58,7 @@ def evaluate(request: EvaluationRequest, ranks: Ranks, say=print, interruption: 
         "settings": session.settings,
         "datasets": entries,
         "averages": results.averages(entries),
+        **({"imagenet_c": found_c} if (found_c := corruption_error(entries)) else {}),
         "seconds": round(time.monotonic() - began, 1),
     }
     ranks.run_on_first(lambda: _publish(found, request.out, say))

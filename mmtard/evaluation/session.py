@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..attacks.batching import AdaptiveBatchSize
 from ..config import Cache, show_pixels
@@ -22,6 +22,7 @@ from .datasets import DatasetSource
 from .model import EvaluatedModel
 from .partial_results import PartialResults
 from .prompts import names_of, prompts_of
+from .protocols import Protocol
 from .request import EvaluationRequest
 from .trained_with import TrainedWith
 from .zeroshot import ZeroShotTask
@@ -53,7 +54,8 @@ class EvaluationSession:
         measured = self._measured(source, dataset, transform)
         key = self._key(source, measured)
         entry = self._stored(source, stored, key)
-        checked = measured["kind"] == "retrieval" or not self.request.sanity or (entry is not None and entry["sanity"])
+        attacked = measured["kind"] == "zeroshot"
+        checked = not attacked or not self.request.sanity or (entry is not None and entry["sanity"])
         if entry is not None and checked:
             return entry, False
         if entry is not None:
@@ -81,6 +83,11 @@ class EvaluationSession:
         native = self._perturb_at(source) == "native"
         return source, _native_size(dataset, source.data.cache) if native else None
 
+    def _protocol(self, source: DatasetSource) -> Protocol:
+        """The request's; what is corrupted already is not attacked."""
+        protocol = self.request.protocol
+        return replace(protocol, eps=(), eps_of=()) if source.corruption else protocol
+
     def _perturb_at(self, source: DatasetSource) -> str:
         return self.request.protocol.perturb_at or ("native" if source.kind.native else "input")
 
@@ -89,11 +96,11 @@ class EvaluationSession:
         retrieves = source.captions or ((dataset.labels < 0).all() and (dataset.index.text_size >= 0).any())
         measured = {
             "fingerprint": dataset.fingerprint,
-            "kind": "retrieval" if retrieves else "zeroshot",
+            "kind": "corruption" if source.corruption else "retrieval" if retrieves else "zeroshot",
             "perturb_at": self._perturb_at(source),
             "perturbed_size": list(transform.shape),
         }
-        if not retrieves:
+        if measured["kind"] != "retrieval":
             names = names_of(source, dataset)
             zeroshot.check_labels(dataset, names, source.name)
             measured |= {"classes": names, "chance": 1 / len(names), "templates": self._prompts(source)[0]}
@@ -103,7 +110,7 @@ class EvaluationSession:
         return prompts_of(source, self.request.protocol, self.run, self.request.datasets_prompts)
 
     def _key(self, source: DatasetSource, measured: dict) -> str:
-        radii = [show_pixels(e) for e in self.request.protocol.radii(source.name)]
+        radii = [show_pixels(e) for e in self._protocol(source).radii(source.name)]
         settings = {**deciding_settings(self.settings), "eps": radii, "eps_of": None}
         return settings_digest({"model": self.model.identity, "data": measured, "settings": settings})
 
@@ -144,7 +151,7 @@ class EvaluationSession:
             logits=self.model.logits(self.model.head(names, prompts, self.ranks)),
             transfer_from=other and other.logits(other.head(names, prompts, self.ranks)),
             class_names=names,
-            protocol=self.request.protocol,
+            protocol=self._protocol(source),
         )
 
     def _retrieval(self, work: ChunkedWork, name: str, progress: PartialResults) -> dict:
@@ -176,7 +183,10 @@ class EvaluationSession:
             "sanity": False,
         }
         health = list(entry["health"])
-        if measured["kind"] == "zeroshot":
+        if source.corruption is not None:
+            corruption, severity = source.corruption
+            entry |= {"corruption": corruption, "severity": severity, "samples": {}}
+        if measured["kind"] != "retrieval":
             entry["templates_from"] = self._prompts(source)[1]
             health += data_checks.label_lines(dataset)
             health += data_checks.class_name_lines(measured["classes"], dataset, self._read_alike(measured))

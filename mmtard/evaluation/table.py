@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from .corruptions import ALEXNET_ERROR, SEVERITIES
 from .protocols import PROTOCOLS
 
 WAYS = [(way, k) for way in ("image_to_text", "text_to_image") for k in ("1", "5", "10")]
@@ -18,6 +19,11 @@ def show(results: dict) -> None:
     if of_kind["zeroshot"]:
         print_table(_zeroshot(of_kind["zeroshot"], results))
         for line in (*_prompts(of_kind["zeroshot"]), *_other_mean(of_kind["zeroshot"], results["protocol"])):
+            console.print(line)
+    if corrupted := results.get("imagenet_c"):
+        print_table(_corruptions(corrupted))
+        console.print(_corruption_error(corrupted))
+        for line in _prompts([d for d in results["datasets"] if d["kind"] == "corruption"]):
             console.print(line)
     if of_kind["retrieval"]:
         print_table(_retrieval(of_kind["retrieval"]))
@@ -109,6 +115,24 @@ def _other_mean(datasets: list[dict], protocol: str) -> list[str]:
     return [f"not the mean that {protocol} publishes: {'; '.join(differ)}"] if published and differ else []
 
 
+def _corruptions(found: dict) -> Table:
+    """The errors in % at each severity, their mean, and the mean divided by AlexNet's."""
+    table = _table(["ImageNet-C", *(f"error at {s}" for s in SEVERITIES), "error", "AlexNet's", "corruption error"])
+    for name, of in found["corruptions"].items():
+        at = [_percent(of["severities"][str(s)]) if str(s) in of["severities"] else "-" for s in SEVERITIES]
+        relative = "-" if of["corruption_error"] is None else _percent(of["corruption_error"])
+        table.add_row(name, *at, _percent(of["error"]), _percent(ALEXNET_ERROR[name]), relative)
+    return table
+
+
+def _corruption_error(found: dict) -> str:
+    if found["mean_corruption_error"] is not None:
+        return f"mean corruption error {_percent(found['mean_corruption_error'])} % of AlexNet's"
+    missing = found["missing"]
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    return f"no mean corruption error: without {', '.join(missing[:3])}{more}"
+
+
 def _retrieval(datasets: list[dict]) -> Table:
     table = _table(["retrieval", "eps", *(f"{way.replace('_', ' ')} R@{k}" for way, k in WAYS), "images"])
     for entry in datasets:
@@ -132,7 +156,9 @@ def _health(console: Console, results: dict) -> None:
 def _table(columns: list[str]) -> Table:
     table = Table()
     for column in columns:
-        table.add_column(column, justify="left" if column in ("dataset", "retrieval", "worst class") else "right")
+        table.add_column(
+            column, justify="left" if column in ("dataset", "retrieval", "ImageNet-C", "worst class") else "right"
+        )
     return table
 
 

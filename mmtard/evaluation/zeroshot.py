@@ -203,6 +203,8 @@ def finite_line(dataset: Dataset, prediction: dict[int, int]) -> dict:
 
 def attack_lines(at_radius: Sequence[AtRadius], skipped: dict[str, str]) -> list[dict]:
     """Whether the attacks can be believed, by what they did at every radius."""
+    if not at_radius:
+        return []
     facts = [(found.settings, replace(found.facts, skipped=skipped)) for found in at_radius if found.facts]
     return checks.check(facts) if facts else [NOTHING_ATTACKED]
 

@@ -64,12 +64,26 @@ def edited(folder, to, **preprocess):
 )
 def test_images_are_resized_as_the_model_was_trained_to_see_them(exported, measure, tmp_path, monkeypatch, way):
     """SigLIP squashes, CLIPA squashes bilinearly: a bicubic centre crop is not what open_clip measures."""
-    folder, dataset, seen, run = (
-        edited(exported, tmp_path / "model", **way),
-        write(tmp_path / "wide", 12, size=(40, 70)),
-        [],
-        ensemble.run_attacks,
-    )
+    folder = edited(exported, tmp_path / "model", **way)
+    as_open_clip_shows_them(measure, folder, write(tmp_path / "wide", 12, size=(40, 70)), monkeypatch)
+
+
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+def test_a_model_of_images_that_are_no_squares_sees_them_as_they_are(measure, tmp_path, monkeypatch, mode):
+    arch = json.loads(ARCHITECTURE.read_text())
+    arch["vision_cfg"]["image_size"] = [32, 48]
+    (tmp_path / "tests-wide.json").write_text(json.dumps(arch))
+    folder = tmp_path / "folder"
+    loading.load_clip(Model(arch=str(tmp_path / "tests-wide.json"), weights="random"), seed=3).save(folder)
+    edited(folder, folder.with_name("model"), resize_mode=mode)
+    dataset = write(tmp_path / "wide", 12, size=(40, 70))
+    entry = as_open_clip_shows_them(measure, folder.with_name("model"), dataset, monkeypatch)
+    assert entry["perturbed_size"] == [32, 48]
+
+
+def as_open_clip_shows_them(measure, folder, dataset, monkeypatch):
+    """Measure, and compare the attacked images with open_clip's own; the entry of the results."""
+    seen, run = [], ensemble.run_attacks
     monkeypatch.setattr(
         ensemble, "run_attacks", lambda model, images, *args: seen.append(images) or run(model, images, *args)
     )
@@ -82,6 +96,7 @@ def test_images_are_resized_as_the_model_was_trained_to_see_them(exported, measu
     )
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preprocess.transforms[-1].mean, preprocess.transforms[-1].std))
     assert len(theirs) and torch.allclose(torch.cat(seen), theirs * std + mean, atol=1e-6)
+    return entry
 
 
 def test_a_way_of_resizing_that_is_not_known_ends_it_with_its_name(exported, colours, measure, tmp_path):
