@@ -1,16 +1,27 @@
-"""Whether a dataset is what its user takes it for: samples that were not used, class names and captions that are likely
-mistakes. Lines of health as `mmtard.attacks.checks` writes them; none where all is well."""
+"""Whether a dataset is what its user takes it for: samples that are not used, names and captions that are likely mistakes.
+
+Lines of health as `mmtard.attacks.checks` writes them; none where all is well.
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
 from ..attacks.checks import health_line
-from ..data.class_names import doubtful_names
 from ..data.dataset import Dataset
+
+# What names look like that a folder or a table left in place of words.
+_NO_WORDS = (
+    ("WordNet ids", re.compile(r"n\d{8}")),
+    ("numbers", re.compile(r"\d+")),
+    ("numbered lines", re.compile(r"\d+\s*[,;:\t|]\s*\S.*")),
+    ("words joined by _", re.compile(r"\S*[^\W\d]_[^\W\d]\S*")),
+    ("text of a list", re.compile(r"[\[{].*[\]}]")),
+)
 
 
 def not_used(dataset: Dataset, left_out: Sequence[tuple[str, str]], labels: bool) -> dict[str, int]:
@@ -42,9 +53,24 @@ def label_lines(dataset: Dataset) -> list[dict]:
     return [health_line("every sample has a label", False, detail)]
 
 
-def class_name_lines(names: list[str], dataset: Dataset, same: list[tuple[str, str]]) -> list[dict]:
-    """Lines about class names that are likely mistakes. same: pairs of different names that the model reads alike."""
-    problems = doubtful_names(names, dataset)
+def class_name_lines(names: list[str], labels: np.ndarray, same: list[tuple[str, str]]) -> list[dict]:
+    """Lines about class names that are likely mistakes.
+
+    labels: int64 [N] of the data, -1 where there is none. same: pairs of different names that the model reads alike.
+    """
+    problems = []
+    twice = [name for name, n in Counter(names).items() if n > 1]
+    if twice:
+        problems.append(f"{_some(twice)} twice: the model cannot tell these classes apart")
+    for kind, looks in _NO_WORDS:
+        alike = [name for name in names if looks.fullmatch(name)]
+        if alike:
+            problems.append(f"{len(alike)} of {len(names)} are {kind} ({_some(alike)}): write the words that name them")
+    highest = int(labels.max(initial=-1))
+    if len(names) > highest + 1:
+        problems.append(
+            f"{len(names)} names, but the highest label is {highest}: is a name too many, or another file meant?"
+        )
     first: dict[str, str] = {}
     same = same + [(earlier, name) for name in names if (earlier := first.setdefault(name.casefold(), name)) != name]
     if same:
@@ -77,6 +103,10 @@ def caption_lines(same: list[tuple[str, str]], n: int) -> list[dict]:
         "and none of them can be told from the other"
     )
     return [health_line("captions", False, detail)]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(f"'{_short(name)}'" for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _short(text: str) -> str:

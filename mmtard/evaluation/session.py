@@ -189,7 +189,7 @@ class EvaluationSession:
         if measured["kind"] != "retrieval":
             entry["templates_from"] = self._prompts(source)[1]
             health += data_checks.label_lines(dataset)
-            health += data_checks.class_name_lines(measured["classes"], dataset, self._read_alike(measured))
+            health += data_checks.class_name_lines(measured["classes"], dataset.labels, self._read_alike(measured))
             health += data_checks.chance_lines(entry["clean_all"], entry["chance"])
         if self.run is not None:
             health.append(self.run.line(dataset))
