@@ -48,10 +48,18 @@ def submit(stage: Stage, request: JobRequest, snapshot: Snapshot, after: list[st
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what the exception says too
             return _executor(stage, request, snapshot, after).submit_array(tasks)
     except (FailedJobError, FailedSubmissionError) as error:
-        raise UserError(
-            f"sbatch refused the job: {' '.join(str(error).split())}; "
-            "correct the flag it names, or add one with --slurm key=value"
-        ) from None
+        words = " ".join(str(error).split())
+        raise UserError(f"sbatch refused the job: {words}; {_remedy(words, request)}") from None
+
+
+def _remedy(words: str, request: JobRequest) -> str:
+    if "node configuration is not available" not in words:
+        return "correct the flag it names, or add one with --slurm key=value"
+    cores = request.tasks_per_node * request.cpus_per_task
+    return (
+        f"no node has {request.gpus_per_node} GPUs and {cores} cores; lower --gpus-per-node or --cpus-per-task, "
+        "or name a --partition that has such nodes (`sinfo -o '%P %c %G'` lists them)"
+    )
 
 
 class _Executor(submitit.SlurmExecutor):

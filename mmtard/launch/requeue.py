@@ -18,8 +18,8 @@ from .environment import say
 MAX_REQUEUES = 20
 TRIES, PAUSE_S = 3, 5.0  # for a controller that is too busy to answer
 MAY_GO_ON = ("RUNNING", "SIGNALING", "")  # states of a job; "" where the controller does not say
-# What scontrol says where a requeue is forbidden, rather than not taken at this moment.
-FORBIDDEN = ("disabled", "denied", "permission", "not permitted", "not allowed")
+# What scontrol says where a requeue is forbidden, or impossible, rather than not taken at this moment.
+FORBIDDEN = ("disabled", "denied", "permission", "not permitted", "not allowed", "is not on the path")
 
 
 class CannotGoOnError(RuntimeError):
@@ -89,8 +89,8 @@ def _requeue(job: str) -> str | None:
         # Requeueing ends the job with a SIGTERM to all its processes, scontrol too.
         command = ["scontrol", "requeue", job]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, preexec_fn=ignore_signals)
-    except OSError as error:
-        return f"scontrol: {error.strerror}"
+    except OSError:
+        return "scontrol is not on the PATH here, as in a container without Slurm"
     return None if done.returncode == 0 else " ".join(done.stderr.split())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmtard.errors import UserError
-from mmtard.launch import environment, requeue
+from mmtard.launch import environment, requeue, resubmit
 
 ROOT = Path(__file__).parents[2]
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NAME": "x", "SLURM_JOB_NUM_NODES": "2"}
@@ -91,6 +91,18 @@ def test_the_shell_of_a_job_takes_the_exports_and_the_log_its_first_line(slurm, 
 def test_the_environment_of_a_job_does_not_leak_into_the_next(monkeypatch):
     env = {"SLURM_NTASKS": "8", "SRUN_CPUS_PER_TASK": "2", "RANK": "1", "SLURM_CONF": "/c", "HOME": "/h"}
     assert requeue.outside(env) == {"SLURM_CONF": "/c", "HOME": "/h"}
+
+
+def test_a_container_without_slurm_says_why_nothing_starts_again(slurm, monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(requeue.CannotGoOnError) as error:
+        requeue.go_on("7", lambda: resubmit.submit_script_again("run.sh", []))
+    assert str(error.value) == (
+        "could neither go back to the queue (scontrol is not on the PATH here, as in a container without Slurm) nor be "
+        "submitted again ([Errno 2] No such file or directory: 'sbatch'); "
+        "the same sbatch command goes on from the saved state"
+    )
 
 
 # ---------------------------------------------------------------- the body of a job

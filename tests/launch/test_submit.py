@@ -88,6 +88,19 @@ def test_what_sbatch_objects_to_is_passed_on(submit, tmp_path):
     assert not list(tmp_path.glob("run/submissions/*"))
 
 
+def test_a_node_that_no_partition_has_is_told_by_its_gpus_and_cores(submit, tmp_path):
+    sbatch = tmp_path / "bin" / "sbatch"
+    refusal = "sbatch: error: Batch job submission failed: Requested node configuration is not available"
+    sbatch.write_text(f"#!/bin/sh\necho '{refusal}' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    done = submit("--gpus-per-node", "4", "--cpus-per-task", "24")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert (
+        "no node has 4 GPUs and 96 cores; lower --gpus-per-node or --cpus-per-task, or name a --partition"
+        in done.stderr
+    )
+
+
 def test_a_submission_keeps_the_code_the_settings_and_where_they_came_from(submit, tmp_path):
     """What sbatch is handed, by one that only notes it."""
     sbatch = tmp_path / "bin" / "sbatch"
