@@ -27,6 +27,7 @@ PACKAGES = (
 
 
 def environment(hosts: list[str]) -> dict:
+    """The command, versions, git state and hosts of this process, as JSON keeps them."""
     return {
         "command": shlex.join(sys.argv),
         "python": platform.python_version(),
@@ -38,6 +39,11 @@ def environment(hosts: list[str]) -> dict:
     }
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU by its name, or the CPU with the number of threads that torch uses."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -45,24 +51,21 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(where: Path) -> dict | None:
-    submission = where.parents[1] / "submission.json"
-    if where.parent.name == "code" and submission.is_file():  # the copy that launch/submit.py made
-        return json.loads(submission.read_text())["git"]
+def _git(package: Path) -> dict | None:
+    """Commit and changed files of the checkout that holds the package; None without one."""
+    submission = package.parents[1] / "submission.json"
+    if package.parent.name == "code" and submission.is_file():  # the copy that a submission made
+        try:
+            return json.loads(submission.read_bytes())["git"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def ask(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(where), *words], capture_output=True, text=True, check=True, timeout=20
-        ).stdout
+        command = ["git", "-C", str(package), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
 
     try:
-        return {
-            "commit": ask("rev-parse", "HEAD").strip(),
-            "changed": ask("status", "--porcelain", "--untracked-files=no").splitlines(),
-        }
+        changed = ask("status", "--porcelain", "--untracked-files=no").splitlines()
+        return {"commit": ask("rev-parse", "HEAD").strip(), "changed": changed}
     except (OSError, subprocess.SubprocessError):
         return None  # installed without its history
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"

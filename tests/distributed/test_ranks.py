@@ -19,7 +19,10 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MMTARD_INIT_FILE", "MASTER_ADDR
 
 @pytest.fixture
 def start(monkeypatch):
-    """Call with the number of GPUs that torch sees and the environment of a launch: `parallel.start`, whose ranks meet nobody; the environment afterwards."""
+    """Call with the number of GPUs that torch sees and the environment of a launch: `start`, whose ranks meet nobody.
+
+    The environment is put back afterwards.
+    """
     before = dict(os.environ)
 
     def call(gpus, device="auto", **env):

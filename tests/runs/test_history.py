@@ -130,7 +130,8 @@ def test_a_job_does_not_repeat_a_start_that_failed_or_that_a_person_stopped(run,
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     told = history.why_not_restart_job(run((0, PREEMPTED), (4, kind)))
     assert told == (
-        f"this start ended as {kind}: why 4; it is not repeated by itself, submit it again to go on from the last checkpoint"
+        f"this start ended as {kind}: why 4; it is not repeated by itself, "
+        "submit it again to go on from the last checkpoint"
         if refused
         else None
     )

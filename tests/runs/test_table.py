@@ -52,10 +52,9 @@ def test_the_state_of_a_run_comes_from_its_history(run, tmp_path):
 
 def test_a_run_in_use_is_running_and_says_how_long_it_will_be(run, tmp_path):
     folder = run("a", history.PREEMPTED, None)
-    held = subprocess.Popen(
-        [sys.executable, "-c", f"import fcntl; f = open({str(folder / '.lock')!r}, 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    code = f"import fcntl; f = open({str(folder / '.lock')!r}, 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); "
+    code += "print(1, flush=True); input()"
+    held = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert held.stdout.readline() == "1\n"
         (row,) = survey.find_runs(tmp_path / "all")

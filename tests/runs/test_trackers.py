@@ -112,7 +112,10 @@ metrics.close()
 
 
 def leveldb_log(data):
-    """The records of a W&B file: 7 bytes of header, then LevelDB's log format (blocks of 32 KiB; crc32, length, kind before each piece)."""
+    """The records of a W&B file: 7 bytes of header, then LevelDB's log format.
+
+    Its blocks have 32 KiB; crc32, length and kind stand before each piece.
+    """
     at, record = 7, b""
     while at + 7 <= len(data):
         if at % 32768 > 32768 - 7:

@@ -223,14 +223,16 @@ BACKGROUND = """
 import os, signal, sys, time
 from mmtard.training import probe_process as process
 def measure(asked):
-    print(os.getpid(), os.nice(0), "+".join(sorted(s.name for s in signal.pthread_sigmask(signal.SIG_BLOCK, ()))), asked, flush=True)
+    blocked = sorted(s.name for s in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    print(os.getpid(), os.nice(0), "+".join(blocked), asked, flush=True)
     time.sleep(60)
 process.measure = measure
 process.main(sys.argv[1], "/dev/stdin", "/dev/null")
 """
 PARENT = """
 import os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid() + int(sys.argv[2]))], stdin=subprocess.PIPE)
+command = [sys.executable, "-c", sys.argv[1], str(os.getpid() + int(sys.argv[2]))]
+child = subprocess.Popen(command, stdin=subprocess.PIPE)
 child.stdin.write(b"7")
 child.stdin.close()
 if sys.argv[2] != "0": sys.exit(child.wait())
