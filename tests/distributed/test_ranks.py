@@ -202,5 +202,6 @@ def test_a_run_on_the_cpu_leaves_a_gpu_that_is_there_alone(monkeypatch):
         asked.update(settings)
         return []
 
+    samples = SimpleNamespace(transform=SimpleNamespace(shape=(8, 8)))
     monkeypatch.setattr(stream, "DataLoader", loader)
-    assert list(stream._load(None, iter([]), 0)) == [] and asked["pin_memory"] is False
+    assert list(stream._load(samples, iter([]), 0, 4)) == [] and asked["pin_memory"] is False
