@@ -107,7 +107,7 @@ def named(left_out: Sequence[tuple[str, str]]) -> str:
 
 
 class RateMeter:
-    """Says now and then how fast the samples of a part are measured, over all ranks, and how long the rest will take."""
+    """Says now and then how fast the samples of a part are measured over all ranks, and how long the rest takes."""
 
     def __init__(self, part: str, total: int, work: ChunkedWork):
         self.part, self.total, self.work = part, total, work
@@ -122,5 +122,6 @@ class RateMeter:
             self.said, done = now, min(self.done, self.total)
             rate = done / (now - self.began)
             self.work.say(
-                f"{self.part}: {done}/{self.total} samples  {rate:.3g} images/s  left {(self.total - done) / rate:.0f} s"
+                f"{self.part}: {done}/{self.total} samples  {rate:.3g} images/s  "
+                f"left {(self.total - done) / rate:.0f} s"
             )

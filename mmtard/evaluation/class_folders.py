@@ -19,8 +19,8 @@ UNUSED_S = 24 * 3600.0  # shards of earlier contents that no evaluation used for
 def with_shards(source: DatasetSource, say) -> DatasetSource:
     """The source with shards to read: those of class folders are written into the cache folder first.
 
-    The shards' folder is named by where the images lie and by what identifies every file: a folder that changed since is
-    read anew, whatever kept its name and size.
+    The shards' folder is named by where the images lie and by what identifies every file: a folder that changed since
+    is read anew, whatever kept its name and size.
     """
     if source.folder is None:
         return source
@@ -45,7 +45,8 @@ def _names(source: DatasetSource) -> Path | None:
 def _content(source: DatasetSource) -> str:
     """16 hex digits of every file's name, size, inode and times, and of the class names.
 
-    An image that is moved to another class keeps its size, often its name and its time, but not all of these at its place.
+    An image that is moved to another class keeps its size, often its name and its time, but not all of these at its
+    place.
     """
     digest = hashlib.sha256()
     try:

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 from ..errors import UserError
 from .matching import DECIDES, FREE, Measured, is_results, measured_of
-from .results import read
+from .results import damage_named, read
 from .statistics import paired_difference
 
 
@@ -38,10 +38,10 @@ class Mean:
 
 
 def compare(a: Path, b: Path) -> list[dict]:
-    """For each dataset and eps, how B's accuracy differs from A's: {"dataset","eps" (None: clean),"a","b",difference,...}.
+    """How B's accuracy differs from A's, for each dataset and eps: {"dataset","eps" (None: clean),"a","b",...}.
 
-    a, b: results.json, or the folder of one. Raises UserError naming what differs when settings, data or samples are not
-    the same.
+    a, b: results.json, or the folder of one. Raises UserError naming what differs when settings, data or samples are
+    not the same.
     """
     return [row for first, second in _strict_pairs(a, b) for row in _paired(first, second)]
 
@@ -117,6 +117,11 @@ def _why_nothing(a: Path, b: Path, ours: list[Measured], theirs: list[Measured])
 def _strict_pairs(a: Path, b: Path) -> list[tuple[Measured, Measured]]:
     """The datasets of two evaluations, which must be the same ones measured in the same way."""
     first, second = read(a), read(b)
+    with damage_named(a, b):
+        return _same_datasets(a, b, first, second)
+
+
+def _same_datasets(a: Path, b: Path, first: dict, second: dict) -> list[tuple[Measured, Measured]]:
     _check_settings(a, b, first["settings"], second["settings"])
     ours, theirs = ({d["name"]: d for d in r["datasets"]} for r in (first, second))
     if ours.keys() != theirs.keys():
@@ -164,18 +169,17 @@ def _check_same(name: str, x: dict, y: dict) -> None:
 def _paired(first: Measured, second: Measured) -> list[dict]:
     """The differences on one dataset, clean and at each eps."""
     x, y = first.entry, second.entry
-    _check_same(x["name"], x, y)
-    try:
+    with damage_named(first.path, second.path):
+        _check_same(x["name"], x, y)
         flags = {None: (x["samples"]["clean"], y["samples"]["clean"])}
         flags |= {e: (x["samples"]["eps"][e]["robust"], y["samples"]["eps"][e]["robust"]) for e in x["eps"]}
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"'{first.path}' and '{second.path}': {x['name']} is damaged, it has no {error}; evaluate the model again"
-        ) from None
-    return [
-        {"dataset": x["name"], "eps": eps, "a": sum(f) / len(f), "b": sum(g) / len(g), **paired_difference(f, g)}
-        for eps, (f, g) in flags.items()
-    ]
+        for f, g in flags.values():
+            if not len(f) == len(g) == len(x["samples"]["ids"]):
+                raise ValueError("samples of other numbers")
+        return [
+            {"dataset": x["name"], "eps": eps, "a": sum(f) / len(f), "b": sum(g) / len(g), **paired_difference(f, g)}
+            for eps, (f, g) in flags.items()
+        ]
 
 
 def _where(x, y) -> tuple:

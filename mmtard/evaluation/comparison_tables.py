@@ -68,7 +68,8 @@ def as_latex(rows: list[Row]) -> str:
     columns = list(dict.fromkeys((row.dataset, row.eps) for row in rows))
     averaged = {(m.dataset, m.eps, m.label): m for m in means(rows)}
     lines = [
-        f"% accuracy in %; *: differs from {_escape(rows[0].label)} with McNemar's p < 0.05; needs \\usepackage{{booktabs}}",
+        f"% accuracy in %; *: differs from {_escape(rows[0].label)} with McNemar's p < 0.05",
+        r"% needs \usepackage{booktabs}",
         rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
         r"\toprule",
         " & ".join(["", *(_escape(f"{dataset} {eps or 'clean'}") for dataset, eps in columns)]) + r" \\",

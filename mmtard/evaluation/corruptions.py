@@ -43,8 +43,9 @@ def corruption_folders(root: Path) -> Iterator[tuple[str, int, Path]]:
 def corruption_error(datasets: list[dict]) -> dict | None:
     """The mean corruption error over the 15 corruptions, each error divided by AlexNet's; None without ImageNet-C.
 
-    datasets: as results.json holds them; those of kind `corruption` count. {"mean_corruption_error": None where a corruption
-    or a severity is missing, "missing": which, "corruptions": {name: {"error", "corruption_error", "severities"}}}.
+    datasets: as results.json holds them; those of kind `corruption` count. Returns {"mean_corruption_error": None where
+    a corruption or a severity is missing, "missing": which, "corruptions": {name: {"error", "corruption_error",
+    "severities"}}}.
     """
     errors: dict[str, dict[int, float]] = {}
     for entry in datasets:

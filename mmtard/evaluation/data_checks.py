@@ -1,4 +1,4 @@
-"""Whether a dataset is what its user takes it for: samples that are not used, names and captions that are likely mistakes.
+"""Whether a dataset is what its user takes it for: unused samples, names and captions that are likely mistakes.
 
 Lines of health as `mmtard.attacks.checks` writes them; none where all is well.
 """
@@ -99,7 +99,8 @@ def caption_lines(same: list[tuple[str, str]], n: int) -> list[dict]:
     if not same:
         return []
     detail = (
-        f"{len(same)} of {n} are read as another one ('{_short(same[0][0])}' and '{_short(same[0][1])}'): they differ past the text tower's last token, "
+        f"{len(same)} of {n} are read as another one ('{_short(same[0][0])}' and '{_short(same[0][1])}'): "
+        "they differ past the text tower's last token, "
         "and none of them can be told from the other"
     )
     return [health_line("captions", False, detail)]

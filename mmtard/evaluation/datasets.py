@@ -19,10 +19,17 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 
 # CLIP's prompts name EuroSAT's classes in words (Radford et al., 2021); the dataset's own names are its folders'.
 EUROSAT = {
-    "AnnualCrop": "annual crop land", "Forest": "forest", "HerbaceousVegetation": "brushland or shrubland", "Highway": "highway or road",
-    "Industrial": "industrial buildings or commercial buildings", "Pasture": "pasture land", "PermanentCrop": "permanent crop land",
-    "Residential": "residential buildings or homes or apartments", "River": "river", "SeaLake": "lake or sea",
-}  # fmt: skip
+    "AnnualCrop": "annual crop land",
+    "Forest": "forest",
+    "HerbaceousVegetation": "brushland or shrubland",
+    "Highway": "highway or road",
+    "Industrial": "industrial buildings or commercial buildings",
+    "Pasture": "pasture land",
+    "PermanentCrop": "permanent crop land",
+    "Residential": "residential buildings or homes or apartments",
+    "River": "river",
+    "SeaLake": "lake or sea",
+}
 
 
 @dataclass(frozen=True)
@@ -195,8 +202,9 @@ def _source(where: str, index: str | None = None, classnames: str | None = None)
 
 
 def _remote_name(where: str, index: str | None) -> str:
-    """What shards behind an opener are called: after their folder, else (on a host, `{0..9}.tar`) their files, else their index.
+    """What shards behind an opener are called.
 
+    After their folder, else (on a host, `{0..9}.tar`) their files, else their index.
     A split and the revision of a Hugging Face repository (`NAME/resolve/main/test/0.tar`) are no names.
     """
     url = next(iter(re.findall(r"[^\s'\"|]+\.tar\b", where)), "")

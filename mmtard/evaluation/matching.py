@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..files import settings_digest
 from ..runs.layout import CHECKPOINTS, EVALUATIONS, RESULTS
-from .results import read
+from .results import damage_named, read
 
 # What may differ between two evaluations that measure the same: how fast, and what else was checked.
 FREE = ("batch_size", "sanity")
@@ -47,8 +47,9 @@ def is_results(path: Path) -> bool:
 
 
 def measured_of(path: Path) -> dict[str, Measured]:
-    """way -> the evaluation of a run, or of one results.json; of several that measured the same, the run's own, the newest.
+    """way -> the evaluation of a run, or of one results.json.
 
+    Of several that measured the same, the run's own comes before a checkpoint's, and the newest before the others.
     Raises UserError where there is none that can be read.
     """
     if is_results(path):
@@ -62,29 +63,34 @@ def measured_of(path: Path) -> dict[str, Measured]:
             f"or name the folder of its {RESULTS}"
         )
     found.sort(key=lambda one: (one[2], _age(one[0])))  # later ones take the place of earlier ones
-    return {
-        measured.way: measured
-        for file, results, of_run in found
-        for entry in results["datasets"]
-        if entry["kind"] == "zeroshot"
-        for measured in [Measured(file, results["settings"], entry, of_run)]
-    }
+    ways, damaged = {}, None
+    for file, results, of_run in found:
+        try:
+            with damage_named(file):
+                entries = [d for d in results["datasets"] if d["kind"] == "zeroshot"]
+                measured = [Measured(file, results["settings"], entry, of_run) for entry in entries]
+                ways |= {one.way: one for one in measured}
+        except UserError as error:
+            damaged = error
+    if damaged is not None and not ways:
+        raise damaged
+    return ways
 
 
 def _of_run(run: Path) -> tuple[list[tuple[Path, dict, bool]], list[str]]:
-    """(file, results, whether the run itself was measured) of each evaluation of a run, and what is wrong with others."""
+    """(file, results, whether the run itself was measured) of each evaluation of a run; what is wrong with others."""
     found, unreadable = [], []
     for file in dict.fromkeys([*sorted(run.rglob(RESULTS)), *_beside(run)]):
         try:
             results = read(file)
+            with damage_named(file):
+                weights = Path(str(results.get("model", {}).get("weights", "")))
+                own = run in file.parents and file.relative_to(run).parts[0] == EVALUATIONS
+                if own or _lies_in(weights, run):
+                    found.append((file, results, weights.resolve() == run.resolve()))
         except UserError as error:
             if run in file.parents:
                 unreadable.append(str(error).partition(";")[0])
-            continue
-        weights = Path(str(results.get("model", {}).get("weights", "")))
-        own = run in file.parents and file.relative_to(run).parts[0] == EVALUATIONS
-        if own or _lies_in(weights, run):
-            found.append((file, results, weights.resolve() == run.resolve()))
     return found, unreadable
 
 

@@ -26,7 +26,8 @@ from ..zero_shot import ZeroShotHead
 class EvaluatedModel:
     """A frozen model on this rank's device.
 
-    tower: takes images [B,3,H,W] in [0,1] of any size and runs in float32. description: the model's part of the results.
+    tower: takes images [B,3,H,W] in [0,1] of any size and runs in float32. description: the model's part of the
+    results.
     """
 
     clip: clip.Clip

@@ -23,8 +23,8 @@ class PartialResults:
     """The chunks of one dataset that are done, whichever ranks of whichever start did them.
 
     A chunk's result is a line of JSON in a file of the process that made it, `OUT/partial/NAME-KEY.*.jsonl`, with a
-    checksum: a line that is cut off or damaged is measured again. `key` stands for the model, the data and the settings:
-    results of another key are removed, with a line. Collective.
+    checksum: a line that is cut off or damaged is measured again. `key` stands for the model, the data and the
+    settings: results of another key are removed, with a line. Collective.
     """
 
     def __init__(self, out: Path, name: str, key: str, ranks: Ranks, say=print):

@@ -1,7 +1,7 @@
 """Protocols: what papers agreed to measure, by name.
 
-A protocol is its settings and nothing else; any of them may be overridden. Imports no torch: the command line is checked
-against this file.
+A protocol is its settings and nothing else; any of them may be overridden. Imports no torch: the command line is
+checked against this file.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Protocol:
     attacks: in the order in which they run, each on what survived the earlier ones. iters: of each white-box attack.
     n_samples: size of the stratified sample that is attacked, None for all. templates: prompts for every dataset, None
     for those of the run or of each dataset. perturb_at: `native` (the images' stored size, resized inside the model) or
-    `input` (the tower's), None for the way that is usual for each dataset. eps_of: other radii for datasets of which the
-    protocol says so. datasets: those of its published mean.
+    `input` (the tower's), None for the way that is usual for each dataset. eps_of: other radii for datasets of which
+    the protocol says so. datasets: those of its published mean.
     """
 
     name: str

@@ -95,7 +95,7 @@ def _check_threat(chosen: Protocol, own_eps: bool) -> None:
 
 
 def default_out(model: Model, chosen: Protocol, sources: list[DatasetSource], root: str, **others) -> Path:
-    """RUN/evaluations/PROTOCOL-DATA-NORM-EPS-DIGEST of a run or checkpoint folder, else the same under evaluations/ here.
+    """RUN/evaluations/PROTOCOL-DATA-NORM-EPS-DIGEST of a run or checkpoint folder, else the same below ./evaluations.
 
     The digest stands for every other setting, so that two evaluations share a folder only when they are the same.
     """

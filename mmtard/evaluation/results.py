@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..attacks.checks import health_line
@@ -128,6 +129,17 @@ def _problem(found: dict) -> str | None:
     return next(
         (f"{where} is no {kind.__name__}" for where, value, kind in checked if not isinstance(value, kind)), None
     )
+
+
+@contextmanager
+def damage_named(*paths: Path) -> Iterator[None]:
+    """Turn whatever damaged results run into, within the block, into a UserError of one line that names their files."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        where = " or ".join(f"'{path}'" for path in paths)
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:120]
+        raise UserError(f"{where} is damaged ({reason}); evaluate the model again") from None
 
 
 def check_complete(found: dict, path: Path) -> None:

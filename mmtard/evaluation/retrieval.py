@@ -45,7 +45,10 @@ CERTAIN = ("largest perturbation", "range", "NaN")  # of the health lines, those
 
 @dataclass
 class Captions:
-    """The captions of some images: `texts` [T] and the place, among the images, of the one that each describes: int64 [T]."""
+    """The captions of some images.
+
+    texts: [T]. image: int64 [T], the place among the images of the one that each describes.
+    """
 
     texts: list[str]
     image: Tensor
@@ -198,26 +201,27 @@ def _not_finite(dataset: Dataset, ids: np.ndarray, images: Tensor, texts: Tensor
         health_line(
             "finite embeddings",
             False,
-            f"clean: {len(bad)} of {len(ids)} images{first} and {bad_texts} of {len(texts)} captions have embeddings that "
-            "are NaN or infinite; they find nothing",
+            f"clean: {len(bad)} of {len(ids)} images{first} and {bad_texts} of {len(texts)} captions have embeddings "
+            "that are NaN or infinite; they find nothing",
             "FAIL",
         )
     ]
 
 
 def away(logits: Tensor, own: Tensor) -> Tensor:
-    """The loss that pulls images from their captions: -log of the probability that the softmax over all captions gives an image's own.
+    """The loss that pulls images from their captions.
 
-    logits [B,T] = scale * cosines, own bool [B,T] -> [B]; with one caption an image, the cross-entropy of CLIP's own training.
+    -log of the probability that the softmax over all captions gives an image's own. logits [B,T] = scale * cosines, own
+    bool [B,T] -> [B]; with one caption an image, the cross-entropy of CLIP's own training.
     """
     return logits.logsumexp(1) - logits.masked_fill(~own, -torch.inf).logsumexp(1)
 
 
 def ranks_of(images: Tensor, texts: Tensor, image_of: Tensor, block: int = 1024) -> tuple[Tensor, Tensor]:
-    """(for each image, the rank of its best caption among all; for each caption, the rank of its image): 1 is found first.
+    """For each image, the rank of its best caption; for each caption, the rank of its image. 1 is found first.
 
-    images [N,D], texts [T,D] normalised, image_of int64 [T], in the images' order. A tie counts against the model: one embedding
-    for everything finds nothing, nor does NaN.
+    images [N,D], texts [T,D] normalised, image_of int64 [T], in the images' order. A tie counts against the model: one
+    embedding for everything finds nothing, nor does NaN.
     """
     z = F.normalize(images, dim=1)
     own = torch.cat([_own(z, texts, image_of, i, block) for i in range(0, len(z), block)])  # [T]
@@ -233,7 +237,10 @@ def ranks_of(images: Tensor, texts: Tensor, image_of: Tensor, block: int = 1024)
 
 
 def _own(images: Tensor, texts: Tensor, image_of: Tensor, start: int, block: int) -> Tensor:
-    """Similarity of each caption of a block of images to its image, from the very product that the others are compared in."""
+    """Similarity of each caption of a block of images to its image.
+
+    From the very product that the others are compared in.
+    """
     at = ((image_of >= start) & (image_of < start + block)).nonzero().flatten()
     return _similarity(images[start : start + block], texts)[image_of[at] - start, at]
 

@@ -77,7 +77,7 @@ class EvaluationSession:
         return entry, True
 
     def _prepare(self, source: DatasetSource) -> tuple[DatasetSource, tuple[int, int] | None]:
-        """The source with shards and an index, and its images' native size where they are perturbed at it. First rank."""
+        """The source with shards and an index, and its images' size where they are perturbed at it. First rank."""
         source = with_shards(source, self.say)
         dataset = open_dataset(source.data)
         native = self._perturb_at(source) == "native"

@@ -32,8 +32,11 @@ def stratified(labels: np.ndarray, n: int | None, seed: int) -> np.ndarray:
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """The two-sided p-value of McNemar's exact test (1947): of the samples that one model alone gets right, `only_a` and `only_b`,
-    are as unequal parts as these likely when each is as probable? Binomial(only_a + only_b, 1/2); 1 when they never differ."""
+    """The two-sided p-value of McNemar's exact test (1947).
+
+    only_a, only_b: samples that one model alone gets right. Are parts as unequal as these likely when each is as
+    probable? Binomial(only_a + only_b, 1/2); 1 when the models never differ.
+    """
     n, fewer = only_a + only_b, min(only_a, only_b)
     if n == 0:
         return 1.0
@@ -42,7 +45,10 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def paired_difference(a: list[bool], b: list[bool], z: float = 1.959964) -> dict:
-    """How b's accuracy differs from a's on the same samples: the difference, its 95 % interval (`newcombe_interval`) and McNemar's p."""
+    """How b's accuracy differs from a's on the same samples.
+
+    The difference, its 95 % interval (`newcombe_interval`) and McNemar's p.
+    """
     n, only_a, only_b = len(a), sum(x and not y for x, y in zip(a, b)), sum(y and not x for x, y in zip(a, b))
     low, high = newcombe_interval(sum(x and y for x, y in zip(a, b)), only_a, only_b, n, z)
     return {
@@ -56,10 +62,11 @@ def paired_difference(a: list[bool], b: list[bool], z: float = 1.959964) -> dict
 
 
 def newcombe_interval(both: int, only_a: int, only_b: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval of b's proportion minus a's on the same n samples: the hybrid score interval, method 10 of Newcombe, "Improved
-    confidence intervals for the difference between binomial proportions based on paired data", Statistics in Medicine 17 (1998).
+    """The 95 % interval of b's proportion minus a's on the same n samples.
 
-    The two Wilson intervals, joined by the correlation of the pairs. Wider than nothing where no sample differs, which Wald's is not.
+    The hybrid score interval, method 10 of Newcombe, "Improved confidence intervals for the difference between binomial
+    proportions based on paired data", Statistics in Medicine 17 (1998): the two Wilson intervals, joined by the
+    correlation of the pairs. It has a width also where no sample differs, which Wald's has not.
     """
     neither = n - both - only_a - only_b
     a, b = (both + only_a) / n, (both + only_b) / n

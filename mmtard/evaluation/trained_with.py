@@ -19,7 +19,10 @@ from ..runs.layout import CHECKPOINTS, CONFIG, START
 
 @dataclass(frozen=True)
 class TrainedWith:
-    """config: as the run resolved it. fingerprint: of its training data; None where it has no checkpoint that says so."""
+    """A run's own settings and data.
+
+    config: as the run resolved it. fingerprint: of its training data; None where it has no checkpoint that says so.
+    """
 
     run: Path
     config: Config

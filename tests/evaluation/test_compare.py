@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import random
 
 import numpy as np
 import pytest
@@ -39,7 +40,8 @@ def test_a_difference_that_unpaired_intervals_hide():
 
 
 @pytest.mark.parametrize("both, only_a, only_b, neither, low, high", [
-    # Airway hyper-responsiveness before and after transplantation (Bentur et al. 2009): Fagerland, Lydersen & Laake, Statistics in Medicine 33 (2014).
+    # Airway hyper-responsiveness before and after transplantation (Bentur et al. 2009), in Fagerland, Lydersen & Laake,
+    # Statistics in Medicine 33 (2014).
     (1, 7, 1, 12, -0.507, -0.026),
     # Nothing differs, all right: phi is 0, both Wilson intervals end at n / (n + z^2).
     (40, 0, 0, 0, -(1.959964**2) / (40 + 1.959964**2), 1.959964**2 / (40 + 1.959964**2)),
@@ -71,9 +73,13 @@ RESULTS = {
     "format": 2,
     "settings": {"norm": "linf", "eps": ["2/255"], "attacks": ["apgd-ce"], "batch_size": 64},
     "datasets": [{
-        "name": "pets", "kind": "zeroshot", "fingerprint": "f", "classes": ["cat", "dog"], "templates": ["a {}"], "perturb_at": "input", "perturbed_size": [32, 32], "replaced": 0,
+        "name": "pets", "kind": "zeroshot", "fingerprint": "f", "classes": ["cat", "dog"], "templates": ["a {}"],
+        "perturb_at": "input", "perturbed_size": [32, 32], "replaced": 0,
         "eps": {"2/255": {}},
-        "samples": {"ids": [1, 4, 5], "labels": [0, 1, 0], "clean": [True, True, False], "eps": {"2/255": {"robust": [True, False, False]}}},
+        "samples": {
+            "ids": [1, 4, 5], "labels": [0, 1, 0], "clean": [True, True, False],
+            "eps": {"2/255": {"robust": [True, False, False]}},
+        },
     }],
 }  # fmt: skip
 
@@ -113,12 +119,24 @@ def test_each_dataset_and_eps_has_its_row(pair, command, capsys):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda r: r["settings"].update(norm="l2"), "measured otherwise: norm is linf and l2; evaluate both with the same settings"),
+    (
+        lambda r: r["settings"].update(norm="l2"),
+        "measured otherwise: norm is linf and l2; evaluate both with the same settings",
+    ),
     (lambda r: r["datasets"][0].update(fingerprint="g"), "pets: fingerprint differs, f and g"),
     (lambda r: r["datasets"][0].update(templates=["the {}"]), r"pets: templates\[0\] differs, a {} and the {}"),
-    (lambda r: r["datasets"][0].update(classes=["cat", "hound"]), r"pets: classes\[1\] differs, dog and hound; evaluate both on the same data in the same way"),
-    (lambda r: r["datasets"][0].update(classes=["cat", "dog", "cow"]), r"pets: classes differs, \['cat', 'dog'\] and \['cat', 'dog', 'cow'\]"),
-    (lambda r: r["datasets"][0]["samples"].update(ids=[1, 4, 6]), "pets: samples.ids differ; evaluate both with the same --n-samples and --seed"),
+    (
+        lambda r: r["datasets"][0].update(classes=["cat", "hound"]),
+        r"pets: classes\[1\] differs, dog and hound; evaluate both on the same data in the same way",
+    ),
+    (
+        lambda r: r["datasets"][0].update(classes=["cat", "dog", "cow"]),
+        r"pets: classes differs, \['cat', 'dog'\] and \['cat', 'dog', 'cow'\]",
+    ),
+    (
+        lambda r: r["datasets"][0]["samples"].update(ids=[1, 4, 6]),
+        "pets: samples.ids differ; evaluate both with the same --n-samples and --seed",
+    ),
     (lambda r: r["datasets"][0].update(name="cars"), "have other datasets: cars, pets stands in one alone"),
     (lambda r: r.update(format=1), "has format 1, this version reads 2"),
 ])  # fmt: skip
@@ -158,7 +176,8 @@ def test_runs_are_compared_by_the_evaluations_that_match_wherever_they_lie(runs,
     )
     rows = compare_all([a, b, c])
     assert [(r.eps, r.label, round(r.accuracy, 3)) for r in rows] == [
-        (None, "a", 0.667), (None, "b", 0.667), (None, "c", 0.667), ("2/255", "a", 0.333), ("2/255", "b", 0.667), ("2/255", "c", 1.0),
+        (None, "a", 0.667), (None, "b", 0.667), (None, "c", 0.667),
+        ("2/255", "a", 0.333), ("2/255", "b", 0.667), ("2/255", "c", 1.0),
     ]  # fmt: skip
     assert [r.difference and (r.difference["only_a"], r.difference["only_b"]) for r in rows[3:]] == [
         None,
@@ -204,3 +223,37 @@ def test_labels_of_another_number_and_a_single_run_are_refused(runs):
         compare_all([a, b], ["A"])
     with pytest.raises(UserError, match="needs two or more"):
         compare_all([a])
+
+
+def _places(value, at=()):
+    yield at
+    first_three = list(enumerate(value))[:3] if isinstance(value, list) else []
+    for key, below in value.items() if isinstance(value, dict) else first_three:
+        yield from _places(below, (*at, key))
+
+
+def test_damaged_results_are_one_line_wherever_they_are_damaged(tmp_path):
+    """One value of results.json after another is taken away or replaced by one of another kind."""
+    rng, good = random.Random(0), copy.deepcopy(RESULTS)
+    (tmp_path / "good").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "good" / "results.json").write_text(json.dumps(good))
+    values = (None, 1, -1, 1e308, "x", "", [], {}, True, [None], {"a": 1}, "../../x", "9" * 400)
+    refused = 0
+    for place in [place for place in _places(good) if place] * 6:
+        bad = copy.deepcopy(good)
+        *above, last = place
+        inner = bad
+        for key in above:
+            inner = inner[key]
+        if rng.random() < 0.2:
+            del inner[last]
+        else:
+            inner[last] = rng.choice(values)
+        (tmp_path / "bad" / "results.json").write_text(json.dumps(bad))
+        for pair in (("good", "bad"), ("bad", "good")):
+            try:
+                compare_all([tmp_path / name for name in pair])
+            except UserError as error:
+                refused += "\n" not in str(error)
+    assert refused > 150

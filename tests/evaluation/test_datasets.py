@@ -87,7 +87,11 @@ def test_a_split_is_no_name(tmp_path):
     ("https://host.org/{000..012}.tar", "indices/fish.npz", "fish"),
     ("pipe:fetch everything", None, "remote"),
     ("https://huggingface.co/datasets/clip-benchmark/wds_cifar10/resolve/main/test/{0..1}.tar", None, "CIFAR10"),
-    ("https://huggingface.co/datasets/timm/imagenet-1k-wds/resolve/main/imagenet1k-validation-{00..63}.tar", None, "ImageNet"),
+    (
+        "https://huggingface.co/datasets/timm/imagenet-1k-wds/resolve/main/imagenet1k-validation-{00..63}.tar",
+        None,
+        "ImageNet",
+    ),
 ])  # fmt: skip
 def test_remote_shards_are_named_after_their_folder_files_or_index(where, index, name):
     (source,) = datasets.find_datasets(where, index=index)
@@ -138,8 +142,8 @@ def test_two_classes_have_no_targeted_attack_and_a_chance_of_half(measure, tmp_p
     printed = capsys.readouterr().out
     assert re.search(r"│ +50\.00 │\n", printed)
     assert (
-        "WARN PCAM: every attack ran: eps 0.01569: apgd-t left out: the targeted DLR loss needs 4 classes, there are 2\n"
-        in printed
+        "WARN PCAM: every attack ran: eps 0.01569: apgd-t left out: "
+        "the targeted DLR loss needs 4 classes, there are 2\n" in printed
     )
     assert entry["chance"] == 0.5 and list(entry["eps"]["4/255"]["attacks"]) == ["apgd-ce"]
     assert entry["eps"]["4/255"]["skipped"] == {"apgd-t": "the targeted DLR loss needs 4 classes, there are 2"}
@@ -187,7 +191,8 @@ def test_images_of_several_sizes_have_no_native_size(measure, tmp_path):
         Image.fromarray(np.full((*size, 3), 90, np.uint8)).save(folder / "0.png")
     with pytest.raises(
         UserError,
-        match="'.*' is 2.x2. pixels, others are 2.x2.: images of several sizes have no common native size; use --perturb-at input",
+        match="'.*' is 2.x2. pixels, others are 2.x2.: images of several sizes have no common native size; "
+        "use --perturb-at input",
     ):
         measure(tmp_path / "photos", perturb_at="native")
 
@@ -292,10 +297,16 @@ def test_a_protocol_is_what_papers_agreed_on_and_gives_way_to_what_is_asked():
 
 @pytest.mark.parametrize("asked, message", [
     ({"eps": [Fraction(0)]}, "--eps: 0 is no attack"),
-    ({"eps": [Fraction(2)]}, "--eps: 2 lets an attack replace the whole image, .* write it as a fraction such as 2/255"),
+    (
+        {"eps": [Fraction(2)]},
+        "--eps: 2 lets an attack replace the whole image, .* write it as a fraction such as 2/255",
+    ),
     ({"eps": [Fraction(2, 255), Fraction(1)]}, "--eps: 1 lets"),
     ({"norm": "l2"}, "--norm: the radii of 'robustbench' are linf's, not l2's; give its own with --eps, such as 0.5"),
-    ({"norm": "l2", "eps": [Fraction(1, 2)]}, "--attacks: 'square' is written for linf, not l2; leave it out: --attacks apgd-ce apgd-t fab-t$"),
+    (
+        {"norm": "l2", "eps": [Fraction(1, 2)]},
+        "--attacks: 'square' is written for linf, not l2; leave it out: --attacks apgd-ce apgd-t fab-t$",
+    ),
 ])  # fmt: skip
 def test_a_threat_that_does_not_fit_is_refused_when_it_is_asked_for(asked, message):
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""`mmtard evaluate`: equal to open_clip's own zero-shot classifier, the same at every batch size, never stale, taken up after a kill."""
+"""`mmtard evaluate` equals open_clip's zero-shot classifier, at every batch size; it is never stale, and goes on."""
 
 import json
 import re
@@ -213,7 +213,7 @@ def test_results_of_other_weights_data_or_settings_are_never_taken_for_these(
 
 
 def test_a_folder_that_was_copied_is_not_measured_again(colours, measure, exported, tmp_path, monkeypatch):
-    """Its path stands in open_clip's name of it, and decides no number; nor does that of a model whose gradients are followed."""
+    """Its path stands in open_clip's name of it, and decides no number; nor does that of the model of `transfer`."""
     copied = edited(exported, tmp_path / "copied")
     first = measure(colours, attacks=("transfer",), iters=1, transfer_from=Model(weights=str(exported)))
     monkeypatch.setattr(ensemble, "run_attacks", None)
@@ -343,7 +343,10 @@ def test_a_sample_of_the_readable_is_the_same_in_other_chunks_and_after_an_inter
 @pytest.mark.parametrize("n, truncated", [(48, range(10)), (400, range(5)), (2, range(2))])
 def test_too_many_that_cannot_be_read_end_it(measure, tmp_path, n, truncated):
     folder = write(tmp_path / "colours", n, size=(8, 8), truncated=truncated)
-    told = f"colours clean: {len(truncated)} of {n} samples cannot be read, and 1 % may be left out .0.tar/s0000: cannot be decoded: .*; repair or remove them"
+    told = (
+        f"colours clean: {len(truncated)} of {n} samples cannot be read, and 1 % may be left out "
+        ".0.tar/s0000: cannot be decoded: .*; repair or remove them"
+    )
     with pytest.raises(UserError, match=told):
         measure(folder, attacks=("pgd",), iters=1)
 
@@ -374,7 +377,8 @@ def test_partial_results_of_other_settings_are_dropped_with_a_line(ranks, tmp_pa
     found = partial_results.PartialResults(tmp_path, "colours", "1" * 16, ranks, said.append)
     assert found.mine("colours clean", 3) == ([1, 2], 2)
     assert said == [
-        f"colours: the partial results in '{folder}' are of another model, data or settings; they are removed, it starts anew",
+        f"colours: the partial results in '{folder}' are of another model, data or settings; "
+        "they are removed, it starts anew",
         "colours: goes on, 1 chunks are done",
     ]
     assert sorted(p.name[:12] for p in folder.iterdir()) == ["colours-1111", "colours-2-00"]

@@ -17,7 +17,7 @@ OWN = "a picture, {c}\n"
 
 @pytest.fixture
 def run(exported, colours, tmp_path, tree):
-    """A run whose start and only checkpoint are the untrained CLIP; it says that `colours` trained it, in words of its own."""
+    """A run whose start and checkpoint are the untrained CLIP; it says that `colours` trained it, in its own words."""
     folder = tmp_path / "run"
     clip = loading.load_clip(Model(weights=str(exported)))
     clip.save(folder / "start")

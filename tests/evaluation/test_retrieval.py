@@ -1,4 +1,4 @@
-"""Image-text retrieval: ranks by hand, recall against a sort in float64, and an attack that takes images from their captions."""
+"""Image-text retrieval: ranks by hand, recall against a sort in float64, images that are taken from their captions."""
 
 import io
 

@@ -50,7 +50,7 @@ def test_the_costly_checks_take_no_more_images_at_once_than_the_evaluation(colou
 
 
 def test_sanity_is_added_to_what_is_measured_and_stays(measure, tmp_path, monkeypatch):
-    """With --sanity a finished evaluation is the same one: its attacks, of hours, are not made again, nor is it another's pair."""
+    """With --sanity a finished evaluation is the same one: its attacks, of hours, are not made again."""
     write(tmp_path / "root" / "colours", 24)
     write(tmp_path / "root" / "flickr", 6, captions=lambda i: f"a picture {i}")
     (tmp_path / "root" / "flickr" / "dataset_type.txt").write_text("retrieval\n")

@@ -7,7 +7,8 @@ from mmtard.evaluation.statistics import stratified, wilson_interval
 
 
 def test_wilson_interval_of_fifty_in_a_hundred_by_hand():
-    # p = 1/2, z^2 = 3.841459: half-width = z * sqrt(1/400 + z^2/40000) / (1 + z^2/100) = 0.0998088 / 1.0384146 = 0.0961683
+    # p = 1/2, z^2 = 3.841459: the half-width is z * sqrt(1/400 + z^2/40000) / (1 + z^2/100),
+    # 0.0998088 / 1.0384146 = 0.0961683
     assert wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=5e-5)
 
 

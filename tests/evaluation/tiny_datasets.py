@@ -13,7 +13,7 @@ COLOURS = {"red": 0, "green": 1, "blue": 2, "grey": None}
 def write(
     folder, n, size=(32, 32), classes=COLOURS, captions=None, label=lambda i, n_classes: i % n_classes, truncated=()
 ):
-    """`folder`/test/0.tar of noisy coloured images, in CLIP_benchmark's layout; those numbered in `truncated` lack their end."""
+    """Write `folder`/test/0.tar of noisy coloured images, in CLIP_benchmark's layout; `truncated` ones are cut off."""
     (folder / "test").mkdir(parents=True)
     rng = np.random.default_rng(0)
     with tarfile.open(folder / "test" / "0.tar", "w") as tar:
