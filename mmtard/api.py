@@ -98,8 +98,8 @@ def attack(
     from .attacks.attack import attack_tensors
     from .attacks.state import AttackSettings
     from .attacks.threat_model import check_norm
-    from .evaluation.model import full_float32
     from .evaluation.python_call import pixels
+    from .models.precision import full_float32
     from .models.zero_shot_model import ZeroShotModel
 
     if isinstance(model, ZeroShotModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from ..errors import RunError, UserError
 from ..files import settings_digest
 from ..models import loading
 from ..models.image_tower import DTYPES, freeze, why_no_embeddings
+from ..models.precision import full_float32
 from . import identity
 from .settings import embedding_recipe, embeddings_folder, read_manifest
 from .store import PartLayout, finish, missing_parts, write_part
@@ -34,7 +36,8 @@ def cache(config: Config, interruption: Interruption, say=print) -> None:
     The ranks of this launch share the work. Raises UserError for what the user can mend, and RunError of status
     `EXIT_REQUEUE` on every rank when any was interrupted: the next start goes on from the parts that are stored.
     """
-    with process_group(config.engine.device) as ranks:
+    exact = full_float32() if config.engine.precision == "float32" else nullcontext()
+    with exact, process_group(config.engine.device) as ranks:
         names = identity.cacheable_teachers(config)
         if not names:
             raise UserError(

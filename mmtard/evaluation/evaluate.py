@@ -14,11 +14,12 @@ from ..attacks.batching import AdaptiveBatchSize
 from ..distributed.interruption import Interruption
 from ..distributed.ranks import Ranks
 from ..errors import UserError
+from ..models.precision import full_float32
 from ..runs.environment import device_name, environment
 from . import partial_results, results
 from .chunks import CPU_BATCH, CUDA_BATCH
 from .corruptions import corruption_error
-from .model import EvaluatedModel, full_float32, load_model
+from .model import EvaluatedModel, load_model
 from .request import EvaluationRequest
 from .session import EvaluationSession, deciding_settings
 from .trained_with import trained_with

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -103,20 +101,3 @@ def _the_same_everywhere(spec: Model, ranks: Ranks) -> Model:
         return spec
     _, checkpoint = ranks.run_on_first(lambda: resolve(folder))
     return spec.model_copy(update={"weights": str(checkpoint)})
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """TF32 off: by default cuDNN's convolutions, a ViT's patch embedding among them, keep 10 bits of a float32's 23.
-
-    Through torch's newer settings: the older `allow_tf32` raises where somebody has used the newer ones.
-    """
-    kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
-    before = [kind.fp32_precision for kind in kinds]
-    try:
-        for kind in kinds:
-            kind.fp32_precision = "ieee"
-        yield
-    finally:
-        for kind, precision in zip(kinds, before):
-            kind.fp32_precision = precision

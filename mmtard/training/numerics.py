@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from ..config.training import Engine
-from ..evaluation.model import full_float32
+from ..models.precision import full_float32
 
 
 @contextmanager

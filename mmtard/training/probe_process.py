@@ -48,8 +48,9 @@ def measure(request: dict) -> dict:
     from ..data.stream import eval_batches
     from ..distributed.ranks import process_group
     from ..evaluation import chunks, results, zeroshot
-    from ..evaluation.model import full_float32, load_model
+    from ..evaluation.model import load_model
     from ..evaluation.statistics import stratified
+    from ..models.precision import full_float32
 
     source = Data(**request["data"])
     dataset = open_dataset(source)
