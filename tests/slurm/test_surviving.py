@@ -296,9 +296,11 @@ def test_a_hang_ends_the_job_within_the_limit_and_past_its_bound_for_good(cluste
     fields = cluster.ended(job)
     assert time.monotonic() - began < 6 + 20  # the limit, and what Slurm takes to end a stopped process
     assert (fields["JobState"], fields["Restarts"]) == ("FAILED", "0"), cluster.log(job)
-    # By the rank beside it, which sees it stand still, or at the latest by the limit on the step.
-    silent, behind = r"lost rank 1 \(.*\): silent for \d+ seconds", r"no progress in its .* rank 1 \(.* did not arrive"
-    assert re.search(f"{silent}|{behind}", cluster.log(job)), cluster.log(job)
+    assert (
+        "no progress in its" in cluster.log(job)
+        and "rank 1 (" in cluster.log(job)
+        and "did not arrive" in cluster.log(job)
+    )
     assert "resume.max_losses allows 0, raise it to go on" in cluster.log(job)
     assert state(run).startswith("failed: 1 starts ended as lost")
 
