@@ -77,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments of a command line; ends the process with status 2 and the usage where they do not fit."""
     top = parser()
     args, left = top.parse_known_args(argv)
     if hasattr(args, "words"):  # a command with a parser of its own takes them as they are

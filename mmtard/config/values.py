@@ -93,4 +93,6 @@ PathText = Annotated[
 
 
 class Section(BaseModel):
+    """A section of a configuration: its keys are known, its values checked, and it does not change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
