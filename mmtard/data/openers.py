@@ -21,8 +21,10 @@ def open_shard(shard: str) -> Iterator[BinaryIO]:
         with open(shard, "rb") as file:
             yield file
         return
-    if any(not character.isprintable() for character in shard):
-        raise OSError("its address holds a control character")
+    # Some versions of webdataset hand an address to a shell, in single quotes.
+    strange = [c for c in shard if not c.isprintable() or (c in "'\"`\\ " and not shard.startswith(("pipe:", "file:")))]
+    if strange:
+        raise OSError(f"its address holds {strange[0]!r}, which no address has; write it as %{ord(strange[0]):02X}")
     try:
         from webdataset.gopen import gopen
 

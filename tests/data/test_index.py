@@ -1,5 +1,6 @@
 import gzip
 import hashlib
+import importlib
 import io
 import multiprocessing
 import os
@@ -545,3 +546,13 @@ def test_damaged_indexes_and_shards_are_told_in_one_line_whatever_is_damaged(fol
                 refused += 1
                 assert "\n" not in str(error) and "x.tar" in str(error)
     assert refused > 100
+
+
+@pytest.mark.parametrize(
+    "shard", ["https://h/';touch RAN;'0.tar", "gs://b/`touch RAN`0.tar", 's3://b/"0.tar', "hf://a/x y.tar"]
+)
+def test_an_address_that_a_shell_could_take_for_a_command_is_refused(shard, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.import_module("webdataset.gopen"), "gopen", lambda *_: pytest.fail("it was opened"))
+    with pytest.raises(UserError, match="cannot be read: its address holds .*, which no address has; write it as %"):
+        scan_shard(shard)
