@@ -65,34 +65,6 @@ def read_names(path: Path, key: str) -> list[str]:
     return names
 
 
-def doubtful_names(names: list[str], dataset: Dataset) -> list[str]:
-    """What is likely a mistake in the names of a data set's classes, a sentence each."""
-    doubts = []
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        places = [str(i) for i, name in enumerate(names) if name == twice[0]]
-        doubts.append(
-            f"{len(twice)} names stand for several classes ('{twice[0]}' for {' and '.join(places)}): "
-            "the model cannot tell them apart"
-        )
-    present = int(dataset.labels.max(initial=-1)) + 1
-    if 0 < present < len(names):
-        doubts.append(
-            f"there are {len(names)} names, and no sample has a label above {present - 1}: another data set's?"
-        )
-    for pattern, what in (
-        (r"n\d{8}", "codes of WordNet"),
-        (r"\d+", "numbers"),
-        (r"[^\s_]+(_[^\s_]+)+", "words joined by underscores"),
-    ):
-        like = [name for name in names if re.fullmatch(pattern, name)]
-        if len(like) > len(names) / 2:
-            doubts.append(
-                f"{len(like)} of {len(names)} names are {what} ('{like[0]}'): give a file of names as people say them"
-            )
-    return doubts
-
-
 def templates(settings: Data) -> list[str]:
     """The prompts, each with `{}` where the class name goes.
 

@@ -137,7 +137,7 @@ def log_start(
     for note in dataset.index.notes(labels=config.needs_labels):
         logger.print(f"of the shards: {note}")
     if config.data.targets == "labels":
-        for line in class_name_lines(classnames(config.data, dataset), dataset, []):
+        for line in class_name_lines(classnames(config.data, dataset), dataset.labels, []):
             logger.print(f"{line['status']} {line['check']}: {line['detail']}")
     for name, teacher in ensemble.items():
         mib = ", ".join(f"{held[name] / 2**20:.2f}" for held in held_by_rank)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmtard.config import Data
-from mmtard.data.class_names import classnames, doubtful_names, read_names, templates
+from mmtard.data.class_names import classnames, read_names, templates
 from mmtard.errors import UserError
 
 
@@ -45,19 +45,6 @@ def test_what_is_no_list_of_names_is_refused_in_one_line(tmp_path, data, words):
     with pytest.raises(UserError, match=words) as caught:
         classnames(Data(shards="x", classnames=str(tmp_path / "n.txt")), Labels(2))
     assert str(caught.value).startswith("data.classnames: ") and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("names, highest, words", [
-    (["cat", "dog", "bird"], 2, None),
-    (["crane", "bird", "crane"], 2, "'crane' for 0 and 2): the model cannot tell them apart"),
-    (["cat", "dog", "bird", "fish"], 2, "there are 4 names, and no sample has a label above 2"),
-    (["n01440764", "n01443537", "n01484850"], 2, "3 of 3 names are codes of WordNet ('n01440764')"),
-    (["0", "1", "2"], 2, "3 of 3 names are numbers ('0')"),
-    (["apple_pie", "beet_salad", "ramen"], 2, "2 of 3 names are words joined by underscores ('apple_pie')"),
-])  # fmt: skip
-def test_what_is_likely_a_mistake_is_said(names, highest, words):
-    doubts = doubtful_names(names, Labels(highest))
-    assert len(doubts) == (words is not None) and (words is None or words in doubts[0])
 
 
 def test_prompts_are_read_by_the_same_rules(tmp_path):
