@@ -19,7 +19,7 @@ from ..zero_shot import ZeroShotHead
 from .clip import Clip, TextTower
 from .image_tower import ImageTower
 
-TEMPLATES = ("a photo of a {}.",)
+TEMPLATES = ("This is a photo of a {}",)  # as an evaluation has it where a dataset brings none
 Tokenizer = Callable[[list[str]], Tensor]  # N texts -> token ids int64 [N,L]
 _CLIP_VOCABULARY = 49408  # of OpenAI's tokenizer, which open_clip's plain text towers share
 
@@ -79,7 +79,7 @@ class ZeroShotModel:
         for prompt in prompts:
             if "{}" not in prompt:
                 raise UserError(
-                    f"templates: '{prompt}' has no place for the class name; write it like 'a photo of a {{}}.'"
+                    f"templates: '{prompt}' has no place for the class name; write it like 'a photo of a {{}}'"
                 )
         embeddings = self.embed_texts([prompt.replace("{}", name) for name in names for prompt in prompts])
         return F.normalize(embeddings.view(len(names), len(prompts), -1).mean(1), dim=-1)
