@@ -12,7 +12,7 @@ import torch
 def full_float32() -> Iterator[None]:
     """Turn TF32 off on GPUs; afterwards the process is as it was.
 
-    By default cuDNN's convolutions, a ViT's patch embedding among them, keep 10 bits of a float32's 23. Works whichever of
+    By default the convolutions of cuDNN, a ViT's patch embedding among them, keep 10 bits of a float32's 23. Works
     torch's two ways, `allow_tf32` or `fp32_precision`, the process has used before.
     """
     kinds = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul

@@ -158,6 +158,8 @@ def _read(path: Path, where: str) -> object:
         raise
     except Exception as error:  # every loader has its own family of errors for a file that is not its own
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it is damaged, or another program's pickle"  # torch itself advises to run its code
         raise UserError(f"{refused} as safetensors or a weights-only torch file: {reason}") from None
 
 

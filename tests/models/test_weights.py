@@ -95,6 +95,11 @@ class Harmful:
     [
         ("w.pt", lambda p: torch.save({"a": Harmful()}, p), "cannot read '.*w.pt'"),
         ("w.pkl", lambda p: p.write_bytes(pickle.dumps({"a": Harmful()}, protocol=2)), "cannot read '.*w.pkl'"),
+        (
+            "w.bin",
+            lambda p: p.write_bytes(pickle.dumps({"a": Harmful()})),
+            "w.bin' .*damaged, or another program's pickle$",
+        ),
         ("w.safetensors", lambda p: p.write_bytes(b"no tensors here"), "cannot read '.*w.safetensors'"),
         ("w.pt", lambda p: torch.save({"step": 3}, p), "holds no state_dict"),
         ("w.pt", lambda p: torch.save(torch.ones(3), p), "holds no state_dict"),
