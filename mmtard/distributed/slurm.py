@@ -19,7 +19,7 @@ def job() -> str | None:
 
 def restarts() -> int:
     """How often Slurm has put this job back into the queue."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return _count("SLURM_RESTART_COUNT")
 
 
 def starts() -> int:
@@ -27,7 +27,12 @@ def starts() -> int:
 
     It counts Slurm's restarts, and the jobs that went on for one that may not be requeued.
     """
-    return restarts() + int(os.environ.get("MMTARD_SUBMITTED_AGAIN") or 0) + 1
+    return restarts() + _count("MMTARD_SUBMITTED_AGAIN") + 1
+
+
+def _count(name: str) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 9 else 0
 
 
 def hand_over(old: str, new: str) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shlex
 import sys
 
 from ..config.argument_types import natural, path, path_text, positive
 from ..errors import UserError
-from .request import JobRequest, minutes
+from .request import JobRequest, minutes, words_of
 
 DEFAULT_CONFIG = "configs/vitb32_mmtard.yaml"
 # What --slurm may not set, since the checks and the requeueing here would not know of it: the flag that does.
@@ -160,10 +159,6 @@ def job_request(args: argparse.Namespace) -> JobRequest:
         )
     if args.setup and not args.setup.is_file():
         raise UserError(f"--setup: '{args.setup}' is no file; give the shell lines that the job begins with")
-    try:
-        srun = tuple(shlex.split(args.srun))
-    except ValueError as error:
-        raise UserError(f"--srun: '{args.srun}' is not a list of words: {error}") from None
     default_gpus = 1 if args.local else 8
     return JobRequest(
         python=args.python,
@@ -181,7 +176,7 @@ def job_request(args: argparse.Namespace) -> JobRequest:
         qos=args.qos,
         constraint=args.constraint,
         setup=str(args.setup.absolute()) if args.setup else None,
-        srun=srun,
+        srun=words_of(args.srun, "--srun"),
         more=_more(args),
     )
 

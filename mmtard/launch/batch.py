@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from .. import resources
 from ..distributed import slurm
 from ..errors import UserError
 from .environment import announcement, rendezvous, say
+from .request import words_of
 from .requeue import MAX_REQUEUES, CannotGoOnError, go_on, ignore_signals, may_start, wants_more
 from .resubmit import submit_script_again
 
@@ -85,7 +85,7 @@ def _may_go_on(command: str, words: tuple[str, ...]) -> bool:
 
 def _srun(*flags: str) -> list[str]:
     """srun of the ranks' Python."""
-    return ["srun", *flags, *shlex.split(os.environ.get("MMTARD_SRUN", "")), _python()]
+    return ["srun", *flags, *words_of(os.environ.get("MMTARD_SRUN", ""), "MMTARD_SRUN"), _python()]
 
 
 def _python() -> str:

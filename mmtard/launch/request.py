@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass, field
 
 from ..errors import UserError
@@ -38,6 +39,14 @@ class JobRequest:
     @property
     def world(self) -> int:
         return self.nodes * self.tasks_per_node
+
+
+def words_of(text: str, where: str) -> tuple[str, ...]:
+    """The words of a text as a shell splits them. Raises UserError, which names `where` it stands, for open quotes."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise UserError(f"{where}: '{text}' is not a list of words: {error}") from None
 
 
 def minutes(time: str) -> int:

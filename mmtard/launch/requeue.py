@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from ..distributed import slurm
 from ..distributed.interruption import EXIT_REQUEUE, Interruption
 from ..distributed.processes import RANK_VARIABLES
+from ..errors import UserError
 from .environment import say
 
 # Evaluation and caching do not count their own starts, so this bounds them.
@@ -45,7 +46,11 @@ def may_start(when: str, words: tuple[str, ...], launcher: Sequence[str] = (sys.
     launcher: what runs Python where the ranks' Python is not this one.
     """
     command = [*launcher, "-m", "mmtard", "config", "--may-start", when, *words]
-    return subprocess.run(command, stdout=subprocess.DEVNULL, preexec_fn=ignore_signals).returncode
+    try:
+        return subprocess.run(command, stdout=subprocess.DEVNULL, preexec_fn=ignore_signals).returncode
+    except OSError as error:
+        place = f"on {os.uname().nodename}: {error.strerror}"
+        raise UserError(f"cannot run '{command[0]}' {place}; MMTARD_PYTHON names the Python of the job") from None
 
 
 def go_on(

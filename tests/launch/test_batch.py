@@ -162,6 +162,21 @@ def test_words_that_are_missing_are_told_before_any_rank_starts(body, tmp_path, 
     assert not (tmp_path / "srun_words").exists()
 
 
+@pytest.mark.parametrize(
+    "env, message",
+    [
+        ({"MMTARD_SRUN": "'x"}, "MMTARD_SRUN: ''x' is not a list of words: No closing quotation"),
+        ({"MMTARD_PYTHON": "/gone/python"}, "/gone/python"),
+    ],
+)
+def test_a_hook_that_cannot_be_used_is_one_line(body, tmp_path, env, message):
+    done = body(
+        "train_vitb32.sh", f"run_dir={tmp_path}/run", SLURM_RESTART_COUNT="x", MMTARD_SUBMITTED_AGAIN="-1", **env
+    )
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "srun_words").exists()
+
+
 def test_the_status_of_ranks_that_a_signal_ended_is_a_shells(body, tmp_path):
     script(tmp_path / "srun", "kill -9 $$")
     done = body("preflight.sh", "run_dir=x")
