@@ -142,6 +142,7 @@ def wrap(model: nn.Module, arch: str | None = None, tokenizer: Tokenizer | None 
     wrong = {str(p.dtype) for p in model.parameters()} - {"torch.float32"}
     if wrong:
         raise UserError(f"model: its weights are {min(wrong)}; attacks need float32: call model.float() first")
+    arch = arch and arch.replace("/", "-")  # OpenAI's spelling, ViT-B/32
     if arch is not None and arch not in open_clip.list_models():
         raise UserError(f"arch: open_clip has no architecture '{arch}'; open_clip.list_models() has them all")
     preprocess = {

@@ -78,7 +78,8 @@ def test_a_sample_does_not_depend_on_its_batch_nor_on_torchs_generator(name, vic
     assert torch.cat([a.adv for a in alone]).equal(whole.adv[order[:6]])
 
 
-@pytest.mark.parametrize("name", set(ATTACKS) - {"square"})
+# pyautoattack's own Square does not run in L2 on 12 pixels: see test_autoattack.py.
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name not in ("square", "autoattack")])
 def test_l2(name, victim):
     out = attack(victim, name, norm="l2", eps=0.8)
     assert 0 < out.facts.broken[name] < 100
