@@ -11,14 +11,14 @@ from PIL import Image
 from tiny_datasets import write
 
 from mmtard.errors import UserError
-from mmtard.evaluation import retrieval
+from mmtard.evaluation import recall, retrieval
 
 
 def test_ranks_of_three_images_and_four_captions_by_hand():
     images = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     texts = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [0.8, 0.6]])  # of images 0, 0, 1, 2
     # cosines, rows images: [1, .6, 0, .8], [0, .8, 1, .6], [.707, .990, .707, .990]
-    of_image, of_caption = retrieval.ranks_of(images, texts, torch.tensor([0, 0, 1, 2]), block=2)
+    of_image, of_caption = recall.ranks_of(images, texts, torch.tensor([0, 0, 1, 2]), block=2)
     assert of_image.tolist() == [1, 1, 2]  # the third's .990 is met by another's .990: a tie counts against it
     assert of_caption.tolist() == [1, 3, 1, 1]
 
@@ -31,11 +31,9 @@ def test_ranks_are_those_of_a_sort():
     similarity = z @ t.T
     best = [list(of[np.argsort(-row)]).index(i) + 1 for i, row in enumerate(similarity)]
     theirs = [list(np.argsort(-similarity[:, j])).index(of[j]) + 1 for j in range(90)]
-    of_image, of_caption = retrieval.ranks_of(
-        torch.tensor(z).float(), torch.tensor(t).float(), torch.tensor(of), block=7
-    )
+    of_image, of_caption = recall.ranks_of(torch.tensor(z).float(), torch.tensor(t).float(), torch.tensor(of), block=7)
     assert of_image.tolist() == best and of_caption.tolist() == theirs
-    found = retrieval.recalls(of_image, of_caption)
+    found = recall.recalls(of_image, of_caption)
     assert (
         found["image_to_text"]["5"]["accuracy"] == np.mean(np.array(best) <= 5)
         and found["text_to_image"]["10"]["n"] == 90
@@ -43,19 +41,19 @@ def test_ranks_are_those_of_a_sort():
 
 
 def test_one_embedding_for_everything_finds_nothing():
-    of_image, of_caption = retrieval.ranks_of(torch.ones(12, 4), torch.ones(12, 4) / 2, torch.arange(12))
+    of_image, of_caption = recall.ranks_of(torch.ones(12, 4), torch.ones(12, 4) / 2, torch.arange(12))
     assert of_image.tolist() == of_caption.tolist() == [12] * 12
 
 
 def test_nan_finds_nothing_and_takes_no_other_images_place():
     """NaN compares as false with everything: counted as nothing better, it would rank first."""
     nothing = torch.full((12, 4), torch.nan)
-    assert [r.tolist() for r in retrieval.ranks_of(nothing, torch.eye(12, 4), torch.arange(12))] == [[12] * 12] * 2
+    assert [r.tolist() for r in recall.ranks_of(nothing, torch.eye(12, 4), torch.arange(12))] == [[12] * 12] * 2
     images, texts = torch.eye(4), torch.eye(4)
     images[1] = torch.nan
-    assert [r.tolist() for r in retrieval.ranks_of(images, texts, torch.arange(4), block=3)] == [[1, 4, 1, 1]] * 2
+    assert [r.tolist() for r in recall.ranks_of(images, texts, torch.arange(4), block=3)] == [[1, 4, 1, 1]] * 2
     texts[2] = torch.nan
-    of_image, of_caption = retrieval.ranks_of(images, texts, torch.arange(4))
+    of_image, of_caption = recall.ranks_of(images, texts, torch.arange(4))
     assert of_image.tolist() == [1, 4, 4, 1] and of_caption.tolist() == [1, 4, 4, 1]
 
 
