@@ -57,6 +57,8 @@ def _evaluation_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--allow-pipe", action="store_true", help="let --data name pipe: commands, which run on this machine"
     )
+    p.add_argument("--label-key", metavar="KEY", help="read labels from this key of .json members, not from .cls")
+    p.add_argument("--caption-key", metavar="KEY", help="read captions from this key of .json members, not from .txt")
     p.add_argument("--datasets", nargs="+", metavar="NAME", help="of those in ROOT; default: all")
     p.add_argument("--index", type=path_text, metavar="FILE", help="default: beside the shards")
     p.add_argument(
@@ -139,7 +141,8 @@ def _measure(args, interruption: Interruption) -> int:
         iters=args.iters, restarts=args.restarts, seed=args.seed, perturb_at=args.perturb_at,
         attacks=args.attacks and tuple(args.attacks),
     )  # fmt: skip
-    sources = datasets.find_datasets(args.data, args.datasets, args.index, args.classnames, args.allow_pipe)
+    reading = {name: getattr(args, name) for name in ("allow_pipe", "label_key", "caption_key")}
+    sources = datasets.find_datasets(args.data, args.datasets, args.index, args.classnames, reading)
     with heavy_imports():
         from ..attacks import checks
         from ..data.class_names import templates

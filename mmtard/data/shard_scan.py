@@ -7,6 +7,7 @@ import os
 import re
 import tarfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -63,8 +64,9 @@ def scan_shard(shard: str, keys: Keys = FROM_MEMBERS, images: bool = True) -> In
             counted = _Counted(stream)
             opened = {"fileobj": counted, "mode": "r|"} if images else {"fileobj": stream, "mode": "r:"}
             with tarfile.open(tarinfo=_Member, **opened) as tar:
+                read = _reading(tar, None if images else stream)
                 for member in tar:
-                    samples.add(member, tar)
+                    samples.add(member, read)
                     tar.members = []
                 if not isinstance(tar.ended_by, tarfile.EOFHeaderError):
                     raise tarfile.ReadError("no end-of-archive marker")
@@ -83,6 +85,18 @@ def scan_shard(shard: str, keys: Keys = FROM_MEMBERS, images: bool = True) -> In
     return samples.index(size, mtime)
 
 
+def _reading(tar: tarfile.TarFile, file: BinaryIO | None) -> Callable[[tarfile.TarInfo], bytes]:
+    """What reads a member's bytes: tarfile where the tar is a stream, else a seek in `file`, many times as fast."""
+    if file is None:
+        return lambda member: tar.extractfile(member).read()
+
+    def read(member: tarfile.TarInfo) -> bytes:
+        file.seek(member.offset_data)
+        return file.read(member.size)
+
+    return read
+
+
 def _mtime(shard: str) -> int:
     try:
         return os.stat(shard).st_mtime_ns
@@ -98,7 +112,7 @@ class _Samples:
         self.found: dict[bytes, dict] = {}
         self.remarks: dict[str, list] = {}
 
-    def add(self, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
+    def add(self, member: tarfile.TarInfo, read: Callable[[tarfile.TarInfo], bytes]) -> None:
         """Take a member into its sample, or count it among what is not read."""
         if member.isdir() or re.match(r"__[^/]*__($|/)", member.name):  # webdataset's own entries
             return
@@ -122,20 +136,20 @@ class _Samples:
             )
         sample = self.found[key]
         sample["members"].add(extension)
-        self._take(sample, extension, member, tar)
+        self._take(sample, extension, member, read)
 
-    def _take(self, sample: dict, extension: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
+    def _take(self, sample: dict, extension: str, member: tarfile.TarInfo, read: Callable) -> None:
         if extension in EXTENSIONS:
             if "image" in sample:
                 return self._remark("second images of a sample", member.name)
-            crc = zlib.crc32(tar.extractfile(member).read()) if self.images else 0
+            crc = zlib.crc32(read(member)) if self.images else 0
             sample["image"] = (member.offset_data, member.size, crc, EXTENSIONS.index(extension))
         elif extension == "cls" and self.keys.label is None:
-            sample["label"] = self._label(tar.extractfile(member).read(), member.name)
+            sample["label"] = self._label(read(member), member.name)
         elif extension == "txt" and self.keys.caption is None:
-            sample["text"] = (member.offset_data, member.size, zlib.crc32(tar.extractfile(member).read()))
+            sample["text"] = (member.offset_data, member.size, zlib.crc32(read(member)))
         elif extension == "json" and self.keys != FROM_MEMBERS:
-            data = tar.extractfile(member).read()
+            data = read(member)
             if self.keys.label is not None and (value := json_value(data, self.keys.label)) is not None:
                 sample["label"] = self._label(str(value).encode(), member.name)
             if self.keys.caption is not None:

@@ -101,13 +101,14 @@ def find_datasets(
     wanted: list[str] | None = None,
     index: str | None = None,
     classnames: str | None = None,
-    allow_pipe: bool = False,
+    reading: dict | None = None,
 ) -> list[DatasetSource]:
     """The datasets at or below ROOT: ROOT itself, else ROOT/[wds/][vtab/]NAME[/test]; `wanted` names some of them.
 
     ROOT may be a pattern of shards. A dataset is called after its folder, not `test` or `val` but the one above. Each
-    corruption and severity of ImageNet-C is a dataset. index, classnames: files of the one dataset that ROOT is. Raises
-    UserError naming what is missing.
+    corruption and severity of ImageNet-C is a dataset. index, classnames: files of the one dataset that ROOT is.
+    reading: settings of the section `data` that say how every dataset is read (allow_pipe, label_key, caption_key).
+    Raises UserError naming what is missing.
     """
     own = _sources(root, index, classnames)
     if not own and (index or classnames):
@@ -125,8 +126,7 @@ def find_datasets(
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--data: '{root}' holds the dataset {name} twice; name its folder in --data")
-    if allow_pipe:
-        found = [replace(s, data=s.data.model_copy(update={"allow_pipe": True})) for s in found]
+    found = [replace(source, data=source.data.model_copy(update=reading or {})) for source in found]
     if wanted is None:
         return found
     picked = [source for name in dict.fromkeys(wanted) for source in _pick(found, name, root)]

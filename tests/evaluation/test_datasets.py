@@ -349,3 +349,11 @@ def test_native_pixels_are_the_stored_ones(tmp_path):
     reader = Reader(dataset)
     stored = [np.asarray(decode(reader.image(i))).transpose(2, 0, 1) for i in (2, 0)]
     assert batch.images.shape == (2, 3, 10, 14) and (batch.images.numpy() == stored).all()
+
+
+def test_datasets_are_read_as_the_flags_say(tmp_path):
+    folder = write(tmp_path / "d", 3)
+    (source,) = datasets.find_datasets(
+        str(folder), reading={"label_key": "label", "caption_key": None, "allow_pipe": True}
+    )
+    assert (source.data.label_key, source.data.caption_key, source.data.allow_pipe) == ("label", None, True)
