@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
 from ..models.clip import START_FOLDER
 from ..runs.layout import CHECKPOINTS, RESULTS
 from . import finding
+from .pool import Pool, age
 from .records import About, Evaluation, read as read_results
 from .run_files import ReportSource, is_run_folder, read_run
 
@@ -24,7 +24,7 @@ def read(paths: list[Path], labels: list[str] | None = None) -> list[ReportSourc
     beside the runs. What cannot be read below a folder is a source with a `problem`. labels: names, one for each path
     or for each source. Raises UserError for a path that is none of these, and where nothing can be read.
     """
-    pool = _Pool(paths)
+    pool = Pool(paths)
     found, of_path = [], []
     for path in paths:
         of_path.append(len(found))
@@ -44,9 +44,9 @@ def evaluations_of(folder: Path) -> list[Evaluation]:
 
     Oldest first; what cannot be read is left out.
     """
-    pool = _Pool([folder])
+    pool = Pool([folder])
     own, _ = pool.take(finding.look_below(folder).results)
-    return sorted([*own, *pool.of(finding.Weights(folder))], key=lambda e: _age(e.path))
+    return sorted([*own, *pool.of(finding.Weights(folder))], key=lambda e: age(e.path))
 
 
 def _label(found: list[ReportSource], of_path: list[int], labels: list[str] | None) -> None:
@@ -74,75 +74,7 @@ def _longer_names(source: ReportSource) -> Iterator[str]:
         n += 1
 
 
-class _Pool:
-    """The evaluations that lie outside of the runs, each read once; a run or model takes those of its own weights."""
-
-    def __init__(self, paths: list[Path]):
-        given = [path for path in paths if is_run_folder(path) or finding.is_model_folder(path)]
-        folders = [path for path in paths if path.is_dir() and path not in given]
-        self._beside = [path for path in finding.search_places(given) if path.is_dir()] if given else []
-        self.below = {path: finding.look_below(path) for path in (*folders, *self._beside)}
-        self._runs = [run.resolve() for run in (*given, *(run for path in folders for run in self.below[path].runs))]
-        self._read: dict[Path, Evaluation | UserError] = {}
-        self._taken: set[Path] = set()
-
-    def read(self, path: Path) -> Evaluation:
-        """Raises UserError, each time, for a file that is no results.json."""
-        key = path.resolve()
-        if key not in self._read:
-            try:
-                self._read[key] = read_results(path)
-            except UserError as error:
-                self._read[key] = error
-        if isinstance(known := self._read[key], UserError):
-            raise known
-        return known
-
-    def take(
-        self, paths: list[Path], wanted: Callable[[Evaluation], bool] | None = None
-    ) -> tuple[list[Evaluation], list[str]]:
-        """(those of the files that nobody took and `wanted` accepts, oldest first, why others cannot be shown)."""
-        evaluations, damaged = [], []
-        for path in sorted(paths, key=lambda path: (_age(path), str(path))):
-            if path.resolve() in self._taken:
-                continue
-            try:
-                evaluation = self.read(path)
-            except UserError as error:
-                self._taken.add(path.resolve())
-                damaged.append(f"an evaluation: {error}")
-                continue
-            if wanted is None or wanted(evaluation):
-                self._taken.add(path.resolve())
-                evaluations.append(evaluation)
-        return evaluations, damaged
-
-    def of(self, weights: finding.Weights) -> list[Evaluation]:
-        """Take the evaluations of a run's or model's weights that lie outside of every run, oldest first."""
-        return self.take(self._outside, lambda evaluation: finding.is_of(evaluation, weights))[0]
-
-    @cached_property
-    def _outside(self) -> list[Path]:
-        """What can be read; a damaged file is told where its folder was given, and else not the report's to tell."""
-        paths = {path.resolve(): path for found in self.below.values() for path in found.results}
-        outside = [p for real, p in paths.items() if not any(real.is_relative_to(run) for run in self._runs)]
-        return [path for path in outside if self._readable(path)]
-
-    def _readable(self, path: Path) -> bool:
-        try:
-            return bool(self.read(path))
-        except UserError:
-            return False
-
-
-def _age(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _read(path: Path, pool: _Pool) -> list[ReportSource]:
+def _read(path: Path, pool: Pool) -> list[ReportSource]:
     if not path.exists():
         raise UserError(f"'{path}' does not exist; give a run's folder, or a results.json or its folder")
     if path.is_file():
@@ -151,13 +83,13 @@ def _read(path: Path, pool: _Pool) -> list[ReportSource]:
         return _run(path, pool)
     if finding.is_model_folder(path):
         evaluations, damaged = pool.take(finding.look_below(path).results)
-        evaluations = sorted([*evaluations, *pool.of(finding.Weights(path))], key=lambda e: _age(e.path))
+        evaluations = sorted([*evaluations, *pool.of(finding.Weights(path))], key=lambda e: age(e.path))
         missing = [RESULTS_ALONE, *damaged, *([] if evaluations else [_how_to_evaluate(path)])]
         return [ReportSource(_path_name(path), path, evaluations=evaluations, missing=missing)]
     return _folder(path, pool)
 
 
-def _folder(path: Path, pool: _Pool) -> list[ReportSource]:
+def _folder(path: Path, pool: Pool) -> list[ReportSource]:
     """The runs below a folder with their evaluations, then the models that are no run of these; starts come first."""
     below = pool.below[path]
     sources = [source for run in below.runs for source in _run(run, pool)]
@@ -182,7 +114,7 @@ def _folder(path: Path, pool: _Pool) -> list[ReportSource]:
     return [*sources, *(ReportSource(where.name, where, problem=text) for where, text in problems)]
 
 
-def _run(path: Path, pool: _Pool) -> list[ReportSource]:
+def _run(path: Path, pool: Pool) -> list[ReportSource]:
     """A run with the evaluations of its newest weights, and a source for each of its other weights measured."""
     try:
         run = read_run(path)
@@ -190,7 +122,7 @@ def _run(path: Path, pool: _Pool) -> list[ReportSource]:
         return [ReportSource(path.resolve().name, path, problem=f"'{path}' cannot be read: {error.strerror or error}")]
     own, damaged = pool.take(finding.look_below(path).results)
     weights = finding.Weights(path)
-    run.evaluations = sorted([*own, *pool.of(weights)], key=lambda e: _age(e.path))
+    run.evaluations = sorted([*own, *pool.of(weights)], key=lambda e: age(e.path))
     run.missing += damaged
     if not run.evaluations:
         run.missing.append(_how_to_evaluate(path))
