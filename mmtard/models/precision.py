@@ -13,7 +13,7 @@ def full_float32() -> Iterator[None]:
     """Turn TF32 off on GPUs; afterwards the process is as it was.
 
     By default the convolutions of cuDNN, a ViT's patch embedding among them, keep 10 bits of a float32's 23. Works
-    torch's two ways, `allow_tf32` or `fp32_precision`, the process has used before.
+    whichever of torch's two ways, `allow_tf32` or `fp32_precision`, the process has used before.
     """
     kinds = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
     before = [kind.fp32_precision for kind in kinds]

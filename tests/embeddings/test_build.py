@@ -58,7 +58,7 @@ def one_group():
             patch.delenv(name)  # what joining sets is put back
         ranks.start("cpu")
         with patch.context() as inner:
-            inner.setattr(ranks, "stop", lambda: None)
+            inner.setattr(ranks, "stop", lambda *_: None)
             yield
         ranks.stop()
 
