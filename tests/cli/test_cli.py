@@ -289,3 +289,11 @@ def test_messages_of_a_command_name_its_own_flags(monkeypatch, capsys, command, 
     monkeypatch.setattr(module, f"_{command}", fail)
     assert main.main([command, *words]) == 2
     assert capsys.readouterr().err == f"mmtard: {told}\n"
+
+
+def test_a_reader_that_goes_away_ends_a_listing_without_a_traceback(tmp_path):
+    """As in `mmtard config --explain | head -1`."""
+    script = f"{sys.executable} -m mmtard config --explain | true; echo ${{PIPESTATUS[0]}}"
+    env = {**os.environ, "PYTHONPATH": str(Path(main.__file__).parents[2])}
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("141\n", "")
