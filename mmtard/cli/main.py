@@ -34,25 +34,20 @@ OPTIONAL = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; the exit status.
 
-    0 done, 1 the run failed, 2 the user's to mend, 75 start it again to go on, 130 interrupted, 141 its reader is gone.
+    0 done, 1 the run failed, 2 the user's to mend, 75 start it again to go on, 130 interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
     args = argparse.Namespace()
     try:
         check_words(argv)
         args = parse(argv)
-        status = args.run(args) or 0
-        sys.stdout.flush()
-        return status
+        return args.run(args) or 0
     except UserError as error:
         return _fail(name_flags(str(error), getattr(args, "flags", {})), 2)
     except RunError as error:
         return _fail(str(error), error.status)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except BrokenPipeError:  # `mmtard configs | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in OPTIONAL:
