@@ -1,4 +1,4 @@
-"""The repository is formatted, without lint, and typed where others call it: what continuous integration asks for, as tests."""
+"""The repository is formatted, without lint, and typed where others call it: what CI asks for, as tests."""
 
 import importlib.util
 import subprocess
