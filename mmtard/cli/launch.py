@@ -116,13 +116,12 @@ def _add_completion(commands) -> None:
 
 def _completion(args) -> None:
     from ..launch.arguments import parser as submit_parser
-    from .main import parser
 
     try:
         import shtab
     except ModuleNotFoundError:
         raise UserError("completion needs the package shtab; install it: pip install shtab") from None
-    top = parser()
+    top = args.program
     commands = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction))
     commands.choices["submit"] = submit_parser("mmtard submit", "")
     print(shtab.complete(top, args.shell))

@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for group in GROUPS:
         group.add(commands)
+    top.set_defaults(program=top)  # for the command that prints what a shell completes
     return top
 
 

@@ -36,15 +36,16 @@ class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one, else the CPU")
     precision: Literal["bf16", "float32"] = Field(
         "bf16",
-        description="of the forwards; weights and moments are float32. A CPU without bf16 instructions is faster in float32",
+        description="of the forwards; weights and moments are float32. "
+        "A CPU without bf16 instructions is faster in float32",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         2, description="DeepSpeed ZeRO: 1 shares the moments over the ranks, 2 the gradients too, 3 the weights too"
     )
     deterministic: bool = Field(
         False,
-        description="GPUs: deterministic kernels, so that equal runs on the same GPUs and world size give the same bits; "
-        "slower. A CPU run always does",
+        description="GPUs: deterministic kernels, so that equal runs on the same GPUs and world size give "
+        "the same bits; slower. A CPU run always does",
     )
     checkpoint_activations: bool = Field(
         False, description="keep each block's input alone for the backward: less memory, a forward more"

@@ -16,9 +16,9 @@ from ..models.precision import full_float32
 def numerics(engine: Engine) -> Iterator[None]:
     """Compute as the `engine` section says; afterwards the process is as it was.
 
-    `precision: float32` turns TF32 off: cuDNN's convolutions would keep 10 of a float32's 23 bits. `deterministic` asks for
-    deterministic kernels; an operation that has none warns. Must begin before CUDA does, whose cuBLAS reads its workspace
-    from the environment.
+    `precision: float32` turns TF32 off: cuDNN's convolutions would keep 10 of a float32's 23 bits. `deterministic`
+    asks for deterministic kernels; an operation that has none warns. Must begin before CUDA does, whose cuBLAS reads
+    its workspace from the environment.
     """
     with ExitStack() as stack:
         if engine.precision == "float32":

@@ -132,8 +132,10 @@ def log_start(
         "captions": " of classes by caption",
         "none": "",
     }[config.data.targets]
+    height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    size = f"{height}" if height == width else f"{width}x{height}"
     scale = f"logit scale {head.logit_scale:.4g}"
-    logger.print(f"{len(dataset)} samples{classes}, images {image_size} px, {scale}")
+    logger.print(f"{len(dataset)} samples{classes}, images {size} px, {scale}")
     for note in dataset.index.notes(labels=config.needs_labels):
         logger.print(f"of the shards: {note}")
     if config.data.targets == "labels":
@@ -148,7 +150,8 @@ def log_start(
 def slow_precision(precision: str, device: torch.device) -> str | None:
     """What to say where the device computes in this precision only by a detour: bf16 on a CPU without its instructions.
 
-    Measured on one transformer layer, forward and backward: 2.3 times float32's time with AVX512 alone, 18 times with AVX2.
+    Measured on one transformer layer, forward and backward: 2.3 times float32's time with AVX512 alone, 18 times with
+    AVX2.
     """
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if precision != "bf16" or device.type != "cpu" or native:

@@ -17,7 +17,8 @@ WEIGHT = "w_"  # terms that start so are weights
 class TermSums:
     """Gathers the per-sample terms of a step on this rank.
 
-    They stay on the device until they are asked for: reading a number makes the host wait for everything launched so far.
+    They stay on the device until they are asked for: reading a number makes the host wait for everything launched so
+    far.
     """
 
     def __init__(self):

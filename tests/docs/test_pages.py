@@ -1,4 +1,6 @@
-"""What README and docs/ say: links that lead somewhere, commands that the program takes, settings as the schema has them."""
+"""What README and docs/ say: links that lead somewhere, commands that the program takes, settings as the schema has
+them.
+"""
 
 import re
 import runpy

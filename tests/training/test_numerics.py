@@ -52,10 +52,16 @@ def test_no_forward_of_a_step_waits_for_the_device(ranks, stage, monkeypatch):
 
     from mmtard.training.engine import Engine
 
-    config = validate({
-        "run_dir": "r", "student": {"weights": "random"}, "method": {"name": "tecoa"}, "data": {"shards": "s", "lanes": 4},
-        "train": {"steps": 9, "batch_size": 4}, "engine": {"precision": "float32", "zero_stage": stage},
-    })  # fmt: skip
+    config = validate(
+        {
+            "run_dir": "r",
+            "student": {"weights": "random"},
+            "method": {"name": "tecoa"},
+            "data": {"shards": "s", "lanes": 4},
+            "train": {"steps": 9, "batch_size": 4},
+            "engine": {"precision": "float32", "zero_stage": stage},
+        }
+    )
     visual = VisionTransformer(image_size=16, patch_size=8, width=32, layers=1, heads=2, mlp_ratio=2, output_dim=16)
     engine = Engine(config, ImageTower(visual, [0.5] * 3, [0.5] * 3), ranks)
     waits = []
