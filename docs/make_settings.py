@@ -7,8 +7,9 @@ from mmtard.config.explain import Setting, all_settings
 HEADER = """# Settings
 
 After this page you know every setting, its default and its meaning. `mmtard config --explain KEY` says the same in the
-terminal, `mmtard config --schema` gives a JSON schema to editors, and `mmtard config CONFIG` prints the resolved settings
-of a configuration and what is wrong with them. Any setting can be given as `key.sub=value` on the command line.
+terminal, and `mmtard config --schema` gives a JSON schema to editors. `mmtard config CONFIG` prints the resolved
+settings of a configuration and what is wrong with them. Any setting can be given as `key.sub=value` on the command
+line.
 
 This page is written by `python docs/make_settings.py`.
 """

@@ -24,4 +24,6 @@ for one in "${missing[@]}"; do
     dpkg -s "${one%%:*}" >/dev/null 2>&1 ||
         echo "${one%%:*} is missing and could not be installed: the ${one#*:} will be skipped" >&2
 done
+# The tests' tensors are tiny: a thread that waits for another costs more than it computes.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec .venv/bin/python -m pytest "$@"
