@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 
 from ..errors import RunError
 
 EXIT_REQUEUE = 75  # exit status of a run that saved its state and wants to be started again (EX_TEMPFAIL)
+
+
+class StoppedWithin(Exception):
+    """Work was left in the middle because this process was interrupted; nothing of it is kept."""
 
 
 class Interruption:
@@ -52,6 +57,19 @@ class Interruption:
         """
         if ranks.any(bool(self)):
             raise RunError(f"stopped by {self.name}; {kept}, start it again", EXIT_REQUEUE)
+
+    def heeding(self, function: Callable) -> Callable:
+        """`function` that raises StoppedWithin in place of its next call once this process was interrupted.
+
+        For what is called often within hours of work, such as a model that is attacked.
+        """
+
+        def call(*args):
+            if self:
+                raise StoppedWithin
+            return function(*args)
+
+        return call
 
     def _note(self, number, frame) -> None:
         if self.signal and number == signal.SIGINT:

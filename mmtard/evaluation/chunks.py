@@ -18,7 +18,7 @@ from ..data.images import Native, Transform
 from ..data.samples import Batch, SampleReader
 from ..data.staging import staging_for
 from ..data.stream import eval_batches
-from ..distributed.interruption import Interruption
+from ..distributed.interruption import Interruption, StoppedWithin
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from .partial_results import PartialResults
@@ -58,8 +58,10 @@ class ChunkedWork:
         measure(images [b,3,H,W] float32 in [0,1], batch, their ids) -> the row. Returns, on every rank, the rows of the
         chunks in their order, and (name, reason) of each sample that could not be read and is in no row. Raises
         UserError when more than the share `max_left_out` cannot be read; RunError with status REQUEUE on an
-        interruption: all that was measured is kept.
+        interruption, which a model that is asked through `interruption.heeding` notices within a chunk: all that was
+        measured is kept.
         """
+        kept = f"what is measured is kept in '{progress.folder.parent}'"
         chunks = [ids[i : i + self.chunk] for i in range(0, len(ids), self.chunk)]
         mine, rounds = progress.mine(part, len(chunks))
         my_ids = np.concatenate([chunks[c] for c in mine]) if mine else np.empty(0, dtype=np.int64)
@@ -67,12 +69,16 @@ class ChunkedWork:
             part, sum(len(chunk) for c, chunk in enumerate(chunks) if (part, c) not in progress.done), self
         )
         for _, chunk, batch in zip_longest(range(rounds), mine, self.batches(my_ids, self.chunk, need_labels)):
-            self.interruption.stop(self.ranks, kept=f"what is measured is kept in '{progress.folder.parent}'")
+            self.interruption.stop(self.ranks, kept=kept)
             if batch is not None:
                 read = batch.sample_ids.tolist()
-                row = measure(batch.pixels(self.ranks.device), batch, read) if read else {}
+                try:
+                    row = measure(batch.pixels(self.ranks.device), batch, read) if read else {}
+                except StoppedWithin:
+                    continue  # The ranks agree on it before the next chunk, or after the last.
                 progress.add(part, chunk, {"ids": read, "left_out": batch.left_out, **row})
                 meter.add(len(chunks[chunk]))
+        self.interruption.stop(self.ranks, kept=kept)
         rows = progress.rows(part)
         left_out = [tuple(named) for row in rows for named in row["left_out"]]
         check_left_out(part, left_out, len(ids), max_left_out)

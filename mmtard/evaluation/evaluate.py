@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import socket
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from ..attacks import registry
 from ..attacks.batching import AdaptiveBatchSize
 from ..distributed.interruption import Interruption
-from ..distributed.ranks import Ranks
+from ..distributed.ranks import Ranks, set_timeouts
 from ..errors import UserError
 from ..models.precision import full_float32
 from ..runs.environment import device_name, environment
@@ -23,6 +24,8 @@ from .model import EvaluatedModel, load_model
 from .request import EvaluationRequest
 from .session import EvaluationSession, deciding_settings
 from .trained_with import trained_with
+
+PATIENCE = timedelta(days=2)  # longer than any chunk under all attacks
 
 
 @full_float32()
@@ -38,6 +41,8 @@ def evaluate(request: EvaluationRequest, ranks: Ranks, say=print, interruption: 
         say = _silent
     for name in request.protocol.attacks:
         registry.find_attack(name)
+    # Ranks wait for one another's chunks of attacks. A rank that is lost shows at once, as a closed connection.
+    set_timeouts(PATIENCE)
     hosts = ranks.all_gather(f"{socket.gethostname()} rank {ranks.rank} {device_name(ranks.device)}")
     stored = ranks.run_on_first(lambda: _stored(request.out))
     session = _session(request, ranks, say, Interruption() if interruption is None else interruption)

@@ -139,10 +139,11 @@ def _attack_chunk(
     place = torch.from_numpy(np.searchsorted(sample.ids, ids)).to(device)
     own = place[:, None] == sample.captions.image.to(device)[None, :]
     texts = sample.texts.to(device)
+    embed = task.work.interruption.heeding(task.embed)
 
     def attack(x: Tensor, seeds: Tensor, own: Tensor) -> Tensor:
         def loss(z: Tensor) -> Tensor:
-            return away(task.logit_scale * task.embed(z) @ texts.T, own)
+            return away(task.logit_scale * embed(z) @ texts.T, own)
 
         return _attack(loss, x, seeds, settings)
 

@@ -127,8 +127,11 @@ def attack_at(task: ZeroShotTask, clean: CleanPass, attacks: list[str], eps: Fra
 def _attack_chunk(
     task: ZeroShotTask, attacks: list[str], settings: AttackSettings, images: Tensor, batch: Batch, ids: list[int]
 ) -> dict:
+    # A chunk under all attacks may take hours.
+    logits = task.work.interruption.heeding(task.logits)
+
     def attack(x: Tensor, labels: Tensor, seeds: Tensor) -> ensemble.Outcome:
-        return ensemble.run_attacks(task.logits, x, labels, seeds, attacks, settings, task.transfer_from)
+        return ensemble.run_attacks(logits, x, labels, seeds, attacks, settings, task.transfer_from)
 
     labels, seeds = batch.labels.to(images.device), batch.seeds.to(images.device)
     outcomes = task.work.in_batches(attack, [images, labels, seeds])

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import threading
 import zlib
+from datetime import timedelta
 from fractions import Fraction
 
 import numpy as np
@@ -281,9 +283,22 @@ def test_an_interrupted_evaluation_keeps_what_it_measured_and_ends_with_the_same
     partial.write_text(partial.read_text() + '{"part": "colours 4/255", "chu')  # as a kill leaves it
     found = measure(colours, batch_size=8, say=said.append)
     attacked = -(-sum(flags(undisturbed)[0]) // 8)
-    assert len(calls) == attacked and f"colours: goes on, {6 + 2} chunks are done" in said
+    # The chunk in which the signal came was left at the next question to the model, and is measured again.
+    assert len(calls) == attacked + 1 and f"colours: goes on, {6 + 1} chunks are done" in said
     timeless = [strip_seconds(r["datasets"][0]) for r in (found, undisturbed)]
     assert timeless[0] == timeless[1] and not (tmp_path / "out" / partial_results.FOLDER).exists()
+
+
+def test_a_signal_is_heeded_within_an_attack_and_ranks_wait_for_one_anothers_chunks(colours, measure, ranks):
+    """An attack of a million iterations, which would take hours; a group's 30 minutes would end the ranks that wait."""
+    interruption = Interruption()
+    timer = threading.Timer(2.0, lambda: setattr(interruption, "signal", "SIGUSR2"))
+    timer.start()
+    with pytest.raises(RunError, match="stopped by SIGUSR2") as end:
+        measure(colours, attacks=("pgd",), iters=1_000_000, interruption=interruption)
+    assert end.value.status == EXIT_REQUEUE
+    timeout = ranks.cpu_group._get_backend(torch.device("cpu")).options._timeout
+    assert timeout > timedelta(days=1)
 
 
 UNREADABLE = (3, 40, 41, 42)
