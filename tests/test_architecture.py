@@ -117,6 +117,12 @@ def test_a_package_imports_only_from_the_rows_above_it(name):
     assert not wrong
 
 
+def test_no_two_files_of_tests_share_a_name():
+    """pytest imports those of a folder without __init__.py by their bare name."""
+    names = [p.name for p in (ROOT / "tests").rglob("test_*.py") if not (p.parent / "__init__.py").is_file()]
+    assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)
+
+
 def test_no_public_name_is_also_a_submodule():
     """Importing a module mmtard.train would overwrite the function mmtard.train."""
     import mmtard

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..config import Config, check_world
 from ..distillation import attack_objectives, methods
+from ..errors import UserError
 from ..models import loading, lora, student
 from ..models.clip import Clip
 from ..models.image_tower import DTYPES, ImageTower, blocks
@@ -170,3 +171,43 @@ def show(config: Config, world: int) -> None:
         f"* engine.zero_stage. Activations {kept} engine.checkpoint_activations; "
         "an estimate, without kernels' working memory, slack and the CUDA context."
     )
+
+
+def what_to_lower(config: Config, world: int) -> str:
+    """What makes a run take less of each GPU's memory, and how much less, by the table; most first, as settings."""
+    share = config.train.batch_size // world
+    micro = share // check_world(config, world)
+    changes = {}
+    if micro > 1 and config.student.batch_norm != "synced":
+        smaller = next(size for size in range(micro // 2, 0, -1) if share % size == 0)
+        changes[f"train.micro_batch_size={smaller}"] = {"train": {"micro_batch_size": smaller}}
+    if not config.engine.checkpoint_activations:
+        changes["engine.checkpoint_activations=true"] = {"engine": {"checkpoint_activations": True}}
+    if world > 1 and config.engine.zero_stage < 3:
+        changes["engine.zero_stage=3"] = {"engine": {"zero_stage": 3}}
+    for name, teacher in config.teachers.items():
+        if world > 1 and teacher.placement == "replicated" and not teacher.stored:
+            changes[f"teachers.{name}.placement=sharded"] = {"teachers": {name: {"placement": "sharded"}}}
+    if not changes:
+        return "use more GPUs, or a smaller student"
+    try:
+        now = total(of_run(config, world), config.engine.zero_stage)
+        saved = {words: now - _total_with(config, change, world) for words, change in changes.items()}
+    except UserError:  # a model whose architecture only its weights tell
+        return f"set {', or '.join(changes)}"
+    best = sorted(saved, key=saved.get, reverse=True)
+    return "set " + ", or ".join(f"{words} ({saved[words] / GIB:.2g} GiB less)" for words in best if saved[words] > 0)
+
+
+def _total_with(config: Config, change: dict, world: int) -> float:
+    changed = config
+    for section, values in change.items():
+        if section == "teachers":
+            values = {
+                name: teacher.model_copy(update=values.get(name, {})) for name, teacher in config.teachers.items()
+            }
+            changed = changed.model_copy(update={section: values})
+        else:
+            part = getattr(changed, section).model_copy(update=values)
+            changed = changed.model_copy(update={section: part})
+    return total(of_run(changed, world), changed.engine.zero_stage)

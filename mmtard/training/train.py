@@ -18,6 +18,7 @@ from ..runs.checkpoint_writer import Checkpoints
 from ..runs.metrics import MetricLogger, SilentLogger
 from . import probe
 from .engine import UpdateResult
+from .memory import what_to_lower
 from .numerics import numerics
 from .optimizer import learning_rate
 from .overfitting_alarm import OverfittingAlarm
@@ -76,6 +77,12 @@ class Trainer:
                     return EXIT_REQUEUE
             self._finish(lambda: history.COMPLETE, f"complete, {self.step} steps done", interruption)
             return 0
+        except torch.OutOfMemoryError as error:
+            reason = " ".join(str(error).split())[:200]
+            lower = what_to_lower(self.config, self.ranks.world_size)
+            raise RunError(
+                f"step {self.step + 1}: {self.ranks.device} has too little memory; {lower} ({reason})"
+            ) from None
         finally:
             self.logger.close()
 

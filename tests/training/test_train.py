@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from mmtard import config
 from mmtard.config import Model
 from mmtard.distributed.interruption import EXIT_REQUEUE
-from mmtard.errors import UserError
+from mmtard.errors import RunError, UserError
 from mmtard.models import loading
 from mmtard.training.train import Trainer
 from mmtard.training.watchdog import Watchdog
@@ -285,3 +285,15 @@ def test_the_start_says_what_of_the_shards_is_not_used_and_doubts_the_class_name
     said = capfd.readouterr().out
     assert "of the shards: 1 left out without an image" in said and "not read: 1 .gif images" in said
     assert "WARN class names: 'cat' twice" in said and "4 names, but the highest label is 2" in said
+
+
+def test_a_device_without_memory_is_one_line_that_says_what_to_lower(train, settings, monkeypatch):
+    def full(self, batch, lr):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    given, _ = settings("full", method={"name": "tecoa"})
+    monkeypatch.setattr(Trainer, "_optimizer_step", full)
+    with pytest.raises(
+        RunError, match=r"^step 1: cpu has too little memory; set .*=.* \(.* GiB less\).*Tried to allocate"
+    ):
+        train(given, Never())
