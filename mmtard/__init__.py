@@ -12,12 +12,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .resources import VERSION
+
 if TYPE_CHECKING:
     from . import losses
     from .api import attack, evaluate, load, train
     from .distillation import methods
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["attack", "evaluate", "load", "losses", "methods", "train"]
 
 _MODULES = {"losses": ".losses", "methods": ".distillation.methods"}

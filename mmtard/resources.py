@@ -1,4 +1,4 @@
-"""Where the configurations and the Slurm scripts are, in the wheel or in the checkout; configurations by name."""
+"""This installation: its version, and the configurations and Slurm scripts that came with it, by name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .errors import UserError
 
+VERSION = "0.1.0"
 PACKAGE = Path(__file__).resolve().parent
 SHARED = "base.yaml"  # what other configurations of its folder build on, no run of its own
 

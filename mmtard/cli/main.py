@@ -9,9 +9,9 @@ import argparse
 import os
 import sys
 
-from .. import __version__
 from ..config.argument_types import check_words
 from ..errors import RunError, UserError
+from ..resources import VERSION
 from . import config, data, evaluation, launch, runs, training
 from .command import name_flags
 
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog=PROGRAM, description="Train and measure vision-language models that resist adversarial images."
     )
-    top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    top.add_argument("--version", action="version", version=f"{PROGRAM} {VERSION}")
     # The deepspeed launcher puts this before the arguments of every command it starts; the environment says the rank.
     top.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from .. import __version__, config as settings
+from .. import config as settings
 from ..config import Model
 from ..errors import UserError
 from ..models.clip import Clip
@@ -18,6 +18,7 @@ from ..report.run_files import ReportSource, read_run
 from ..report.shown import Safe, block, code, markdown, typed
 from ..report.sources import evaluations_of
 from ..report.tables import said_prompts
+from ..resources import VERSION
 from ..runs import checkpoints
 from ..runs.layout import CONFIG
 from .metadata import front_matter
@@ -79,7 +80,7 @@ def model_card(clip: Clip, source: Model, hf: bool = False, adapter: bool = Fals
             checks=_checks(own),
             hf=hf,
             adapter=adapter,
-            version=__version__,
+            version=VERSION,
         )
     )
 

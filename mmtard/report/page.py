@@ -11,9 +11,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from .. import __version__
 from ..errors import UserError
 from ..files import check_replaceable, replace_folder, why_not_written
+from ..resources import VERSION
 from ..runs import history
 from . import accuracy, curves, seeds, sources, tables
 from .attacked_images import Strip, strip
@@ -188,7 +188,7 @@ def _render(content: Content, command: str) -> str:
         glance=[shown[0], *shown[1:][-1:]] if shown else [],
         training=[section for section in content.training if section.figures],
         command=typed(command),
-        version=__version__,
+        version=VERSION,
         written=time.strftime("%Y-%m-%d %H:%M %Z"),
     )
 
