@@ -30,6 +30,7 @@ from .indexing import build_index, check_shards
 from .paths import cached_index, default_index, is_remote, shards_of
 from .shard_scan import shard_name
 
+NO_LABEL = "no .cls member"
 INDEXING = timedelta(days=1)  # at the most; a terabyte takes a core some two hours
 
 
@@ -81,7 +82,7 @@ class Dataset:
         key = self.index.read_by.label
         problems = {
             LABEL_OK: None,
-            LABEL_MISSING: "no .cls member" if key is None else f"no '{key}' in a .json member",
+            LABEL_MISSING: NO_LABEL if key is None else f"no '{key}' in a .json member",
             LABEL_BAD: ".cls is not a class number" if key is None else f"'{key}' is not a class number",
         }
         return problems[int(self.index.label_status[sample])]

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..seeding import sample_seeds
-from .dataset import Dataset
+from .dataset import NO_LABEL, Dataset
 from .images import DecodeError, Native, Transform, decode
 from .reader import Reader
 from .staging import Staging
 
 LEFT_OUT = -1
+NO_CAPTION = "no .txt member, or an empty one"
 
 
 @dataclass
@@ -176,9 +177,11 @@ class SampleReader:
             reason = reason or problem
         if not self.replace:
             return LEFT_OUT, 0, reason
+        setting = {NO_CAPTION: "data.caption_key", NO_LABEL: "data.label_key"}.get(reason)
+        where = f", or name the key of .json members that holds it ({setting})" if setting else ""
         raise UserError(
             f"'{self.dataset.name(asked)}': {reason}, nor has its shard any other usable sample; "
-            "repair or remove the shard"
+            f"repair or remove the shard{where}"
         )
 
     def _caption(self, sample: int, seed: int) -> str:
@@ -191,7 +194,7 @@ class SampleReader:
         problem = self.dataset.label_problem(sample) if self.need_labels else None
         if problem is None and self.need_captions and not self.reader.captions(sample):
             key = self.dataset.index.read_by.caption
-            problem = "no .txt member, or an empty one" if key is None else f"no '{key}' in a .json member"
+            problem = NO_CAPTION if key is None else f"no '{key}' in a .json member"
         return problem
 
     def _pixels(self, sample: int, image, seed: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -80,9 +81,29 @@ def scan_shard(shard: str, keys: Keys = FROM_MEMBERS, images: bool = True) -> In
     except (tarfile.TarError, ValueError, OverflowError, MemoryError, EOFError, AttributeError, KeyError) as error:
         # Damaged headers of the extended formats end in whatever tarfile meets first.
         what = "is truncated or damaged" if samples.found else "is truncated, damaged, or not a plain tar"
+        if not samples.found and (packed := _packed_by(shard)):
+            raise UserError(f"shard '{shard}' is compressed; unpack it: {packed}") from None
         why = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"shard '{shard}' {what} ({why}); restore the file, or extract and write it anew") from None
     return samples.index(size, mtime)
+
+
+def _packed_by(shard: str) -> str | None:
+    """The command line that unpacks a local shard that a program has compressed; None: none has."""
+    if is_remote(shard):
+        return None
+    with open(shard, "rb") as file:
+        start = file.read(6)
+    for magic, program in (
+        (b"\x1f\x8b", "gzip"),
+        (b"\x28\xb5\x2f\xfd", "zstd"),
+        (b"\xfd7zXZ\0", "xz"),
+        (b"BZh", "bzip2"),
+    ):
+        if start.startswith(magic):
+            name = shlex.quote(shard)
+            return f"{program} -dc {name} > {name}.plain && mv {name}.plain {name}"
+    return None
 
 
 def _reading(tar: tarfile.TarFile, file: BinaryIO | None) -> Callable[[tarfile.TarInfo], bytes]:
@@ -147,7 +168,10 @@ class _Samples:
         elif extension == "cls" and self.keys.label is None:
             sample["label"] = self._label(read(member), member.name)
         elif extension == "txt" and self.keys.caption is None:
-            sample["text"] = (member.offset_data, member.size, zlib.crc32(read(member)))
+            data = read(member)
+            sample["text"] = (member.offset_data, member.size, zlib.crc32(data))
+            if "\ufffd" in data.decode("utf-8", "replace"):
+                self._remark("captions with characters that are not UTF-8", member.name)
         elif extension == "json" and self.keys != FROM_MEMBERS:
             data = read(member)
             if self.keys.label is not None and (value := json_value(data, self.keys.label)) is not None:

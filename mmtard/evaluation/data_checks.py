@@ -67,6 +67,12 @@ def class_name_lines(names: list[str], labels: np.ndarray, same: list[tuple[str,
         if alike:
             problems.append(f"{len(alike)} of {len(names)} are {kind} ({_some(alike)}): write the words that name them")
     highest = int(labels.max(initial=-1))
+    used = labels[labels >= 0]
+    if len(used) and used.min() > 0:
+        problems.append(
+            f"no sample has label 0 ('{_short(names[0])}'), the lowest is {used.min()}: labels count from 0; were "
+            "these counted from 1?"
+        )
     if len(names) > highest + 1:
         problems.append(
             f"{len(names)} names, but the highest label is {highest}: is a name too many, or another file meant?"
@@ -84,7 +90,7 @@ def class_name_lines(names: list[str], labels: np.ndarray, same: list[tuple[str,
 
 def chance_lines(clean: dict, chance: float) -> list[dict]:
     """A line where the clean accuracy is not above chance: the names may be in another order than the labels."""
-    if clean["accuracy"] == 0 or clean["interval95"][0] > chance:
+    if clean["interval95"][0] > chance:
         return []
     low, high = (100 * share for share in clean["interval95"])
     detail = (

@@ -14,6 +14,7 @@ from ..data.images import Transform
 from ..distributed.ranks import Ranks
 from ..files import settings_digest
 from ..models import clip, image_tower, loading
+from ..models.tokenizer import read_alike
 from ..models.weights import tensors_sha256
 from ..runs.checkpoints import resolve
 from ..runs.layout import CHECKPOINTS
@@ -54,17 +55,8 @@ class EvaluatedModel:
         return lambda images: head(self.tower(images)).logits
 
     def read_alike(self, texts: list[str]) -> list[tuple[str, str]]:
-        """(an earlier text, another) wherever the tokenizer makes the same tokens of two that are not the same words.
-
-        It knows no capitals and cuts what is longer than the text tower's context.
-        """
-        first: dict[bytes, str] = {}
-        pairs = []
-        for text, tokens in zip(texts, self.clip.tokenizer()(texts)):
-            earlier = first.setdefault(tokens.numpy().tobytes(), text)
-            if " ".join(earlier.lower().split()) != " ".join(text.lower().split()):
-                pairs.append((earlier, text))
-        return pairs
+        """(an earlier text, another) wherever the model reads two that are not the same words alike."""
+        return read_alike(self.clip.tokenizer(), texts)
 
     def embed(self, images: Tensor) -> Tensor:
         """images [B,3,H,W] float32 in [0,1] -> embeddings [B,D], normalised."""

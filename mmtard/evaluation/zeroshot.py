@@ -264,7 +264,11 @@ def _all(rows: list[dict], key: str) -> list:
 def check_labels(dataset: Dataset, names: list[str], where: str) -> None:
     """Raises UserError when there is nothing to measure, or labels have no names."""
     if not (dataset.labels >= 0).any():
-        raise UserError(f"'{where}' has no labelled sample; evaluation needs a .cls member beside each image")
+        why = "; ".join(dataset.index.notes())
+        raise UserError(
+            f"'{where}' has no sample with a usable label: {why}; evaluation needs the number of the class, from 0, in "
+            "a .cls member beside each image, or in a .json member at a key that is named (label_key, --label-key)"
+        )
     if dataset.labels.max() >= len(names):
         raise UserError(
             f"classnames: {len(names)} names, but '{where}' has label {dataset.labels.max()}; "

@@ -66,3 +66,17 @@ def _runs_code(name: str, tokenizer: str) -> UserError:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def read_alike(tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> list[tuple[str, str]]:
+    """(an earlier text, another) wherever the tokenizer makes the same tokens of two that are not the same words.
+
+    It knows no capitals and cuts what is longer than the text tower's context.
+    """
+    first: dict[bytes, str] = {}
+    pairs = []
+    for text, tokens in zip(texts, tokenize(texts)):
+        earlier = first.setdefault(tokens.numpy().tobytes(), text)
+        if " ".join(earlier.lower().split()) != " ".join(text.lower().split()):
+            pairs.append((earlier, text))
+    return pairs

@@ -18,8 +18,10 @@ from ..data.dataset import Dataset
 from ..data.samples import Batch
 from ..distributed.ranks import Ranks
 from ..errors import UserError
+from ..evaluation.data_checks import caption_lines
 from ..files import why_not_written
 from ..models.clip import Clip
+from ..models.tokenizer import read_alike
 from ..runs import checksums
 from ..runs.checkpoints import save_tensors
 from ..runs.layout import CLASS_EMBEDDINGS
@@ -80,13 +82,18 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 
 
 def build_class_targets(
-    config: Config, run: Path, clips: dict[str, Clip], dataset: Dataset, ranks: Ranks
+    config: Config,
+    run: Path,
+    clips: dict[str, Clip],
+    dataset: Dataset,
+    ranks: Ranks,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, ZeroShotHead], Callable[[Batch], Batch]]:
     """(a Head for each model, what every batch has to pass before it is trained on), by `data.targets`. Both are
     collective.
     """
     if config.data.targets == "captions":
-        captions = CaptionTargets(clips, ranks)
+        captions = CaptionTargets(clips, ranks, say)
         return captions.heads, captions
     if config.data.targets == "none":
         return heads_without_classes(clips, ranks), lambda batch: batch
@@ -100,11 +107,12 @@ class CaptionTargets:
 
     Which classes there are, and in which order, depends on the global batch alone: equal captions are one class, the
     classes are sorted. A rank embeds the captions of its own samples and receives the others', so that the text
-    towers' work is shared. They stay on the ranks' device in float32.
+    towers' work is shared. They stay on the ranks' device in float32. `say` is told of captions in the first batch
+    that a text tower cannot tell apart: they are classes that can never be right.
     """
 
-    def __init__(self, clips: dict[str, Clip], ranks: Ranks):
-        self.ranks = ranks
+    def __init__(self, clips: dict[str, Clip], ranks: Ranks, say: Callable[[str], None] = lambda text: None):
+        self.ranks, self.say, self.looked = ranks, say, False
         self.towers = {name: clip.text_tower().to(ranks.device) for name, clip in clips.items()}
         self.heads = {name: CaptionHead(clip.logit_scale) for name, clip in clips.items()}
 
@@ -118,12 +126,20 @@ class CaptionTargets:
             caption: (embedded, row) for captions, embedded in reversed(shared) for row, caption in enumerate(captions)
         }
         classes = sorted(place)
+        if not self.looked:
+            self._look(classes)
         for name, head in self.heads.items():
             head.class_embeddings = torch.stack([embedded[name][row] for embedded, row in map(place.get, classes)]).to(
                 self.ranks.device
             )
         index = {caption: i for i, caption in enumerate(classes)}
         return replace(batch, labels=torch.tensor([index[caption] for caption in batch.captions]))
+
+    def _look(self, classes: list[str]) -> None:
+        self.looked = True
+        for name, tower in self.towers.items():
+            for line in caption_lines(read_alike(tower.tokenize, classes), len(classes)):
+                self.say(f"{line['status']} {line['check']} of the first batch, {name}: {line['detail']}")
 
 
 class CaptionHead:

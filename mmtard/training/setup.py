@@ -62,7 +62,7 @@ def build_training(
     if config.needs_tokens:
         for name, clip in clips.items():
             require_tokens(clip.tower(), name)
-    heads, class_targets = build_class_targets(config, folder.path, clips, dataset, ranks)
+    heads, class_targets = build_class_targets(config, folder.path, clips, dataset, ranks, logger.print)
     tower = trainable_tower(config, start, folder.checkpoint)
     stores = open_stores(config, clips, tower.image_size, dataset.fingerprint, ranks)
     # Counted before the engine takes the student's weights.

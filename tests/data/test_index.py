@@ -113,7 +113,7 @@ def test_not_a_plain_tar(tmp_path):
     (tmp_path / "0.tar").write_bytes(os.urandom(5000))
     refused(tmp_path / "0.tar", "not a plain tar")
     (tmp_path / "1.tar").write_bytes(gzip.compress(write_tar(tmp_path / "x" / "1.tar", samples(0, 2)).read_bytes()))
-    refused(tmp_path / "1.tar", "not a plain tar")
+    refused(tmp_path / "1.tar", f"is compressed; unpack it: gzip -dc {tmp_path / '1.tar'} > ")
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3, 0, 1), (0, 1, 0), (0, 2, 1)])
@@ -556,3 +556,10 @@ def test_an_address_that_a_shell_could_take_for_a_command_is_refused(shard, tmp_
     monkeypatch.setattr(importlib.import_module("webdataset.gopen"), "gopen", lambda *_: pytest.fail("it was opened"))
     with pytest.raises(UserError, match="cannot be read: its address holds .*, which no address has; write it as %"):
         scan_shard(shard)
+
+
+def test_captions_that_are_not_utf_8_are_counted(tmp_path):
+    members = [(f"{i}.{end}", content) for i in range(3) for end, content in (
+        ("jpg", IMAGE), ("txt", "un caf\u00e9".encode("latin-1" if i else "utf-8")))]  # fmt: skip
+    dataset = open_dataset(Data(shards=str(write_tar(tmp_path / "0.tar", members))))
+    assert "not read: 2 captions with characters that are not UTF-8 (such as '1.txt')" in dataset.index.summary()

@@ -385,7 +385,7 @@ def test_a_sample_without_a_caption_is_replaced_where_captions_are_needed(open_m
     )
     assert batches[0].captions == ["an owl"] * 4 and sorted(r[0][-1] for r in batches[0].replaced) == ["a", "b", "c"]
     assert {r[1:] for r in batches[0].replaced} == {(dataset.name(3), "no .txt member, or an empty one")}
-    with pytest.raises(UserError, match="no .txt member.*nor has its shard any other usable"):
+    with pytest.raises(UserError, match="no .txt member.*nor has its shard any other usable.*data.caption_key"):
         next(
             iter(
                 stream(

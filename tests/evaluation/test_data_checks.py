@@ -12,6 +12,7 @@ from tiny_datasets import COLOURS, write
 
 from mmtard.config import Model
 from mmtard.data.shard_writer import RECORD
+from mmtard.errors import UserError
 from mmtard.evaluation import class_folders, data_checks, datasets, table
 
 
@@ -173,3 +174,42 @@ def test_every_rank_takes_the_same_checkpoint_of_a_run(exported, ranks, tmp_path
     pinned = model._the_same_everywhere(Model(weights=str(tmp_path)), two)
     assert pinned.weights == str(tmp_path / "checkpoints" / "step-7")
     assert model._the_same_everywhere(Model(weights=str(exported)), two).weights == str(exported)
+
+
+def _labelled(folder, members):
+    """A folder with one shard of images, each with the members that `members(i)` gives."""
+    folder.mkdir()
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(image, "PNG")
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for i in range(6):
+            for extension, content in ({"png": image.getvalue()} | members(i)).items():
+                member = tarfile.TarInfo(f"{i}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    (folder / "classnames.txt").write_text("cat\ndog\nbird\n")
+    return folder
+
+
+@pytest.mark.parametrize("members, told", [
+    (lambda i: {"cls": b"dog"}, "6 with a label that is not an integer (such as 'dog' in '0.cls')"),
+    (lambda i: {"cls": b"-1"}, "6 with a label that is not an integer (such as '-1' in '0.cls')"),
+    (lambda i: {"json": b'{"label": 1}'}, "6 without a label; evaluation needs the number of the class"),
+    (lambda i: {"cls.txt": b"1"}, "not read: 6 labels with more than one dot in their name"),
+])  # fmt: skip
+def test_data_without_a_usable_label_are_refused_with_the_reason_that_is_theirs(measure, tmp_path, members, told):
+    with pytest.raises(UserError) as refused:
+        measure(_labelled(tmp_path / "s", members), attacks=("pgd",), iters=1)
+    assert "'s' has no sample with a usable label: " in str(refused.value) and told in str(refused.value)
+    assert "--label-key" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_labels_that_count_from_1_are_told():
+    (line,) = data_checks.class_name_lines(["cat", "dog", "bird"], np.array([1, 2, -1, 2]), [])
+    assert line["detail"].startswith("no sample has label 0 ('cat'), the lowest is 1: labels count from 0")
+
+
+def test_a_clean_accuracy_of_zero_is_not_above_chance():
+    clean = {"accuracy": 0.0, "interval95": [0.0, 0.39]}
+    (line,) = data_checks.chance_lines(clean, 0.33)
+    assert "clean accuracy is 0.00 % (0.0 to 39.0), chance 33.00 %" in line["detail"]

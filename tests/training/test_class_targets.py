@@ -99,6 +99,16 @@ def test_ranks_get_the_same_bits_of_a_caption_that_several_have(clips):
     assert all(first[name].class_embeddings.equal(second[name].class_embeddings) for name in clips)
 
 
+def test_captions_that_differ_past_the_context_are_told_once(clips):
+    said = []
+    ranks = SimpleNamespace(device=torch.device("cpu"), all_gather=lambda item: [item])
+    captions = CaptionTargets({"clean": clips["clean"]}, ranks, said.append)
+    for _ in range(2):
+        captions(batch(["word " * 300 + str(i) for i in range(4)] + CAPTIONS))
+    (line,) = said
+    assert line.startswith("WARN captions of the first batch, clean: 3 of ") and "past the text tower's" in line
+
+
 def test_the_image_tower_goes_its_own_way(clips):
     clip = copy.deepcopy(clips["clean"])
     captions = CaptionTargets(
