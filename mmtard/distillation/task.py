@@ -21,7 +21,7 @@ class StudentModel(Protocol):
     """What distillation needs of the engine."""
 
     def __call__(self, images: Tensor, seeds: Tensor, tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """The one forward that is differentiated: V views of B samples, [V*B,3,H,W] and int64 [B] -> embeddings
+        """The one forward that is differentiated: V groups of B samples, [V*B,3,H,W] and int64 [B] -> embeddings
         [V*B,D], with patch tokens [V*B,P,D] when asked for.
         """
 
@@ -68,12 +68,12 @@ class DistillationTask:
         stored: teacher -> its embeddings [B,D] of these images, read instead of running the teacher on them. The
         caller runs one backward of the loss: there has been one forward of the student that is differentiated.
         """
-        views = {"clean": images}
-        predictions = self._teacher_predictions(views, stored)
+        inputs = {"clean": images}
+        predictions = self._teacher_predictions(inputs, stored)
         if self.objective:
-            views["adv"] = self._adversarial(images, labels, seeds, predictions)
-            predictions |= self._teacher_predictions({"adv": views["adv"]})
-        predictions |= self._student_predictions(views, seeds)
+            inputs["adv"] = self._adversarial(images, labels, seeds, predictions)
+            predictions |= self._teacher_predictions({"adv": inputs["adv"]})
+        predictions |= self._student_predictions(inputs, seeds)
         loss, terms = self.method.loss(self.settings, predictions, labels, self.state)
         return loss, {name: term.detach() for name, term in terms.items()}
 
@@ -104,22 +104,22 @@ class DistillationTask:
             )
 
     def _teacher_predictions(
-        self, views: dict[str, Tensor], stored: Mapping[str, Tensor] = MappingProxyType({})
+        self, inputs: dict[str, Tensor], stored: Mapping[str, Tensor] = MappingProxyType({})
     ) -> dict[Pass, Prediction]:
         predictions = {}
         for p in sorted(self.passes | self.reference_passes):
-            if p.model != "student" and p.image in views:
+            if p.model != "student" and p.image in inputs:
                 teacher = self.teachers[p.model]
                 # Stored embeddings are of the clean images and come without the patches' tokens.
                 read = p.image == "clean" and p.model in stored and not self.settings.tokens
-                predictions[p] = teacher.head(stored[p.model]) if read else teacher(views[p.image], **self._tokens)
+                predictions[p] = teacher.head(stored[p.model]) if read else teacher(inputs[p.image], **self._tokens)
         return predictions
 
-    def _student_predictions(self, views: dict[str, Tensor], seeds: Tensor) -> dict[Pass, Prediction]:
+    def _student_predictions(self, inputs: dict[str, Tensor], seeds: Tensor) -> dict[Pass, Prediction]:
         asked = sorted(p.image for p in self.passes if p.model == "student")
-        outputs = self.student(torch.cat([views[v] for v in asked]), seeds, **self._tokens)
+        outputs = self.student(torch.cat([inputs[image] for image in asked]), seeds, **self._tokens)
         chunks = zip(*(t.chunk(len(asked)) for t in (outputs if self._tokens else (outputs,))))
-        return {Pass("student", v): self.head(*chunk) for v, chunk in zip(asked, chunks)}
+        return {Pass("student", image): self.head(*chunk) for image, chunk in zip(asked, chunks)}
 
     @property
     def _tokens(self) -> dict[str, bool]:

@@ -75,6 +75,19 @@ def test_every_command_is_one_that_the_program_takes(page):
             submit.parser("submit.py", "").parse_intermixed_args(words[2:])
 
 
+@pytest.mark.slow
+def test_every_command_that_needs_no_data_runs(tmp_path, monkeypatch, capfd):
+    """Those that need weights or data of the reader's are run, at tiny size, by test_your_data.py."""
+    monkeypatch.chdir(tmp_path)
+    alone = ("configs", "init", "completion")
+    lines = {tuple(w[1:]) for p in PAGES for w in commands(p) if w[0] == "mmtard"}
+    mine = [w for w in lines if w[0] in alone or "--memory" in w or "--explain" in w or "--schema" in w]
+    assert {w[0] for w in mine} >= {"configs", "init", "config"}
+    for words in sorted(mine):
+        assert main.main(list(words)) in (0, None), words
+    assert "vitb32_mmtard" in capfd.readouterr().out and (tmp_path / "mine" / "vitb32_mmtard.yaml").is_file()
+
+
 def test_there_is_something_to_check():
     found = [words for page in PAGES for words in commands(page)]
     assert len(found) > 35 and {"mmtard", "bash", "sbatch", "torchrun", "python"} <= {words[0] for words in found}
