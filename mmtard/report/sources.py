@@ -21,7 +21,8 @@ def read(paths: list[Path], labels: list[str] | None = None) -> list[ReportSourc
 
     paths: run folders, model folders, results.json files or folders of them, folders with any of these below. The
     evaluations of a run or model are found by the hash of its weights wherever they lie below the folders given or
-    beside the runs. What cannot be read below a folder is a source with a `problem`. labels: names, one for each path
+    beside the runs; a folder whose evaluations all went there adds none. What cannot be read below a folder is a source
+    with a `problem`. labels: names, one for each path
     or for each source. Raises UserError for a path that is none of these, and where nothing can be read.
     """
     pool = Pool(paths)
@@ -95,6 +96,8 @@ def _folder(path: Path, pool: Pool) -> list[ReportSource]:
     sources = [source for run in below.runs for source in _run(run, pool)]
     evaluations, damaged = pool.take(below.results)
     if not below.runs and not evaluations:
+        if below.results and not damaged:  # all are of weights that stand before
+            return []
         why = f" ({damaged[0].removeprefix('an evaluation: ')})" if damaged else ""
         raise UserError(
             f"'{path}' is neither a run's folder nor holds a {RESULTS}{why}; "

@@ -48,6 +48,14 @@ def test_results_alone_are_a_source_for_each_model(tmp_path):
     assert source.name == "z" and not source.is_run and "training" in source.missing[0]
 
 
+def test_a_folder_whose_evaluations_are_all_of_runs_before_it_adds_none(tmp_path):
+    """`mmtard report runs evaluations` after `mmtard evaluate runs/a --out evaluations/a`."""
+    flags, run = [True, False], write_run(tmp_path / "runs" / "a")
+    save(results([dataset("A", flags, {"2/255": flags})], weights=str(run)), tmp_path / "evaluations" / "a")
+    (source,) = sources.read([tmp_path / "runs", tmp_path / "evaluations"])
+    assert (source.name, len(source.evaluations)) == ("a", 1)
+
+
 def test_other_weights_of_a_run_are_sources_of_their_own(tmp_path):
     """Final weights on one set, and then others of the same run on another, must not stand in one column."""
     flags, folder = [True, False], write_run(tmp_path / "b32")
