@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None, prog: str = "submit.py") -> int:
 def _run(args) -> int:
     request = job_request(args)
     world = request.tasks_per_node if args.local else request.world
+    _refuse_positional_config(args.overrides)
     todo = plan(resources.find_config(args.config), args.overrides, args.sweep, args.pipeline, args.evaluate, world)
     for note in todo.notes:
         print(f"# {note}")
@@ -63,6 +64,13 @@ def _run(args) -> int:
     if args.local and shutil.which(args.python) is None:
         raise UserError(f"--python: '{args.python}' is no program here; give the path of a Python that has torch")
     return _here(todo, args.python, snapshot, world) if args.local else _submit(todo, request, snapshot, args.follow)
+
+
+def _refuse_positional_config(overrides: list[str]) -> None:
+    """UserError for a configuration that stands where `mmtard train` has it; here --config names it."""
+    for text in overrides:
+        if "=" not in text:
+            raise UserError(f"'{text}' is not of the form key.sub=value; name a configuration with --config {text}")
 
 
 def _show(todo: Plan, request: JobRequest, snapshot: Snapshot) -> int:

@@ -24,8 +24,11 @@ UNITS = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
 def show(folder: Path, as_json: bool = False) -> None:
     """Print the table, and below it why a run ended and what its robustness was measured against.
 
-    as_json: a list of objects instead, for programs. Raises UserError when there is no run below the folder.
+    as_json: a list of objects instead, for programs. Raises UserError where there is no folder,
+    and no run below it.
     """
+    if not folder.is_dir():
+        raise UserError(f"'{folder}' is no folder; give the one that holds your run_dirs")
     rows = find_runs(folder)
     if not rows:
         raise UserError(f"no run below '{folder}'; give the folder that holds your run_dirs")

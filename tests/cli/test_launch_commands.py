@@ -60,7 +60,7 @@ def test_a_file_comes_before_a_name(elsewhere):
     "name, words",
     [
         ("vitb32", "unknown configuration 'vitb32'; did you mean vitb32_mmtard"),
-        ("zzz", "unknown configuration 'zzz'; write the path of a YAML file"),
+        ("zzz", "unknown configuration 'zzz'; write a name or the path of a YAML file; `mmtard configs` lists"),
         ("fare", "several configurations are called 'fare'; write one of baselines/fare, cifar10/fare"),
     ],
 )

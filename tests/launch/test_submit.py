@@ -30,6 +30,7 @@ def test_the_dry_run_prints_the_exact_script_and_settings_and_writes_nothing(sub
 
 WRONG = [  # arguments, what the one line on stderr says
     (["train.lrr=1"], "unknown key 'train.lrr'; did you mean 'train.lr'?"),
+    (["your_data"], "'your_data' is not of the form key.sub=value; name a configuration with --config your_data"),
     (["attack.eps=2/0"], "'2/0' is not a fraction; write it as 2/255 or 0.0078"),
     (["data.shards=gone.tar"], "missing shard 'gone.tar'"),
     (["--nodes", "3"], "4 lanes cannot be shared by 24 ranks"),

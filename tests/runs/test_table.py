@@ -124,6 +124,12 @@ def test_a_folder_without_runs(tmp_path):
         table.show(tmp_path)
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_folder_that_is_not_there(tmp_path, as_json):
+    with pytest.raises(UserError, match="'.*/rnus' is no folder; give the one that holds your run_dirs"):
+        table.show(tmp_path / "rnus", as_json)
+
+
 def test_the_table_fits_80_columns_and_says_below_it_why_a_run_ended(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     run("vitb32_mmtard_confidence_sigmoid_eps4", history.FAILED)
