@@ -52,9 +52,11 @@ class Written:
     left_out: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        told = f"{self.samples} samples of {self.classes} classes in {self.shards} shards"
+        shards = f"{self.shards} shard{'s' * (self.shards != 1)}"
+        told = f"{self.samples} samples of {self.classes} classes in {shards}"
         if self.skipped:
-            told += f"; {len(self.skipped)} unreadable images left out, see skipped.txt"
+            images = f"{len(self.skipped)} unreadable image{'s' * (len(self.skipped) != 1)}"
+            told += f"; {images} left out, listed in skipped.txt beside the shards"
         if self.left_out:
             total = sum(self.left_out.values())
             told += f"; {total} images left out: " + "; ".join(f"{n} {why}" for why, n in self.left_out.items())
