@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -80,6 +81,10 @@ def attack_tensors(
     check_images(images)
     check_per_sample(labels, images, "labels")
     check_count(batch_size, "batch_size")
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise UserError(f"seed: {seed!r} is not a whole number; write one such as 0")
+    if "transfer" in names and source is None:
+        raise UserError("source: 'transfer' follows the gradients of another model; give it: source=MODEL")
     if isinstance(model, nn.Module):
         _check_module(model, images)
     if settings.norm == "l2" and settings.eps >= 0.5 * images[0].numel() ** 0.5:
@@ -108,7 +113,7 @@ def attack_tensors(
         correct=torch.cat([outcome.clean for outcome in outcomes]),
         fell=torch.tensor([name is not None for name in broken_by], device=images.device),
         broken_by=broken_by,
-        health=checks.check([(settings, facts)]),
+        health=[*checks.check([(settings, facts)]), *checks.nothing_attacked(facts)],
         facts=facts,
     )
 

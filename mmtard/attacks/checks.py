@@ -44,6 +44,16 @@ def check(runs: Sequence[tuple[AttackSettings, AttackFacts]]) -> list[dict]:
     return lines
 
 
+def nothing_attacked(facts: AttackFacts) -> list[dict]:
+    """A line where every image is wrong without attack: no attack was tried, so that nothing speaks for the model."""
+    if facts.attacked:
+        return []
+    detail = (
+        f"the model is right on none of {facts.n} images; are labels, classes and preprocessing those of the model?"
+    )
+    return [health_line("something to attack", False, detail)]
+
+
 def failed(lines: Sequence[dict]) -> bool:
     """Whether any line is a hard failure: the command must exit non-zero."""
     return any(line["status"] == "FAIL" for line in lines)

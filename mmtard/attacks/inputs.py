@@ -50,10 +50,10 @@ def check_per_sample(values: Tensor, images: Tensor, name: str) -> None:
     n = len(images)
     if not isinstance(values, Tensor):
         raise UserError(f"{name}: a {type(values).__name__}, not a tensor; give int64 [{n}]: torch.tensor({name})")
-    if values.dtype != torch.int64:
-        raise UserError(f"{name}: {values.dtype} instead of int64; write {name}.long()")
     if values.shape != (n,):
         raise UserError(f"{name}: shape {list(values.shape)} beside {n} images; give one for each, [{n}]")
+    if values.dtype != torch.int64:
+        raise UserError(f"{name}: {values.dtype} instead of int64; write {name}.long()")
     if values.device != images.device:
         raise UserError(f"{name}: on {values.device}, the images on {images.device}; write {name}.to(images.device)")
 

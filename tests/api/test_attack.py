@@ -125,7 +125,7 @@ def test_an_open_clip_model_is_attacked_by_its_wrapper(open_clip_model, images):
         ({"norm": 1}, "norm: 1 is not known"),
         ({"name": "apgd"}, "unknown attack 'apgd'; known: apgd-ce"),
         ({"name": []}, "name: no attack"),
-        ({"name": "transfer"}, "'transfer' needs a model to transfer from"),
+        ({"name": "transfer"}, "source: 'transfer' follows the gradients of another model; give it"),
         ({"name": "square", "norm": "L2"}, "'square' is written for linf"),
         ({"iters": 0}, "iters: 0 is too few"),
         ({"batch_size": 0}, "batch_size: 0 is too few"),
@@ -182,3 +182,27 @@ def test_attacks_that_need_more_classes_are_named(images):
         mmtard.attack(model, images, labels, name="apgd-t")
     both = attack_tensors(model, images, labels, AttackSettings(eps=0.01, iters=1), ["apgd-t", "pgd"])
     assert any("apgd-t left out" in line["detail"] for line in both.health)
+
+
+def test_an_attack_that_found_nothing_to_attack_is_not_healthy(classifier, images, labels):
+    """Labels in another order: nothing was tried, which must not pass for a check of the attack."""
+    wrong = (labels + 1) % len(NAMES)
+    wrong[0] = (wrong[0] + 1) % len(NAMES)
+    result = mmtard.attack(classifier, images, wrong, iters=2)
+    assert result.clean_accuracy == 0 and not result.healthy
+    assert "WARN something to attack: the model is right on none of 12 images" in str(result)
+    assert "something to attack" not in [
+        line["check"] for line in mmtard.attack(classifier, images, labels, iters=2).health
+    ]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"seed": "a"}, "seed: 'a' is not a whole number"),
+        ({"seed": None}, "seed: None is not a whole number"),
+    ],
+)
+def test_what_an_attack_needs_is_asked_for_before_any_image_is_seen(classifier, images, labels, change, message):
+    with pytest.raises(UserError, match=message):
+        mmtard.attack(classifier, images, (labels + 1) % len(NAMES), **change)

@@ -227,6 +227,7 @@ def test_images_that_are_no_pixels_are_refused(change, message, model, images):
     [
         (LABELS[:3], r"labels: shape \[3\] beside 4 images"),
         (LABELS.int(), r"labels: torch.int32 instead of int64; write labels.long\(\)"),
+        (F.one_hot(LABELS, 5).float(), r"labels: shape \[4, 5\] beside 4 images; give one for each, \[4\]"),
         (F.one_hot(LABELS, 5), r"labels: shape \[4, 5\] beside 4 images"),
         ([0, 1, 2, 0], r"labels: a list, not a tensor; give int64 \[4\]: torch.tensor\(labels\)"),
         (LABELS - 1, "labels: -1 is no class"),
