@@ -13,6 +13,7 @@ from .. import config as settings
 from ..config import Config, Data, Model
 from ..config.argument_types import positive
 from ..config.open_clip_names import architectures, weight_tags
+from ..config.world import check_world
 from ..data.paths import shards_of
 from ..distributed.launcher import world_size_from_env
 from ..errors import UserError
@@ -38,7 +39,12 @@ def add(commands) -> None:
     )
     p.add_argument("--schema", action="store_true", help="instead, the JSON schema of a configuration, for editors")
     p.add_argument("--memory", action="store_true", help="instead, a table of what the run takes of each GPU's memory")
-    p.add_argument("--world", type=positive, metavar="N", help="GPUs for --memory; default: this launch's")
+    p.add_argument(
+        "--world",
+        type=positive,
+        metavar="N",
+        help="GPUs for --memory, and for which batch and lanes are checked; default: this launch's",
+    )
     p.add_argument(
         "--may-start",
         choices=("now", "again"),
@@ -64,7 +70,7 @@ def _config(args) -> int | None:
 
         return memory.show(config, args.world or world_size_from_env())
     print(settings.dump(config), end="")
-    faults = [] if args.may_start else list(find_faults(config))
+    faults = [] if args.may_start else [*find_faults(config), *_world_faults(config, args.world)]
     for fault in faults:
         print(f"mmtard: {fault}", file=sys.stderr)
     return 2 if faults else 0
@@ -101,9 +107,8 @@ def _model_faults(model: Model, where: str) -> Iterator[str]:
             return
     elif arch and known and arch not in known:
         near = difflib.get_close_matches(arch, known, n=3)
-        yield f"{where}.arch: open_clip has no architecture '{model.arch}'" + (
-            f"; near: {', '.join(near)}" if near else ""
-        )
+        hint = f"near: {', '.join(near)}" if near else "open_clip.list_models() has them all"
+        yield f"{where}.arch: open_clip has no architecture '{model.arch}'; {hint}"
         return
     if model.weights == "random" or model.weights.startswith("hf-hub:") or source.exists():
         return
@@ -120,6 +125,16 @@ def _model_faults(model: Model, where: str) -> Iterator[str]:
             f"{where}.weights: '{model.weights}' is neither a file, a folder, hf-hub:..., 'random' "
             f"nor a tag of {model.arch} (tags: {tags})"
         )
+
+
+def _world_faults(config: Config, world: int | None) -> Iterator[str]:
+    """What does not divide over the ranks, where the user says how many: one machine's configuration is another's."""
+    if world is None:
+        return
+    try:
+        check_world(config, world)
+    except UserError as error:
+        yield str(error)
 
 
 def _missing_files(config: Config) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import warnings
 import zlib
@@ -25,7 +24,7 @@ from ..runs import checksums
 from ..runs.checkpoints import read_resolved, read_weights
 from . import lora
 from .clip import CONFIG_FILE, START_FOLDER, WEIGHTS_FILE, Clip
-from .model_config import build, check_model_config, check_preprocess, read_json
+from .model_config import architecture, build, check_model_config, check_preprocess, read_json
 from .transformers_clip import (
     WEIGHTS as TRANSFORMERS_WEIGHTS,
     from_transformers,
@@ -90,7 +89,7 @@ def load_skeleton(spec: Model, where: str) -> Clip:
         cfg, preprocess = _folder_config(folder / CONFIG_FILE, where, str(folder))
         with torch.device("meta"):
             return _clip(build(cfg, preprocess), f"local-dir:{folder}", cfg)
-    name = _architecture(spec.arch, where)
+    name = architecture(spec.arch, f"{where}.arch")
     tagged = spec.weights in open_clip.list_pretrained_tags_by_model(name)
     quick_gelu = _wanted_gelu(name, spec, _trained_gelu(name, spec.weights) if tagged else None, where)
     with torch.device("meta"):
@@ -188,7 +187,7 @@ def _absent(spec: Model, seed: int, where: str) -> Clip:
 
 
 def _from_seed(spec: Model, seed: int, where: str) -> Clip:
-    name = _architecture(spec.arch, where, spec.weights)
+    name = architecture(spec.arch, f"{where}.arch", spec.weights)
     with torch.random.fork_rng(devices=[]):
         # The setting's name is part of the seed, so that a random teacher differs from a random student.
         torch.manual_seed(zlib.crc32(f"{seed} {where}".encode()))
@@ -196,7 +195,7 @@ def _from_seed(spec: Model, seed: int, where: str) -> Clip:
 
 
 def _from_file(spec: Model, seed: int, where: str) -> Clip:
-    name, path = _architecture(spec.arch, where, spec.weights), Path(spec.weights)
+    name, path = architecture(spec.arch, f"{where}.arch", spec.weights), Path(spec.weights)
     state = from_transformers(read_state_dict(path, where))
     whole = any(k.startswith("visual.") for k in state) and any(not k.startswith("visual.") for k in state)
     if not whole:
@@ -215,7 +214,7 @@ def _from_file(spec: Model, seed: int, where: str) -> Clip:
 
 
 def _from_tag(spec: Model, seed: int, where: str) -> Clip:
-    name = _architecture(spec.arch, where, spec.weights)
+    name = architecture(spec.arch, f"{where}.arch", spec.weights)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if spec.weights not in tags:
         raise UserError(
@@ -253,29 +252,6 @@ def _no_arch(spec: Model, where: str, clip: Clip) -> Clip:
             " leave it out"
         )
     return clip
-
-
-def _architecture(arch: str | None, where: str, weights: str = "") -> str:
-    """The name under which open_clip has an architecture, after adding that of a .json file to its list."""
-    if arch is None:
-        raise UserError(
-            f"{where}.arch: weights '{weights}' do not name their architecture; set it, e.g. arch: ViT-B-32"
-        )
-    if not arch.endswith(".json"):
-        name = arch.replace("/", "-")
-        if name not in open_clip.list_models():
-            near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
-            raise UserError(
-                f"{where}.arch: open_clip has no architecture '{arch}'" + (f"; near: {', '.join(near)}" if near else "")
-            )
-        return name
-    path = Path(arch)
-    cfg = check_model_config(read_json(path, f"{where}.arch"), f"{where}.arch", arch)
-    known = open_clip.get_model_config(path.stem)
-    if known is not None and known != cfg:
-        raise UserError(f"{where}.arch: open_clip already has an architecture '{path.stem}'; rename '{arch}'")
-    open_clip.add_model_config(path)
-    return path.stem
 
 
 def _trained_gelu(name: str, tag: str) -> bool:

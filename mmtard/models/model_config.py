@@ -8,6 +8,7 @@ name.
 from __future__ import annotations
 
 import copy
+import difflib
 import importlib.util
 import json
 import math
@@ -247,3 +248,26 @@ def _check_text_model(name: str, where: str, path: str) -> None:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def architecture(arch: str | None, key: str, weights: str = "") -> str:
+    """The name under which open_clip has an architecture, after adding that of a .json file to its list.
+
+    key: what the errors call it. Raises UserError for an unknown name, and for a file that describes no model.
+    """
+    if arch is None:
+        raise UserError(f"{key}: weights '{weights}' do not name their architecture; set it, e.g. arch: ViT-B-32")
+    if not arch.endswith(".json"):
+        name = arch.replace("/", "-")
+        if name not in open_clip.list_models():
+            near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
+            hint = f"near: {', '.join(near)}" if near else "open_clip.list_models() has them all"
+            raise UserError(f"{key}: open_clip has no architecture '{arch}'; {hint}")
+        return name
+    path = Path(arch)
+    cfg = check_model_config(read_json(path, key), key, arch)
+    known = open_clip.get_model_config(path.stem)
+    if known is not None and known != cfg:
+        raise UserError(f"{key}: open_clip already has an architecture '{path.stem}'; rename '{arch}'")
+    open_clip.add_model_config(path)
+    return path.stem

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..zero_shot import ZeroShotHead
 from .clip import Clip, TextTower
 from .image_tower import ImageTower
+from .model_config import architecture
 
 TEMPLATES = ("This is a photo of a {}",)  # as an evaluation has it where a dataset brings none
 Tokenizer = Callable[[list[str]], Tensor]  # N texts -> token ids int64 [N,L]
@@ -127,9 +128,9 @@ class ZeroShotClassifier(nn.Module):
 def wrap(model: nn.Module, arch: str | None = None, tokenizer: Tokenizer | None = None) -> ZeroShotModel:
     """An open_clip model as it is: its weights are shared, not copied.
 
-    arch: its name in open_clip's list, which says its tokenizer; without, OpenAI's is taken where the vocabulary
-    fits. Raises UserError for another kind of model, one in training mode or half precision, and a tokenizer that is
-    not known.
+    arch: its name in open_clip's list, or its .json, which says its tokenizer; without, OpenAI's is taken where the
+    vocabulary fits. Raises UserError for another kind of model, one in training mode or half precision, and a tokenizer
+    that is not known.
     """
     missing = [name for name in ("visual", "encode_text", "logit_scale") if not hasattr(model, name)]
     if missing:
@@ -142,9 +143,7 @@ def wrap(model: nn.Module, arch: str | None = None, tokenizer: Tokenizer | None 
     wrong = {str(p.dtype) for p in model.parameters()} - {"torch.float32"}
     if wrong:
         raise UserError(f"model: its weights are {min(wrong)}; attacks need float32: call model.float() first")
-    arch = arch and arch.replace("/", "-")  # OpenAI's spelling, ViT-B/32
-    if arch is not None and arch not in open_clip.list_models():
-        raise UserError(f"arch: open_clip has no architecture '{arch}'; open_clip.list_models() has them all")
+    arch = arch and architecture(arch, "arch")
     preprocess = {
         k: list(v) if isinstance(v, tuple) else v for k, v in open_clip.model.get_model_preprocess_cfg(model).items()
     }

@@ -82,6 +82,8 @@ def test_logits_lead_back_to_the_images(model, images):
         (lambda m: mmtard.load(m.train()), r"it is in training mode; call model.eval\(\) first"),
         (lambda m: mmtard.load(m.half()), r"its weights are torch.float16; .* model.float\(\)"),
         (lambda m: mmtard.load(m, arch="ViT-Z"), "arch: open_clip has no architecture 'ViT-Z'"),
+        (lambda m: mmtard.load(m, arch="zzz"), r"no architecture 'zzz'; open_clip.list_models\(\) has them all"),
+        (lambda m: mmtard.load(m, arch="gone.json"), "arch: .*gone.json"),
         (lambda m: mmtard.load(m, text="openai"), "they belong to weights that are loaded"),
         (lambda m: mmtard.load(m).logits(torch.rand(2, 3, 16, 16), "cat"), "class_names: 'cat'; give a list"),
         (lambda m: mmtard.load(m).classifier([]), "class_names: an empty list"),
@@ -94,6 +96,12 @@ def test_wrong_use_is_answered_in_one_line(call, message, open_clip_model):
     with pytest.raises(UserError, match=message) as caught:
         call(open_clip_model)
     assert "\n" not in str(caught.value)
+
+
+def test_a_wrapped_model_takes_the_file_of_its_architecture(open_clip_model, images, vit):
+    model = mmtard.load(open_clip_model, arch=vit)
+    assert model.logits(images, NAMES).equal(mmtard.load(open_clip_model, arch="tests-vit").logits(images, NAMES))
+    assert model.clip.config["model_cfg"]["embed_dim"] > 0
 
 
 def test_a_wrapped_model_of_another_vocabulary_needs_its_tokenizer(open_clip_model):

@@ -102,6 +102,12 @@ def test_settings_may_follow_a_flag_but_a_wrong_flag_is_still_wrong(mmtard):
         assert done.returncode == 2 and "unrecognized arguments" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_config_checks_what_divides_over_the_ranks_that_world_names(mmtard):
+    assert mmtard("config", "run.yaml", "train.micro_batch_size=3").returncode == 0
+    done = mmtard("config", "run.yaml", "train.micro_batch_size=3", "--world", "1")
+    assert done.returncode == 2 and done.stderr.startswith("mmtard: train.micro_batch_size: 3 does not divide"), done
+
+
 def test_config_prints_yaml_that_loads_as_the_same_configuration(mmtard, tmp_path):
     done = mmtard("config", "run.yaml", "train.lr=1e-3", "attack.eps=3/255")
     assert done.returncode == 0 and done.stderr == ""
