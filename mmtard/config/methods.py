@@ -147,7 +147,7 @@ class MTARD(MethodSettings):
 
 
 # Weighting -> whether it reads the samples' labels.
-# The function of that name in `mmtard/distillation/weighting.py` computes it.
+# `FUNCTIONS` in `mmtard/distillation/weighting.py` has the function of each.
 WEIGHTINGS: dict[str, bool] = {
     "uniform": False,
     "official": True,

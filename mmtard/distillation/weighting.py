@@ -2,7 +2,7 @@
 
 A weighting is a function of the settings, the teachers' `Prediction`s on the images they see (name -> Prediction),
 the labels, and the state carried from step to step; it returns name -> weight [B] and is called without gradient.
-`mmtard.config.WEIGHTINGS` names them and says which read labels; each is the function of that name here. All but
+`mmtard.config.WEIGHTINGS` names them and says which read labels; `FUNCTIONS` has the function of each. All but
 `official`, its factors alone, and `mtard` are ours, not the paper's.
 """
 
@@ -77,7 +77,15 @@ def _split(settings, confidence: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(confidence, settings.budget * torch.stack(scores).softmax(0)))
 
 
-FUNCTIONS = {name: globals()[name] for name in WEIGHTINGS}
+FUNCTIONS = {
+    "uniform": uniform,
+    "official": official,
+    "constant": constant,
+    "confidence_sigmoid": confidence_sigmoid,
+    "hardness": hardness,
+    "entropy": entropy,
+    "mtard": mtard,
+}
 
 
 def teacher_weights(settings, teachers, labels: Tensor, state: dict[str, float]) -> dict[str, Tensor]:

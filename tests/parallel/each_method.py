@@ -79,14 +79,10 @@ def head(name: str) -> ZeroShotHead:
 
 def settings(case: str) -> config.Config:
     method, attack, stage, placement = CASES[case]
-    names = method.get("views") or {"ard": ["robust"], "rslad": ["robust"], "iad": ["robust"], "adaad": ["robust"]}.get(
-        method["name"], []
-    )
-    names = ["clean", "robust"] if method["name"] in ("mtard", "mmtard") and not names else names
-    teachers = {name: {"weights": "random", "placement": placement} for name in names}
-    teachers |= (
-        {"start": {"placement": placement}} if method["name"] in ("fare", "sim_clip", "pmg_aft", "tga_zsr") else {}
-    )
+    teachers = {
+        name: {"placement": placement} | ({} if name == "start" else {"weights": "random"})
+        for name in config.METHODS[method["name"]](**method).teachers
+    }
     return config.validate(
         {
             "run_dir": "unused",

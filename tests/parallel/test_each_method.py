@@ -28,7 +28,7 @@ def two_ranks(tmp_path_factory):
 
 
 def test_every_method_has_a_case():
-    assert {method["name"] for method, *_ in CASES.values()} == set(METHODS)
+    assert {method["name"] for method, *_ in CASES.values()} == set(METHODS), "CASES of each_method.py needs a row each"
 
 
 @pytest.mark.parametrize("case", CASES)
