@@ -36,7 +36,7 @@ EUROSAT = {
 class DatasetInfo:
     """A dataset with a name of its own.
 
-    spellings: of its folder, beside `name`, without case, `wds_`, `vtab-` and punctuation.
+    spellings: of its folder, beside `name`; case, `wds_`, `vtab-` and punctuation do not count in either.
     """
 
     name: str
@@ -77,7 +77,7 @@ def plain(name: str) -> str:
 
 def known(name: str) -> DatasetInfo | None:
     """The dataset that a folder's name, or a user, means."""
-    return next((k for k in KNOWN if plain(name) in (plain(k.name), *k.spellings)), None)
+    return next((k for k in KNOWN if plain(name) in map(plain, (k.name, *k.spellings))), None)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import re
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -109,7 +110,19 @@ def test_every_dataset_of_fare_and_imagenets_variants_has_an_entry():
         and set(FARE_SETS) | {f"ImageNet{end}" for end in ("", "-V2", "-A", "-R", "-Sketch", "-C")} == names
     )
     assert {k.name for k in datasets.KNOWN if k.native} == {"CIFAR10", "CIFAR100", "STL-10"}
-    assert all(datasets.known(k.name) is k for k in datasets.KNOWN)
+    assert all(datasets.known(name) is k for k in datasets.KNOWN for name in (k.name, *k.spellings))
+
+
+def test_the_page_names_the_datasets_that_have_an_entry():
+    page = (Path(__file__).parents[2] / "docs" / "robustness.md").read_text(encoding="utf-8")
+    listed = re.split(r",\s+", re.search(r"Known by name, with what is particular to them: (.*?)\.\s", page, re.S)[1])
+    assert sorted(listed) == sorted(k.name for k in datasets.KNOWN)
+
+
+def test_a_spelling_may_be_written_as_its_folder_is(monkeypatch):
+    food = datasets.DatasetInfo("Food", ("food-101",))
+    monkeypatch.setattr(datasets, "KNOWN", (*datasets.KNOWN, food))
+    assert datasets.known("wds_food101") is datasets.known("Food-101") is food
 
 
 @pytest.mark.parametrize("make, message", [
