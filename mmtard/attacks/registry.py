@@ -85,7 +85,7 @@ ATTACKS: dict[str, Callable[[AttackState], None]] = {
     "autoattack": autoattack.autoattack,
 }
 ALIASES = {"aa": "autoattack"}
-# These use the model's own gradient.
+# These follow the model's own gradient: what another finds after them is a warning. (`autoattack` is a cross-check.)
 WHITE_BOX = ("pgd", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t")
 _FEWEST_CLASSES = {
     "apgd-dlr": (3, "the DLR loss"),

@@ -55,6 +55,9 @@ def test_the_page_names_every_public_function_loss_and_attack():
         assert f"mmtard.{name}" in PAGE or f"import losses, {name}" in PAGE, name
     for name in [*ATTACKS, *ALIASES]:
         assert f"`{name}`" in PAGE, name
+        assert name in ALIASES or re.search(rf"[ (]{name}[ ,(]", mmtard.attack.__doc__), (
+            f"{name}: mmtard.attack's docstring"
+        )
     listed = re.search(r"`mmtard.losses` has (.*?):", PAGE, re.S)[1]
     own = {name for name, value in vars(mmtard.losses).items() if getattr(value, "__module__", "") == "mmtard.losses"}
     assert set(re.findall(r"`(\w+)`", listed)) == {name for name in own if not name.startswith("_")} - {"true_class"}

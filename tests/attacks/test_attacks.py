@@ -15,7 +15,7 @@ from pyautoattack.square import SquareAttack
 from mmtard.attacks import ensemble
 from mmtard.attacks.fab import project_to_hyperplane
 from mmtard.attacks.pgd import pgd
-from mmtard.attacks.registry import ATTACKS
+from mmtard.attacks.registry import ATTACKS, WHITE_BOX
 from mmtard.attacks.square import _window, side
 from mmtard.attacks.state import AttackSettings, AttackState
 from mmtard.errors import UserError
@@ -76,6 +76,21 @@ def test_a_sample_does_not_depend_on_its_batch_nor_on_torchs_generator(name, vic
     assert permuted.broken_by == [whole.broken_by[i] for i in order]
     alone = [attack(victim, name, rows=slice(i, i + 1)) for i in order[:6].tolist()]
     assert torch.cat([a.adv for a in alone]).equal(whole.adv[order[:6]])
+
+
+@of_its_own
+def test_the_attacks_entered_as_white_box_are_those_that_ask_for_the_models_gradient(name, victim):
+    asked = []
+
+    def model(images):
+        asked.append(images.requires_grad)
+        return victim.model(images)
+
+    of_eight = (part[:8] for part in (victim.images, victim.labels, victim.seeds))
+    ATTACKS[name](AttackState(model, *of_eight, AttackSettings(eps=victim.eps, **FAST), flipped(victim)))
+    assert any(asked) is (name in WHITE_BOX), (
+        "enter the attack in WHITE_BOX of mmtard/attacks/registry.py, or take it out"
+    )
 
 
 # pyautoattack's own Square does not run in L2 on 12 pixels: see test_autoattack.py.

@@ -146,6 +146,16 @@ def test_help_of_a_command_shows_what_it_does_and_an_example_that_parses(command
         assert callable(main.parse(example.replace("'", "").split()).run)
 
 
+def test_the_help_of_evaluate_names_every_attack_and_protocol():
+    from mmtard.attacks.registry import ALIASES, ATTACKS
+    from mmtard.evaluation.protocols import PROTOCOLS
+
+    told = {flag: a.help for a in COMMANDS["evaluate"]._actions for flag in a.option_strings}
+    for flag, names in (("--attacks", (*ATTACKS, *ALIASES)), ("--protocol", PROTOCOLS)):
+        listed = set(re.findall(r"[\w-]+", told[flag]))
+        assert listed >= set(names), f"{flag} in mmtard/cli/evaluation.py: {set(names) - listed}"
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as end:
         main.main(["--version"])
