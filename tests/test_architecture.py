@@ -117,6 +117,12 @@ def test_a_package_imports_only_from_the_rows_above_it(name):
     assert not wrong
 
 
+def test_contributing_shows_these_rows():
+    block = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```")[1]
+    shown = [sorted(line.partition("  ")[0].split()) for line in block.strip().splitlines()]
+    assert shown == [sorted(names) for names in ORDER if names != ["__main__"]]
+
+
 def test_no_two_files_of_tests_share_a_name():
     """pytest imports those of a folder without __init__.py by their bare name."""
     names = [p.name for p in (ROOT / "tests").rglob("test_*.py") if not (p.parent / "__init__.py").is_file()]

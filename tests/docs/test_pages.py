@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from mmtard.cli import main
+from mmtard.config import ATTACK_OBJECTIVES, METHODS, WEIGHTINGS
 from mmtard.config.explain import all_settings
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +57,22 @@ def test_every_link_leads_somewhere(page):
         file = (page.parent / path) if path else page
         assert file.exists(), f"{page.name}: {target}"
         assert not anchor or anchor in anchors(file), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=lambda p: p.name)
+def test_every_file_of_the_repository_that_a_page_names_is_there(page):
+    """`mmtard/...`, `tests/...` and the like; a page may leave `mmtard/` away from a Python file."""
+    for path in re.findall(r"`([\w./-]+)`", page.read_text(encoding="utf-8")):
+        if re.match(r"(mmtard|tests|docs|configs|launch|slurm)/", path) and "NAME" not in path:
+            assert (ROOT / path).exists(), path
+        elif path.endswith(".py") and "NAME" not in path:
+            assert (ROOT / path).exists() or list((ROOT / "mmtard").rglob(path)), path
+
+
+def test_the_page_of_methods_names_every_objective_weighting_and_attack_objective():
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    missing = [name for name in (*METHODS, *WEIGHTINGS, *ATTACK_OBJECTIVES) if f"`{name}`" not in text]
+    assert not missing, "docs/methods.md lacks them"
 
 
 @named
