@@ -253,7 +253,8 @@ def defined_attacks(protocol: Protocol, n_classes: int, name: str) -> tuple[list
     ran, skipped = ensemble.defined_attacks(protocol.attacks, n_classes)
     if not ran:
         reasons = "; ".join(f"{attack}: {reason}" for attack, reason in skipped.items())
-        raise UserError(f"{name}: no attack is left ({reasons}); add --attacks apgd-ce")
+        remedy = "add --attacks apgd-ce" if n_classes > 1 else "name all of the model's classes, one a line"
+        raise UserError(f"{name}: no attack is left ({reasons}); {remedy}")
     return ran, skipped
 
 

@@ -213,3 +213,10 @@ def test_a_clean_accuracy_of_zero_is_not_above_chance():
     clean = {"accuracy": 0.0, "interval95": [0.0, 0.39]}
     (line,) = data_checks.chance_lines(clean, 0.33)
     assert "clean accuracy is 0.00 % (0.0 to 39.0), chance 33.00 %" in line["detail"]
+
+
+def test_a_single_class_leaves_no_attack_and_asks_for_the_others(measure, tmp_path):
+    folder = _labelled(tmp_path / "one", lambda i: {"cls": b"0"})
+    (folder / "classnames.txt").write_text("cat\n")
+    with pytest.raises(UserError, match="one: no attack is left .*; name all of the model's classes, one a line"):
+        measure(folder, attacks=("pgd", "apgd-ce"), iters=1)
