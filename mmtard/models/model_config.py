@@ -110,7 +110,7 @@ def read_json(path: Path, where: str) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{where}: cannot read model config '{path}': {reason}") from None
+        raise UserError(f"{where}: cannot read model config '{path}': {reason}; fetch or write it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{where}: cannot read model config '{path}': it is no object of names and values")
     return content

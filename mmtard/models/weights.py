@@ -160,7 +160,9 @@ def _read(path: Path, where: str) -> object:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
             reason = "it is damaged, or another program's pickle"  # torch itself advises to run its code
-        raise UserError(f"{refused} as safetensors or a weights-only torch file: {reason}") from None
+        raise UserError(
+            f"{refused} as safetensors or a weights-only torch file: {reason}; fetch or write it again"
+        ) from None
 
 
 def _module(content: object) -> Inert:

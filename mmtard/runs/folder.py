@@ -37,11 +37,15 @@ MAY_BE_LINKS = (layout.CHECKPOINTS,)  # a folder on another disk
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A prepared run folder: `checkpoint` to go on from (None: from the start) and its `state`."""
+    """A prepared run folder: `checkpoint` to go on from (None: from the start) and its `state`.
+
+    passed_over: newer checkpoints that are not whole, and why.
+    """
 
     path: Path
     checkpoint: Path | None
     state: dict
+    passed_over: list[str] = field(default_factory=list)
     lock: list[IO | lock.Owner] = field(default_factory=list, repr=False)  # of the first rank; goes with this object
 
     @property
@@ -76,7 +80,7 @@ def prepare(config: Config, fingerprint: str, ranks: Ranks) -> RunFolder:
 
 def _prepare(
     config: Config, fingerprint: str, world_size: int, hosts: list[str], held: list
-) -> tuple[Path, Path | None, dict] | str:
+) -> tuple[Path, Path | None, dict, list[str]] | str:
     run = Path(config.run_dir)
     _make(run)
     _refuse_links(run)
@@ -107,7 +111,7 @@ def _prepare(
         _write_start(run, config, hosts, start)
     except OSError as error:
         raise UserError(why_not_written(run, error)) from None
-    return run, newest, state
+    return run, newest, state, passed_over
 
 
 def refuse_foreign(run: Path) -> None:

@@ -124,6 +124,8 @@ def log_start(
     origin = f"goes on from {folder.checkpoint.name}" if folder.checkpoint else "starts"
     devices = f"{ranks.world_size} x {ranks.device.type}"
     engine = f"ZeRO {config.engine.zero_stage}, {config.engine.precision}"
+    for reason in folder.passed_over[:3]:
+        logger.print(f"WARN a newer checkpoint is not whole and was passed over: {reason}")
     logger.print(f"{folder.path}: {config.method.name} {origin}, {devices}, {engine}")
     if slow := slow_precision(config.engine.precision, ranks.device):
         logger.print(slow)

@@ -113,7 +113,8 @@ def test_a_folder_that_another_process_works_in_is_refused(prepare, run, monkeyp
 
 def test_what_was_passed_over_is_recorded(prepare, run):
     (run / "checkpoints" / "step-6" / "state.json").unlink()
-    assert prepare().step == 3
+    folder = prepare()
+    assert folder.step == 3 and folder.passed_over == ["step-6: state.json is missing"]
     assert (
         history(run)[-1]["passed_over"] == ["step-6: state.json is missing"]
         and history(run)[-1]["checkpoint"] == "step-3"

@@ -287,6 +287,23 @@ def test_the_start_says_what_of_the_shards_is_not_used_and_doubts_the_class_name
     assert "WARN class names: 'cat' twice" in said and "4 names, but the highest label is 2" in said
 
 
+def test_a_newer_checkpoint_that_is_not_whole_is_told_where_the_run_goes_on(train, settings, capfd):
+    given, run = settings(
+        "cut",
+        method={"name": "tecoa"},
+        train={"steps": 2, "batch_size": 8, "warmup_steps": 0},
+        checkpoint={"every": 1, "keep_last": 2},
+    )
+    assert train(given, Never()) == 0
+    with open(run / "checkpoints" / "step-2" / "weights.safetensors", "r+b") as file:
+        file.truncate(1000)
+    capfd.readouterr()
+    assert train(given, Never()) == 0
+    said = capfd.readouterr().out
+    assert "tecoa goes on from step-1" in said
+    assert "WARN a newer checkpoint is not whole and was passed over: step-2: weights.safetensors has 1000 " in said
+
+
 def test_a_device_without_memory_is_one_line_that_says_what_to_lower(train, settings, monkeypatch):
     def full(self, batch, lr):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
