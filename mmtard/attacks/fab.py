@@ -26,10 +26,7 @@ def fab_t(state: AttackState) -> None:
     """
     order = state.target_order()
     for k in range(order.shape[1]):
-        for restart in range(state.settings.restarts):
-            rows = state.standing()
-            if not len(rows):
-                return
+        for restart, rows in state.restarts():
             _walk(state, rows, order[rows, k], k, restart)
 
 

@@ -7,7 +7,7 @@ it came from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def pgd_ce(state: AttackState) -> None:
     """PGD on cross-entropy; any of its iterates may break a sample (papers of TeCoA's line judge the last alone)."""
     s = state.settings
     step_size = 2.5 * s.eps / s.iters if s.step_size is None else s.step_size
-    for restart, rows in _restarts(state):
+    for restart, rows in state.restarts():
         loss, seeds = _loss_fn(state, rows, losses.cross_entropy), derive_seeds(state.seeds[rows], restart)
         adv = pgd(loss, state.images[rows], norm=s.norm, eps=s.eps, step_size=step_size, steps=s.iters, seeds=seeds)
         with torch.no_grad():
@@ -36,13 +36,13 @@ def pgd_ce(state: AttackState) -> None:
 
 def apgd_ce(state: AttackState) -> None:
     """APGD on cross-entropy."""
-    for restart, rows in _restarts(state):
+    for restart, rows in state.restarts():
         _apgd(state, rows, losses.cross_entropy, restart)
 
 
 def apgd_dlr(state: AttackState) -> None:
     """APGD on the difference of logits ratio."""
-    for restart, rows in _restarts(state):
+    for restart, rows in state.restarts():
         _apgd(state, rows, losses.dlr, restart)
 
 
@@ -50,7 +50,7 @@ def apgd_t(state: AttackState) -> None:
     """APGD on the targeted difference of logits ratio, towards each of the highest other classes in turn."""
     order = state.target_order()
     for k in range(order.shape[1]):
-        for restart, rows in _restarts(state):
+        for restart, rows in state.restarts():
 
             def towards(logits: Tensor, labels: Tensor, targets: Tensor = order[rows, k]) -> Tensor:
                 return losses.targeted_dlr(logits, labels, targets)
@@ -63,7 +63,7 @@ def transfer(state: AttackState) -> None:
     s, source = state.settings, state.source
     if source is None:
         raise UserError("attacks: 'transfer' needs a model to transfer from; name it with --transfer-from")
-    for restart, rows in _restarts(state):
+    for restart, rows in state.restarts():
         labels, seeds = state.labels[rows], derive_seeds(state.seeds[rows], restart)
 
         def loss(images: Tensor, labels: Tensor = labels) -> Tensor:
@@ -113,15 +113,6 @@ def not_defined(name: str, n_classes: int) -> str | None:
     """Why an attack does not exist for so few classes, or None where it does."""
     fewest, what = _FEWEST_CLASSES.get(name, (2, "an attack"))
     return None if n_classes >= fewest else f"{what} needs {fewest} classes, there are {n_classes}"
-
-
-def _restarts(state: AttackState) -> Iterator[tuple[int, Tensor]]:
-    """(restart, indices of the samples that stand by then), until none stands."""
-    for restart in range(state.settings.restarts):
-        rows = state.standing()
-        if not len(rows):
-            return
-        yield restart, rows
 
 
 def _loss_fn(state: AttackState, rows: Tensor, loss: SampleLoss) -> Callable[[Tensor], Tensor]:

@@ -25,10 +25,8 @@ def square(state: AttackState) -> None:
     if s.norm != "linf":
         raise UserError(f"attacks: 'square' is written for linf, not {s.norm}; leave it out")
     with torch.no_grad():
-        for restart in range(s.restarts):
-            rows = state.standing()
-            if len(rows):
-                _search(state, rows, restart)
+        for restart, rows in state.restarts():
+            _search(state, rows, restart)
 
 
 def _search(state: AttackState, rows: Tensor, restart: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +87,14 @@ class AttackState:
     def standing(self) -> Tensor:
         """Indices of the samples that still stand: int64 [R]."""
         return (~self.broken).nonzero().flatten()
+
+    def restarts(self) -> Iterator[tuple[int, Tensor]]:
+        """(restart, indices of the samples that stand by then), as many as the settings say, until none stands."""
+        for restart in range(self.settings.restarts):
+            rows = self.standing()
+            if not len(rows):
+                return
+            yield restart, rows
 
     def logits(self, images: Tensor) -> Tensor:
         """The model's logits [R,C] of any images, counted, not judged."""
