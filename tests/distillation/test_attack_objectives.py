@@ -50,7 +50,7 @@ def test_an_objective_is_its_equation_in_float64(name):
 
 def test_the_objectives_are_those_of_the_schema_and_ask_for_the_same_models():
     needed = {"kl_self": "student", "kl_fused": None}
-    assert attack_objectives.LOSSES.keys() == ATTACK_OBJECTIVES.keys()
+    assert attack_objectives.LOSSES.keys() == ATTACK_OBJECTIVES.keys(), "an objective stands in both"
     for name, needs in ATTACK_OBJECTIVES.items():
         objective = attack_objectives.find_objective(name)
         asked = {q.model for q in objective.reference_passes} | {objective.through_teacher} - {None}

@@ -321,7 +321,7 @@ def test_a_head_gives_normalised_cosines_and_float32_logits_of_bf16_embeddings()
 
 
 def test_every_method_of_the_schema_has_a_file_and_a_case_here():
-    assert set(METHODS) == {name for name, _ in CASES}
+    assert set(METHODS) == {name for name, _ in CASES}, "CASES above needs one of each"
     for name in METHODS:
         assert methods.find_method(name).__name__ == f"mmtard.distillation.methods.{name}"
 

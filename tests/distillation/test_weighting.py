@@ -116,7 +116,7 @@ def test_a_weighting_reads_labels_if_the_schema_says_so(name):
 
 
 def test_the_weightings_are_those_of_the_schema_and_an_unknown_one_is_answered_with_them():
-    assert weighting.FUNCTIONS.keys() == config.WEIGHTINGS.keys()
+    assert weighting.FUNCTIONS.keys() == config.WEIGHTINGS.keys(), "a weighting stands in both"
     assert all(function.__name__ == name for name, function in weighting.FUNCTIONS.items())
     with pytest.raises(
         UserError,

@@ -103,7 +103,7 @@ def test_remote_shards_are_named_after_their_folder_files_or_index(where, index,
     )
 
 
-def test_every_dataset_of_fare_and_imagenets_variants_has_an_entry():
+def test_the_datasets_of_fare_and_imagenets_variants_and_no_others_have_an_entry():
     names = {k.name for k in datasets.KNOWN}
     assert (
         len(FARE_SETS) == 13
