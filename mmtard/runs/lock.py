@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import time
 import weakref
 from contextlib import suppress
@@ -15,6 +16,7 @@ from typing import IO
 from ..errors import UserError
 from .layout import HEARTBEATS, LOCK, OWNER
 
+QUIET_S = 2.0  # the start before this one may be at its end
 LOCK_WAIT_S = 60.0  # a start that was killed on another node may leave the file system a while to notice
 
 
@@ -34,14 +36,22 @@ def take(run: Path) -> list[IO | Owner]:
         raise UserError(
             f"run_dir: '{run / LOCK}' cannot be opened: {error.strerror}; remove it, or choose another folder"
         ) from None
-    file = os.fdopen(fd, "r+")
-    until = time.monotonic() + LOCK_WAIT_S
+    file = os.fdopen(fd, "r+", errors="replace")
+    began, said = time.monotonic(), False
+    until = began + LOCK_WAIT_S
     while not (locked := _try_lock(file)):
         if locked is None:
             file.close()
             return [_take_owner_file(run, until)]
         if time.monotonic() > until:
-            raise _in_use(run, file.read().strip())
+            raise _in_use(run, _owner(file))
+        if not said and time.monotonic() > began + QUIET_S:
+            said = True
+            print(
+                f"mmtard: run_dir: '{run}' is in use by {_owner(file)}; waiting up to {LOCK_WAIT_S:.0f} s for its end",
+                file=sys.stderr,
+                flush=True,
+            )
         time.sleep(0.5)
     with suppress(OSError):  # who holds it is for the eye; a full disk is told by what must be written
         os.ftruncate(fd, 0)
@@ -100,11 +110,14 @@ def _take_owner_file(run: Path, until: float) -> Owner:
             time.sleep(0.5)
 
 
+def _owner(file: IO) -> str:
+    """Who says in the lock's file that it holds it."""
+    file.seek(0)
+    return file.read().strip() or "another process"
+
+
 def _in_use(run: Path, owner: str) -> UserError:
-    return UserError(
-        f"run_dir: '{run}' is in use by {owner or 'another process'}; "
-        "wait for it to end, end it, or choose another folder"
-    )
+    return UserError(f"run_dir: '{run}' is in use by {owner}; wait for it to end, end it, or choose another folder")
 
 
 def _host_and_pid(text: str) -> tuple[str, int | None]:

@@ -95,6 +95,23 @@ def test_a_run_past_its_bounds_is_refused_and_nothing_is_written(prepare, run):
     assert prepare("resume.max_starts_without_progress=4").step == 6
 
 
+def test_a_start_that_waits_for_another_says_so(prepare, run, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "QUIET_S", 0.0)
+    monkeypatch.setattr(lock, "LOCK_WAIT_S", 1.2)
+    path = str(run / ".lock")
+    code = f"import fcntl; f = open({path!r}, 'rb+'); fcntl.lockf(f, fcntl.LOCK_EX); f.truncate(0); "
+    code += "f.write(b'node7 process 3 \\xff'); f.flush(); print(1, flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "1\n"
+        with pytest.raises(UserError, match="is in use by node7 process 3 \ufffd; wait for it to end"):
+            prepare()
+    finally:
+        other.communicate("\n")
+    said = capsys.readouterr().err
+    assert said == f"mmtard: run_dir: '{run}' is in use by node7 process 3 \ufffd; waiting up to 1 s for its end\n"
+
+
 def test_a_folder_that_another_process_works_in_is_refused(prepare, run, monkeypatch):
     monkeypatch.setattr(lock, "LOCK_WAIT_S", 0.0)
     code = f"import fcntl; f = open({str(run / '.lock')!r}, 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); f.truncate(0); "
