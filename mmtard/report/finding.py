@@ -21,6 +21,8 @@ from .records import Evaluation
 SKIPPED = (CHECKPOINTS, "tensorboard", "wandb", "code")
 MOST_FOLDERS = 5000  # of a tree that is searched: an image folder given by mistake ends it soon
 
+TRIES = 5  # at the newest checkpoint of a run that is training and retires the one that was just looked up
+
 
 @dataclass
 class Found:
@@ -89,8 +91,14 @@ class Weights:
         """The hash of a run's last checkpoint, or of the model of a model folder."""
         if is_model_folder(self.folder):
             return _image_tower_sha256(self.folder / WEIGHTS_FILE)
-        published = checkpoints.published(self.folder / CHECKPOINTS)
-        return _image_tower_sha256(published[max(published)] / checkpoints.WEIGHTS) if published else None
+        for _ in range(TRIES):
+            published = checkpoints.published(self.folder / CHECKPOINTS)
+            if not published:
+                break
+            path = published[max(published)] / checkpoints.WEIGHTS
+            if (found := _image_tower_sha256(path)) or path.is_file():
+                return found
+        return None
 
     @cached_property
     def most_robust(self) -> str | None:
@@ -105,7 +113,7 @@ class Weights:
 def _image_tower_sha256(path: Path) -> str | None:
     try:
         state = load_file(path)
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, RuntimeError, SafetensorError):  # RuntimeError: torch's, for a file that has gone
         return None
     if lora.is_adapter(state):
         return None

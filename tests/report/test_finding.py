@@ -1,11 +1,13 @@
 """Evaluations are found by the hash of the weights that they measured, wherever they lie."""
 
+import shutil
+
 import torch
 from safetensors.torch import save_file
 from written import dataset, results, save, write_run
 
 from mmtard.models.weights import tensors_sha256
-from mmtard.report import sources
+from mmtard.report import finding, sources
 
 FLAGS = [True, False]
 
@@ -105,3 +107,18 @@ def test_labels_name_the_models_in_their_order(tmp_path):
         sources.read(runs, ["x", "y", "z"])
     with pytest.raises(UserError, match="one stands there twice"):
         sources.read(runs, ["x", "x"])
+
+
+def test_a_checkpoint_that_is_retired_while_it_is_read_gives_way_to_the_newer_one(tmp_path, monkeypatch):
+    trained(tmp_path / "a", 1.0)
+    read, newer = finding.load_file, []
+
+    def retired(path):
+        if not newer:
+            newer.append(trained(tmp_path / "a", 2.0, 20))
+            shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-10")
+            raise RuntimeError(f"unable to open file <{path}> in read-only mode: No such file or directory (2)")
+        return read(path)
+
+    monkeypatch.setattr(finding, "load_file", retired)
+    assert finding.Weights(tmp_path / "a").newest == newer[0]
