@@ -15,11 +15,16 @@ _BASE = re.compile(r"^base:[ \t]*(\S+)[ \t]*$", re.MULTILINE)
 _HANDS_OVER = re.compile(r'(-m mmtard\.launch\.batch .*\btrain) -- "\$@"')
 _HEADER = """\
 #!/bin/bash
-# Trains {config} on 2 nodes of 8 GPUs. The job stops itself before its time is up, or when it is preempted, saves its
-# state, goes back to the queue and goes on in the same run folder until it is complete.
+# Trains on 2 nodes of 8 GPUs:
 #
-# Write your account and partition into the two lines below, and what your cluster asks for. Then, from the folder that
-# the paths of the configuration count from, in a shell where mmtard works:
+#   {config}
+#
+# The job stops itself before its time is up, or when it is preempted, saves its state, goes back to the queue and goes
+# on in the same run folder until it is complete.
+#
+# Write your account and partition into the two lines below, and what your cluster asks for. For another size, change
+# --nodes, --gpus-per-node and --ntasks-per-node; on less than a whole node also leave out --exclusive, and ask for less
+# memory in --mem. Then, from the folder that the paths of the configuration count from, in a shell where mmtard works:
 #
 #   sbatch {script} [key=value ...]
 
@@ -32,8 +37,9 @@ def write_project(folder: Path, config: Path) -> list[Path]:
     Raises UserError where one of the files is there already, before any is written.
     """
     texts = {folder / path.name: text for path, text in _with_bases(config).items()}
-    script = folder / f"{config.stem}.sh"
-    texts[script] = _script(script, folder / config.name)
+    script, copy = folder / f"{config.stem}.sh", folder / config.name
+    texts[copy] = _of_its_copy(texts[copy], config, copy, script)
+    texts[script] = _script(script, copy)
     for path in texts:
         if path.exists() or path.is_symlink():
             raise UserError(f"'{path}' is there already; choose another folder, or move it away")
@@ -62,6 +68,16 @@ def _with_bases(config: Path) -> dict[Path, str]:
         texts[path] = _BASE.sub(lambda found: f"base: {Path(found[1]).name}", text)
         path = path.parent / base[1] if base else None
     return texts
+
+
+def _of_its_copy(text: str, config: Path, copy: Path, script: Path) -> str:
+    """The text whose commands name the copy: as they stand they would run mmtard's own, whatever the user edits."""
+    root, config = resources.folder("configs").resolve(), config.resolve()
+    if not config.is_relative_to(root):
+        return text
+    name = f"configs/{config.relative_to(root)}"
+    text = text.replace(f"slurm/{SCRIPT} {name}", str(script))  # the script written here names its configuration itself
+    return text.replace(f"slurm/{SCRIPT}", str(script)).replace(name, str(copy))
 
 
 def _script(path: Path, config: Path) -> str:

@@ -89,6 +89,10 @@ def test_init_writes_a_configuration_that_loads_and_a_script_that_names_it(elsew
     assert 'mmtard.launch.batch --script "$0" train mine/vitb32_mmtard.yaml -- "$@"' in script
     assert "#SBATCH --signal=USR2@120" in script and "#SBATCH --account=" in script
     assert subprocess.run(["bash", "-n", folder / "vitb32_mmtard.sh"]).returncode == 0
+    commented = (folder / "vitb32_mmtard.yaml").read_text()
+    assert "sbatch mine/vitb32_mmtard.sh data.shards=" in commented and "train mine/vitb32_mmtard.yaml" in commented
+    assert "configs/" not in commented and "slurm/" not in commented, "a command would run mmtard's own files"
+    assert "--gpus-per-node" in script[: script.index("#SBATCH")]
     printed = capsys.readouterr().out
     assert "mine/vitb32_mmtard.yaml" in printed and "sbatch mine/vitb32_mmtard.sh" in printed
 
@@ -99,7 +103,9 @@ def test_init_takes_along_what_a_configuration_builds_on():
     assert names == {"fare2_vitl14.yaml", "tecoa2_vitl14.yaml", "vitb32_mmtard.yaml", "fare2_vitl14.sh"}
     own = config.load(CONFIGS / "teachers" / "fare2_vitl14.yaml")
     assert config.load(Path("mine/fare2_vitl14.yaml")) == own
-    assert yaml.safe_load(Path("mine/fare2_vitl14.yaml").read_text())["base"] == "tecoa2_vitl14.yaml"
+    text = Path("mine/fare2_vitl14.yaml").read_text()
+    assert yaml.safe_load(text)["base"] == "tecoa2_vitl14.yaml"
+    assert "#   sbatch mine/fare2_vitl14.sh data.shards=" in text, "the script names the configuration already"
 
 
 def test_init_overwrites_nothing(elsewhere, capsys):
