@@ -46,7 +46,10 @@ def expand_shards(shards: str | list[str]) -> list[str]:
             out += [path for braced in _braces(spec) for path in _matches(braced)]
     for path in out:
         if not is_remote(path) and not Path(path).is_file():
-            raise UserError(f"data.shards: missing shard '{path}'; correct the pattern or restore the file")
+            remedy = (
+                "correct the pattern or restore the file" if Path(path).suffix else "no such folder: correct the path"
+            )
+            raise UserError(f"data.shards: missing shard '{path}'; {remedy}")
     if not out:
         raise UserError("data.shards: names no shard; give a folder, a pattern or a list")
     return out
