@@ -45,7 +45,11 @@ def add_config_arguments(parser: argparse.ArgumentParser, optional: bool = False
         help="YAML file, or the name of one that comes with mmtard, such as vitb32_mmtard; `mmtard configs` lists them",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings over those of the file, e.g. train.lr=1e-5"
+        "overrides",
+        nargs="*",
+        default=[],  # else argparse calls them required
+        metavar="key=value",
+        help="settings over those of the file, e.g. train.lr=1e-5",
     )
 
 

@@ -222,7 +222,8 @@ def _from_tag(spec: Model, seed: int, where: str) -> Clip:
             f" {spec.arch}"
             f" (tags: {', '.join(tags) or 'none'})"
         )
-    return _pretrained(name, spec.weights, _wanted_gelu(name, spec, _trained_gelu(name, spec.weights), where))
+    gelu = _wanted_gelu(name, spec, _trained_gelu(name, spec.weights), where)
+    return _pretrained(name, spec.weights, gelu, where)
 
 
 # The first row that matches a `Model` setting loads it.
@@ -298,15 +299,19 @@ def _of_architecture(name: str, quick_gelu: bool) -> Clip:
     return _clip(build(cfg), name, cfg)
 
 
-def _pretrained(name: str, tag: str, quick_gelu: bool) -> Clip:
+def _pretrained(name: str, tag: str, quick_gelu: bool, where: str) -> Clip:
     """An architecture with the weights of one of open_clip's own tags."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # decided by _wanted_gelu
-        logging.disable(logging.WARNING)
+        logging.disable(logging.ERROR)  # what open_clip logs it also raises
         try:
             model = open_clip.create_model(name, pretrained=tag, pretrained_text=False, quick_gelu=quick_gelu)
         except (RuntimeError, OSError) as error:
-            raise UserError(f"cannot load weights '{tag}' of {name}: {' '.join(str(error).split())}") from None
+            why = " ".join(str(error).split()).rstrip(".")
+            raise UserError(
+                f"{where}.weights: cannot load '{tag}' of {name}: {why}; without internet, fetch them elsewhere "
+                "first and set HF_HOME, or name a file"
+            ) from None
         finally:
             logging.disable(logging.NOTSET)
     require_finite(model.state_dict(), f"weights '{tag}' of {name}")

@@ -167,7 +167,7 @@ def test_version(capsys):
     [
         ([], "required: COMMAND"),
         (["trian"], "invalid choice: 'trian'"),
-        (["train"], "required: CONFIG"),
+        (["train"], "required: CONFIG\n"),
         (["evaluate", "m"], "required: --data"),
         (
             ["evaluate", "m", "--data", "s", "--eps", "2/0"],

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -202,3 +203,15 @@ def test_quick_gelu_is_used_and_travels_with_the_model(base, vit, tmp_path):
     assert kinds == {"QuickGELU"} and not torch.equal(embeddings(quick), embeddings(base))
     quick.save(tmp_path / "out")
     assert torch.equal(embeddings(loading.load_clip(Model(weights=str(tmp_path / "out")))), embeddings(quick))
+
+
+def test_weights_that_cannot_be_fetched_are_told_once_with_their_setting(monkeypatch, caplog):
+    def fails(*args, **kwargs):
+        logging.error("Failed to download")
+        raise RuntimeError("Failed to download\nweights.")
+
+    monkeypatch.setattr(open_clip, "create_model", fails)
+    message = "teachers.clean.weights: cannot load 'openai' of ViT-B-32: Failed to download weights; without internet"
+    with pytest.raises(UserError, match=message):
+        loading.load_clip(Model(arch="ViT-B-32", weights="openai"), where="teachers.clean")
+    assert not caplog.records
