@@ -156,6 +156,12 @@ def test_the_help_of_evaluate_names_every_attack_and_protocol():
         assert listed >= set(names), f"{flag} in mmtard/cli/evaluation.py: {set(names) - listed}"
 
 
+def test_settings_are_not_called_required(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["train"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: CONFIG\n")
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as end:
         main.main(["--version"])
@@ -167,7 +173,7 @@ def test_version(capsys):
     [
         ([], "required: COMMAND"),
         (["trian"], "invalid choice: 'trian'"),
-        (["train"], "required: CONFIG\n"),
+        (["train"], "required: CONFIG"),
         (["evaluate", "m"], "required: --data"),
         (
             ["evaluate", "m", "--data", "s", "--eps", "2/0"],

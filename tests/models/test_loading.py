@@ -153,7 +153,9 @@ def test_sources_that_do_not_exist_or_contradict_themselves(base, vit, tmp_path)
 def created(monkeypatch):
     """The arguments open_clip's model would be made with, instead of a download."""
     calls = []
-    monkeypatch.setattr(loading, "_pretrained", lambda name, tag, quick_gelu: calls.append((name, tag, quick_gelu)))
+    monkeypatch.setattr(
+        loading, "_pretrained", lambda name, tag, quick_gelu, where: calls.append((name, tag, quick_gelu))
+    )
     return calls
 
 
