@@ -6,12 +6,16 @@ import glob
 import hashlib
 import os
 import re
+from itertools import islice
 from pathlib import Path
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from ..config import Data
 from ..errors import UserError
+
+MOST_SHARDS = 1_000_000  # that a pattern may name
+RANGE = r"\{(-?\d+)\.\.(-?\d+)(?=[.}])"
 
 
 def shards_of(settings: Data) -> list[str]:
@@ -129,9 +133,14 @@ def _natural(path: Path) -> tuple[list, str]:
 
 
 def _braces(spec: str) -> list[str]:
+    # The program lays out every range of numbers before the first name; a long one would fill the memory.
     try:
-        return list(braceexpand(spec))
-    except (UnbalancedBracesError, ValueError) as error:
+        longest = max((abs(int(last) - int(first)) for first, last in re.findall(RANGE, spec)), default=0)
+        names = [] if longest > MOST_SHARDS else list(islice(braceexpand(spec), MOST_SHARDS + 1))
+        if not 0 < len(names) <= MOST_SHARDS:
+            raise UserError(f"data.shards: '{spec}' names more than {MOST_SHARDS:,} shards; correct its braces")
+        return names
+    except (UnbalancedBracesError, ValueError, RecursionError) as error:
         raise UserError(
             f"data.shards: '{spec}' is not a brace pattern ({error}); write it like train-{{0000..0099}}.tar"
         ) from None

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -266,7 +267,14 @@ def _device(device: str, local: int) -> torch.device:
 
 def _meeting_point(world: int) -> str:
     if "MMTARD_INIT_FILE" in os.environ:  # a shared file instead of a TCP store, for ranks on one machine
-        return f"file://{os.environ['MMTARD_INIT_FILE']}"
+        meeting = Path(os.environ["MMTARD_INIT_FILE"])
+        if (
+            not os.access(meeting.parent, os.W_OK | os.X_OK) or meeting.is_dir()
+        ):  # torch would try again for half an hour
+            raise UserError(
+                f"MMTARD_INIT_FILE: ranks cannot meet at '{meeting}'; name a file in a folder that can be written"
+            )
+        return f"file://{meeting}"
     if world > 1:
         return "env://"
     folder = tempfile.mkdtemp(prefix="mmtard-")

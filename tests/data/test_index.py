@@ -563,3 +563,11 @@ def test_captions_that_are_not_utf_8_are_counted(tmp_path):
         ("jpg", IMAGE), ("txt", "un caf\u00e9".encode("latin-1" if i else "utf-8")))]  # fmt: skip
     dataset = open_dataset(Data(shards=str(write_tar(tmp_path / "0.tar", members))))
     assert "not read: 2 captions with characters that are not UTF-8 (such as '1.txt')" in dataset.index.summary()
+
+
+@pytest.mark.parametrize(
+    "pattern", ["x-{00000000..99999999}.tar", "{0..9999}{0..9999}.tar", "{5..-9999999999999999999999}"]
+)
+def test_braces_that_name_more_shards_than_there_can_be_are_refused_at_once(pattern):
+    with pytest.raises(UserError, match="names more than 1,000,000 shards; correct its braces"):
+        expand_shards(pattern)

@@ -205,3 +205,10 @@ def test_a_run_on_the_cpu_leaves_a_gpu_that_is_there_alone(monkeypatch):
     samples = SimpleNamespace(transform=SimpleNamespace(shape=(8, 8)))
     monkeypatch.setattr(stream, "DataLoader", loader)
     assert list(stream._load(samples, iter([]), 0, 4)) == [] and asked["pin_memory"] is False
+
+
+@pytest.mark.parametrize("name", ["nowhere/meet", "."])
+def test_a_meeting_file_that_cannot_be_made_is_told_at_once(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("MMTARD_INIT_FILE", str(tmp_path / name))
+    with pytest.raises(UserError, match="MMTARD_INIT_FILE: ranks cannot meet at '.*'; name a file in a folder that"):
+        ranks._meeting_point(1)
