@@ -90,7 +90,8 @@ def _read_row(run: Path, in_slurm: str | None) -> Row:
     except UserError as error:
         return Row(run, f"unreadable: {error}", **known)
     rows = _tail(run / METRICS)
-    step, steps = rows[-1]["step"] if rows else starts[-1]["step"], config.train.steps
+    # Metrics may be gone or damaged; a saved step was done all the same.
+    step, steps = rows[-1]["step"] if rows else max(starts[-1]["step"], known.get("checkpoint", 0)), config.train.steps
     state = _state(run, starts, in_slurm, config)
     if rows:
         seconds = sum(row["seconds"] for row in rows[-RECENT:]) / len(rows[-RECENT:])

@@ -35,6 +35,12 @@ def states(folder):
     return {row.run.name: row.state for row in survey.find_runs(folder)}
 
 
+def test_a_run_whose_metrics_are_gone_has_done_what_it_saved(run, tmp_path):
+    (run("a", history.PREEMPTED) / "metrics.jsonl").unlink()
+    (row,) = survey.find_runs(tmp_path / "all")
+    assert (row.step, row.checkpoint) == (6, 6)
+
+
 def test_the_state_of_a_run_comes_from_its_history(run, tmp_path):
     run("a", history.PREEMPTED, history.COMPLETE)
     run("b", history.PREEMPTED)
