@@ -19,7 +19,8 @@ from .archive import Inert, is_torchscript, module_tensors, read_archive
 WRAPPERS = ("state_dict", "model_state_dict", "model", "vision_encoder_state_dict", "module")
 # What wrappers of a model put before every name: DDP, torch.compile, Lightning. Any of them, in any order.
 PREFIXES = ("module.", "_orig_mod.", "model.")
-OPENAI_CONSTANTS = ("input_resolution", "context_length", "vocab_size")  # buffers of its archives that are no weights
+# Buffers of archives that are no weights: OpenAI's three, and the mask that a traced model of open_clip keeps.
+OPENAI_CONSTANTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
 def tensors_sha256(state: dict[str, Tensor]) -> str:

@@ -140,6 +140,7 @@ def write_torchscript(state, path):
         else:
             at.register_buffer(last, value.clone())
     root.register_buffer("context_length", torch.tensor(77))
+    root.register_buffer("attn_mask", torch.full((2, 2), -float("inf")).triu_(1))
     torch.jit.save(torch.jit.script(root), path)
 
 
