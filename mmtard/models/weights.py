@@ -158,12 +158,10 @@ def _read(path: Path, where: str) -> object:
     except UserError:
         raise
     except Exception as error:  # every loader has its own family of errors for a file that is not its own
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        reason = f"{(str(error).splitlines() or [''])[0] or type(error).__name__}; fetch or write it again"
         if isinstance(error, pickle.UnpicklingError):
             reason = "it is damaged, or another program's pickle"  # torch itself advises to run its code
-        raise UserError(
-            f"{refused} as safetensors or a weights-only torch file: {reason}; fetch or write it again"
-        ) from None
+        raise UserError(f"{refused} as safetensors or a weights-only torch file: {reason}") from None
 
 
 def _module(content: object) -> Inert:
