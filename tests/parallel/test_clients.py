@@ -177,10 +177,12 @@ def test_the_report_of_real_runs_in_a_browser(run, undisturbed, tmp_path):
         for width in (1280, 390):
             browser.open(tmp_path / "out" / "report.html", width)
             images = browser.value("Array.from(document.images).map(image => image.naturalWidth)")
-            assert browser.complaints == [] and len(images) == len(pngs) and min(images) > 0
+            # The comparison at the top shows a picture that stands further down, too.
+            distinct = browser.value("new Set(Array.from(document.images).map(image => image.src)).size")
+            assert browser.complaints == [] and distinct == len(pngs) and min(images) > 0
             assert browser.value("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
             browser.screenshot(tmp_path / f"{width}.png")
         text = browser.value("document.body.innerText")
     robust = results(run)["eps"]["32/255"]["robust"]
-    assert f"{100 * robust['accuracy']:.1f}" in text and "accuracy under attack: no evaluations/**/results.json" in text
-    assert text.count("no evaluation under attack names a model and samples to attack") == 1
+    assert f"{100 * robust['accuracy']:.1f}" in text
+    assert text.count("accuracy under attack: no evaluation of these weights was found") == 1, "told once, at the end"
