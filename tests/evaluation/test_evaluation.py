@@ -74,9 +74,9 @@ def test_images_are_resized_as_the_model_was_trained_to_see_them(exported, measu
 def test_a_model_of_images_that_are_no_squares_sees_them_as_they_are(measure, tmp_path, monkeypatch, mode):
     arch = json.loads(ARCHITECTURE.read_text())
     arch["vision_cfg"]["image_size"] = [32, 48]
-    (tmp_path / "tests-wide.json").write_text(json.dumps(arch))
+    (tmp_path / "tests-wide-evaluated.json").write_text(json.dumps(arch))
     folder = tmp_path / "folder"
-    loading.load_clip(Model(arch=str(tmp_path / "tests-wide.json"), weights="random"), seed=3).save(folder)
+    loading.load_clip(Model(arch=str(tmp_path / "tests-wide-evaluated.json"), weights="random"), seed=3).save(folder)
     edited(folder, folder.with_name("model"), resize_mode=mode)
     dataset = write(tmp_path / "wide", 12, size=(40, 70))
     entry = as_open_clip_shows_them(measure, folder.with_name("model"), dataset, monkeypatch)

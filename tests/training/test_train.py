@@ -111,7 +111,7 @@ def test_three_unlike_teachers_and_their_balanced_weights_survive_an_interruptio
     train, settings, vit, resnet, tmp_path
 ):
     """A ViT, a ResNet of another resolution, and a ViT of another width, embedding and context length."""
-    wide = tmp_path / "tests-wide.json"
+    wide = tmp_path / "tests-wide-trained.json"
     vision = {"image_size": 24, "patch_size": 8, "width": 48, "layers": 1, "head_width": 16}
     wide.write_text(
         json.dumps(
