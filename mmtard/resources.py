@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import subprocess
 from pathlib import Path
 
 from .errors import UserError
@@ -59,3 +61,29 @@ def first_line(config: Path) -> str:
     """What a configuration says of itself in its first line."""
     with config.open(encoding="utf-8") as file:
         return file.readline().strip().removeprefix("#").strip()
+
+
+def git_state() -> dict | None:
+    """Commit and changed files of the checkout that mmtard runs from, {"commit", "changed"}; None outside one.
+
+    The copy that a submission made answers with the state of what it was copied from.
+    """
+    checkout = PACKAGE.parent
+    submission = checkout.parent / "submission.json"
+    if checkout.name == "code" and submission.is_file():
+        try:
+            return json.loads(submission.read_bytes())["git"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+    if not (checkout / ".git").exists():  # an installed package may lie inside the repository of something else
+        return None
+
+    def ask(*words: str) -> str:
+        command = ["git", "-C", str(checkout), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+
+    try:
+        changed = ask("status", "--porcelain", "--untracked-files=no").splitlines()
+        return {"commit": ask("rev-parse", "HEAD").strip(), "changed": changed}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -52,7 +51,7 @@ class Snapshot:
                 "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "command": sys.argv,
                 "directory": str(Path.cwd()),
-                "git": _git(),
+                "git": resources.git_state(),
             }
             (self.folder / "submission.json").write_text(json.dumps(origin, indent=1) + "\n")
         except OSError as error:
@@ -65,20 +64,3 @@ class Snapshot:
 
     def _yaml(self, work: Work) -> Path:
         return self.folder / f"{slug(str(work.run_dir).strip('/'))}.yaml"
-
-
-def _git() -> dict | None:
-    """The commit of the checkout that mmtard runs from, and what is changed in it; None outside a checkout."""
-    checkout = resources.PACKAGE.parent
-    if not (checkout / ".git").exists():  # an installed package may lie inside the repository of something else
-        return None
-
-    def ask(*words: str) -> str:
-        command = ["git", "-C", str(checkout), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-
-    try:
-        changed = ask("status", "--porcelain", "--untracked-files=no").splitlines()
-        return {"commit": ask("rev-parse", "HEAD").strip(), "changed": changed}
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
+
+from ..resources import git_state
 
 PACKAGES = (
     "mmtard",
@@ -34,7 +33,7 @@ def environment(hosts: list[str]) -> dict:
         "platform": platform.platform(),
         "cuda": torch.version.cuda,
         "versions": {name: _version(name) for name in PACKAGES},
-        "git": _git(Path(__file__).parents[1]),
+        "git": git_state(),
         "hosts": hosts,
     }
 
@@ -49,23 +48,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _git(package: Path) -> dict | None:
-    """Commit and changed files of the checkout that holds the package; None without one."""
-    submission = package.parents[1] / "submission.json"
-    if package.parent.name == "code" and submission.is_file():  # the copy that a submission made
-        try:
-            return json.loads(submission.read_bytes())["git"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def ask(*words: str) -> str:
-        command = ["git", "-C", str(package), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-
-    try:
-        changed = ask("status", "--porcelain", "--untracked-files=no").splitlines()
-        return {"commit": ask("rev-parse", "HEAD").strip(), "changed": changed}
-    except (OSError, subprocess.SubprocessError):
-        return None  # installed without its history
