@@ -20,7 +20,7 @@ ORDER = [
     ["distillation", "models"],
     ["embeddings", "evaluation"],
     ["training", "report"],
-    ["export", "launch", "api", "examples"],
+    ["export", "launch", "api", "examples", "benchmarks"],
     ["cli"],
     ["__main__"],
 ]

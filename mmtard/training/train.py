@@ -17,14 +17,13 @@ from ..runs import folder as run_folder, history, trackers
 from ..runs.checkpoint_writer import Checkpoints
 from ..runs.metrics import MetricLogger, SilentLogger
 from . import probe
-from .engine import UpdateResult
 from .memory import what_to_lower
 from .numerics import numerics
 from .optimizer import learning_rate
 from .overfitting_alarm import OverfittingAlarm
 from .record import StepRecord
 from .setup import TrainingParts, build_training
-from .step_terms import TermSums
+from .step import StepOutcome, optimizer_step
 from .watchdog import Watchdog
 
 
@@ -102,12 +101,13 @@ class Trainer:
             batch = self.parts.class_targets(batch)
             self.watchdog.at(self.step + 1, "update")
             lr = learning_rate(self.step, train.lr, train.warmup_steps, train.steps)
-            terms, update, bad_samples = self._optimizer_step(batch, lr)
+            done = self._optimizer_step(batch, lr)
+            bad_samples, update = done.bad_samples(batch), done.update
             self.step += 1
 
             # After the agreement, every rank knows the same numbers.
             self.watchdog.at(self.step, "agreement")
-            agreed = self.record.agree(terms, update, batch, bad_samples, bool(interruption))
+            agreed = self.record.agree(done.terms, update, batch, bad_samples, bool(interruption))
             if update.applied:
                 self.parts.task.end_step(agreed.means)
             self.record.report(self.step, agreed, update, batch, bad_samples)
@@ -124,21 +124,8 @@ class Trainer:
             self.watchdog.at(self.step + 1, "data")
         return True
 
-    def _optimizer_step(self, batch: Batch, lr: float) -> tuple[TermSums, UpdateResult, list[int]]:
-        """Attack, forward, backward and update on this rank's share, one micro-batch at a time."""
-        engine, terms, finite = self.parts.engine, TermSums(), []
-        for micro in batch.split(engine.micro_batch_size):
-            micro = micro.to(self.ranks.device)
-            images = micro.pixels(self.ranks.device)  # float32 in [0, 1] here and nowhere else
-            loss, named_terms = self.parts.task(images, micro.labels, micro.seeds, micro.teacher_embeddings)
-            finite.append(torch.isfinite(loss.detach()))
-            # One non-finite sample makes the gradient non-finite on every rank, and the engine skips the update.
-            engine.backward(loss.mean() * torch.where(finite[-1].all(), 1.0, torch.nan))
-            update = engine.end_micro_batch(lr)
-            terms.add({"loss": loss.detach(), **named_terms})
-        # Read once, when all work of the step is launched.
-        bad_samples = batch.sample_ids[~torch.cat(finite).cpu()].tolist()
-        return terms, update, bad_samples
+    def _optimizer_step(self, batch: Batch, lr: float) -> StepOutcome:
+        return optimizer_step(self.parts.task, self.parts.engine, batch, lr, self.ranks.device)
 
     def _save_checkpoint(self) -> None:
         weights, moments, updates = self.parts.engine.full_state()

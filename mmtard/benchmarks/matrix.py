@@ -1,0 +1,19 @@
+"""How fast a device multiplies two large matrices: what the share of a model's arithmetic is measured by."""
+
+from __future__ import annotations
+
+import torch
+
+from ..models.image_tower import DTYPES
+from .timing import timed
+
+
+def matrix_rate(device: torch.device, precision: str, size: int | None = None, repeats: int = 5) -> float:
+    """FLOP/s of the best of several products of two square matrices, in the precision of the forwards.
+
+    size: rows; None: 8192 on a GPU, 2048 on a CPU.
+    """
+    size = size or (8192 if device.type == "cuda" else 2048)
+    a, b = (torch.randn(size, size, device=device, dtype=DTYPES[precision]) for _ in range(2))
+    torch.mm(a, b)
+    return 2 * size**3 / min(timed(lambda: torch.mm(a, b), device) for _ in range(repeats))

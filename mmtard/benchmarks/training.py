@@ -1,0 +1,219 @@
+"""`mmtard bench train`: the training step phase by phase, what each of its options buys, and the published step beside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from ..config import Config
+from ..distributed.ranks import Ranks, process_group
+from ..errors import UserError
+from ..training.numerics import numerics
+from ..training.step import optimizer_step
+from ..training.throughput import memory_gib, sample_flops
+from .matrix import matrix_rate
+from .models import ResidentParts, resident_parts
+from .phases import PhaseClock
+from .published import PublishedOptions, PublishedStep
+from .report import BenchmarkReport, BenchmarkTable
+from .timing import Spread, alternately, ratios
+
+PUBLISHED, OURS = "published", "mmtard"
+
+
+@dataclass
+class Variant:
+    """One way to take a step. `run` takes one step; `flops` are those of an image; what was measured is added."""
+
+    name: str
+    run: Callable[[], object]
+    flops: float
+    seconds: list[float] = field(default_factory=list)  # a step, round by round
+    phases: list[dict[str, float]] = field(default_factory=list)
+    memory: float = 0.0  # GiB, the largest of the rounds
+
+
+@dataclass
+class TrainingBenchmark:
+    """What is to be measured of a configuration's training step.
+
+    against: "published" adds the published step and its variants. steps: a round's, of each variant. variants: names
+    of those to measure, None for all. trace: the file of a profile of one step.
+    """
+
+    config: Config
+    against: str | None = None
+    steps: int = 1
+    rounds: int = 3
+    warm_up: int = 1
+    classes: int = 1000
+    variants: list[str] | None = None
+    trace: Path | None = None
+
+    def run(self, out: Path) -> None:
+        """Measure, print the tables, and write them to `out`. UserError for what the configuration lacks."""
+        with numerics(self.config.engine), process_group(self.config.engine.device) as ranks:
+            parts = resident_parts(self.config, ranks, self.classes, published=self.against is not None)
+            clock = PhaseClock(ranks.device)
+            variants = self._chosen(self._published(parts, clock) + self._ours(parts, clock, ranks))
+            self._measure(variants, clock, ranks)
+            if self.trace:
+                self._write_trace(variants[-1], ranks)
+            if ranks.is_first:
+                self._report(variants, ranks).publish(out, ranks.device)
+
+    def _chosen(self, variants: list[Variant]) -> list[Variant]:
+        names = [v.name for v in variants]
+        unknown = [name for name in self.variants or () if name not in names]
+        if unknown:
+            raise UserError(f"--variants: no '{unknown[0]}' here; those of this configuration: {', '.join(names)}")
+        return [v for v in variants if self.variants is None or v.name in self.variants]
+
+    def _published(self, parts: ResidentParts, clock: PhaseClock) -> list[Variant]:
+        if parts.published is None:
+            return []
+        step = PublishedStep(self.config, parts.published, clock)
+        batch, images = parts.batch, parts.batch.pixels(parts.batch.images.device)
+        with torch.no_grad():
+            clean = parts.published.clean(images)
+        student, teacher = parts.flops["student"], parts.flops["clean"]
+        of_student = (2 * self.config.attack.steps + 6) * student + parts.flops["robust"]
+        options = {
+            PUBLISHED: (PublishedOptions(), of_student + 2 * teacher),
+            "published, no third teacher": (PublishedOptions(third_teacher=False), of_student + teacher),
+            "published, clean stored": (PublishedOptions(clean_embeddings=clean), of_student + teacher),
+            "lean loop": (PublishedOptions(False, clean, frozen_attack=True), of_student),
+        }
+        return [
+            Variant(name, lambda o=chosen: step(images, batch.labels, batch.seeds, o), flops)
+            for name, (chosen, flops) in options.items()
+        ]
+
+    def _ours(self, parts: ResidentParts, clock: PhaseClock, ranks: Ranks) -> list[Variant]:
+        instrument(parts, clock)
+        stored = parts.stored()
+        found = [self._variant(OURS, parts, ranks, {})]
+        if stored:
+            found.append(self._variant(f"{OURS}, {' and '.join(stored)} stored", parts, ranks, stored))
+        return found
+
+    def _variant(self, name: str, parts: ResidentParts, ranks: Ranks, stored: dict[str, torch.Tensor]) -> Variant:
+        batch = replace(parts.batch, teacher_embeddings=stored)
+        flops = {model: 0.0 if model in stored else count for model, count in parts.flops.items()}
+        adapters = bool(self.config.student.lora)
+        of_sample = sample_flops(flops, parts.task.passes, parts.task.objective, self.config.attack, adapters)
+        lr = self.config.train.lr
+        return Variant(name, lambda: optimizer_step(parts.task, parts.engine, batch, lr, ranks.device), of_sample)
+
+    def _measure(self, variants: list[Variant], clock: PhaseClock, ranks: Ranks) -> None:
+        by_name = {v.name: v for v in variants}
+
+        def run(variant: Variant) -> None:
+            if ranks.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(ranks.device)
+            for _ in range(self.steps):
+                variant.run()
+            variant.phases.append({name: s / self.steps for name, s in clock.seconds().items()})
+            variant.memory = max(variant.memory, memory_gib(ranks.device))
+
+        timed = alternately(
+            {name: lambda v=v: run(v) for name, v in by_name.items()}, self.rounds, ranks.device, self.warm_up
+        )
+        for name, seconds in timed.items():
+            by_name[name].seconds = [s / self.steps for s in seconds]
+            del by_name[name].phases[: self.warm_up]
+
+    def _write_trace(self, variant: Variant, ranks: Ranks) -> None:
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        if ranks.device.type == "cuda":
+            kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=kinds) as profile:
+            variant.run()
+        if ranks.is_first:
+            self.trace.parent.mkdir(parents=True, exist_ok=True)
+            profile.export_chrome_trace(str(self.trace))
+
+    def _report(self, variants: list[Variant], ranks: Ranks) -> BenchmarkReport:
+        images = self.config.train.batch_size
+        rate = matrix_rate(ranks.device, self.config.engine.precision)
+        base = next((v for v in variants if v.name == PUBLISHED), variants[0])
+        report = BenchmarkReport(numbers={"config": self.config.model_dump(mode="json"), "matrix_flops": rate})
+        table = BenchmarkTable(
+            f"A training step: {images} images on {ranks.world_size} x {ranks.device.type}",
+            ["", "s a step", "images/s", f"x {base.name}", "GFLOP an image", "of a matrix product", "GiB"],
+        )
+        report.tables = [table, _phase_table(variants)]
+        report.numbers["variants"] = {}
+        for v in variants:
+            seconds = Spread.of(v.seconds)
+            ratio = Spread.of(ratios(base.seconds, v.seconds))
+            share = images / ranks.world_size * v.flops / seconds.median / rate
+            table.rows.append(
+                [
+                    v.name,
+                    str(seconds),
+                    f"{images / seconds.median:.4g}",
+                    f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})",
+                    f"{v.flops / 1e9:.4g}",
+                    f"{100 * share:.0f} %",
+                    f"{v.memory:.2f}",
+                ]
+            )
+            report.numbers["variants"][v.name] = {
+                "seconds": v.seconds,
+                "phases": v.phases,
+                "flops_an_image": v.flops,
+                "share_of_matrix_product": share,
+                "ratio": vars(ratio),
+                "memory_gib": v.memory,
+            }
+        report.notes.append(
+            f"Median (smallest-largest) of {self.rounds} rounds of {self.steps} steps each, all variants in every round. "
+            f"The matrix product reaches {rate / 1e9:.4g} GFLOP/s."
+        )
+        return report
+
+
+def _phase_table(variants: list[Variant]) -> BenchmarkTable:
+    names = list(dict.fromkeys(name for v in variants for phases in v.phases for name in phases))
+    table = BenchmarkTable("Seconds of each phase, medians", ["", *names, "rest"])
+    for v in variants:
+        medians = {name: Spread.of([p.get(name, 0.0) for p in v.phases]).median for name in names}
+        rest = Spread.of([s - sum(p.values()) for s, p in zip(v.seconds, v.phases)]).median
+        table.rows.append([v.name, *(f"{medians[name]:.4g}" for name in names), f"{rest:.4g}"])
+    return table
+
+
+def instrument(parts: ResidentParts, clock: PhaseClock) -> None:
+    """Let the clock time what the step asks of its engine and its teachers."""
+    engine, task = parts.engine, parts.task
+    attack_forward = engine.attack_forward
+
+    @contextmanager
+    def attack():
+        with clock("attack"), attack_forward() as forward:
+            yield forward
+
+    engine.attack_forward = attack
+    engine.backward = clock.timed("student backward", engine.backward)
+    engine.end_micro_batch = clock.timed("optimiser", engine.end_micro_batch)
+    task.student = _Timed(engine, clock, "student forward")
+    task.teachers = {name: _Timed(teacher, clock, "teachers") for name, teacher in task.teachers.items()}
+
+
+class _Timed:
+    """Something that can be called, whose calls are part of a phase; all else is its own."""
+
+    def __init__(self, inner, clock: PhaseClock, phase: str):
+        self._inner, self._clock, self._phase = inner, clock, phase
+
+    def __call__(self, *args, **kwargs):
+        with self._clock(self._phase):
+            return self._inner(*args, **kwargs)
+
+    def __getattr__(self, name: str):
+        return getattr(self._inner, name)

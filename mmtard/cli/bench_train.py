@@ -1,0 +1,58 @@
+"""`mmtard bench train`: the training step, phase by phase, beside the published one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .. import config as settings
+from ..config.argument_types import natural, path, positive
+from .command import add_command, add_config_arguments, heavy_imports
+
+
+def add(parts) -> None:
+    """Add this part of `mmtard bench` to its parser."""
+    p = add_command(
+        parts,
+        "train",
+        _run,
+        "Time the training step of a configuration: each of its phases, and what each of its options buys.",
+        "mmtard bench train benchmarks/vitb32_vitl14 --against published",
+        more="Random images and classes stay on the device; no data is needed. Variants run alternately, in one process.",
+    )
+    add_config_arguments(p)
+    p.add_argument(
+        "--against",
+        choices=("published",),
+        help="also time the published MMT-ARD step in plain PyTorch, and a lean loop, on the same models and attack",
+    )
+    p.add_argument("--steps", type=positive, default=1, metavar="N", help="steps of a variant in a round (default 1)")
+    p.add_argument("--rounds", type=positive, default=3, metavar="N", help="rounds over all variants (default 3)")
+    p.add_argument("--warm-up", type=natural, default=1, metavar="N", help="runs of each before the first round (1)")
+    p.add_argument("--classes", type=positive, default=1000, metavar="N", help="classes of the heads (default 1000)")
+    p.add_argument(
+        "--variants",
+        nargs="+",
+        metavar="NAME",
+        help="these alone, by the names in the table; default: all that the configuration has",
+    )
+    p.add_argument("--trace", type=path, metavar="FILE", help="write a profile of one step, for chrome://tracing")
+    p.add_argument("--out", type=path, default=Path("bench_train.json"), metavar="FILE", help="(bench_train.json)")
+
+
+def _run(args) -> None:
+    config = settings.load(args.config, args.overrides)
+    if config.engine.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with heavy_imports():
+        from ..benchmarks.training import TrainingBenchmark
+    TrainingBenchmark(
+        config,
+        against=args.against,
+        steps=args.steps,
+        rounds=args.rounds,
+        warm_up=args.warm_up,
+        classes=args.classes,
+        variants=args.variants,
+        trace=args.trace,
+    ).run(args.out)

@@ -1,0 +1,151 @@
+"""`mmtard bench train`, and the published step beside which it measures: the same numbers, otherwise computed."""
+
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from mmtard.config import validate
+from mmtard.distillation.task import DistillationTask
+from mmtard.errors import UserError
+from mmtard.models.image_tower import freeze
+from mmtard.models.loading import load_clip
+from mmtard.zero_shot import ZeroShotHead
+
+CLASSES = 7
+
+
+class Student:
+    """A tower as the distillation task takes it, in plain PyTorch."""
+
+    def __init__(self, tower):
+        self.tower = tower
+
+    def __call__(self, images, seeds, tokens=False):
+        return self.tower(images)
+
+    @contextmanager
+    def attack_forward(self):
+        yield self.tower
+
+
+class Teacher:
+    def __init__(self, tower, head):
+        self.tower, self.head = tower, head
+
+    @torch.no_grad()
+    def __call__(self, images):
+        return self.head(self.tower(images))
+
+
+@pytest.fixture
+def config(vit):
+    model = {"arch": vit, "weights": "random"}
+    return validate(
+        {
+            "run_dir": "unused",
+            "student": model,
+            "teachers": {"clean": model, "robust": model},
+            "method": {"name": "mmtard", "weighting": "official"},
+            "attack": {"eps": "8/255", "step_size": "2/255", "steps": 4, "momentum": 0},
+            "data": {"shards": "unused", "lanes": 4},
+            "train": {"steps": 9, "batch_size": 4, "lr": 1e-3},
+            "engine": {"precision": "float32", "device": "cpu"},
+        }
+    )
+
+
+@pytest.fixture
+def both(config):
+    """(the published step, our task on a student of the same weights, the student's tower)."""
+    from mmtard.benchmarks.models import random_classes
+    from mmtard.benchmarks.phases import PhaseClock
+    from mmtard.benchmarks.published import PublishedModels, PublishedStep
+
+    towers = {
+        name: load_clip(config.student, seed).tower()
+        for seed, name in enumerate(("student", "theirs", "clean", "robust"))
+    }
+    towers["theirs"].load_state_dict(towers["student"].state_dict())
+    heads = {name: ZeroShotHead(random_classes(CLASSES, 16, name), 20.0) for name in ("student", "clean", "robust")}
+    clean, robust = (freeze(towers[name], torch.float32, torch.device("cpu")) for name in ("clean", "robust"))
+    models = PublishedModels(towers["theirs"], clean, robust, clean, heads["student"], heads["clean"], heads["robust"])
+    teachers = {"clean": Teacher(clean, heads["clean"]), "robust": Teacher(robust, heads["robust"])}
+    task = DistillationTask(config, Student(towers["student"]), heads["student"], teachers)
+    return PublishedStep(config, models, PhaseClock(torch.device("cpu"))), task, models
+
+
+def batch():
+    from mmtard.benchmarks.models import random_batch
+
+    made = random_batch(4, (16, 16), CLASSES)
+    return made.pixels("cpu"), made.labels, made.seeds
+
+
+def test_the_published_step_has_our_loss_and_our_perturbation(both):
+    published, task, _ = both
+    images, labels, seeds = batch()
+    ours = task.adversarial(images, labels, seeds)
+    loss, _ = task(images, labels, seeds)
+    theirs, adv = published(images, labels, seeds)
+    assert theirs.item() == pytest.approx(loss.mean().item(), rel=1e-5)
+    assert (adv - images).abs().max() > 1 / 255 and (ours - adv).abs().max() < 1e-6
+
+
+def test_what_makes_the_published_step_slow_changes_none_of_its_numbers(both):
+    from mmtard.benchmarks.published import PublishedOptions
+
+    published, _, models = both
+    images, labels, seeds = batch()
+    start = {name: value.clone() for name, value in models.student.state_dict().items()}
+    with torch.no_grad():
+        stored = models.clean(images)
+    found = []
+    for options in (PublishedOptions(), PublishedOptions(False, stored, frozen_attack=True)):
+        models.student.load_state_dict(start)
+        loss, adv = published(images, labels, seeds, options)
+        found.append((loss, adv, models.student.visual.proj.detach().clone()))
+    (slow, adv, _), (lean, lean_adv, _) = found
+    assert lean.item() == pytest.approx(slow.item(), rel=1e-6) and (adv - lean_adv).abs().max() < 1e-6
+    assert not torch.equal(found[0][2], start["visual.proj"])  # it is trained
+
+
+def test_another_method_has_no_published_step(config, both):
+    from mmtard.benchmarks.phases import PhaseClock
+    from mmtard.benchmarks.published import PublishedStep
+
+    other = validate({**config.model_dump(mode="json"), "method": {"name": "mmtard", "weighting": "uniform"}})
+    with pytest.raises(UserError, match="leave --against out"):
+        PublishedStep(other, both[2], PhaseClock(torch.device("cpu")))
+
+
+def test_a_benchmark_writes_ratios_of_one_run_with_its_command(command, config, write, tmp_path, capsys):
+    path, out = write(config.model_dump(mode="json")), tmp_path / "bench" / "train.json"
+    words = ["bench", "train", path, "--against", "published", "--rounds", "2", "--classes", "5", "--out", out]
+    assert command(*words, "--trace", tmp_path / "trace.json") == 0
+    found = json.loads(out.read_text())
+    names = list(found["variants"])
+    assert names[0] == "published" and {"lean loop", "mmtard", "mmtard, clean stored"} <= set(names)
+    for name, variant in found["variants"].items():
+        assert len(variant["seconds"]) == len(variant["phases"]) == 2
+        for seconds, phases in zip(variant["seconds"], variant["phases"]):
+            assert {"attack", "student backward", "optimiser"} <= phases.keys()
+            assert 0 < sum(phases.values()) <= seconds, name
+    seconds = {name: variant["seconds"] for name, variant in found["variants"].items()}
+    expected = sorted(a / b for a, b in zip(seconds["published"], seconds["mmtard"]))
+    ratio = found["variants"]["mmtard"]["ratio"]
+    assert [ratio["low"], ratio["high"]] == pytest.approx(expected)
+    flops = {name: variant["flops_an_image"] for name, variant in found["variants"].items()}
+    forward = flops["published"] / (2 * 4 + 6 + 3)  # student and teachers are of one architecture
+    assert flops["lean loop"] == pytest.approx(15 * forward) and flops["mmtard"] == pytest.approx(16 * forward)
+    assert found["matrix_flops"] > 0 and found["made_with"]["versions"]["torch"]
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    said = capsys.readouterr().out
+    assert "lean loop" in said and str(out) in said
+
+
+def test_a_variant_that_is_not_there_is_refused_with_those_that_are(command, config, write, capsys):
+    path = write(config.model_dump(mode="json"))
+    assert command("bench", "train", path, "--variants", "fastest") == 2
+    assert "those of this configuration: mmtard, mmtard, clean stored" in capsys.readouterr().err
