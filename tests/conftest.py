@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,7 +13,18 @@ from processes import only_rank
 # of each launch.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
+FIRST = ("slurm", "parallel")  # the longest, of which those on Slurm mostly wait
 WORDS = ["a", "photo", "of", "cat", "dog", "cow", "red", "square"]
+
+
+def pytest_collection_modifyitems(items):
+    """Between several workers (pytest-xdist), the tests of a file stay together with what they share; those on Slurm
+    share one cluster.
+    """
+    room = {item: item.path.relative_to(Path(__file__).parent).parts[0] for item in items}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("slurm" if room[item] == "slurm" else str(item.path)))
+    items.sort(key=lambda item: FIRST.index(room[item]) if room[item] in FIRST else len(FIRST))
 
 
 @pytest.fixture
