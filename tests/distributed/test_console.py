@@ -45,6 +45,7 @@ def handlers():
 
 
 def test_a_closed_terminal_is_a_persons_stop(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests themselves may run under nohup
     with Interruption() as interruption:
         os.kill(os.getpid(), signal.SIGHUP)
         assert interruption.name == "SIGHUP" and history.kind_of_stop(interruption.signal) == history.STOPPED
