@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import yaml
@@ -13,18 +12,20 @@ from processes import only_rank
 # of each launch.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-FIRST = ("slurm", "parallel")  # the longest, of which those on Slurm mostly wait
 WORDS = ["a", "photo", "of", "cat", "dog", "cow", "red", "square"]
 
 
 def pytest_collection_modifyitems(items):
-    """Between several workers (pytest-xdist), the tests of a file stay together with what they share; those on Slurm
-    share one cluster.
+    """Between several workers (pytest-xdist), the tests of a file stay together with what they share, and those on
+    Slurm with its one cluster. These begin, since they mostly wait, then what takes longest.
     """
-    room = {item: item.path.relative_to(Path(__file__).parent).parts[0] for item in items}
+
+    def turn(item) -> int:
+        return 0 if "cluster" in item.fixturenames else 1 if item.path.parent.name == "parallel" else 2
+
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("slurm" if room[item] == "slurm" else str(item.path)))
-    items.sort(key=lambda item: FIRST.index(room[item]) if room[item] in FIRST else len(FIRST))
+        item.add_marker(pytest.mark.xdist_group(str(item.path) if turn(item) else "cluster"))
+    items.sort(key=turn)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import re
 
+import pytest
 from tiny_datasets import COLOURS, strip_seconds, write
 
 from mmtard.attacks import checks, ensemble
@@ -29,6 +30,7 @@ def test_the_costly_checks_see_every_class_and_are_not_made_twice(measure, tmp_p
     assert entry["health"][-1]["check"] == "batch size"
 
 
+@pytest.mark.slow
 def test_the_costly_checks_take_no_more_images_at_once_than_the_evaluation(colours, measure, tmp_path, monkeypatch):
     sizes, forward = [], image_tower.ImageTower.forward
     monkeypatch.setattr(
