@@ -152,7 +152,7 @@ def _doubtful_sizes(config: Config) -> Iterator[str]:
     attack, train = config.attack, config.train
     # With one step from anywhere in the ball, a step above eps is a known recipe (1.25 eps: Wong et al., ICLR 2020).
     most = attack.eps * (Fraction(2) if attack.steps == 1 else 1)
-    if config.attack_objective and attack.algorithm == "pgd" and attack.step_size > most:
+    if config.attack_objective and attack.algorithm == "pgd" and attack.step_size and attack.step_size > most:
         yield (
             f"attack.step_size: {settings.show_pixels(attack.step_size)} is above attack.eps "
             f"{settings.show_pixels(attack.eps)}, so that every step ends on the border; lower it, or raise attack.eps"

@@ -1,12 +1,13 @@
-"""Commands on finished and running runs: runs, report, export."""
+"""Commands on finished and running runs: runs, report, export, merge."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+from pathlib import Path
 
 from .. import config as settings
-from ..config.argument_types import natural, path, positive
+from ..config.argument_types import natural, path, path_text, positive
 from ..errors import UserError
 from .command import add_command
 
@@ -16,6 +17,7 @@ def add(commands) -> None:
     _add_runs(commands)
     _add_report(commands)
     _add_export(commands)
+    _add_merge(commands)
 
 
 def _add_runs(commands) -> None:
@@ -129,3 +131,31 @@ def _export(args) -> None:
         print(written)
     if args.push:
         print(*push(args.out, args.push, args.yes), sep="\n")
+
+
+def _add_merge(commands) -> None:
+    p = add_command(
+        commands,
+        "merge",
+        _merge,
+        "Interpolate the image towers of two models of one architecture and text tower, such as a run and its start.",
+        "mmtard merge runs/b32/start runs/b32 --weight 0.7 merged/b32",
+    )
+    models = "run, checkpoint or model folder, or hf-hub:ORG/NAME"
+    p.add_argument("a", type=path_text, metavar="A", help=models)
+    p.add_argument("b", type=path_text, metavar="B", help=models)
+    p.add_argument("--weight", type=float, required=True, metavar="W", help="part of B, from 0 (A alone) to 1")
+    p.add_argument("out", type=path, metavar="OUT", help="the folder to write; every command takes it as a MODEL")
+    p.add_argument("--ema", action="store_true", help="of B, the moving average of the weights that train.ema kept")
+    p.set_defaults(flags={"A.weights": "A", "B.weights": "B", "B.ema": "--ema", "leave ema out": "leave --ema out"})
+
+
+def _merge(args) -> None:
+    for name in ("a", "b"):
+        source = getattr(args, name)
+        if not source.startswith("hf-hub:") and not Path(source).is_dir():
+            raise UserError(f"{name.upper()}: '{source}' is no folder of a run or model; give one, or hf-hub:ORG/NAME")
+    from ..models.merging import merge
+
+    first, second = settings.Model(weights=args.a), settings.Model(weights=args.b, ema=args.ema)
+    print(merge(first, second, args.weight, args.out))

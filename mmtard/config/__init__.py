@@ -3,15 +3,15 @@
 from .attack import ATTACK_OBJECTIVES, Attack
 from .data import UNSTORABLE, Cache, Data
 from .loading import differences, dump, load, validate
-from .methods import ARD, METHODS, MMTARD, START, WEIGHTINGS, Clean, TeCoA
+from .methods import ARD, METHODS, MMTARD, START, TRUSTS, WEIGHTINGS, Clean, TeCoA
 from .models import Lora, Model, Student, Teacher
 from .schema import Config
-from .training import Log, Resume
+from .training import Log, Resume, Train
 from .values import expand_path, parse_fraction, show_pixels
 from .world import check_world
 
 __all__ = [
     "ARD", "ATTACK_OBJECTIVES", "Attack", "Cache", "Clean", "Config", "Data", "Log", "Lora", "METHODS", "MMTARD",
-    "Model", "Resume", "START", "Student", "TeCoA", "Teacher", "UNSTORABLE", "WEIGHTINGS", "check_world",
-    "differences", "dump", "expand_path", "load", "parse_fraction", "show_pixels", "validate",
+    "Model", "Resume", "START", "Student", "TRUSTS", "TeCoA", "Teacher", "Train", "UNSTORABLE", "WEIGHTINGS",
+    "check_world", "differences", "dump", "expand_path", "load", "parse_fraction", "show_pixels", "validate",
 ]  # fmt: skip

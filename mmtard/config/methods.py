@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Union, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from .values import Number, Section
+from .values import Int, Number, Section
 
 START = "start"  # the teacher that is the student before training; also the folder of a run that holds it
+
+
+class Bound(Section):
+    """The clean embedding bound to the untouched student's, by a multiplier for each sample that a network learns."""
+
+    rho: Number = Field(0.1, gt=0, description="bound of ||z_S(x) - z_start(x)||^2 in parts of ||z_start(x)||^2")
+    dual_every: Int = Field(5, ge=1, description="updates of the student for each of the multipliers' network")
+    dual_lr: Number = Field(5e-4, gt=0, description="learning rate of that network")
+    hidden: Int = Field(512, ge=1, description="width of its hidden layer")
 
 
 class MethodSettings(Section):
@@ -76,6 +85,30 @@ class TGAZSR(MethodSettings):
     name: Literal["tga_zsr"]
     alpha: Number = Field(0.08, ge=0, description="weight of the attention's distance on the adversarial image")
     beta: Number = Field(0.05, ge=0, description="weight of the attention's distance on the clean image")
+
+
+class AGFT(MethodSettings):
+    """Adversarial predictions near the untouched student's softened clean ones; no labels."""
+
+    teachers: ClassVar[tuple[str, ...]] = (START,)
+    attack: ClassVar[str | None] = "kl_start"
+    labels: ClassVar[bool] = False
+    name: Literal["agft"]
+    gamma: Number = Field(0.4, gt=0, le=1, description="softens the target: factor of the untouched student's logits")
+    sharpness: Number = Field(
+        1.8, gt=0, description="factor of both models' logits; 1.8 makes CLIP's logit scale of 100 the paper's 180"
+    )
+
+
+class LORE(MethodSettings):
+    """As fare, with the clean embedding bound to the untouched student's by learned multipliers; no labels."""
+
+    teachers: ClassVar[tuple[str, ...]] = (START,)
+    attack: ClassVar[str | None] = "l2_embedding"
+    labels: ClassVar[bool] = False
+    classes: ClassVar[bool] = False
+    name: Literal["lore"]
+    bound: Bound = Bound()
 
 
 class TRADES(MethodSettings):
@@ -159,15 +192,32 @@ WEIGHTINGS: dict[str, bool] = {
 }
 
 
+# What the target of a teacher of the adversarial image is mixed with -> whether it reads the samples' labels.
+# `mmtard/distillation/trust.py` has the mathematics of each.
+TRUSTS: dict[str, bool] = {"whole": False, "label": True, "clean": False, "uncertainty": False}
+
+
 class MMTARD(MethodSettings):
     """Any number of teachers, weighted sample by sample: the method of this project."""
 
     attack: ClassVar[str | None] = "kl_clean"
     name: Literal["mmtard"]
-    views: dict[str, Literal["clean", "adv"]] = Field(
+    views: dict[str, Literal["clean", "adv", "clean_for_adv"]] = Field(
         {"robust": "adv", "clean": "clean"},
         min_length=1,
-        description="each teacher's image, which is also the student's for its term",
+        description="each teacher's image, which is also the student's for its term; clean_for_adv: the teacher sees "
+        "the clean image and teaches the adversarial one, so that its embeddings can be stored",
+    )
+    temperatures: dict[str, Annotated[Number, Field(gt=0)]] = Field(
+        {},
+        description="divides a teacher's and the student's logits in that teacher's term, which is multiplied by "
+        "its square; 1 for a teacher that is not named",
+    )
+    trust: Literal[tuple(TRUSTS)] = Field(
+        "whole",
+        description="what a teacher of the adversarial image hands its target over to, as far as it is unsure: "
+        "whole: nothing; label: the true class; clean: the clean teachers' prediction; uncertainty: the student's own "
+        "class, by the teacher's entropy (Adv-W2S)",
     )
     weighting: Literal[tuple(WEIGHTINGS)] = Field(
         "official", description="how each sample's loss is weighted over the teachers; official: as published"
@@ -200,9 +250,45 @@ class MMTARD(MethodSettings):
 
     @property
     def labels(self) -> bool:
-        return WEIGHTINGS[self.weighting]
+        return WEIGHTINGS[self.weighting] or TRUSTS[self.trust]
+
+    @model_validator(mode="after")
+    def _parts_fit(self):
+        views = self.views
+        for name in self.temperatures.keys() - views.keys():
+            raise ValueError(
+                f"method.temperatures.{name}: method.views names no such teacher (it has {', '.join(views)}); "
+                "remove it, or correct the name"
+            )
+        if self.trust != "whole" and set(views.values()) == {"clean"}:
+            raise ValueError(
+                f"method.trust: '{self.trust}' is of teachers of the adversarial image, and method.views has none; "
+                "leave it out, or set a view to adv or clean_for_adv"
+            )
+        if self.trust == "clean" and "clean" not in views.values():
+            raise ValueError(
+                "method.trust: 'clean' needs a teacher of the clean image, and method.views has none; add one "
+                "(clean: clean), or set method.trust=label"
+            )
+        return self
 
 
-METHOD_CLASSES = (Clean, TeCoA, FARE, PMGAFT, TGAZSR, SimCLIP, TRADES, ARD, RSLAD, IAD, AdaAD, MTARD, MMTARD)
+METHOD_CLASSES = (
+    Clean,
+    TeCoA,
+    FARE,
+    PMGAFT,
+    TGAZSR,
+    SimCLIP,
+    AGFT,
+    LORE,
+    TRADES,
+    ARD,
+    RSLAD,
+    IAD,
+    AdaAD,
+    MTARD,
+    MMTARD,
+)
 METHODS: dict[str, type[MethodSettings]] = {get_args(m.model_fields["name"].annotation)[0]: m for m in METHOD_CLASSES}
 Method = Annotated[Union[METHOD_CLASSES], Field(discriminator="name")]  # noqa: UP007  (made of the tuple)

@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 
 from .attack import ATTACK_OBJECTIVES, Attack
 from .data import UNSTORABLE, Data, default_lanes
-from .methods import START, Method
+from .methods import START, Bound, Method
 from .models import Model, Student, Teacher
+from .terms import Terms
 from .training import Checkpoint, Engine, Log, Probe, Resume, Train
 from .values import Int, PathText, Section, check_unit
 
@@ -22,6 +23,7 @@ class Config(Section):
     student: Student
     teachers: dict[str, Teacher] = Field({}, description="name -> a frozen model that the method asks")
     method: Method
+    terms: Terms = Terms()
     attack: Attack = Attack()
     data: Data
     train: Train
@@ -83,14 +85,29 @@ class Config(Section):
         )
 
     @property
-    def needs_tokens(self) -> bool:
-        """Whether every model of the run must give patch tokens beside its image embedding."""
-        return self.method.tokens
+    def token_models(self) -> set[str]:
+        """The models of the run that must give patch tokens beside their image embedding."""
+        if self.method.tokens:
+            return {"student", *self._needed}
+        feature = self.terms.feature
+        return {"student", feature.teacher} if feature is not None and feature.of == "tokens" else set()
+
+    @property
+    def bound(self) -> Bound | None:
+        """The bound on the clean embedding: the method's own, or the added term."""
+        return getattr(self.method, "bound", None) or self.terms.bound
+
+    @property
+    def attack_sharpness(self) -> tuple[float, float]:
+        """Factors of the reference's and the student's logits in what the attack maximises: the method's own."""
+        if self.method.name == "agft" and self.attack_objective == "kl_start":
+            return self.method.gamma * self.method.sharpness, self.method.sharpness
+        return 1.0, 1.0
 
     @property
     def _needed(self) -> set[str]:
         objective = ATTACK_OBJECTIVES[self.attack_objective].teacher if self.attack_objective else None
-        return {*self.method.teachers, *self.fusion, objective} - {None}
+        return {*self.method.teachers, *self.fusion, *self.terms.teachers.values(), objective} - {None}
 
     @model_validator(mode="after")
     def _lanes_of_the_batch(self):
@@ -132,6 +149,12 @@ class Config(Section):
             raise ValueError(
                 "teachers.student: this is what the model in training is called; give the teacher another name"
             )
+        for term, name in self.terms.teachers.items():
+            if name not in {START, *self.teachers}:
+                raise ValueError(
+                    f"terms.{term}.teacher: teachers has no '{name}'; add it there, or name another"
+                    f" ({', '.join([*self.teachers, START])})"
+                )
         for name in sorted(needed - {START} - set(self.teachers)):
             raise ValueError(
                 f"teachers.{name}: method '{method}' with attack objective '{self.attack_objective}' "
@@ -152,6 +175,17 @@ class Config(Section):
                 )
             if teacher.stored and self.data.augmented and self.data.views is None:
                 raise ValueError(f"teachers.{name}.stored: {UNSTORABLE}")
+        return self
+
+    @model_validator(mode="after")
+    def _terms_fit(self):
+        if self.terms.feature is not None and self.method.attack is None:
+            raise ValueError(
+                f"terms.feature: method '{self.method.name}' attacks none, so there is no adversarial image; "
+                "leave it out, or choose another method"
+            )
+        if self.terms.bound is not None and self.method.name == "lore":
+            raise ValueError("terms.bound: method 'lore' has this bound itself; set method.bound, and leave it out")
         return self
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ Decay = Annotated[Number, Field(ge=0, lt=1)]
 
 
 class Train(Section):
-    """Optimisation with AdamW: linear warm-up, then a cosine to zero."""
+    """Optimisation with AdamW: linear warm-up, then a cosine to zero, or one cycle of the learning rate."""
 
     steps: Int = Field(..., ge=1, description="updates of the whole run")
     batch_size: Int = Field(..., ge=1, description="samples of an update, over all ranks")
@@ -20,7 +20,17 @@ class Train(Section):
         None, ge=1, description="most samples a rank takes at once; null: all of its share"
     )
     lr: Number = Field(2e-5, gt=0, description="largest learning rate, which the warm-up reaches")
-    warmup_steps: Int = Field(0, ge=0, description="steps of the linear warm-up, at most train.steps")
+    schedule: Literal["cosine", "onecycle"] = Field(
+        "cosine",
+        description="of the learning rate. cosine: linear warm-up, then a cosine to 0; onecycle: from lr / 25 up to lr "
+        "and down to almost 0, each in half a cosine, as torch's OneCycleLR",
+    )
+    warmup_steps: Int = Field(
+        0,
+        ge=0,
+        description="steps of the linear warm-up, at most train.steps; onecycle: the step with the largest rate, 0 for "
+        "three tenths of the run",
+    )
     weight_decay: Number = Field(1e-4, ge=0, description="AdamW's, on weight matrices alone")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decays of the first and the second moment")
     grad_clip: Number | None = Field(None, gt=0, description="largest global gradient norm; null: no clipping")

@@ -26,6 +26,7 @@ class Objective(NamedTuple):
     reference_passes: frozenset[Pass] = frozenset()  # predictions on the clean images, once per batch
     through_teacher: str | None = None  # asked on the perturbed images at every attack step, with gradient
     fusion: dict[str, float] = {}  # the weights of `kl_fused`, of sum 1
+    sharpness: tuple[float, float] = (1.0, 1.0)  # factors of the reference's and the student's logits (`kl_start`)
 
 
 class References(NamedTuple):
@@ -37,6 +38,7 @@ class References(NamedTuple):
     seeds: Tensor
     predictions: dict[str, Prediction]
     fusion: dict[str, float]
+    sharpness: tuple[float, float] = (1.0, 1.0)
 
     @property
     def only(self) -> Prediction:
@@ -58,6 +60,12 @@ def ce_targeted(references: References, student: Prediction) -> Tensor:
 def kl_reference(references: References, student: Prediction) -> Tensor:
     """KL(p_M(x) || p_S(x+d)), M the clean teacher, the robust teacher, or the student itself (TRADES)."""
     return kl(references.only.logits, student.logits)
+
+
+def kl_start(references: References, student: Prediction) -> Tensor:
+    """KL(p_T0(x) || p_S(x+d)), the logits times the method's factors (AGFT)."""
+    of_reference, of_student = references.sharpness
+    return kl(of_reference * references.only.logits, of_student * student.logits)
 
 
 def kl_fused(references: References, student: Prediction) -> Tensor:
@@ -82,19 +90,24 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "kl_clean": kl_reference,
     "kl_robust": kl_reference,
     "kl_fused": kl_fused,
+    "kl_start": kl_start,
     "kl_self": kl_reference,
     "kl_adaptive": kl_adaptive,
     "l2_embedding": l2_embedding,
 }
 
 
-def find_objective(name: str, fusion: dict[str, float] | None = None) -> Objective:
+def find_objective(
+    name: str, fusion: dict[str, float] | None = None, sharpness: tuple[float, float] = (1.0, 1.0)
+) -> Objective:
     """The objective called `name`; UserError lists the known ones."""
     if name not in ATTACK_OBJECTIVES:
         raise unknown_name("attack objective", name, ATTACK_OBJECTIVES)
     needs, fusion = ATTACK_OBJECTIVES[name], fusion or {}
     models = list(fusion) if name == "kl_fused" else [needs.reference] if needs.reference else []
-    return Objective(name, frozenset(Pass(model, "clean") for model in models), needs.through_teacher, fusion)
+    return Objective(
+        name, frozenset(Pass(model, "clean") for model in models), needs.through_teacher, fusion, sharpness
+    )
 
 
 def attack_loss(objective: Objective, references: dict[Pass, Prediction], labels: Tensor, seeds: Tensor) -> AttackLoss:
@@ -103,7 +116,7 @@ def attack_loss(objective: Objective, references: dict[Pass, Prediction], labels
         p.model: Prediction(*(t if t is None else t.detach() for t in prediction))
         for p, prediction in references.items()
     }
-    against = References(labels, seeds, fixed, objective.fusion)
+    against = References(labels, seeds, fixed, objective.fusion, objective.sharpness)
     loss = LOSSES[objective.name]
     return lambda *moving: loss(against, *moving)
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from ..config import Config
 from ..zero_shot import Prediction, ZeroShotHead
 from . import attack_objectives, methods
+from .accuracy import batch_hits
+from .added_terms import added_loss, run_passes
+from .learned import LearnedParts
 from .methods import Pass
 from .training_attack import Forward, perturb
 
@@ -44,19 +47,31 @@ class TeacherModel(Protocol):
 class DistillationTask:
     """The training objective of a configuration: student, head and teachers in; per-sample losses and named terms out.
 
-    `state` is what the method carries from step to step: `end_step` moves it on, a checkpoint keeps it.
+    `state` is what the method carries from step to step: `end_step` moves it on, a checkpoint keeps it. `attack` is
+    that of the update under way, which `begin_step` sets; `fell_back`: the alarm went off, so that it has more steps.
+    `learned` are the small modules of the added terms, which the caller updates after each update of the student.
     """
 
-    def __init__(self, config: Config, student: StudentModel, head: ZeroShotHead, teachers: dict[str, TeacherModel]):
+    def __init__(
+        self,
+        config: Config,
+        student: StudentModel,
+        head: ZeroShotHead,
+        teachers: dict[str, TeacherModel],
+        learned: LearnedParts | None = None,
+    ):
+        self.config = config
         self.method, self.settings = methods.find_method(config.method.name), config.method
-        self.attack = config.attack
+        self.attack, self.fell_back = config.attack.at(0), False
         self.objective = (
-            attack_objectives.find_objective(config.attack_objective, config.fusion)
+            attack_objectives.find_objective(config.attack_objective, config.fusion, config.attack_sharpness)
             if config.attack_objective
             else None
         )
         self.student, self.head, self.teachers = student, head, teachers
-        self.passes: set[Pass] = self.method.passes(config.method)
+        self.learned = learned or LearnedParts()
+        self.passes: set[Pass] = run_passes(config)
+        self.token_models = config.token_models
         self.reference_passes: frozenset[Pass] = self.objective.reference_passes if self.objective else frozenset()
         self.state: dict[str, float] = methods.first_state(self.method, config.method)
 
@@ -75,11 +90,18 @@ class DistillationTask:
             predictions |= self._teacher_predictions({"adv": inputs["adv"]})
         predictions |= self._student_predictions(inputs, seeds)
         loss, terms = self.method.loss(self.settings, predictions, labels, self.state)
-        return loss, {name: term.detach() for name, term in terms.items()}
+        added, added_terms = added_loss(self.config, predictions, self.learned)
+        detached = {name: term.detach() for name, term in (terms | added_terms).items()}
+        return loss + added, detached | batch_hits(predictions, labels)
+
+    def begin_step(self, update: int) -> None:
+        """Take the attack of update `update` (0-based): its ramp, and the fall back after an alarm."""
+        self.attack = self.config.attack.at(update, self.fell_back)
 
     def end_step(self, means: dict[str, float]) -> None:
-        """Move the method's state on after an update: `means` of the terms over the step's global batch, the same on
-        every rank.
+        """Move the method's state on after an update.
+
+        means: of the terms over the step's global batch, and quantiles of some (`w_NAME_p50`); the same on every rank.
         """
         self.state = methods.next_state(self.method, self.settings, self.state, means)
 
@@ -111,16 +133,18 @@ class DistillationTask:
             if p.model != "student" and p.image in inputs:
                 teacher = self.teachers[p.model]
                 # Stored embeddings are of the clean images and come without the patches' tokens.
-                read = p.image == "clean" and p.model in stored and not self.settings.tokens
-                predictions[p] = teacher.head(stored[p.model]) if read else teacher(inputs[p.image], **self._tokens)
+                read = p.image == "clean" and p.model in stored and p.model not in self.token_models
+                predictions[p] = (
+                    teacher.head(stored[p.model]) if read else teacher(inputs[p.image], **self._tokens(p.model))
+                )
         return predictions
 
     def _student_predictions(self, inputs: dict[str, Tensor], seeds: Tensor) -> dict[Pass, Prediction]:
         asked = sorted(p.image for p in self.passes if p.model == "student")
-        outputs = self.student(torch.cat([inputs[image] for image in asked]), seeds, **self._tokens)
-        chunks = zip(*(t.chunk(len(asked)) for t in (outputs if self._tokens else (outputs,))))
+        tokens = self._tokens("student")
+        outputs = self.student(torch.cat([inputs[image] for image in asked]), seeds, **tokens)
+        chunks = zip(*(t.chunk(len(asked)) for t in (outputs if tokens else (outputs,))))
         return {Pass("student", image): self.head(*chunk) for image, chunk in zip(asked, chunks)}
 
-    @property
-    def _tokens(self) -> dict[str, bool]:
-        return {"tokens": True} if self.settings.tokens else {}
+    def _tokens(self, model: str) -> dict[str, bool]:
+        return {"tokens": True} if model in self.token_models else {}

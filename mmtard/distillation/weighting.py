@@ -3,7 +3,8 @@
 A weighting is a function of the settings, the teachers' `Prediction`s on the images they see (name -> Prediction),
 the labels, and the state carried from step to step; it returns name -> weight [B] and is called without gradient.
 `mmtard.config.WEIGHTINGS` names them and says which read labels; `FUNCTIONS` has the function of each. All but
-`official`, its factors alone, and `mtard` are ours, not the paper's.
+`official`, its factors alone, and `mtard` are ours, not the paper's. A teacher that sees the clean image and teaches
+the adversarial one (`clean_for_adv`) is judged by what it sees and counts as one of the adversarial image.
 """
 
 import math
@@ -28,7 +29,7 @@ def official(settings, teachers, labels, state) -> dict[str, Tensor]:
     <z_m(x_i), t_{y_i}> for one that sees the clean image (50 and 5 in the published recipe, which has one of each). A
     cosine can be negative, and its weight then pushes the student away from that teacher: that is the recipe.
     """
-    factors = {"adv": settings.robust_weight, "clean": settings.clean_weight}
+    factors = _factors(settings)
     return {name: factors[settings.views[name]] * true_class(t.cosines, labels) for name, t in teachers.items()}
 
 
@@ -36,7 +37,7 @@ def constant(settings, teachers, labels, state) -> dict[str, Tensor]:
     """The factors of `official` alone, the same for every sample: robust_weight or clean_weight by the image a
     teacher sees.
     """
-    factors = {"adv": settings.robust_weight, "clean": settings.clean_weight}
+    factors = _factors(settings)
     return {name: torch.full_like(t.logits[:, 0], factors[settings.views[name]]) for name, t in teachers.items()}
 
 
@@ -62,7 +63,7 @@ def hardness(settings, teachers, labels, state) -> dict[str, Tensor]:
     w^m_i = budget / M * (1 + slope * (1 - c_i)), c_i the mean of p_m(x'_i)[y_i] over the teachers that see x'; over all
     teachers where none does. The teachers of a sample weigh alike.
     """
-    robust = [name for name in teachers if settings.views[name] == "adv"] or list(teachers)
+    robust = [name for name in teachers if settings.views[name] != "clean"] or list(teachers)
     c = torch.stack([true_class(teachers[name].logits.softmax(-1), labels) for name in robust]).mean(0)
     return dict.fromkeys(teachers, settings.budget / len(teachers) * (1 + settings.slope * (1 - c)))
 
@@ -72,8 +73,12 @@ def mtard(settings, teachers, labels, state) -> dict[str, Tensor]:
     return {name: torch.full_like(t.logits[:, 0], settings.budget * state[f"w_{name}"]) for name, t in teachers.items()}
 
 
+def _factors(settings) -> dict[str, float]:
+    return {"adv": settings.robust_weight, "clean_for_adv": settings.robust_weight, "clean": settings.clean_weight}
+
+
 def _split(settings, confidence: dict[str, Tensor]) -> dict[str, Tensor]:
-    scores = [settings.slope * c + settings.bias * (settings.views[name] == "adv") for name, c in confidence.items()]
+    scores = [settings.slope * c + settings.bias * (settings.views[name] != "clean") for name, c in confidence.items()]
     return dict(zip(confidence, settings.budget * torch.stack(scores).softmax(0)))
 
 

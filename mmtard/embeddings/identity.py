@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from ..config import Config
-from ..distillation import attack_objectives, methods
+from ..distillation import attack_objectives
+from ..distillation.added_terms import run_passes
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from ..models import loading
@@ -20,16 +21,15 @@ def cacheable_teachers(config: Config) -> list[str]:
 
     Raises UserError for a teacher that is set so and sees adversarial images, which are new at each step.
     """
-    method = methods.find_method(config.method.name)
-    attacked = {p.model for p in method.passes(config.method) if p.image != "clean"}
+    attacked = {p.model for p in run_passes(config) if p.image != "clean"}
     if config.attack_objective:
         attacked.add(attack_objectives.find_objective(config.attack_objective, config.fusion).through_teacher)
-    clean = {} if config.needs_tokens else config.ensemble.keys() - attacked
+    clean = config.ensemble.keys() - attacked - config.token_models
     for name, teacher in config.teachers.items():
         if teacher.stored and name not in clean:
             what = (
                 "reads this teacher's patch tokens, which are not stored"
-                if config.needs_tokens
+                if name in config.token_models
                 else "shows this teacher adversarial images, new at each step"
             )
             raise UserError(

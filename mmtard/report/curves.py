@@ -23,6 +23,7 @@ SPEED = {
 }
 COUNTS = ("step", "batch", "skipped", "replaced")
 WEIGHT, QUANTILE = "w_", re.compile(r"(?P<of>w_.+?)_[pq](?P<percent>\d{1,2})$")
+SPREAD = re.compile(r"_p\d\d$")  # quantiles, beside the mean of the same column
 LARGEST = 1e300  # what is greater cannot be drawn; NaN and infinities are no numbers here either
 POINTS = 300  # a longer run is averaged over that many equal parts
 
@@ -35,7 +36,7 @@ def losses(sources: list[ReportSource]) -> list[Figure]:
         for source in sources
         for row in source.metrics
         for name in row
-        if name not in known and not name.startswith(WEIGHT)
+        if name not in known and not name.startswith(WEIGHT) and not SPREAD.search(name)
     }
     ordered = sorted(terms, key=lambda name: (name != "loss", name))
     return [figure for name in ordered if (figure := _column(sources, name, name))]

@@ -19,6 +19,8 @@ from .layout import TENSORBOARD, WANDB
 
 # The group of a column, by which a tracker sorts its curves; what stands in none of them is a term of the loss.
 GROUPS = {
+    "acc_clean": "train_accuracy",
+    "acc_adv": "train_accuracy",
     "lr": "optimizer",
     "grad_norm": "optimizer",
     "skipped": "counts",

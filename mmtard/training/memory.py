@@ -14,7 +14,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..config import Config, check_world
-from ..distillation import attack_objectives, methods
+from ..distillation import attack_objectives
+from ..distillation.added_terms import run_passes
 from ..errors import UserError
 from ..models import loading, lora, student
 from ..models.clip import Clip
@@ -131,7 +132,7 @@ def of_run(config: Config, world: int) -> dict[str, list[float]]:
     image, copies, _ = per_image(tower)
     block = per_image(trained_tower(config, False))[2] if checkpointing else 0  # computed again, one at a time
     batch = config.train.batch_size // world // accumulated
-    views = sum(p.model == "student" for p in methods.find_method(config.method.name).passes(config.method))
+    views = sum(p.model == "student" for p in run_passes(config))
     rows["weights in bf16"] = [copies] * 4
     rows[ATTACK] = [batch * (image + block + moving) if config.attack_objective else 0] * 4
     rows[TRAINING] = [views * batch * (image + block)] * 4

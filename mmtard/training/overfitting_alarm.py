@@ -1,7 +1,9 @@
 """The alarm for catastrophic overfitting: a student robust to the one-step attack it trains on, and to nothing else.
 
 Wong et al., "Fast is better than free", ICLR 2020, found it, and that it comes within a few hundred steps;
-Andriushchenko & Flammarion, NeurIPS 2020, explain it. The thresholds are ours.
+Andriushchenko & Flammarion, NeurIPS 2020, explain it. Li et al., "Towards Understanding Fast Adversarial Training",
+2020, found that a few steps of PGD mend it: from the alarm on the attack has `attack.alarm_steps` steps. The thresholds
+are ours.
 """
 
 from __future__ import annotations
@@ -25,24 +27,24 @@ STEPS = 10
 class OverfittingAlarm:
     """Compares the training's one-step attack with a multi-step one, on one micro-batch of each rank.
 
-    Every `attack.alarm_every` steps of a training with `attack.steps: 1`.
+    Every `attack.alarm_every` steps, as long as the attack has one step.
     """
 
     def __init__(
         self, config: Config, task: DistillationTask, ranks: Ranks, micro_batch_size: int, logger: SilentLogger
     ):
-        single_step = config.attack_objective is not None and config.attack.steps == 1 and config.data.targets != "none"
-        self.every = config.attack.alarm_every if single_step else None
-        self.ratio, self.multi_step = config.attack.alarm_ratio, multi_step(config.attack)
+        tells = config.attack_objective is not None and config.data.targets != "none"
+        self.every = config.attack.alarm_every if tells else None
+        self.ratio, self.alarm_steps = config.attack.alarm_ratio, config.attack.alarm_steps
         self.task, self.ranks, self.size, self.logger = task, ranks, micro_batch_size, logger
 
     def after_step(self, step: int, batch: Batch) -> dict | None:
-        """Report the alarm as an event where it goes off after `step`; what it reported, the same on every rank.
+        """Report the alarm as an event where it goes off after `step`, and let the task fall back to more steps.
 
-        None when it does not go off, or is not due. Collective. The student is in evaluation mode, and neither it nor
+        Returns what it reported, the same on every rank; None when it does not go off, or is not due. Collective. The student is in evaluation mode, and neither it nor
         any random state changes.
         """
-        if self.every is None or step % self.every:
+        if self.every is None or step % self.every or self.task.attack.steps > 1:
             return None
         micro = next(iter(batch.split(self.size))).to(self.ranks.device)
         known = micro.labels >= 0  # data for a method that reads no labels may lack them
@@ -53,7 +55,12 @@ class OverfittingAlarm:
         )
         if not overfitted(single, multi, n, self.ratio):
             return None
-        report = {"one_step_accuracy": single / n, f"pgd{STEPS}_accuracy": multi / n, "samples": n, "remedy": REMEDY}
+        report = {"one_step_accuracy": single / n, f"pgd{STEPS}_accuracy": multi / n, "samples": n}
+        if self.alarm_steps is None:
+            report["remedy"] = REMEDY
+        else:
+            report["attack_steps_from_now_on"] = self.alarm_steps
+            self.task.fell_back = True
         self.logger.event(step, EVENT, **report)
         return report
 
@@ -65,7 +72,7 @@ class OverfittingAlarm:
             def predict(x: Tensor) -> Tensor:
                 return self.task.head(forward(x)).logits
 
-            multi = perturb(self.multi_step, lambda x: cross_entropy(predict(x), labels), images, seeds)
+            multi = perturb(multi_step(self.task.attack), lambda x: cross_entropy(predict(x), labels), images, seeds)
             return tuple(top1(predict(x).detach(), labels) for x in (single, multi))
 
 

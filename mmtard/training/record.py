@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..data.dataset import Dataset
 from ..data.samples import Batch
+from ..distillation.accuracy import accuracies
 from ..distributed.ranks import Ranks
 from ..errors import RunError
 from ..runs.metrics import SilentLogger
@@ -19,7 +20,7 @@ from .step_terms import TermSums
 class Agreed:
     """The numbers of a step over its global batch, the same on every rank."""
 
-    means: dict[str, float]  # of the loss and its terms
+    means: dict[str, float]  # of the loss, its terms, and the student's hits
     quantiles: dict[str, float]  # of the teachers' weights
     digest: int  # which samples of which epoch these were
     replaced_now: int  # samples of this batch that could not be used
@@ -50,7 +51,7 @@ class StepRecord:
         counts = [batch_digest(batch.seeds), len(batch.replaced), len(bad_samples), stop]
         sums = terms.sums
         *totals, digest, replaced, bad, stop_asked = self.ranks.sum([*sums.values(), *counts])
-        means = {name: total / self.batch_size for name, total in zip(sums, totals)}
+        means = accuracies({name: total / self.batch_size for name, total in zip(sums, totals)})
         quantiles = terms.quantiles(self.ranks)
         self.replaced += int(replaced)
         self.skipped += not update.applied

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -13,6 +12,7 @@ from ..data.class_names import classnames
 from ..data.dataset import Dataset
 from ..data.samples import Batch
 from ..data.stream import TrainStream, train_stream
+from ..distillation.added_terms import learned_parts
 from ..distillation.task import DistillationTask
 from ..distributed.ranks import Ranks, set_timeouts
 from ..embeddings.identity import open_stores
@@ -59,9 +59,8 @@ def build_training(
         name: load_clip_on_all_ranks(teacher, ranks, config.seed, f"teachers.{name}")
         for name, teacher in config.ensemble.items()
     }
-    if config.needs_tokens:
-        for name, clip in clips.items():
-            require_tokens(clip.tower(), name)
+    for name in sorted(config.token_models):
+        require_tokens(clips[name].tower(), name)
     heads, class_targets = build_class_targets(config, folder.path, clips, dataset, ranks, logger.print)
     tower = trainable_tower(config, start, folder.checkpoint)
     stores = open_stores(config, clips, tower.image_size, dataset.fingerprint, ranks)
@@ -69,23 +68,29 @@ def build_training(
     flops = {name: 0 if name in stores else forward_flops(clip.tower()) for name, clip in clips.items()}
     engine = Engine(config, tower, ranks)
     set_timeouts(group_timeout(config))  # of DeepSpeed's own process groups, too
+    widths = {name: clip.config["model_cfg"]["embed_dim"] for name, clip in clips.items()}
+    learned = learned_parts(config, widths, ranks.device)
     if folder.checkpoint:
-        engine.restore(read_optimizer(folder.checkpoint), folder.updates)
+        tensors = read_optimizer(folder.checkpoint)
+        engine.restore(tensors, folder.updates)
+        learned.restore(tensors)
     ensemble = build_teachers(config.ensemble, clips, heads, stores, ranks, DTYPES[config.engine.precision])
-    task = DistillationTask(config, engine, heads["student"], ensemble)
+    task = DistillationTask(config, engine, heads["student"], ensemble, learned)
     task.state |= folder.state.get("method", {})
-    of_sample = sample_flops(flops, task.passes, task.objective, config.attack, adapters=bool(config.student.lora))
+    task.fell_back = folder.state.get("fell_back", False)
+    adapters, peak = bool(config.student.lora), peak_flops(ranks.device)
     log_start(config, folder, dataset, tower.image_size, heads["student"], ensemble, ranks, logger)
     return TrainingParts(
         train_stream(config, dataset, ranks, tower.image_size, start=folder.step, embeddings=stores),
         class_targets,
         engine,
         task,
-        partial(
-            cost,
+        lambda seconds: cost(
+            seconds,
             images=config.train.batch_size,
-            flops=of_sample,
-            peak=peak_flops(ranks.device),
+            # Of the step that is over: its attack may be weaker, or stronger, than the next one's.
+            flops=sample_flops(flops, task.passes, task.objective, task.attack, adapters=adapters),
+            peak=peak,
             world_size=ranks.world_size,
             device=ranks.device,
         ),

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..distributed.ranks import Ranks
 
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
-WEIGHT = "w_"  # terms that start so are weights
+SPREAD = ("w_", "entropy_")  # terms that start so are weights or entropies, whose quantiles are kept
 
 
 class TermSums:
@@ -30,7 +30,7 @@ class TermSums:
         for name, term in terms.items():
             total = term.double().sum()
             self._sums[name] = self._sums[name] + total if name in self._sums else total
-            if name.startswith(WEIGHT):
+            if name.startswith(SPREAD):
                 self._weights.setdefault(name, []).append(term)
 
     @property
@@ -40,7 +40,7 @@ class TermSums:
 
     @property
     def weights(self) -> dict[str, list[float]]:
-        """Each sample's weights, by name."""
+        """Each sample's weights and entropies, by name."""
         return {name: torch.cat(terms).tolist() for name, terms in self._weights.items()}
 
     def quantiles(self, ranks: Ranks) -> dict[str, float]:

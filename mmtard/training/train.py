@@ -100,7 +100,8 @@ class Trainer:
             # Its labels, or the captions of this global batch as its classes.
             batch = self.parts.class_targets(batch)
             self.watchdog.at(self.step + 1, "update")
-            lr = learning_rate(self.step, train.lr, train.warmup_steps, train.steps)
+            lr = learning_rate(self.step, train)
+            self.parts.task.begin_step(self.step)
             done = self._optimizer_step(batch, lr)
             bad_samples, update = done.bad_samples(batch), done.update
             self.step += 1
@@ -109,7 +110,7 @@ class Trainer:
             self.watchdog.at(self.step, "agreement")
             agreed = self.record.agree(done.terms, update, batch, bad_samples, bool(interruption))
             if update.applied:
-                self.parts.task.end_step(agreed.means)
+                self.parts.task.end_step(agreed.means | agreed.quantiles)
             self.record.report(self.step, agreed, update, batch, bad_samples)
             self.logger.step(self.step, agreed, update, lr)
             self.probe.after_step(self.step)
@@ -125,10 +126,15 @@ class Trainer:
         return True
 
     def _optimizer_step(self, batch: Batch, lr: float) -> StepOutcome:
-        return optimizer_step(self.parts.task, self.parts.engine, batch, lr, self.ranks.device)
+        done = optimizer_step(self.parts.task, self.parts.engine, batch, lr, self.ranks.device)
+        share, world = lr / self.config.train.lr, self.ranks.world_size
+        self.parts.task.learned.update(self.step, done.update.applied, share, process_group.reduce, world)
+        return done
 
     def _save_checkpoint(self) -> None:
         weights, moments, updates = self.parts.engine.full_state()
+        if self.ranks.is_first:
+            moments |= self.parts.task.learned.tensors()
         state = {
             "step": self.step,
             "samples": self.step * self.config.train.batch_size,
@@ -136,6 +142,7 @@ class Trainer:
             "seed": self.config.seed,
             **self.record.state(),
             "method": self.parts.task.state,
+            "fell_back": self.parts.task.fell_back,
             "data_fingerprint": self.dataset.fingerprint,
             "world_size": self.ranks.world_size,
         }

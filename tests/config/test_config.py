@@ -45,18 +45,18 @@ WRONG = [  # override(s), words of the one line that answers them
     ("attack.eps=-1/255", "attack.eps: -1/255|greater than or equal to 0"),
     (
         "method.name=mmtrd",
-        "unknown method 'mmtrd'; known: clean, tecoa, fare, pmg_aft, tga_zsr, sim_clip, trades, ard, rslad, iad, "
-        "adaad, mtard, mmtard",
+        "unknown method 'mmtrd'; known: clean, tecoa, fare, pmg_aft, tga_zsr, sim_clip, agft, lore, trades, ard, "
+        "rslad, iad, adaad, mtard, mmtard",
     ),
     (
         "method={}",
-        "method.name: unknown method 'None'; known: clean, tecoa, fare, pmg_aft, tga_zsr, sim_clip, trades, ard, "
-        "rslad, iad, adaad, mtard, mmtard",
+        "method.name: unknown method 'None'; known: clean, tecoa, fare, pmg_aft, tga_zsr, sim_clip, agft, lore, "
+        "trades, ard, rslad, iad, adaad, mtard, mmtard",
     ),
     (
         "attack.objective=kl_clen",
         "attack.objective: unknown objective 'kl_clen'; known: ce, ce_targeted, kl_clean, kl_robust, kl_fused, "
-        "kl_self, kl_adaptive, l2_embedding",
+        "kl_start, kl_self, kl_adaptive, l2_embedding",
     ),
     (
         "teachers.third.weights=a",
@@ -87,7 +87,20 @@ WRONG = [  # override(s), words of the one line that answers them
         "method.views={clean: clean, robust: adv, third: adv}",
         "teachers.third: method 'mmtard'|needs this teacher; add it",
     ),
-    ("method.views={clean: noisy}", "method.views.clean: 'noisy'|'clean' or 'adv'"),
+    ("method.views={clean: noisy}", "method.views.clean: 'noisy'|'clean', 'adv' or 'clean_for_adv'"),
+    (
+        "method.temperatures={robst: 2}",
+        "method.temperatures.robst: method.views names no such teacher (it has robust, clean); remove it",
+    ),
+    ("method.temperatures={robust: 0}", "method.temperatures.robust: 0|greater than 0"),
+    (
+        "method.views={clean: clean, robust: clean} & method.trust=label",
+        "method.trust: 'label' is of teachers of the adversarial image, and method.views has none; leave it out",
+    ),
+    (
+        "method.views={clean: clean_for_adv, robust: adv} & method.trust=clean",
+        "method.trust: 'clean' needs a teacher of the clean image, and method.views has none; add one",
+    ),
     ("method.views={}", "method.views: {}|at least 1"),
     (
         "method.weighting=entrpy",

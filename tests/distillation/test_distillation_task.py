@@ -282,6 +282,41 @@ def test_stored_embeddings_stand_for_a_teacher_on_the_clean_images_alone(method)
     assert robust(IMAGES, LABELS, SEEDS, {"robust": stored})[0].isfinite().all() and len(asked["robust"].calls) == 1
 
 
+def test_with_every_view_clean_no_teacher_runs_in_the_loop_and_the_stored_recipe_is_the_live_one():
+    """p_r(x) and p_c(x), stored, teach x' and x: nothing that is new at each step is shown to a teacher."""
+    method = {
+        "name": "mmtard",
+        "views": {"robust": "clean_for_adv", "clean": "clean"},
+        "temperatures": {"robust": 2.0},
+        "trust": "clean",
+    }
+    live = setting(method, {"objective": "kl_robust"})[0](IMAGES, LABELS, SEEDS)
+    distillation, student, teachers = setting(method, {"objective": "kl_robust"})
+    stored = {name: tower(IMAGES).detach() for name, tower in teachers.items()}
+    for tower in teachers.values():
+        tower.calls.clear()
+    loss, terms = distillation(IMAGES, LABELS, SEEDS, stored)
+    assert not any(tower.calls for tower in teachers.values()), "a teacher was asked though all are stored"
+    assert loss.equal(live[0]) and all(terms[k].equal(live[1][k]) for k in terms)
+    assert not student.tower.calls[-1][0][:B].equal(IMAGES), "the student's adversarial image is another"
+
+
+def test_the_medians_of_uncertainty_follow_those_of_the_batches():
+    views = {"robust": "clean_for_adv", "clean": "clean"}
+    distillation, _, _ = setting(
+        {"name": "mmtard", "views": views, "trust": "uncertainty", "weighting": "uniform"}, {"objective": "kl_robust"}
+    )
+    _, terms = distillation(IMAGES, LABELS, SEEDS)
+    assert terms["w_handed_robust"].eq(0).all(), "no median is known before the first step"
+    distillation.end_step({"entropy_robust_p50": 0.5})
+    assert distillation.state == {"entropy_robust": 0.5}
+    distillation.end_step({"entropy_robust_p50": 1.5})
+    assert distillation.state == pytest.approx({"entropy_robust": 0.6})
+    _, terms = distillation(IMAGES, LABELS, SEEDS)
+    entropy = terms["entropy_robust"]
+    assert torch.allclose(terms["w_handed_robust"], entropy / (entropy + 0.6))
+
+
 def test_the_state_of_a_method_moves_with_the_means_it_is_told():
     distillation, _, _ = setting({"name": "mmtard", "weighting": "mtard", "rate": 0.5})
     first, terms = distillation(IMAGES, LABELS, SEEDS)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmtard.config import METHODS, WEIGHTINGS
+from mmtard.config import METHODS, TRUSTS, WEIGHTINGS
 from mmtard.distillation import methods
 from mmtard.distillation.methods import Pass
 from mmtard.errors import UserError
@@ -16,8 +16,9 @@ TEXT = RNG.standard_normal((C, D))
 TEXT /= np.linalg.norm(TEXT, axis=1, keepdims=True)
 Z = {p: RNG.standard_normal((B, D)) * 3 for p in PASSES}
 TOKENS = {p: RNG.standard_normal((B, P, D)) * 2 for p in PASSES}
-STATE = {"w_robust": 0.7, "w_clean": 0.2, "w_third": 0.1}
+STATE = {"w_robust": 0.7, "w_clean": 0.2, "w_third": 0.1, "entropy_robust": 0.3, "entropy_third": 0.02}
 THREE = {"views": {"clean": "clean", "third": "adv", "robust": "adv"}}
+APART = {"views": {"robust": "clean_for_adv", "clean": "clean", "third": "adv", "start": "clean"}}
 CASES = [
     ("clean", {}),
     ("tecoa", {}),
@@ -30,6 +31,9 @@ CASES = [
     ("ard", {"temperature": 1.0, "teacher_view": "adv"}),
     ("fare", {}),
     ("sim_clip", {}),
+    ("lore", {}),
+    ("agft", {}),
+    ("agft", {"gamma": 0.05, "sharpness": 0.7}),
     ("pmg_aft", {}),
     ("pmg_aft", {"general_weight": 0.5, "clean_weight": 2.0}),
     ("tga_zsr", {}),
@@ -51,6 +55,15 @@ CASES = [
         for w in WEIGHTINGS
         if w != "official"
     ),
+    ("mmtard", {**APART, "weighting": "uniform"}),
+    ("mmtard", {**APART, "temperatures": {"robust": 3.0, "clean": 0.5}}),
+    *(("mmtard", {**APART, "weighting": w, "slope": 2.0, "bias": 0.6}) for w in ("confidence_sigmoid", "hardness")),
+    *(
+        ("mmtard", {**APART, "trust": t, "weighting": "uniform", "temperatures": {"third": 20.0, "robust": 40.0}})
+        for t in TRUSTS
+        if t != "whole"
+    ),
+    ("mmtard", {**THREE, "trust": "clean"}),
     ("mmtard", {"views": {"robust": "adv"}, "weighting": "uniform"}),
     ("mmtard", {"views": {"clean": "clean"}, "weighting": "hardness"}),
 ]
@@ -79,7 +92,7 @@ def p(model, view, temperature=1.0):
 
 
 def kl(a, b):
-    return (a * np.log(a / b)).sum(1)
+    return np.where(a > 0, a * np.log(np.where(a > 0, a, 1) / b), 0).sum(1)
 
 
 def of_label(values):
@@ -114,7 +127,10 @@ def of_single_teacher(name, s):
                 * kl(p("robust", s.teacher_view, s.temperature), p("student", "adv", s.temperature))
                 + (1 - s.alpha) * ce_clean
             )
-        case "fare":
+        case "agft":
+            target = p("start", "clean", 1 / (s.gamma * s.sharpness))
+            return -(target * np.log(p("student", "adv", 1 / s.sharpness))).sum(1)
+        case "fare" | "lore":  # whose bound is an added term: test_added_terms.py
             return ((z - z0) ** 2).sum(1)
         case "sim_clip":
             return -(z * z0).sum(1) / np.sqrt((z**2).sum(1) * (z0**2).sum(1))
@@ -137,20 +153,51 @@ def of_single_teacher(name, s):
     pytest.fail(f"write the equation of {name!r} here, independently of its file in mmtard/distillation/methods/")
 
 
+def seen_by(view):
+    return "adv" if view == "adv" else "clean"
+
+
+def taught_by(view):
+    return "clean" if view == "clean" else "adv"
+
+
+def target(s, m, v):
+    """What teacher m teaches [B,C], by the docstring of `mmtard.distillation.trust`."""
+    own = p(m, seen_by(v), s.temperatures.get(m, 1))
+    if v == "clean" or s.trust == "whole":
+        return own
+    match s.trust:
+        case "label":
+            other = np.eye(C)[LABELS]
+            w = 1 - of_label(own)
+        case "clean":
+            clean = [p(n, "clean", s.temperatures.get(n, 1)) for n, seen in s.views.items() if seen == "clean"]
+            other = np.mean(clean, 0)
+            w = 1 - (other * own).sum(1)
+        case "uncertainty":
+            other = np.eye(C)[p("student", "adv").argmax(1)]
+            entropy = -(own * np.log(own)).sum(1)
+            w = entropy / (entropy + STATE[f"entropy_{m}"])
+        case _:
+            pytest.fail(f"write the target of {s.trust!r} here, independently of distillation/trust.py")
+    assert (w > 1e-3).any() and (w < 0.9).any()
+    return (1 - w)[:, None] * own + w[:, None] * other
+
+
 def weights(s):
     """Each teacher's weight [B] by the docstrings of `mmtard.distillation.weighting`."""
-    views, adv = s.views, np.array([[v == "adv"] for v in s.views.values()])
-    q = np.stack([p(m, v) for m, v in views.items()])  # [M,B,C]
+    views, adv = s.views, np.array([[v != "clean"] for v in s.views.values()])
+    q = np.stack([p(m, seen_by(v)) for m, v in views.items()])  # [M,B,C]
     sure = q[:, np.arange(B), LABELS]
     match s.weighting:
         case "constant":
-            return {m: np.full(B, {"adv": s.robust_weight, "clean": s.clean_weight}[v]) for m, v in s.views.items()}
+            return {m: np.full(B, s.clean_weight if v == "clean" else s.robust_weight) for m, v in s.views.items()}
         case "uniform":
             w = np.full((len(views), B), s.budget / len(views))
         case "official":
             w = np.stack(
                 [
-                    (s.robust_weight if v == "adv" else s.clean_weight) * of_label(cosines(m, v))
+                    (s.clean_weight if v == "clean" else s.robust_weight) * of_label(cosines(m, seen_by(v)))
                     for m, v in views.items()
                 ]
             )
@@ -159,7 +206,7 @@ def weights(s):
             e = np.exp(s.slope * c + s.bias * adv)
             w = s.budget * e / e.sum(0)
         case "hardness":
-            seen = [i for i, v in enumerate(views.values()) if v == "adv"] or range(len(views))
+            seen = [i for i, v in enumerate(views.values()) if v != "clean"] or range(len(views))
             w = np.tile(
                 s.budget / len(views) * (1 + s.slope * (1 - np.mean([sure[i] for i in seen], 0))), (len(views), 1)
             )
@@ -179,13 +226,15 @@ def expected(name, s):
     if name != "mmtard":
         return of_single_teacher(name, s).mean()
     w = weights(s)
-    total = sum(w[m] * kl(p(m, v), p("student", v)) for m, v in s.views.items()) / (
-        C if s.weighting in ("official", "constant") else 1
-    )
-    return (
-        total
-        + s.cross_modal_weight * sum(((cosines(m, v) - cosines("student", v)) ** 2).sum(1) for m, v in s.views.items())
-    ).mean()
+    total = 0
+    for m, v in s.views.items():
+        T = s.temperatures.get(m, 1)
+        total = total + w[m] * T**2 * kl(target(s, m, v), p("student", taught_by(v), T))
+    total = total / (C if s.weighting in ("official", "constant") else 1)
+    for m, v in s.views.items():
+        apart = cosines(m, seen_by(v)) - cosines("student", taught_by(v))
+        total = total + s.cross_modal_weight * (apart**2).sum(1)
+    return total.mean()
 
 
 def setup(name, options):

@@ -7,12 +7,14 @@ embedding.
 import json
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 
 from mmtard import config
+from mmtard.distillation.added_terms import learned_parts
 from mmtard.distillation.task import DistillationTask
 from mmtard.distributed import ranks as process_group
 from mmtard.distributed.processes import exit_process
@@ -30,11 +32,20 @@ TOWERS = {  # seed, width, embedding, pixels
     "robust": (2, 48, 24, 24),
     "third": (3, 16, 8, 8),
 }
-CASES = {  # method, attack, ZeRO stage, placement of the teachers
+CASES = {  # method, attack, ZeRO stage, placement of the teachers[, terms]
     "clean": ({"name": "clean"}, {}, 1, None),
     "tecoa": ({"name": "tecoa"}, {"objective": "ce_targeted", "restarts": 2}, 2, None),
     "fare": ({"name": "fare"}, {}, 2, "sharded"),
     "sim_clip": ({"name": "sim_clip"}, {}, 3, "replicated"),
+    "lore": ({"name": "lore", "bound": {"rho": 1e-3, "dual_every": 2, "hidden": 8}}, {}, 3, "replicated"),
+    "agft": ({"name": "agft"}, {"steps": 1, "algorithm": "nfgsm"}, 1, "replicated"),
+    "tecoa, anchor and features": (
+        {"name": "tecoa"},
+        {"steps": 2, "step_size": None, "ramp": {"until": 2, "eps": "1/4", "steps": 1}},
+        2,
+        "replicated",
+        {"anchor": {"teacher": "third"}, "feature": {"of": "tokens", "weight": 2.0}, "projection_lr": 1e-2},
+    ),
     "pmg_aft": ({"name": "pmg_aft"}, {}, 2, "replicated"),
     "tga_zsr": ({"name": "tga_zsr", "alpha": 2.0, "beta": 1.0}, {}, 2, "replicated"),
     "tga_zsr, stage 3": ({"name": "tga_zsr", "alpha": 2.0, "beta": 1.0}, {}, 3, "sharded"),
@@ -45,6 +56,18 @@ CASES = {  # method, attack, ZeRO stage, placement of the teachers
     "adaad": ({"name": "adaad", "alpha": 0.5}, {}, 3, "sharded"),
     "mtard": ({"name": "mtard", "rate": 0.5}, {"steps": 1}, 2, "replicated"),
     "mmtard": ({"name": "mmtard"}, {"objective": "kl_fused"}, 2, "sharded"),
+    "mmtard, a teacher of x for x', by the student where it is unsure": (
+        {
+            "name": "mmtard",
+            "weighting": "uniform",
+            "views": {"clean": "clean", "robust": "clean_for_adv"},
+            "temperatures": {"robust": 2.0},
+            "trust": "uncertainty",
+        },
+        {"objective": "kl_robust"},
+        1,
+        "replicated",
+    ),
     "mmtard, three teachers": (
         {
             "name": "mmtard",
@@ -78,10 +101,12 @@ def head(name: str) -> ZeroShotHead:
 
 
 def settings(case: str) -> config.Config:
-    method, attack, stage, placement = CASES[case]
+    method, attack, stage, placement, *terms = CASES[case]
+    terms = terms[0] if terms else {}
+    named = {term["teacher"] if "teacher" in term else "robust" for term in terms.values() if isinstance(term, dict)}
     teachers = {
         name: {"placement": placement} | ({} if name == "start" else {"weights": "random"})
-        for name in config.METHODS[method["name"]](**method).teachers
+        for name in sorted({*config.METHODS[method["name"]](**method).teachers, *named})
     }
     return config.validate(
         {
@@ -89,6 +114,7 @@ def settings(case: str) -> config.Config:
             "student": {"arch": "unused", "weights": "random"},
             "teachers": teachers,
             "method": method,
+            "terms": terms,
             "attack": {"eps": "8/255", "step_size": "2/255", "steps": 2, "alarm_every": None, **attack},
             "data": {"shards": "unused", "lanes": BATCH},
             "train": {"steps": STEPS, "batch_size": BATCH, "lr": LR, "weight_decay": 0.1},
@@ -153,25 +179,31 @@ def plain_teacher(name: str) -> PlainTeacher:
 
 def train(case: str, student, teachers: dict, ranks=None) -> dict:
     """Losses, the method's state and the weights after three steps; `ranks` share each batch."""
-    step = DistillationTask(settings(case), student, head("student"), teachers)
+    learned = learned_parts(settings(case), {name: embedding for name, (_, _, embedding, _) in TOWERS.items()})
+    step = DistillationTask(settings(case), student, head("student"), teachers, learned)
     share = (
         slice(None)
         if ranks is None
         else slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
     )
     losses, spread = [], {}
-    for batch in batches():
+    for update, batch in enumerate(batches()):
+        step.begin_step(update)
         loss, terms = step(*(part[share] for part in batch))
         student.backward(loss.mean())
         student.end_micro_batch(LR)
+        learned.update(
+            update, True, 1.0, process_group.reduce if ranks else lambda x: None, ranks.world_size if ranks else 1
+        )
         told = TermSums()
         told.add({"loss": loss.detach(), **terms})
         totals = list(told.sums.values()) if ranks is None else ranks.sum([*told.sums.values()])
         means = {name: total / BATCH for name, total in zip(told.sums, totals)}
-        spread = told.quantiles(ranks) if ranks is not None else {}
-        step.end_step(means)
+        spread = told.quantiles(ranks or SimpleNamespace(all_gather=lambda item: [item]))
+        step.end_step(means | spread)
         losses.append(means["loss"])
-    return {"losses": losses, "state": step.state, "spread": spread, "weights": student.full_state()[0]}
+    weights = {**student.full_state()[0], **learned.tensors()}
+    return {"losses": losses, "state": step.state, "spread": spread, "weights": weights}
 
 
 def plain(case: str) -> dict:

@@ -4,12 +4,14 @@ import pytest
 import torch
 from open_clip.transformer import VisionTransformer
 
+from mmtard.config import Train
 from mmtard.models.image_tower import ImageTower
 from mmtard.training.optimizer import learning_rate, parameter_groups
 
 
 def test_learning_rate_warms_up_linearly_and_falls_to_zero_as_a_cosine():
-    rates = [learning_rate(t, 2e-5, 350, 5000) for t in range(5001)]
+    train = Train(steps=5000, batch_size=1, lr=2e-5, warmup_steps=350)
+    rates = [learning_rate(t, train) for t in range(5001)]
     assert (
         rates[0] == pytest.approx(2e-5 / 350) and rates[174] == pytest.approx(1e-5) and rates[349] == rates[350] == 2e-5
     )
@@ -24,7 +26,26 @@ def test_learning_rate_warms_up_linearly_and_falls_to_zero_as_a_cosine():
 
 
 def test_learning_rate_without_warm_up_starts_at_its_peak():
-    assert learning_rate(0, 1e-3, 0, 10) == 1e-3
+    assert learning_rate(0, Train(steps=10, batch_size=1, lr=1e-3)) == 1e-3
+
+
+@pytest.mark.parametrize("steps,warmup,pct_start", [(100, 0, 0.3), (50, 20, 21 / 50)])
+def test_one_cycle_is_that_of_torch(steps, warmup, pct_start):
+    train = Train(steps=steps, batch_size=1, lr=4e-3, warmup_steps=warmup, schedule="onecycle")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=4e-3, total_steps=steps, pct_start=pct_start, cycle_momentum=False
+    )
+    for t in range(steps):
+        assert math.isclose(learning_rate(t, train), optimizer.param_groups[0]["lr"], rel_tol=1e-9)
+        optimizer.step()
+        if t < steps - 1:
+            cycle.step()
+    assert max(learning_rate(t, train) for t in range(steps)) == pytest.approx(4e-3, rel=1e-3)
+
+
+def test_one_cycle_of_a_single_step_has_the_largest_rate():
+    assert learning_rate(0, Train(steps=1, batch_size=1, lr=1e-3, schedule="onecycle")) == 1e-3
 
 
 def test_decay_is_on_matrices_alone_and_every_weight_is_trained_once():

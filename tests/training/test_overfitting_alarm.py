@@ -53,6 +53,11 @@ def plane(delta):
 
 
 def check(margin, step=100, totals=None, **attack):
+    alarm, student = alarm_of(margin, totals, **attack)
+    return alarm.after_step(step, BATCH), student.forwards
+
+
+def alarm_of(margin, totals=None, **attack):
     settings = {"eps": "8/255", "step_size": "16/255", "steps": 1, **attack}
     config = validate(
         {
@@ -66,13 +71,24 @@ def check(margin, step=100, totals=None, **attack):
     )
     student = Student(margin)
     ranks = SimpleNamespace(device=torch.device("cpu"), sum=totals or (lambda numbers: [float(n) for n in numbers]))
-    alarm = OverfittingAlarm(config, DistillationTask(config, student, HEAD, {}), ranks, 16, SilentLogger())
-    return alarm.after_step(step, BATCH), student.forwards
+    return OverfittingAlarm(config, DistillationTask(config, student, HEAD, {}), ranks, 16, SilentLogger()), student
 
 
 def test_it_goes_off_where_only_the_multi_step_attack_succeeds():
     found, _ = check(wave)
-    assert found == {"one_step_accuracy": 1.0, "pgd10_accuracy": 0.0, "samples": 16, "remedy": overfitting_alarm.REMEDY}
+    numbers = {"one_step_accuracy": 1.0, "pgd10_accuracy": 0.0, "samples": 16}
+    assert found == numbers | {"attack_steps_from_now_on": 3}
+    assert check(wave, alarm_steps=None)[0] == numbers | {"remedy": overfitting_alarm.REMEDY}
+
+
+def test_from_the_alarm_on_the_attack_has_more_steps_and_is_not_watched_any_more():
+    alarm, student = alarm_of(wave)
+    task = alarm.task
+    assert (task.attack.steps, task.fell_back) == (1, False) and alarm.after_step(100, BATCH)
+    task.begin_step(100)
+    assert (task.attack.steps, task.attack.step_size, task.fell_back) == (3, task.attack.eps * 5 / 6, True)
+    before = student.forwards
+    assert alarm.after_step(200, BATCH) is None and student.forwards == before
 
 
 def test_a_student_on_which_both_attacks_agree_sets_off_nothing():

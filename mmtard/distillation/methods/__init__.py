@@ -11,7 +11,7 @@ and, when it carries numbers from step to step,
 
     first_state(settings) -> dict[str, float]
     next_state(settings, state, means) -> dict[str, float]
-        means: the terms' means over the step's global batch.
+        means: the terms' means over the step's global batch, and quantiles of weights and entropies.
 
 Its settings are a class in `mmtard/config/methods.py` with the same name. The image is "clean" (x) or "adv" (x'). The
 teacher "start" (T0) is the student before training. Terms that start with `w_` are weights.

@@ -1,0 +1,89 @@
+"""Two models of one architecture and one text tower as one: their image towers' weights interpolated."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import Model
+from ..errors import UserError
+from ..files import check_replaceable, replace_folder, why_not_written, write_text
+from . import loading
+from .clip import Clip
+
+KIND = "model"  # of the folder, as `mmtard export` writes it
+NOTE = "merged.json"
+
+
+def merge(first: Model, second: Model, weight: float, out: Path) -> Path:
+    """Write (1 - weight) * first + weight * second as a folder that open_clip and every command here load.
+
+    As WiSE-FT does of a model before and after fine-tuning (Wortsman et al., "Robust fine-tuning of zero-shot models",
+    CVPR 2022); the text tower, which training leaves alone, is that of both. Whole or not at all, in place of an earlier
+    one. Raises UserError for a weight outside [0,1], models that do not fit each other, and a folder that mmtard did
+    not make.
+    """
+    check_replaceable(out, KIND)
+    for name, spec in (("A", first), ("B", second)):
+        if out.exists() and out.resolve() == Path(spec.weights).resolve():
+            raise UserError(f"'{out}' is {name} itself; choose another OUT")
+    a, b = loading.load_clip(first, where="A"), loading.load_clip(second, where="B")
+    merged = interpolate(a, b, weight)
+    note = {
+        "a": {"weights": first.weights, "ema": first.ema, "sha256": a.sha256(image=True)},
+        "b": {"weights": second.weights, "ema": second.ema, "sha256": b.sha256(image=True)},
+        "weight": weight,
+    }
+    try:
+        with replace_folder(out, KIND) as scratch:
+            merged.save(scratch / "model")
+            for path in (scratch / "model").iterdir():
+                path.rename(scratch / path.name)
+            (scratch / "model").rmdir()
+            write_text(scratch / NOTE, json.dumps(note, indent=2) + "\n")
+    except OSError as error:
+        needed = sum(value.nbytes for value in merged.model.state_dict().values())
+        raise UserError(why_not_written(out, error, needed)) from None
+    return out
+
+
+def interpolate(a: Clip, b: Clip, weight: float) -> Clip:
+    """A new Clip whose image tower is (1 - weight) * a + weight * b; `a` and `b` stay as they are.
+
+    Integers (batch norm's counts) are those of the nearer model. Raises UserError where the two do not fit.
+    """
+    if not 0 <= weight <= 1:
+        raise UserError(f"--weight: {weight:g} is not between 0 (A alone) and 1 (B alone)")
+    _check_fit(a, b)
+    other = b.model.visual.state_dict()
+
+    def between(name: str, value: Tensor) -> Tensor:
+        if value.is_floating_point():
+            return torch.lerp(value, other[name], weight)
+        return (value if weight < 0.5 else other[name]).clone()
+
+    with torch.no_grad():
+        visual = {name: between(name, value) for name, value in a.model.visual.state_dict().items()}
+    merged = Clip(copy.deepcopy(a.model), a.name, a.config)
+    merged.model.visual.load_state_dict(visual)
+    return merged
+
+
+def _check_fit(a: Clip, b: Clip) -> None:
+    for section in ("model_cfg", "preprocess_cfg"):
+        ours, theirs = a.config[section], b.config[section]
+        apart = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+        if apart:
+            raise UserError(
+                f"A and B: their {section} differs in {', '.join(apart)} ({ours.get(apart[0])} and "
+                f"{theirs.get(apart[0])}); only two models of one architecture can be merged"
+            )
+    if a.sha256(image=False) != b.sha256(image=False):
+        raise UserError(
+            "A and B: their text towers differ, so their embeddings have no space in common; "
+            "merge a model with one that was trained from the same start"
+        )
