@@ -27,10 +27,10 @@ def merge(first: Model, second: Model, weight: float, out: Path) -> Path:
     one. Raises UserError for a weight outside [0,1], models that do not fit each other, and a folder that mmtard did
     not make.
     """
-    check_replaceable(out, KIND)
     for name, spec in (("A", first), ("B", second)):
         if out.exists() and out.resolve() == Path(spec.weights).resolve():
             raise UserError(f"'{out}' is {name} itself; choose another OUT")
+    check_replaceable(out, KIND)
     a, b = loading.load_clip(first, where="A"), loading.load_clip(second, where="B")
     merged = interpolate(a, b, weight)
     note = {

@@ -14,6 +14,7 @@ from mmtard.zero_shot import ZeroShotHead
 HEAD = ZeroShotHead(torch.tensor(TEXT), SCALE)
 SEEDS = torch.arange(40, 40 + B)
 FUSION = {"robust": 0.75, "clean": 0.25}
+SHARPNESS = (0.05, 0.3)
 P_S = p("student", "adv")
 
 
@@ -25,6 +26,8 @@ def expected(name):
             return np.log(P_S[np.arange(B), attack_objectives.wrong_class(torch.tensor(LABELS), SEEDS, C).numpy()])
         case "kl_clean" | "kl_robust" | "kl_self":
             return kl(p({"kl_self": "student"}.get(name, name[3:]), "clean"), P_S)
+        case "kl_start":
+            return kl(p("start", "clean", 1 / SHARPNESS[0]), p("student", "adv", 1 / SHARPNESS[1]))
         case "kl_fused":
             return kl(sum(w * p(m, "clean") for m, w in FUSION.items()), P_S)
         case "kl_adaptive":
@@ -37,7 +40,7 @@ def expected(name):
 @pytest.mark.parametrize("name", ATTACK_OBJECTIVES)
 def test_an_objective_is_its_equation_in_float64(name):
     """Measured from a fixed target to the perturbed student; the gradient reaches a moving teacher and no fixed one."""
-    objective = attack_objectives.find_objective(name, FUSION)
+    objective = attack_objectives.find_objective(name, FUSION, SHARPNESS)
     targets = {q: HEAD(torch.tensor(Z[q]).requires_grad_()) for q in objective.reference_passes}
     student = HEAD(torch.tensor(Z["student", "adv"]).requires_grad_())
     moving = [HEAD(torch.tensor(Z["robust", "adv"]).requires_grad_())] if objective.through_teacher else []
@@ -67,7 +70,7 @@ def test_the_objectives_are_those_of_the_schema_and_ask_for_the_same_models():
 
 @pytest.mark.parametrize("name", ATTACK_OBJECTIVES)
 def test_only_the_objectives_that_say_so_read_labels(name):
-    objective = attack_objectives.find_objective(name, FUSION)
+    objective = attack_objectives.find_objective(name, FUSION, SHARPNESS)
     targets = {q: HEAD(torch.tensor(Z[q])) for q in objective.reference_passes}
     models = [
         HEAD(torch.tensor(Z[m, "adv"]))

@@ -16,7 +16,7 @@ TEXT = RNG.standard_normal((C, D))
 TEXT /= np.linalg.norm(TEXT, axis=1, keepdims=True)
 Z = {p: RNG.standard_normal((B, D)) * 3 for p in PASSES}
 TOKENS = {p: RNG.standard_normal((B, P, D)) * 2 for p in PASSES}
-STATE = {"w_robust": 0.7, "w_clean": 0.2, "w_third": 0.1, "entropy_robust": 0.3, "entropy_third": 0.02}
+STATE = {"w_robust": 0.7, "w_clean": 0.2, "w_third": 0.1, "entropy_robust": 0.3, "entropy_third": 0.7}
 THREE = {"views": {"clean": "clean", "third": "adv", "robust": "adv"}}
 APART = {"views": {"robust": "clean_for_adv", "clean": "clean", "third": "adv", "start": "clean"}}
 CASES = [
@@ -378,7 +378,7 @@ def test_every_method_of_the_schema_has_a_file_and_a_case_here():
 def test_an_unknown_method_is_answered_with_the_known_ones():
     with pytest.raises(
         UserError,
-        match="unknown method 'mmtrd'; known: adaad, ard,"
-        " clean, fare, iad, mmtard, mtard, pmg_aft, rslad, sim_clip, tecoa, tga_zsr, trades",
+        match="unknown method 'mmtrd'; known: adaad, agft, ard,"
+        " clean, fare, iad, lore, mmtard, mtard, pmg_aft, rslad, sim_clip, tecoa, tga_zsr, trades",
     ):
         methods.find_method("mmtrd")

@@ -19,6 +19,7 @@ from mmtard.config import Model
 from mmtard.distributed.interruption import EXIT_REQUEUE
 from mmtard.errors import RunError, UserError
 from mmtard.models import loading
+from mmtard.training import overfitting_alarm
 from mmtard.training.train import Trainer
 from mmtard.training.watchdog import Watchdog
 
@@ -107,10 +108,13 @@ def state(run):
     return json.loads((run / "checkpoints/step-4/state.json").read_text())["method"]
 
 
-def test_three_unlike_teachers_and_their_balanced_weights_survive_an_interruption(
-    train, settings, vit, resnet, tmp_path
+def test_three_unlike_teachers_and_all_that_a_recipe_carries_survive_an_interruption(
+    train, settings, vit, resnet, tmp_path, monkeypatch
 ):
-    """A ViT, a ResNet of another resolution, and a ViT of another width, embedding and context length."""
+    """A ViT, a ResNet of another resolution, and a ViT of another width, embedding and context length; balanced
+    weights, medians of entropies, a learned map and its moments, a ramp, and the alarm's fall back after the first step.
+    """
+    monkeypatch.setattr(overfitting_alarm, "overfitted", lambda single, multi, n, ratio: True)
     wide = tmp_path / "tests-wide-trained.json"
     vision = {"image_size": 24, "patch_size": 8, "width": 48, "layers": 1, "head_width": 16}
     wide.write_text(
@@ -132,7 +136,16 @@ def test_three_unlike_teachers_and_their_balanced_weights_survive_an_interruptio
             "weighting": "mtard",
             "rate": 0.5,
             "cross_modal_weight": 0.1,
-            "views": {"clean": "clean", "robust": "adv", "third": "adv"},
+            "views": {"clean": "clean", "robust": "adv", "third": "clean_for_adv"},
+            "trust": "uncertainty",
+        },
+        "terms": {"anchor": {"teacher": "third"}},
+        "attack": {
+            "algorithm": "nfgsm",
+            "eps": "8/255",
+            "steps": 1,
+            "alarm_every": 1,
+            "ramp": {"until": 3, "eps": "1/2"},
         },
     }
     undisturbed, whole = settings("whole", **ensemble)
@@ -141,6 +154,17 @@ def test_three_unlike_teachers_and_their_balanced_weights_survive_an_interruptio
     assert train(interrupted, AfterTwoSteps()) == EXIT_REQUEUE and len(rows(halves)) == 2
     assert train(interrupted, Never()) == 0
     assert rows(halves) == rows(whole) and state(halves) == state(whole)
+    tensors, same = (
+        {p.name: load_file(p) for p in (run / "checkpoints/step-4").glob("*.safetensors")} for run in (halves, whole)
+    )
+    assert all(tensors[file][name].equal(value) for file in same for name, value in same[file].items())
+    assert "learned.anchor.weight.exp_avg" in same["optimizer.safetensors"]
+    events = [json.loads(line) for line in (whole / "events.jsonl").read_text().splitlines()]
+    assert [(e["step"], e["attack_steps_from_now_on"]) for e in events if "alarm" in e["event"]] == [(1, 3)]
+    assert (
+        state(whole)["entropy_robust"] > 0 and rows(whole)[1]["w_handed_third"] > 0 == rows(whole)[0]["w_handed_third"]
+    )
+    assert {"acc_clean", "acc_adv", "anchor"} <= rows(whole)[0].keys()
     weights = [state(whole)[f"w_{name}"] for name in ("clean", "robust", "third")]
     assert sum(weights) == pytest.approx(1) and len({round(w, 6) for w in weights}) == 3
     assert {f"w_{name}{p}" for name in ("clean", "robust", "third") for p in ("", "_p10", "_p50", "_p90")} <= rows(
@@ -233,7 +257,8 @@ def test_a_method_of_embeddings_trains_on_images_alone_as_it_does_with_classes(t
     assert "24 samples, images 16 px" in capfd.readouterr().out
     classes, beside = settings("classes", **changes)
     assert train(classes, Never()) == 0
-    assert rows(run) == rows(beside) and state(run) == {}
+    with_accuracy = [{k: v for k, v in row.items() if k != "acc_adv"} for row in rows(beside)]
+    assert rows(run) == with_accuracy != rows(beside) and state(run) == {}
     assert all(row["replaced"] == 0 and np.isfinite(row["loss"]) for row in rows(run))
 
 
