@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config import Config, check_world
 from ..data.samples import Batch
+from ..distillation.added_terms import learned_parts
 from ..distillation.task import DistillationTask
 from ..distributed.ranks import Ranks
 from ..errors import UserError
@@ -74,7 +75,8 @@ def resident_parts(config: Config, ranks: Ranks, classes: int, published: bool) 
         name: FrozenTeacher(name, settings, clips[name].tower(), heads[name], ranks, dtype)
         for name, settings in config.ensemble.items()
     }
-    task = DistillationTask(config, engine, heads["student"], teachers)
+    widths = {name: clip.config["model_cfg"]["embed_dim"] for name, clip in clips.items()}
+    task = DistillationTask(config, engine, heads["student"], teachers, learned_parts(config, widths, device))
     share = config.train.batch_size // ranks.world_size
     check_world(config, ranks.world_size)
     batch = random_batch(share, student.size, classes, ranks.rank).to(device)

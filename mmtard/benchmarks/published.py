@@ -62,7 +62,7 @@ class PublishedStep:
                 f"method.name: the published step is that of 'mmtard' with weighting 'official' and the teachers 'clean' "
                 f"and 'robust', not of '{settings.name}'; take configs/vitb32_mmtard.yaml, or leave --against out"
             )
-        self.settings, self.attack, self.models, self.clock = settings, config.attack, models, clock
+        self.settings, self.attack, self.models, self.clock = settings, config.attack.at(0), models, clock
         train = config.train
         self.optimizer = torch.optim.AdamW(
             models.student.parameters(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay

@@ -105,7 +105,7 @@ class TrainingBenchmark:
         batch = replace(parts.batch, teacher_embeddings=stored)
         flops = {model: 0.0 if model in stored else count for model, count in parts.flops.items()}
         adapters = bool(self.config.student.lora)
-        of_sample = sample_flops(flops, parts.task.passes, parts.task.objective, self.config.attack, adapters)
+        of_sample = sample_flops(flops, parts.task.passes, parts.task.objective, parts.task.attack, adapters)
         lr = self.config.train.lr
         return Variant(name, lambda: optimizer_step(parts.task, parts.engine, batch, lr, ranks.device), of_sample)
 
