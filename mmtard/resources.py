@@ -11,6 +11,7 @@ from .errors import UserError
 
 VERSION = "0.1.0"
 PACKAGE = Path(__file__).resolve().parent
+STUDIES = "studies"  # the folder of configs/ whose files are studies, no runs
 SHARED = "base.yaml"  # what other configurations of its folder build on, no run of its own
 
 
@@ -29,7 +30,16 @@ def configurations() -> dict[str, Path]:
     """Name -> file of every run that mmtard brings a configuration for: `vitb32_mmtard`, `baselines/fare`."""
     root = folder("configs")
     paths = sorted(root.rglob("*.yaml"), key=lambda path: (len(path.relative_to(root).parts), path))
-    return {str(path.relative_to(root).with_suffix("")): path for path in paths if path.name != SHARED}
+    return {str(path.relative_to(root).with_suffix("")): path for path in paths if _is_run(path)}
+
+
+def studies() -> dict[str, Path]:
+    """Name -> file of every study that mmtard brings: `shapes`, `cifar`."""
+    return {path.stem: path for path in sorted((folder("configs") / STUDIES).glob("*.yaml"))}
+
+
+def _is_run(path: Path) -> bool:
+    return path.name != SHARED and path.parent.name != STUDIES
 
 
 def find_config(text: str | Path) -> Path:

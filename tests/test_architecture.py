@@ -20,7 +20,9 @@ ORDER = [
     ["distillation", "models"],
     ["embeddings", "evaluation"],
     ["training", "report"],
-    ["export", "launch", "api", "examples", "benchmarks"],
+    ["export", "launch", "api", "benchmarks"],
+    ["study"],
+    ["examples"],
     ["cli"],
     ["__main__"],
 ]
@@ -48,6 +50,7 @@ WITHOUT_TORCH = [
     "mmtard.evaluation.datasets",
     "mmtard.evaluation.protocols",
     "mmtard.evaluation.request",
+    "mmtard.study.plan",
     "mmtard.launch.submit",
     "mmtard.launch.job",
     "mmtard.launch.task",

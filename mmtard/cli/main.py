@@ -12,11 +12,11 @@ import sys
 from ..config.argument_types import check_words
 from ..errors import RunError, UserError
 from ..resources import VERSION
-from . import benchmarks, config, data, evaluation, launch, runs, training
+from . import benchmarks, config, data, evaluation, launch, runs, study, training
 from .command import name_flags
 
 PROGRAM = "mmtard"
-GROUPS = (launch, data, config, training, runs, evaluation, benchmarks)  # as --help lists them
+GROUPS = (launch, data, config, training, runs, evaluation, study, benchmarks)  # as --help lists them
 
 
 # Package -> what needs it, where an installation may do without: those that only measure, attack, export or report.

@@ -33,7 +33,7 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         return tree
     if not isinstance(base, str):
         raise UserError(f"{path}: base: {shorten(base)} is no path; name one YAML file")
-    return _merge(read_tree(path.parent / base, (*seen, path.resolve())), tree)
+    return merge(read_tree(path.parent / base, (*seen, path.resolve())), tree)
 
 
 def override(tree: dict, text: str) -> None:
@@ -118,14 +118,15 @@ def _siblings(path: Path) -> str:
     return f"; did you mean '{path.parent / near[0]}'?" if near else ""
 
 
-def _merge(base: Any, over: Any) -> Any:
+def merge(base: Any, over: Any) -> Any:
+    """`over` laid on `base`, section by section; neither is changed."""
     # Null empties a block; another method replaces the base's, whose settings would not fit it.
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
     merged = dict(base)
     for key, value in over.items():
         replaces = key not in base or (key == "method" and _another_method(base[key], value))
-        merged[key] = value if replaces else _merge(base[key], value)
+        merged[key] = value if replaces else merge(base[key], value)
     return merged
 
 

@@ -50,8 +50,8 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     )
     _add_work(p)
     _add_way(p)
-    _add_job(p.add_argument_group("the job"))
-    _add_cluster(p.add_argument_group("the cluster"))
+    add_job(p.add_argument_group("the job"))
+    add_cluster(p.add_argument_group("the cluster"))
     return p
 
 
@@ -98,7 +98,8 @@ def _add_way(p: argparse.ArgumentParser) -> None:
     how.add_argument("--follow", action="store_true", help="show the logs until the jobs end")
 
 
-def _add_job(job: argparse._ArgumentGroup) -> None:
+def add_job(job: argparse._ArgumentGroup) -> None:
+    """The flags that say what a job is."""
     job.add_argument("--nodes", type=positive, default=1, metavar="N")
     ranks = "one rank each (default 8); 0: one rank a node, without a GPU"
     job.add_argument("--gpus-per-node", type=natural, metavar="N", help=ranks)
@@ -122,7 +123,8 @@ def _add_job(job: argparse._ArgumentGroup) -> None:
     job.add_argument("--mem", metavar="SIZE", help="memory of a node, e.g. 200G")
 
 
-def _add_cluster(cluster: argparse._ArgumentGroup) -> None:
+def add_cluster(cluster: argparse._ArgumentGroup) -> None:
+    """The flags that say where and how a cluster runs it."""
     for name in ("partition", "account", "qos", "constraint", "reservation", "job-name"):
         cluster.add_argument(f"--{name}", metavar="NAME")
     cluster.add_argument(

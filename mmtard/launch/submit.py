@@ -58,12 +58,14 @@ def _run(args) -> int:
     if not args.local:
         snapshot.refuse_patterns()
     if args.dry_run:
-        return _show(todo, request, snapshot)
+        return show_plan(todo, request, snapshot)
     if args.python == sys.executable and importlib.util.find_spec("torch") is None:
         raise UserError(f"'{sys.executable}' has no torch; name the Python of the jobs with --python")
     if args.local and shutil.which(args.python) is None:
         raise UserError(f"--python: '{args.python}' is no program here; give the path of a Python that has torch")
-    return _here(todo, args.python, snapshot, world) if args.local else _submit(todo, request, snapshot, args.follow)
+    return (
+        _here(todo, args.python, snapshot, world) if args.local else submit_plan(todo, request, snapshot, args.follow)
+    )
 
 
 def _refuse_positional_config(overrides: list[str]) -> None:
@@ -73,7 +75,8 @@ def _refuse_positional_config(overrides: list[str]) -> None:
             raise UserError(f"'{text}' is not of the form key.sub=value; name a configuration with --config {text}")
 
 
-def _show(todo: Plan, request: JobRequest, snapshot: Snapshot) -> int:
+def show_plan(todo: Plan, request: JobRequest, snapshot: Snapshot) -> int:
+    """Print what sbatch would be given for each stage; 0."""
     from .job import script
 
     print("# dry run: nothing is written or submitted")
@@ -96,7 +99,8 @@ def _here(todo: Plan, python: str, snapshot: Snapshot, world: int) -> int:
     return 0
 
 
-def _submit(todo: Plan, request: JobRequest, snapshot: Snapshot, then_follow: bool) -> int:
+def submit_plan(todo: Plan, request: JobRequest, snapshot: Snapshot, then_follow: bool) -> int:
+    """Submit the stages of a plan; 0, or the status of following its jobs. Raises UserError where sbatch refuses."""
     from .job import submit
 
     snapshot.write(todo)

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ..errors import UserError
@@ -164,15 +164,34 @@ def _training(found: list[ReportSource]) -> list[Section]:
 
 
 def _render(content: Content, command: str) -> str:
-    environment = Environment(
-        loader=PackageLoader("mmtard.report", "."),
+    shown = [s for s in content.strips if s.samples]
+    return (
+        environment()
+        .get_template(TEMPLATE)
+        .render(
+            content=content,
+            sources=[(source, COLOURS[i % len(COLOURS)]) for i, source in enumerate(content.sources)],
+            strips=shown,
+            glance=[shown[0], *shown[1:][-1:]] if shown else [],
+            training=[section for section in content.training if section.figures],
+            command=typed(command),
+            version=VERSION,
+            written=time.strftime("%Y-%m-%d %H:%M %Z"),
+        )
+    )
+
+
+def environment(*packages: str) -> Environment:
+    """Return what pages are made with: the templates of `packages`, then the report's, and filters for what is shown."""
+    made = Environment(
+        loader=ChoiceLoader([PackageLoader(package, ".") for package in (*packages, "mmtard.report")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=_visible,
     )
-    environment.filters |= {
+    made.filters |= {
         "data_uri": _data_uri,
         "json": _json,
         "line": json.dumps,
@@ -180,17 +199,7 @@ def _render(content: Content, command: str) -> str:
         "lines": lambda text: Markup(escape(visible(text, lines=True))),
         "typed": typed,
     }
-    shown = [s for s in content.strips if s.samples]
-    return environment.get_template(TEMPLATE).render(
-        content=content,
-        sources=[(source, COLOURS[i % len(COLOURS)]) for i, source in enumerate(content.sources)],
-        strips=shown,
-        glance=[shown[0], *shown[1:][-1:]] if shown else [],
-        training=[section for section in content.training if section.figures],
-        command=typed(command),
-        version=VERSION,
-        written=time.strftime("%Y-%m-%d %H:%M %Z"),
-    )
+    return made
 
 
 def _visible(value: object) -> object:

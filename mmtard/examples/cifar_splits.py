@@ -1,0 +1,135 @@
+"""CIFAR-10 and CIFAR-100 as the splits of a study: what is trained on, what settings are chosen by, what is shown.
+
+Adversarial training sees one of the two; the other one's classes are named to it by their words alone (zero-shot).
+Pretraining sees the captions of both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import webdataset as wds
+
+from ..errors import UserError
+from ..files import publish_folder, read_settings
+
+SHARD = 5000
+NAMES = ("cifar10", "cifar100")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Encoded images, their labels [N], and the classes' names."""
+
+    encoded: list[bytes]
+    kind: str  # of the files: webp, png, jpg
+    labels: np.ndarray
+    classes: list[str]
+
+    def take(self, ids: np.ndarray) -> Images:
+        return Images([self.encoded[i] for i in ids], self.kind, self.labels[ids], self.classes)
+
+
+def make_splits(
+    source: Path, out: Path, *, trained: str, validation: int, zeroshot_validation: int, few: int, seed: int
+) -> None:
+    """Write the splits below `out`; nothing is written anew from a source that was written before.
+
+    images/train, images/few (a pool of `few` of them), images/test: of the data set that is `trained` on; images/
+    zeroshot: of the other one, its test images. validation/test and validation/zeroshot: training images of both, in
+    no other split. pretraining/train: all training images of both that are not in a validation split, by the names of
+    all classes. Where a data set has no test images, test takes twice `validation` of its training images.
+    Raises UserError when `source` holds neither archives `cifar10_*train*.npz` and the like, nor folders
+    cifar10/train/CLASS of images.
+    """
+    if trained not in NAMES:
+        raise UserError(f"data.options.trained: '{trained}' is neither of {', '.join(NAMES)}; write one of them")
+    given = sorted(f"{p.name} {p.stat().st_size}" for p in source.glob("*.npz")) if source.is_dir() else []
+    settings = {"source": str(source.resolve()), "files": given, "trained": trained, "seed": seed, "few": few}
+    settings |= {"validation": validation, "zeroshot_validation": zeroshot_validation}
+    if read_settings(out) == settings:
+        return
+    other = next(name for name in NAMES if name != trained)
+    parts = {name: _read(source, name) for name in NAMES}
+    rng = np.random.Generator(np.random.Philox(seed))
+    with publish_folder(out, settings) as partial:
+        kept = {}
+        for name, n in ((trained, validation), (other, zeroshot_validation)):
+            train, test = parts[name]
+            order = _spread(train.labels, rng)
+            if len(order) <= n or (test is None and len(order) <= 3 * n):
+                raise UserError(f"data.options: {n} of {len(order)} images of {name} for validation; ask for fewer")
+            held, rest = order[:n], order[n:]
+            if test is None:
+                test, rest = train.take(np.sort(rest[: 2 * n])), rest[2 * n :]
+            kept[name] = train.take(np.sort(rest)), train.take(np.sort(held)), test
+        _write(kept[trained][0], partial / "images" / "train")
+        few_of = _spread(kept[trained][0].labels, rng)[:few]
+        _write(kept[trained][0].take(np.sort(few_of)), partial / "images" / "few")
+        for split, name in (("test", trained), ("zeroshot", other)):
+            _write(kept[name][2], partial / "images" / split)
+            _write(kept[name][1], partial / "validation" / split)
+        _write_together([kept[name][0] for name in NAMES], partial / "pretraining" / "train")
+
+
+def _spread(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Every place in a random order in which any first n are even over the classes."""
+    shuffled = rng.permutation(len(labels))
+    turn, seen = np.empty(len(labels), dtype=np.int64), {}
+    for i, label in enumerate(labels[shuffled].tolist()):
+        turn[i] = seen[label] = seen.get(label, -1) + 1
+    return shuffled[np.argsort(turn, kind="stable")]
+
+
+def _read(source: Path, name: str) -> tuple[Images, Images | None]:
+    """The training and the test images of a data set; None where it has no test images."""
+    found = {}
+    for split in ("train", "test"):
+        archives = sorted(source.glob(f"{name}_*{split}*.npz"))
+        folder = source / name / split
+        found[split] = _archives(archives) if archives else _folder(folder) if folder.is_dir() else None
+    if found["train"] is None:
+        raise UserError(
+            f"data.source: '{source}' has neither archives {name}_*train*.npz nor a folder {name}/train of images; "
+            "name the folder that holds both CIFAR-10 and CIFAR-100"
+        )
+    return found["train"], found["test"]
+
+
+def _archives(paths: list[Path]) -> Images:
+    encoded, labels = [], []
+    for path in paths:
+        with np.load(path, allow_pickle=False) as stored:  # each look-up decompresses the array anew
+            blob, offset, label, classes = (stored[key] for key in ("blob", "offset", "label", "classes"))
+        whole = blob.tobytes()
+        encoded += [whole[start:end] for start, end in zip(offset[:-1].tolist(), offset[1:].tolist())]
+        labels.append(label)
+    return Images(encoded, "webp", np.concatenate(labels).astype(np.int64), classes.tolist())
+
+
+def _folder(folder: Path) -> Images:
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    files = [(path, i) for i, name in enumerate(classes) for path in sorted((folder / name).iterdir())]
+    kind = files[0][0].suffix.lstrip(".").lower() if files else "png"
+    labels = np.array([i for _, i in files], dtype=np.int64)
+    return Images([path.read_bytes() for path, _ in files], kind, labels, classes)
+
+
+def _write(images: Images, folder: Path) -> None:
+    _write_together([images], folder)
+
+
+def _write_together(parts: list[Images], folder: Path) -> None:
+    """Write images as shards, with the names of all classes end to end, underscores as spaces."""
+    folder.mkdir(parents=True)
+    names = [name.replace("_", " ") for part in parts for name in part.classes]
+    first, i = 0, 0
+    with wds.ShardWriter(str(folder / "%d.tar"), maxcount=SHARD, verbose=0) as shards:
+        for part in parts:
+            for encoded, label in zip(part.encoded, part.labels.tolist()):
+                shards.write({"__key__": f"{i:06d}", part.kind: encoded, "cls": str(first + label).encode()})
+                i += 1
+            first += len(part.classes)
+    (folder / "classnames.txt").write_text("\n".join(names) + "\n")

@@ -1,0 +1,1 @@
+"""Claims with seeds: methods tuned alike, trained, measured by one protocol, and compared on one page. One command."""

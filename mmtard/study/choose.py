@@ -1,0 +1,85 @@
+"""Which of the tuned settings a method is run with, and which method is the baseline: by validation data alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .collect import KINDS, outcome
+from .measures import evaluation
+from .runs import Choice, Run, choices, points, tuning_runs
+from .schema import Study
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A method at a point of the front: its score at each combination of the grid, in [0,1], and the one that won.
+
+    scores: Choice's label -> the mean of all clean and robust accuracies on the validation data.
+    at_edge: the tuned keys whose chosen value is the first or the last of the grid: a better one may lie beyond.
+    """
+
+    run: Run
+    scores: dict[str, float]
+    at_edge: list[str]
+
+    @property
+    def score(self) -> float:
+        return self.scores.get(self.run.choice.label, 0.0)
+
+
+def score(study: Study, run: Run) -> float | None:
+    """The mean of all clean and robust accuracies of a run on the validation data; None where one is missing."""
+    found = [outcome(evaluation(study, run, f"validation-{name}", m)) for name, m in study.validation.items()]
+    if not found or any(one is None for one in found):
+        return None
+    return sum(one.accuracy(kind) for one in found for kind in KINDS) / (len(found) * len(KINDS))
+
+
+def chosen(study: Study) -> dict[tuple[str, int], Tuned]:
+    """(method, number of a point) -> its tuned settings, for all methods whose tuning is complete.
+
+    Of equal scores the first in the grid wins.
+    """
+    only = choices(study)[0]
+    if not study.needs_tuning:
+        first = {method: Run(method, points(study)[0], only, study.seeds[0]) for method in study.methods}
+        known = {method: score(study, run) for method, run in first.items()}
+        return {
+            (method, point.number): Tuned(
+                Run(method, point, only, study.seeds[0]),
+                {} if known[method] is None else {only.label: known[method]},
+                [],
+            )
+            for method in study.methods
+            for point in points(study)
+        }
+    scores: dict[tuple[str, int], dict[int, float | None]] = {}
+    runs = tuning_runs(study)
+    for i, run in enumerate(runs):
+        scores.setdefault((run.method, run.point.number), {})[i] = score(study, run)
+    found = {}
+    for (method, number), by_place in scores.items():
+        if any(value is None for value in by_place.values()):
+            continue
+        best = max(by_place, key=lambda i: (by_place[i], -i))
+        labelled = {runs[i].choice.label: value for i, value in by_place.items()}
+        found[method, number] = Tuned(runs[best], labelled, _at_edge(study, runs[best].choice))
+    if not study.grid.tune_each:
+        for point in points(study)[1:]:
+            for method in study.methods:
+                if (method, 0) in found:
+                    at_first = found[method, 0]
+                    run = Run(method, point, at_first.run.choice, study.seeds[0])
+                    found[method, point.number] = Tuned(run, at_first.scores, at_first.at_edge)
+    return found
+
+
+def best_baseline(study: Study, tuned: dict[tuple[str, int], Tuned]) -> str:
+    """The method with one teacher or none that scores best on the validation data at the main table's settings."""
+    among = [name for name, method in study.methods.items() if method.baseline and (name, 0) in tuned]
+    return max(among, key=lambda name: (tuned[name, 0].score, -among.index(name)))
+
+
+def _at_edge(study: Study, choice: Choice) -> list[str]:
+    edges = {key: (values[0], values[-1]) for key, values in study.grid.tune.items() if len(values) > 1}
+    return [key for key, ends in edges.items() if choice.settings[key] in ends]

@@ -1,0 +1,88 @@
+"""What the runs of a study came to: every sample's outcome, accuracy on the way, seconds, images, FLOPs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..config import show_pixels
+from ..errors import UserError
+from ..evaluation.results import damage_named, read
+from ..files import read_json_lines
+from ..runs import history
+from ..runs.layout import METRICS
+from .measures import Measurement
+
+KINDS = ("clean", "robust")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One evaluation of one model: which of the samples it is right on, clean and under attack. [N] bool each."""
+
+    ids: tuple[int, ...]
+    clean: np.ndarray
+    robust: np.ndarray
+    chance: float
+
+    def flags(self, kind: str) -> np.ndarray:
+        return self.clean if kind == "clean" else self.robust
+
+    def accuracy(self, kind: str) -> float:
+        return float(self.flags(kind).mean())
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a training. seconds: of all its steps; by_step: until each of them. gflop: of one image, NaN if unknown."""
+
+    seconds: float
+    by_step: dict[int, float]
+    images: int
+    gflop: float
+
+
+def outcome(one: Measurement) -> Outcome | None:
+    """What an evaluation found; None where it is missing. Raises UserError for a damaged file."""
+    if not one.done:
+        return None
+    results = read(one.out)
+    with damage_named(one.out):
+        entry = results["datasets"][0]
+        samples = entry["samples"]
+        robust = samples["eps"][show_pixels(one.measure.eps)]["robust"]
+        clean, ids = np.array(samples["clean"], dtype=bool), tuple(samples["ids"])
+        if not len(clean) == len(robust) == len(ids) > 0:
+            raise ValueError("samples of other numbers")
+        return Outcome(ids, clean, np.array(robust, dtype=bool), entry["chance"])
+
+
+def same_samples(outcomes: dict[str, Outcome]) -> None:
+    """Raise UserError where two models of one evaluation were measured on other samples."""
+    first = next(iter(outcomes.items()), None)
+    for name, one in outcomes.items():
+        if one.ids != first[1].ids:
+            raise UserError(
+                f"'{first[0]}' and '{name}' were measured on other samples, so that no difference can be paired; "
+                "remove the evaluations of both, and start the study again"
+            )
+
+
+def cost(run: Path, batch_size: int) -> Cost:
+    """What a training took, by its own metrics; a step that was lost and done again counts once."""
+    rows = read_json_lines(run / METRICS)
+    total, by_step = 0.0, {}
+    for row in rows:
+        total += row.get("seconds") or 0.0
+        by_step[row["step"]] = total
+    starts = history.read(run)
+    world = (starts[-1].get("world_size") if starts else None) or 1
+    # TFLOP/s a rank * ranks / (images/s) is TFLOP an image, whatever the speed was.
+    flop = [
+        1e3 * row["tflops_a_rank"] * world / row["images_per_s"]
+        for row in rows
+        if row.get("tflops_a_rank") and row.get("images_per_s")
+    ]
+    return Cost(total, by_step, len(rows) * batch_size, float(np.median(flop)) if flop else float("nan"))

@@ -1,0 +1,142 @@
+"""All that a study's page says, as arrays: outcomes by method, setting and seed, and how methods differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from .choose import Tuned, best_baseline, chosen
+from .collect import Cost, Outcome, cost, outcome, same_samples
+from .crossed import Difference, holm, paired_difference
+from .efficiency import Trajectory
+from .front import Resampling
+from .measures import START, evaluation, of_model, on_the_way
+from .runs import Run, configuration, points, run_folder, tuning_runs
+from .schema import Study
+
+
+@dataclass(frozen=True)
+class State:
+    """A setting of a method, with the runs of it that were measured, one a seed."""
+
+    method: str
+    label: str
+    runs: tuple[Run, ...]
+    main: bool  # of the main table: the first point, at the tuned settings
+
+
+@dataclass
+class Findings:
+    """What was measured so far. Methods without a complete run are left out, and named in `missing`."""
+
+    study: Study
+    tuned: dict[tuple[str, int], Tuned]
+    outcomes: dict[tuple[str, str], Outcome] = field(default_factory=dict)  # (evaluation, run's name)
+    models: dict[tuple[str, str], Outcome] = field(default_factory=dict)  # (evaluation, model)
+    states: list[State] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    _draws: dict[tuple[int, int], Resampling] = field(default_factory=dict, repr=False)
+
+    @property
+    def main(self) -> dict[str, State]:
+        """Method -> its state of the main table, in the study's order."""
+        return {state.method: state for state in self.states if state.main}
+
+    @cached_property
+    def baseline(self) -> str | None:
+        """The best method with one teacher or none; None where none of them has runs."""
+        known = {key: value for key, value in self.tuned.items() if key[0] in self.main}
+        among = [name for name in self.main if self.study.methods[name].baseline]
+        return best_baseline(self.study, known) if among else None
+
+    def flags(self, name: str, state: State, kind: str, runs: tuple[Run, ...] | None = None) -> np.ndarray:
+        """[S,N] bool: which samples of an evaluation each seed of a state is right on."""
+        return np.stack([self.outcomes[name, run.name].flags(kind) for run in runs or state.runs])
+
+    def accuracy(self, name: str, state: State, kind: str) -> float:
+        return float(self.flags(name, state, kind).mean())
+
+    def difference(self, name: str, kind: str, method: str, other: str) -> Difference | None:
+        """How a method differs from another in the main table, over the seeds that both have; None without any."""
+        a, b = self.main.get(other), self.main.get(method)
+        if a is None or b is None:
+            return None
+        seeds = [run.seed for run in a.runs if run.seed in {r.seed for r in b.runs}]
+        if not seeds:
+            return None
+        pair = [tuple(run for seed in seeds for run in s.runs if run.seed == seed) for s in (a, b)]
+        return paired_difference(self.flags(name, a, kind, pair[0]), self.flags(name, b, kind, pair[1]))
+
+    def against(self, other: str, name: str, kind: str) -> dict[str, tuple[Difference, float]]:
+        """Method -> (difference from `other`, Holm's p over all of these methods)."""
+        found = {m: self.difference(name, kind, m, other) for m in self.main if m != other}
+        found = {m: d for m, d in found.items() if d is not None}
+        adjusted = holm([d.p for d in found.values()])
+        return {m: (d, p) for (m, d), p in zip(found.items(), adjusted)}
+
+    def cost(self, run: Run) -> Cost:
+        return cost(run_folder(self.study, run), configuration(self.study, run).train.batch_size)
+
+    def trajectory(self, state: State, over: str, kind: str = "robust") -> Trajectory | None:
+        """A method's way over `seconds` or `images`, over the seeds that have all of it; None where none has."""
+        costs, flags = [], []
+        for run in state.runs:
+            way = on_the_way(self.study, run)
+            found = [outcome(one) for one in way]
+            if not way or any(one is None for one in found):
+                continue
+            spent, batch = self.cost(run), configuration(self.study, run).train.batch_size
+            steps = [int(one.out.name.split("-")[1]) for one in way]
+            costs.append(
+                [spent.by_step.get(step, spent.seconds) if over == "seconds" else step * batch for step in steps]
+            )
+            flags.append([one.flags(kind) for one in found])
+        return Trajectory(np.array(costs, dtype=float), np.array(flags)) if costs else None
+
+    def resampling(self, seeds: int, samples: int) -> Resampling:
+        """The draws for so many seeds and samples, the same whenever it is asked."""
+        key = seeds, samples
+        if key not in self._draws:
+            self._draws[key] = Resampling.draw(self.study.front.resamples, seeds, samples)
+        return self._draws[key]
+
+
+def collect(study: Study) -> Findings:
+    """Everything that is there. Raises UserError for damaged results, or models measured on other samples."""
+    found = Findings(study, chosen(study))
+    for name in [START, *study.models]:
+        for evaluated, one in zip(study.evaluations, of_model(study, name)):
+            if (result := outcome(one)) is not None:
+                found.models[evaluated, name] = result
+    by_setting: dict[tuple, list[Run]] = {}
+    for run in _runs(study, found.tuned):
+        results = {n: outcome(evaluation(study, run, n, m)) for n, m in study.evaluations.items()}
+        if all(one is not None for one in results.values()):
+            by_setting.setdefault((run.method, run.point.number, run.choice.name), []).append(run)
+            found.outcomes |= {(n, run.name): one for n, one in results.items()}
+        else:
+            found.missing.append(run.words)
+    for (method, number, choice), runs in by_setting.items():
+        won = found.tuned.get((method, number))
+        at_tuned = won is not None and won.run.choice.name == choice
+        label = ", ".join(filter(None, (runs[0].point.label, runs[0].choice.label)))
+        found.states.append(State(method, label, tuple(runs), at_tuned and number == 0))
+    order = {method: i for i, method in enumerate(study.methods)}
+    found.states.sort(key=lambda state: (order[state.method], not state.main))
+    for name in study.evaluations:
+        of_this = {run: one for (n, run), one in {**found.outcomes, **found.models}.items() if n == name}
+        same_samples(of_this)
+    return found
+
+
+def _runs(study: Study, tuned: dict[tuple[str, int], Tuned]) -> list[Run]:
+    """The runs that the study has or is to have, as far as settings are chosen."""
+    runs = tuning_runs(study) if study.needs_tuning else []
+    for point in points(study):
+        for method in study.methods:
+            if (method, point.number) in tuned:
+                won = tuned[method, point.number].run
+                runs += [Run(method, point, won.choice, seed) for seed in study.seeds]
+    return list({run.name: run for run in runs}.values())

@@ -1,0 +1,103 @@
+"""The works of a study on this machine, some side by side, each by a team of worker processes that takes one after another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+from ..distributed.interruption import EXIT_REQUEUE, Interruption
+from ..errors import RunError
+from ..files import slug
+from .plan import Item
+from .team import Team
+
+LOGS = "logs"
+
+
+@dataclass
+class Crew:
+    """The workers of a study. with Crew(...) as crew: crew.do(items) returns when all is done."""
+
+    file: Path  # of the study, as a worker reads it
+    out: Path
+    at_once: int
+    ranks: int
+    threads: int
+    interruption: Interruption
+    say: Callable[[str], None] = print
+
+    def __enter__(self) -> Crew:
+        self.teams = [Team(self.file, self.ranks, self.threads) for _ in range(self.at_once)]
+        self.failed = False
+        return self
+
+    def __exit__(self, *error) -> None:
+        for team in self.teams:
+            team.end(10 if error[0] is None else 1)
+
+    def do(self, items: list[Item], in_order: bool = False) -> None:
+        """Train and measure what is missing. in_order: one after another, since later ones need earlier ones.
+
+        Raises RunError naming the first that fails, when those beside it have ended; with status EXIT_REQUEUE where
+        this process was asked to stop.
+        """
+        todo = [item for item in items if not item.done]
+        teams = self.teams[: 1 if in_order else len(todo)]
+        free: SimpleQueue[Team] = SimpleQueue()
+        for team in teams:
+            team.start()  # by this thread: a process dies with the thread that started it
+            free.put(team)
+        if todo:
+            with ThreadPoolExecutor(len(teams)) as pool:
+                futures = {pool.submit(self._one, item, free): item for item in todo}
+                self._watch(futures, len(items) - len(todo), len(items))
+
+    def _watch(self, futures: dict[Future, Item], done: int, total: int) -> None:
+        left, errors, told = set(futures), [], False
+        while left:
+            ended, left = wait(left, timeout=0.3, return_when=FIRST_COMPLETED)
+            for future in ended:
+                item, (status, message, seconds) = futures[future], future.result()
+                if status == 0 and seconds is not None:
+                    done += 1
+                    self.say(f"[{done}/{total}] {item.phase}: {item.words}: {seconds:.0f} s")
+                elif status and seconds is not None:
+                    errors.append((item, status, message))
+                    self.failed = True
+            if self.interruption and not told:
+                told = self.failed = True
+                self.say(f"stopped by {self.interruption.name}; the runs under way are being saved")
+                for team in self.teams:
+                    team.terminate()
+        if self.interruption:
+            raise RunError(
+                f"stopped by {self.interruption.name}; what is done is kept, the same command goes on", EXIT_REQUEUE
+            )
+        for item, status, message in errors:
+            reason = " ".join(message.split()).rstrip(".") or f"status {status}"
+            raise RunError(
+                f"{item.words}: {reason}; its log is '{self.log(item)}'. The same command goes on from here",
+                status,
+            )
+
+    def log(self, item: Item) -> Path:
+        return self.out / LOGS / f"{slug(item.asked['name'])}.log"
+
+    def _one(self, item: Item, free: SimpleQueue) -> tuple[int, str, float | None]:
+        """(status, message, seconds) of an item; seconds None where it was not begun, since something failed."""
+        team, began = free.get(), time.monotonic()
+        try:
+            for work in item.works:
+                if self.failed or self.interruption:
+                    return 0, "", None
+                self.log(item).parent.mkdir(parents=True, exist_ok=True)
+                status, message = team.ask(work | {"log": str(self.log(item))})
+                if status:
+                    return status, message, time.monotonic() - began
+            return 0, "", time.monotonic() - began
+        finally:
+            free.put(team)

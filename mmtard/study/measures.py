@@ -1,0 +1,105 @@
+"""What is measured of a run or a model: the protocol of each evaluation, and where its results lie. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import Config, Model
+from ..errors import UserError
+from ..evaluation import request
+from ..evaluation.datasets import find_datasets
+from ..evaluation.protocols import Protocol
+from ..evaluation.request import EvaluationRequest
+from ..files import settings_digest, slug
+from ..runs.layout import CHECKPOINTS, EVALUATIONS, RESULTS
+from .runs import MODELS, Run, all_runs, checkpoints, configuration, model_configuration, model_folder, run_folder
+from .schema import Measure, Study
+
+START = "start"  # the student before any training, measured like the models
+CURVE = "curve"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One evaluation of one state of a model. out: the folder of its results."""
+
+    weights: Model
+    measure: Measure
+    protocol: Protocol
+    out: Path
+
+    @property
+    def done(self) -> bool:
+        return (self.out / RESULTS).is_file()
+
+    def request(self) -> EvaluationRequest:
+        """Raises UserError where its data are not one dataset."""
+        sources = find_datasets(self.measure.data)
+        if len(sources) != 1:
+            names = ", ".join(source.name for source in sources)
+            raise UserError(f"'{self.measure.data}' holds several datasets ({names}); name one of their folders")
+        return EvaluationRequest(self.weights, sources, self.protocol, self.out, batch_size=self.measure.batch_size)
+
+
+def of_run(study: Study, run: Run, tuning: bool, chosen: bool) -> list[Measurement]:
+    """What is measured of a run: all evaluations; on validation data where it is for tuning, on the way where chosen."""
+    config, folder = configuration(study, run), run_folder(study, run)
+    named = dict(study.evaluations)
+    if tuning:
+        named |= {f"validation-{name}": measure for name, measure in study.validation.items()}
+    found = [_measurement(name, m, config, folder, Model(weights=str(folder))) for name, m in named.items()]
+    return found + (on_the_way(study, run) if chosen else [])
+
+
+def evaluation(study: Study, run: Run, name: str, measure: Measure) -> Measurement:
+    """One evaluation of a run; validation data have names of their own, `validation-NAME`."""
+    folder = run_folder(study, run)
+    return _measurement(name, measure, configuration(study, run), folder, Model(weights=str(folder)))
+
+
+def on_the_way(study: Study, run: Run) -> list[Measurement]:
+    """The checkpoints of a run, in their order; [] without a curve."""
+    if study.curve is None:
+        return []
+    config, folder = configuration(study, run), run_folder(study, run)
+    found = []
+    for step in checkpoints(study, config.train.steps):
+        weights = Model(weights=str(folder / CHECKPOINTS / f"step-{step}"))
+        found.append(_measurement(f"{CURVE}-{step}", study.curve.measure, config, folder, weights))
+    return found
+
+
+def of_model(study: Study, name: str) -> list[Measurement]:
+    """The evaluations of a model that is trained once, or of the student before any training."""
+    if name == START:
+        config = start_configuration(study)
+        known = {key: getattr(config.student, key) for key in Model.model_fields}
+        folder, weights = Path(study.out) / MODELS / START, Model(**known)
+    else:
+        config, folder = model_configuration(study, name), model_folder(study, name)
+        weights = Model(weights=str(folder))
+    return [_measurement(n, measure, config, folder, weights) for n, measure in study.evaluations.items()]
+
+
+def start_configuration(study: Study) -> Config:
+    """The configuration whose student all methods begin from: that of the first run."""
+    return configuration(study, next(iter(all_runs(study).values())))
+
+
+def protocol_of(measure: Measure, prompts: tuple[str, ...] | None) -> Protocol:
+    """The protocol of an evaluation. Raises UserError for what does not fit, in the words of `mmtard evaluate`."""
+    n_samples = measure.n_samples if isinstance(measure.n_samples, int) else None
+    changes = {"iters": measure.iters, "seed": measure.seed, "n_samples": n_samples}
+    changes |= {"attacks": measure.attacks and tuple(measure.attacks)}
+    changes |= {"templates": tuple(measure.templates) if measure.templates else prompts}
+    return request.protocol(measure.protocol, [measure.eps], False, measure.n_samples == "all", **changes)
+
+
+def _measurement(name: str, measure: Measure, config: Config, folder: Path, weights: Model) -> Measurement:
+    prompts = config.data.templates
+    prompts = [prompts] if isinstance(prompts, str) and "{" in prompts else prompts
+    # From a file of prompts, a run knows its own; the dataset's stand in for the student before training.
+    protocol = protocol_of(measure, tuple(prompts) if isinstance(prompts, list) else None)
+    digest = settings_digest({"protocol": protocol.settings(), "data": measure.data})[:8]
+    return Measurement(weights, measure, protocol, folder / EVALUATIONS / slug(f"{name}-{digest}"))

@@ -1,0 +1,98 @@
+"""A study's page and files: OUT/report/study.html, figures, tables as CSV and LaTeX, and the numbers behind them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+from ..files import check_replaceable, replace_folder, why_not_written
+from ..report.page import environment
+from ..report.shown import typed
+from ..report.style import Figure
+from ..report.table_files import as_csv, as_latex
+from ..report.tables import Table
+from ..resources import VERSION
+from . import figures, records, tables
+from .findings import Findings
+from .loading import dump
+from .schema import Study
+from .verdict import verdict
+
+FOLDER, PAGE, TEMPLATE = "report", "study.html", "page.html.j2"
+KIND = "study"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page under its own heading."""
+
+    anchor: str
+    title: str
+    figures: list[Figure]
+    tables: list[Table]
+
+
+def check_folder(study: Study) -> None:
+    """Raise UserError where the page would replace something that no study wrote; before hours of work."""
+    check_replaceable(Path(study.out) / FOLDER, KIND)
+
+
+def write(found: Findings, command: str) -> Path:
+    """Write the page and its files; return the page's path. Raises UserError where they cannot be written."""
+    sections = _sections(found)
+    made = records.files(found, command)
+    out = Path(found.study.out) / FOLDER
+    try:
+        with replace_folder(out, KIND) as scratch:
+            (scratch / PAGE).write_text(_render(found, sections, command, made["made_with.json"]), encoding="utf-8")
+            for name, text in made.items():
+                (scratch / name).write_text(text, encoding="utf-8")
+            for figure in (figure for section in sections for figure in section.figures):
+                for kind, data in {"png": figure.png, **figure.vector}.items():
+                    (scratch / f"{figure.name}.{kind}").write_bytes(data)
+            for table in (table for section in sections for table in section.tables):
+                (scratch / f"table-{table.name}.csv").write_text(as_csv(table), encoding="utf-8")
+                (scratch / f"table-{table.name}.tex").write_text(as_latex(table), encoding="utf-8")
+    except OSError as error:
+        raise UserError(why_not_written(out, error)) from None
+    return out / PAGE
+
+
+def _sections(found: Findings) -> list[Section]:
+    made = [
+        Section("accuracy", "Accuracy and differences", [], [tables.accuracies(found), tables.differences(found)]),
+        Section("front", "The front", figures.fronts(found), [tables.fronts(found)]),
+        Section("speed", "Robustness over time", figures.curves(found), [tables.speed(found)]),
+        Section("ablations", "Ablations", [], [tables.ablations(found)]),
+        Section("cost", "Cost", [], [tables.costs(found)]),
+        Section("tuning", "Tuning", [], [tables.tuning(found)]),
+    ]
+    made = [Section(s.anchor, s.title, s.figures, [t for t in s.tables if t is not None]) for s in made]
+    return [s for s in made if s.figures or s.tables]
+
+
+def _render(found: Findings, sections: list[Section], command: str, made_with: str) -> str:
+    study = found.study
+    runs = sum(len(state.runs) for state in found.states)
+    counts = (
+        f"{len(study.methods)} methods, {runs} trainings, seeds {', '.join(map(str, study.seeds))}; every method was tuned "
+        f"on the same grid ({', '.join(study.grid.tune)}) by the same score on validation data, and trained at one budget."
+    )
+    return (
+        environment("mmtard.study")
+        .get_template(TEMPLATE)
+        .render(
+            study=study,
+            verdict=verdict(found),
+            missing=found.missing,
+            sections=sections,
+            counts=counts,
+            command=typed(command),
+            written_study=dump(study),
+            made_with=made_with,
+            written=time.strftime("%Y-%m-%d %H:%M %Z"),
+            version=VERSION,
+        )
+    )

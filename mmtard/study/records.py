@@ -1,0 +1,123 @@
+"""A study's numbers as small CSV files, one fact a line, with how they came to be: for programs, and to be kept."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+from ..runs.environment import environment
+from .collect import KINDS
+from .findings import Findings
+from .runs import Run
+from .tables import front_estimates
+
+
+def files(found: Findings, command: str) -> dict[str, str]:
+    """Name -> content of every file."""
+    return {
+        "runs.csv": _runs(found),
+        "differences.csv": _differences(found),
+        "fronts.csv": _fronts(found),
+        "curves.csv": _curves(found),
+        "tuning.csv": _tuning(found),
+        "made_with.json": _made_with(found, command),
+    }
+
+
+def _runs(found: Findings) -> str:
+    rows = []
+    for state in found.states:
+        for run in state.runs:
+            spent = found.cost(run)
+            for name in found.study.evaluations:
+                one = found.outcomes[name, run.name]
+                values = {"clean": one.accuracy("clean"), "robust": one.accuracy("robust"), "n": len(one.ids)}
+                costs = {
+                    "seconds": f"{spent.seconds:.1f}",
+                    "images": spent.images,
+                    "gflop_an_image": f"{spent.gflop:.4g}",
+                }
+                rows.append({**_named(run), "main": int(state.main), "evaluation": name, **values, **costs})
+    for (name, model), one in found.models.items():
+        values = {"clean": one.accuracy("clean"), "robust": one.accuracy("robust"), "n": len(one.ids)}
+        rows.append({"method": model, "setting": "", "seed": "", "main": 0, "evaluation": name, **values})
+    return _csv(rows)
+
+
+def _differences(found: Findings) -> str:
+    rows = []
+    for other in found.main:
+        for name in found.study.evaluations:
+            for kind in KINDS:
+                for method, (d, adjusted) in found.against(other, name, kind).items():
+                    numbers = {"difference": d.mean, "low95": d.low, "high95": d.high, "p": d.p, "holm_p": adjusted}
+                    judged = {"freedom": d.freedom, "seeds": d.seeds, "samples": d.samples}
+                    shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in {**numbers, **judged}.items()}
+                    is_best = int(other == found.baseline)
+                    of = {"method": method, "minus": other, "best_baseline": is_best, "evaluation": name, "kind": kind}
+                    rows.append({**of, **shown})
+    return _csv(rows)
+
+
+def _fronts(found: Findings) -> str:
+    rows = []
+    for method in dict.fromkeys(state.method for state in found.states):
+        for name in found.study.evaluations:
+            dominated, gain, equal = front_estimates(found, name, method)
+            row = {"method": method, "evaluation": name, "area": f"{dominated:.6g}"}
+            for key, one in (("area_minus_baseline", gain), ("clean_at_equal_robustness", equal)):
+                numbers = ("", "", "") if one is None else (one.value, one.low, one.high)
+                row |= {
+                    f"{key}{end}": f"{v:.6g}" if v != "" else "" for end, v in zip(("", "_low95", "_high95"), numbers)
+                }
+            rows.append(row)
+    return _csv(rows)
+
+
+def _curves(found: Findings) -> str:
+    rows = []
+    for method, state in found.main.items():
+        ways = {over: found.trajectory(state, over) for over in ("seconds", "images")}
+        clean = found.trajectory(state, "images", "clean")
+        if ways["images"] is None or clean is None:
+            continue
+        seeds, states, _ = clean.flags.shape
+        for s in range(seeds):
+            for t in range(states):
+                spent = {"seconds": f"{ways['seconds'].costs[s, t]:.1f}", "images": int(ways["images"].costs[s, t])}
+                found_there = {"clean": clean.flags[s, t].mean(), "robust": ways["images"].flags[s, t].mean()}
+                rows.append({"method": method, "seed": state.runs[s].seed, **spent, **found_there})
+    return _csv(rows)
+
+
+def _tuning(found: Findings) -> str:
+    rows = []
+    for (method, number), tuned in found.tuned.items():
+        for label, value in tuned.scores.items():
+            chosen = int(label == tuned.run.choice.label)
+            rows.append({"method": method, "point": number, "setting": label, "score": value, "chosen": chosen})
+    return _csv(rows)
+
+
+def _made_with(found: Findings, command: str) -> str:
+    known = environment([])
+    known.pop("command", None)
+    known.pop("hosts", None)
+    return (
+        json.dumps({"command": command, "title": found.study.title, "missing": found.missing, **known}, indent=1) + "\n"
+    )
+
+
+def _named(run: Run) -> dict:
+    label = ", ".join(filter(None, (run.point.label, run.choice.label)))
+    return {"method": run.method, "setting": label, "seed": run.seed}
+
+
+def _csv(rows: list[dict]) -> str:
+    out = io.StringIO()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()

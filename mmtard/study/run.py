@@ -1,0 +1,92 @@
+"""A study from beginning to end: materials, teachers, tuning, seeds, page. What is done is not done again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from ..distributed.interruption import Interruption
+from ..errors import UserError
+from ..files import exclusive, held, why_not_written, write_text
+from . import loading, runs
+from .choose import chosen
+from .here import Crew
+from .plan import Item, model_items, seed_items, show, tuning_items
+from .schema import Study
+
+LOCK = ".study.lock"
+Maker = Callable[[Study], None]  # makes the data and the pretrained models of a study, what is there excepted
+
+
+def items(study: Study) -> list[Item]:
+    """All that is to be trained and measured, as far as settings are chosen."""
+    won = {key: tuned.run for key, tuned in chosen(study).items()}
+    return [*model_items(study), *tuning_items(study), *seed_items(study, won)]
+
+
+def dry_run(study: Study) -> None:
+    """Print what is done and what is missing; nothing is written."""
+    runs.check(study)
+    planned = items(study)
+    for item in planned:
+        item.check_settings()
+    show(study, planned)
+    waiting = [name for name in study.methods if (name, 0) not in chosen(study)]
+    if waiting:
+        more = len(study.seeds) * len(runs.points(study)) * len(waiting) - len(waiting)
+        print(f"after tuning, up to {more} trainings more: the other seeds and settings of {', '.join(waiting)}")
+
+
+def run_here(study: Study, make: Maker, interruption: Interruption, command: str, say: Callable = print) -> Path:
+    """Do on this machine what is missing, and write the page; its path.
+
+    Raises UserError for what the user can mend, before anything is trained where it can be seen then; RunError where a
+    run fails, or with status EXIT_REQUEUE where this process was asked to stop: the same call goes on.
+    """
+    from . import findings, page  # matplotlib: not before it is needed
+
+    runs.check(study)
+    page.check_folder(study)
+    folder = prepare_folder(study)
+    if held(folder / LOCK):
+        raise UserError(f"'{folder}': another process works on this study; wait for it, or name another --out")
+    with exclusive(folder / LOCK):
+        make(study)
+        crew = Crew(folder / loading.FILE, folder, study.at_once, study.ranks, study.threads, interruption, say)
+        with crew:
+            crew.do(_checked(model_items(study)), in_order=True)
+            crew.do(_checked(tuning_items(study)))
+            crew.do(_checked(seed_items(study, {key: tuned.run for key, tuned in chosen(study).items()})))
+        return page.write(findings.collect(study), command)
+
+
+def prepare_folder(study: Study) -> Path:
+    """Make the study's folder, and write into it the study as it is run. Raises UserError where that cannot be."""
+    folder = Path(study.out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / loading.FILE, loading.dump(study))
+        with suppress(FileExistsError):
+            os.mkdir(folder / runs.RUNS)
+    except OSError as error:
+        raise UserError(f"out: {why_not_written(folder, error)}; name another folder with --out") from None
+    return folder
+
+
+def write_page(study: Study, command: str) -> Path:
+    """Write the page of what is there, complete or not; its path."""
+    from . import findings, page
+
+    page.check_folder(study)
+    found = findings.collect(study)
+    if not found.states:
+        raise UserError(f"'{study.out}' has no measured run yet; start the study without --page")
+    return page.write(found, command)
+
+
+def _checked(planned: list[Item]) -> list[Item]:
+    for item in planned:
+        item.check_settings()
+    return planned

@@ -1,0 +1,205 @@
+"""The runs of a study: each method at each setting with each seed, as configurations in folders of their own. No torch."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import config as settings, resources
+from ..config import Config
+from ..config.yaml_tree import merge, override, read_tree
+from ..errors import UserError
+from ..files import slug
+from .schema import Contender, Settings, Study
+
+RUNS, MODELS = "runs", "models"  # folders of a study
+# What a run of a study does without: they cost time that would count as the method's.
+QUIET = {"log": {"tensorboard": False, "wandb": None}, "probe": None}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting of the front, the same for every method. number: its place; 0 is the main table's."""
+
+    number: int
+    settings: Settings
+
+    @property
+    def name(self) -> str:
+        """What differs from other points, as a part of a path; "" where the grid varies nothing."""
+        return _slug(self.settings)
+
+    @property
+    def label(self) -> str:
+        return _label(self.settings)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A combination of the values that are tuned."""
+
+    settings: Settings
+
+    @property
+    def name(self) -> str:
+        return _slug(self.settings)
+
+    @property
+    def label(self) -> str:
+        return _label(self.settings)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training of the comparison."""
+
+    method: str
+    point: Point
+    choice: Choice
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its place below STUDY/runs."""
+        return "/".join(filter(None, (self.method, self.point.name, self.choice.name, f"seed-{self.seed}")))
+
+    @property
+    def words(self) -> str:
+        """Its name for people."""
+        return ", ".join(filter(None, (self.method, self.point.label, self.choice.label, f"seed {self.seed}")))
+
+
+def points(study: Study) -> list[Point]:
+    """Every setting that fronts are drawn over; the first is the main table's."""
+    merged = [_joined(parts) for parts in itertools.product(*study.grid.vary)]
+    return [Point(i, one) for i, one in enumerate(merged)]
+
+
+def choices(study: Study) -> list[Choice]:
+    """Every combination of the values that are tuned."""
+    tune = study.grid.tune
+    return [Choice(dict(zip(tune, values))) for values in itertools.product(*tune.values())]
+
+
+def tuning_runs(study: Study) -> list[Run]:
+    """The runs that settings are chosen by: the first seed of every method at every combination."""
+    at = points(study) if study.grid.tune_each else points(study)[:1]
+    return [
+        Run(method, point, choice, study.seeds[0])
+        for point in at
+        for method in study.methods
+        for choice in choices(study)
+    ]
+
+
+def all_runs(study: Study) -> dict[str, Run]:
+    """Name -> every run that the study may come to have, whatever is chosen."""
+    every = itertools.product(study.methods, points(study), choices(study), study.seeds)
+    return {run.name: run for run in itertools.starmap(Run, every)}
+
+
+def run_folder(study: Study, run: Run) -> Path:
+    return Path(study.out) / RUNS / run.name
+
+
+def model_folder(study: Study, name: str) -> Path:
+    return Path(study.out) / MODELS / name
+
+
+def configuration(study: Study, run: Run) -> Config:
+    """The resolved configuration of a run. Raises UserError that names the method and the setting that does not fit."""
+    method = study.methods[run.method]
+    tree = copy.deepcopy(merge(_base(study, method), method.settings))  # overrides change it in place
+    for key, value in {**run.point.settings, **run.choice.settings}.items():
+        override(tree, f"{key}={json.dumps(value)}")
+    tree |= {"seed": run.seed, "run_dir": str(run_folder(study, run))}
+    return _validated(f"methods.{run.method}", _with_checkpoints(study, tree, measured=True))
+
+
+def model_configuration(study: Study, name: str) -> Config:
+    """The resolved configuration of a model that is trained once. Raises UserError that names it."""
+    tree = merge(_base(study), study.models[name].settings)
+    tree["run_dir"] = str(model_folder(study, name))
+    return _validated(f"models.{name}", _with_checkpoints(study, tree, measured=False))
+
+
+def check(study: Study) -> None:
+    """Raise UserError where a configuration does not fit, or the methods are not compared at one budget and one grid."""
+    for name in study.models:
+        model_configuration(study, name)
+    fixed = {*study.grid.tune, *(key for axis in study.grid.vary for one in axis for key in one)}
+    for name, method in study.methods.items():
+        for key in sorted(fixed & set(_dotted(method.settings))):
+            raise UserError(
+                f"methods.{name}.settings: sets {key}, which the grid sets for every method; remove it there"
+            )
+    for point in points(study):
+        budgets: dict[tuple, str] = {}
+        for method, choice in itertools.product(study.methods, choices(study)):
+            train = configuration(study, Run(method, point, choice, study.seeds[0])).train
+            budgets.setdefault((train.steps, train.batch_size), method)
+        if len(budgets) > 1:
+            told = ", ".join(f"methods.{m} trains {s} steps of {b} images" for (s, b), m in list(budgets.items())[:2])
+            raise UserError(
+                f"{told}; compare methods at one budget: give all the same train.steps and train.batch_size"
+            )
+
+
+def checkpoints(study: Study, steps: int) -> list[int]:
+    """The steps at which a run of so many is measured on the way, the last one included; [] without a curve."""
+    if study.curve is None:
+        return []
+    every = max(1, steps // study.curve.points)
+    return [*range(every, steps - every // 2, every), steps]
+
+
+# ---------------------------------------------------------------- the parts
+
+
+def _base(study: Study, method: Contender | None = None) -> Settings:
+    named = method.configuration if method and method.configuration else study.configuration
+    tree = read_tree(resources.find_config(named)) if named else {}
+    return merge(merge(tree, study.settings), QUIET)
+
+
+def _with_checkpoints(study: Study, tree: Settings, measured: bool) -> Settings:
+    steps = tree.get("train", {}).get("steps") if isinstance(tree.get("train"), dict) else None
+    if not isinstance(steps, int) or steps < 1:
+        return tree  # the schema names what is wrong with it
+    at = checkpoints(study, steps) if measured else []
+    every = at[0] if at else steps
+    return merge(tree, {"checkpoint": {"every": every, "keep_every": every}})
+
+
+def _validated(where: str, tree: Settings) -> Config:
+    try:
+        return settings.validate(tree)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _dotted(tree: Settings, prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        place = f"{prefix}{key}"
+        yield place
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{place}.")
+
+
+def _joined(parts: tuple[Settings, ...]) -> Settings:
+    joined: Settings = {}
+    for part in parts:
+        joined |= part
+    return joined
+
+
+def _slug(one: Settings) -> str:
+    return "_".join(slug(f"{key}={value}") for key, value in one.items())
+
+
+def _label(one: Settings) -> str:
+    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in one.items())

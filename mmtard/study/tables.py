@@ -1,0 +1,250 @@
+"""The tables of a study, as the report's pages and files take them."""
+
+from __future__ import annotations
+
+import statistics
+
+import numpy as np
+
+from ..report.tables import NONE, Cell, Table
+from .collect import KINDS
+from .crossed import Difference
+from .efficiency import own_speed_up, speed_up
+from .findings import Findings, State
+from .front import Estimate, area, clean_at, estimate
+from .measures import START
+
+SEVERAL = "±: standard deviation of a run over seeds, n - 1 in its denominator"
+
+
+def accuracies(found: Findings) -> Table:
+    """Mean and standard deviation over seeds of every method at its tuned settings; the models that were given."""
+    rows = []
+    for method, state in found.main.items():
+        label = found.study.labels[method] + (" (baseline)" if found.study.methods[method].baseline else "")
+        rows.append((label, [_spread(found, n, state, k) for n in found.study.evaluations for k in KINDS]))
+    for model in [START, *found.study.models]:
+        cells = []
+        for name in found.study.evaluations:
+            one = found.models.get((name, model))
+            cells += [NONE] * 2 if one is None else [Cell(_percent(one.accuracy(kind))) for kind in KINDS]
+        rows.append((f"{model} (not compared)", cells))
+    chance = ", ".join(f"{n} {_percent(o.chance)}" for (n, m), o in found.models.items() if m == START)
+    notes = [f"In %. {SEVERAL}; small: seeds. Chance level: {chance or 'not known'}."]
+    notes.append("Clean accuracy is of the samples that were attacked, so that both columns are of the same.")
+    return Table(_head(found, ""), rows, "Accuracy at the tuned settings", notes, "accuracy")
+
+
+def differences(found: Findings) -> Table | None:
+    """Every method against the best baseline, judged over samples and seeds."""
+    if found.baseline is None or len(found.main) < 2:
+        return None
+    columns = {(n, k): found.against(found.baseline, n, k) for n in found.study.evaluations for k in KINDS}
+    rows = [
+        (found.study.labels[m], [_difference(columns[at].get(m)) for at in columns])
+        for m in found.main
+        if m != found.baseline
+    ]
+    notes = [
+        "In points; small: 95 % interval, p of the mixed model over samples and seeds, and p after Holm's correction "
+        "for the methods of the column. The baseline is the one of these that scores best on validation data.",
+        *_one_seed(found),
+    ]
+    caption = f"Difference from {found.study.labels[found.baseline]}, the best with one teacher or none"
+    return Table(_head(found, ""), rows, caption, notes, "differences")
+
+
+def ablations(found: Findings) -> Table | None:
+    """Every method without one part against the whole one: what the part is worth."""
+    rows = []
+    for name, method in found.study.methods.items():
+        if method.ablates is not None and name in found.main and method.ablates in found.main:
+            cells = []
+            for evaluated in found.study.evaluations:
+                for kind in KINDS:
+                    d = found.difference(evaluated, kind, name, method.ablates)
+                    cells.append(_difference(None if d is None else (d, None)))
+            rows.append((f"{found.study.labels[name]} minus {found.study.labels[method.ablates]}", cells))
+    if not rows:
+        return None
+    notes = ["In points: what is lost (-) or gained (+) without the part; small: 95 % interval and p, not corrected."]
+    return Table(_head(found, ""), rows, "Ablations: one part off at a time", notes + _one_seed(found), "ablations")
+
+
+def fronts(found: Findings) -> Table | None:
+    """The area that each method's settings dominate, and its clean accuracy at the baseline's robustness."""
+    if not found.states:
+        return None
+    names, rows = list(found.study.evaluations), []
+    for method in dict.fromkeys(state.method for state in found.states):
+        cells = []
+        for name in names:
+            dominated, gain, at_equal = front_estimates(found, name, method)
+            cells += [Cell(f"{100 * dominated:.2f}"), _estimate(gain), _estimate(at_equal)]
+        settings = sum(state.method == method for state in found.states)
+        rows.append((f"{found.study.labels[method]}, {settings} settings", cells))
+    titles = ["area", "minus baseline's", "clean at equal robustness"]
+    head = [[("", 1), *((n, 3) for n in names)], [("method", 1), *((t, 1) for _ in names for t in titles)]]
+    x, y = found.study.front.reference
+    notes = [
+        f"area: of clean x robust accuracy dominated from the corner ({x:g}, {y:g}), in % of the unit square; all "
+        "methods have the same grid of settings, so a wider one is no advantage.",
+        "clean at equal robustness: the front's clean accuracy, less that of the baseline's front, where the baseline "
+        "at its tuned settings is as robust; in points; – where the method has no setting as robust.",
+        "small: 95 % interval over resampled seeds and samples (pigeonhole bootstrap).",
+    ]
+    return Table(head, rows, "The front of clean and robust accuracy", notes, "front")
+
+
+def front_estimates(found: Findings, name: str, method: str) -> tuple[float, Estimate | None, Estimate | None]:
+    """(dominated area, its difference from the baseline's, clean accuracy at its robustness less the baseline's)."""
+    ours = _points(found, name, method)
+    dominated = area(ours[0], found.study.front.reference)
+    if found.baseline is None or method == found.baseline:
+        return dominated, None, None
+    theirs = _points(found, name, found.baseline)
+    reference = found.study.front.reference
+    gains = np.array([area(a, reference) - area(b, reference) for a, b in zip(ours[1], theirs[1])])
+    gain = estimate(dominated - area(theirs[0], reference), gains)
+    main = next(i for i, s in enumerate(_states(found, found.baseline)) if s.main)
+
+    def at_equal(a: np.ndarray, b: np.ndarray) -> float:
+        return clean_at(a, b[main][1]) - clean_at(b, b[main][1])
+
+    value = at_equal(ours[0], theirs[0])
+    equal = None if np.isnan(value) else estimate(value, np.array([at_equal(a, b) for a, b in zip(ours[1], theirs[1])]))
+    return dominated, gain, equal
+
+
+def speed(found: Findings) -> Table | None:
+    """How much sooner each method is as robust as one of them ends."""
+    against = found.study.curve and (found.study.curve.against or found.baseline)
+    if not against or against not in found.main:
+        return None
+    rows = []
+    for method, state in found.main.items():
+        cells = []
+        for over in ("seconds", "images"):
+            ours, theirs = found.trajectory(state, over), found.trajectory(found.main[against], over)
+            if ours is None or theirs is None or ours.flags.shape != theirs.flags.shape:
+                cells.append(NONE)
+            elif method == against:
+                cells.append(Cell(f"{own_speed_up(theirs):.2f}", "itself, by its own curve"))
+            else:
+                resampling = found.resampling(ours.flags.shape[0], ours.flags.shape[2])
+                k = speed_up(ours, theirs, resampling)
+                cells.append(Cell(f"{k.value:.2f}" if k.value else "never", f"{k.low:.2f} to {k.high:.2f}"))
+        rows.append((found.study.labels[method], cells))
+    label = found.study.labels[against]
+    notes = [
+        f"k: the whole cost of {label}, divided by the cost at which the method's curve first reaches the robust "
+        f"accuracy that {label} ends with; small: 95 % interval over resampled seeds and samples, 0: not reached.",
+        "A curve's early states are of a learning-rate schedule that is not over: a run planned shorter may do better.",
+        f"Seconds are those of the training steps, {found.study.at_once} run(s) side by side.",
+    ]
+    head = [[("method", 1), ("in seconds, k", 1), ("in images, k", 1)]]
+    return Table(head, rows, f"Reaches the final robust accuracy of {label} in 1/k of its cost", notes, "speed")
+
+
+def costs(found: Findings) -> Table:
+    """GFLOP an image, images and seconds of each method's runs."""
+    rows = []
+    for method, state in found.main.items():
+        spent = [found.cost(run) for run in state.runs]
+        seconds = [one.seconds for one in spent]
+        gflop = spent[0].gflop
+        cells = [Cell("–" if np.isnan(gflop) else f"{gflop:.3g}"), Cell(str(spent[0].images)), _mean(seconds, "{:.0f}")]
+        cells.append(_mean([one.images / one.seconds for one in spent if one.seconds], "{:.0f}"))
+        rows.append((found.study.labels[method], cells))
+    head = [[("method", 1), ("GFLOP an image", 1), ("images", 1), ("seconds", 1), ("images/s", 1)]]
+    notes = [
+        "GFLOP an image: attack, teachers and student, a multiply-add counted as two. Seconds are those of the "
+        f"training steps, {found.study.at_once} run(s) side by side. {SEVERAL}."
+    ]
+    return Table(head, rows, "Cost of a training", notes, "cost")
+
+
+def tuning(found: Findings) -> Table | None:
+    """The score of every combination of the grid on validation data, and the one that each method is run with."""
+    if not found.study.needs_tuning:
+        return None
+    labels = list(dict.fromkeys(label for tuned in found.tuned.values() for label in tuned.scores))
+    rows, edges = [], []
+    for (method, number), tuned in found.tuned.items():
+        if number and not found.study.grid.tune_each:
+            continue
+        name = ", ".join(filter(None, (found.study.labels[method], tuned.run.point.label)))
+        best = tuned.run.choice.label
+        rows.append((name, [Cell(_percent(tuned.scores[x]), "chosen" if x == best else "") for x in labels]))
+        edges += [f"{name}: {key} = {tuned.run.choice.settings[key]}" for key in tuned.at_edge]
+    notes = [
+        "The mean of clean and robust accuracy on the validation data, in %, of the first seed. No table shows them."
+    ]
+    if edges:
+        notes.append(f"At the edge of its grid, so that a better value may lie beyond: {'; '.join(edges)}.")
+    return Table(
+        [[("method", 1), *((x, 1) for x in labels)]], rows, "What the settings were chosen by", notes, "tuning"
+    )
+
+
+# ---------------------------------------------------------------- the parts
+
+
+def _head(found: Findings, corner: str) -> list[list[tuple[str, int]]]:
+    names = list(found.study.evaluations)
+    return [[(corner, 1), *((n, 2) for n in names)], [("method", 1), *((k, 1) for _ in names for k in KINDS)]]
+
+
+def _spread(found: Findings, name: str, state: State, kind: str) -> Cell:
+    values = [100 * v for v in found.flags(name, state, kind).mean(1)]
+    return _mean(values, "{:.1f}", f"{len(values)} seed{'s' * (len(values) > 1)}")
+
+
+def _mean(values: list[float], form: str, below: str = "") -> Cell:
+    if not values:
+        return NONE
+    spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
+    return Cell(form.format(statistics.fmean(values)) + spread, below)
+
+
+def _difference(one: tuple[Difference, float | None] | None) -> Cell:
+    if one is None:
+        return NONE
+    d, adjusted = one
+    corrected = "" if adjusted is None else f", Holm {adjusted:.2g}"
+    return Cell(f"{100 * d.mean:+.1f}", f"{100 * d.low:+.1f} to {100 * d.high:+.1f}, p {d.p:.2g}{corrected}")
+
+
+def _estimate(one: Estimate | None) -> Cell:
+    if one is None:
+        return NONE
+    unknown = f", {100 * one.unknown:.0f} % not as robust" if one.unknown > 0.005 else ""
+    return Cell(f"{100 * one.value:+.2f}", f"{100 * one.low:+.2f} to {100 * one.high:+.2f}{unknown}")
+
+
+def _states(found: Findings, method: str) -> list[State]:
+    return [state for state in found.states if state.method == method]
+
+
+def _points(found: Findings, name: str, method: str) -> tuple[np.ndarray, np.ndarray]:
+    """(clean and robust accuracy [P,2] of a method's settings, the same of each resample [R,P,2])."""
+    states = _states(found, method)
+    means = np.array([[found.accuracy(name, state, kind) for kind in KINDS] for state in states])
+    resampled = []
+    for state in states:
+        flags = np.stack([found.flags(name, state, kind) for kind in KINDS], axis=1)  # [S,2,N]
+        resampled.append(found.resampling(flags.shape[0], flags.shape[2]).means(flags))
+    return means, np.stack(resampled, axis=1)
+
+
+def _one_seed(found: Findings) -> list[str]:
+    few = [found.study.labels[m] for m, state in found.main.items() if len(state.runs) == 1]
+    return (
+        [f"One seed of {', '.join(few)}: judged over samples alone, so of these models, not of the methods."]
+        if few
+        else []
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"

@@ -1,0 +1,200 @@
+"""A study's file: what it resolves to, what is refused and with which words, what a dry run lists."""
+
+import json
+from fractions import Fraction
+
+import pytest
+from tiny_study import measure, tree, write
+
+from mmtard.cli.main import main
+from mmtard.errors import UserError
+from mmtard.study import choose, loading, measures, plan, runs
+
+
+@pytest.fixture
+def study(tmp_path, vit):
+    """Call with changes: the study that the file resolves to."""
+    return lambda *overrides, **changes: loading.load(
+        write(tmp_path / "study.yaml", tree(tmp_path / "out", vit, **changes)), overrides
+    )
+
+
+def test_every_method_gets_the_same_grid_and_seeds(study, tmp_path):
+    one = study()
+    runs.check(one)
+    assert [(r.method, r.point.number, r.choice.settings["train.lr"], r.seed) for r in runs.tuning_runs(one)] == [
+        ("tecoa", 0, 1e-3, 0), ("tecoa", 0, 4e-3, 0), ("teacher", 0, 1e-3, 0), ("teacher", 0, 4e-3, 0),
+    ]  # fmt: skip
+    assert len(runs.all_runs(one)) == 2 * 2 * 2 * 2  # methods, points, learning rates, seeds
+    run = runs.tuning_runs(one)[3]
+    config = runs.configuration(one, run)
+    assert run.name == "teacher/attack.steps=1/train.lr=0.004/seed-0"
+    assert (config.train.lr, config.attack.steps, config.seed, config.method.name) == (4e-3, 1, 0, "rslad")
+    assert config.run_dir == str(tmp_path / "out" / "runs" / run.name)
+    assert config.teachers["robust"].weights == str(tmp_path / "out" / "models" / "robust")
+    assert runs.configuration(one, runs.tuning_runs(one)[0]).train.lr == 1e-3  # no run changes another's settings
+
+
+def test_tuning_at_each_point_is_one_more_choice_a_point(study):
+    one = study("grid.tune_each=true")
+    assert len(runs.tuning_runs(one)) == 8 and {r.point.number for r in runs.tuning_runs(one)} == {0, 1}
+
+
+def test_checkpoints_lie_evenly_and_end_with_the_run(study):
+    one = study("curve.points=4")
+    assert runs.checkpoints(one, 100) == [25, 50, 75, 100]
+    assert runs.checkpoints(one, 10) == [2, 4, 6, 8, 10] and runs.checkpoints(one, 3) == [1, 2, 3]
+    config = runs.configuration(one, runs.tuning_runs(one)[0])
+    assert (config.checkpoint.every, config.checkpoint.keep_every) == (1, 1)
+
+
+def test_a_study_is_the_same_when_it_is_read_from_its_own_copy(study, tmp_path):
+    one = study()
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(loading.dump(one))
+    assert loading.load(copy) == one
+
+
+def test_the_protocol_is_what_the_study_says(study):
+    one = study()
+    (first, *_) = measures.of_run(one, runs.tuning_runs(one)[0], tuning=True, chosen=False)
+    assert first.protocol.eps == (Fraction(8, 255),) and first.protocol.attacks == ("pgd",)
+    assert (first.protocol.iters, first.protocol.n_samples) == (2, None)
+    assert first.protocol.templates == ("This is a photo of a {}",)  # the student before training has no own
+    names = [m.out.name.rpartition("-")[0] for m in measures.of_run(one, runs.tuning_runs(one)[0], True, True)]
+    assert names == ["test", "zeroshot", "validation-test", "curve-2", "curve-4"]
+    other = study(evaluations={"test": measure("images/test", iters=3)})
+    assert measures.of_run(other, runs.tuning_runs(one)[0], False, False)[0].out != first.out
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["seed=[1]"], "unknown key 'seed'; did you mean 'seeds'?"),
+        (["grid.tunes={}"], "unknown key 'grid.tunes'; did you mean 'grid.tune'?"),
+        (
+            ["methods.tecoa.bsaeline=true"],
+            "unknown key 'methods.tecoa.bsaeline'; did you mean 'methods.tecoa.baseline'",
+        ),
+        (["evaluations.test.iter=3"], "unknown key 'evaluations.test.iter'; did you mean 'evaluations.test.iters'?"),
+        (["curve.measure.epz=1"], "unknown key 'curve.measure.epz'; did you mean 'curve.measure.eps'?"),
+        (["grid.tune={seed: [1]}"], "grid.tune: has no train.lr"),
+        (["grid.tune.train.lr=[1e-3, 1e-3]"], "list each value once"),
+        (["seeds=[]"], "seeds: "),
+        (["seeds=[1, 1]"], "seeds: [1, 1]: name each seed once"),
+        (["validation={}"], "validation: several values in grid.tune need data to choose by"),
+        (["validation.test.data={study}/data/images/test"], "in `evaluations`, too; settings must be chosen on data"),
+        (["methods.tecoa.baseline=false"], "methods: none is a baseline; mark those of one teacher or none"),
+        (["methods.tecoa.ablates=gone"], "methods.tecoa.ablates: 'gone' is no other method; known: tecoa, teacher"),
+        (["curve.against=gone"], "curve.against: 'gone' is no method"),
+        (["methods.tecoa.label=teacher"], "two are called 'teacher'"),
+        (["evaluations.test.eps=2"], "evaluations.test.eps: 2: "),
+        (["title=null"], "title: this setting is required"),
+        (["methods={'a/b': {}}"], "is no name; write letters"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_its_place_and_remedy(study, overrides, message):
+    with pytest.raises(UserError) as refused:
+        study(*overrides)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            ["methods.tecoa.settings.train={lr: 1}"],
+            "methods.tecoa.settings: sets train.lr, which the grid sets for every",
+        ),
+        (["methods.tecoa.settings.train={steps: 8}"], "compare methods at one budget"),
+        (["methods.tecoa.settings.method.name=tecao"], "methods.tecoa: method.name: unknown method 'tecao'"),
+        (["models.robust.settings.train.steps=0"], "models.robust: train.steps: "),
+        (["grid.vary=[[{attack.stepz: 1}]]"], "methods.tecoa: unknown key 'attack.stepz'; did you mean 'attack.steps'"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_told_before_anything_is_trained(study, overrides, message):
+    with pytest.raises(UserError) as refused:
+        runs.check(study(*overrides))
+    assert message in str(refused.value)
+
+
+def results(out, clean, robust, ids=None):
+    """A results.json with these outcomes, as `mmtard evaluate` writes it."""
+    samples = {"ids": ids or list(range(len(clean))), "clean": clean, "eps": {"8/255": {"robust": robust}}}
+    entry = {"name": "x", "kind": "zeroshot", "key": "k", "fingerprint": "f", "eps": {}, "samples": samples}
+    entry |= {"health": [], "chance": 0.1}
+    found = {"format": 2, "protocol": "quick", "model": {}, "settings": {}, "datasets": [entry], "averages": {}}
+    out.mkdir(parents=True)
+    (out / "results.json").write_text(json.dumps(found))
+
+
+def test_settings_are_chosen_by_validation_alone_and_an_edge_is_told(study):
+    one = study("grid.tune.train.lr=[1e-3, 2e-3, 4e-3]")
+    right = {"tecoa": {1e-3: 1, 2e-3: 3, 4e-3: 2}, "teacher": {1e-3: 1, 2e-3: 2, 4e-3: 4}}
+    for run in runs.tuning_runs(one):
+        n = right[run.method][run.choice.settings["train.lr"]]
+        flags = [i < n for i in range(4)]
+        for m in measures.of_run(one, run, tuning=True, chosen=False):
+            shown = flags if "validation" in m.out.name else [not f for f in flags]  # what tables show says otherwise
+            results(m.out, shown, shown)
+    tuned = choose.chosen(one)
+    assert tuned["tecoa", 0].run.choice.settings == {"train.lr": 2e-3} and tuned["tecoa", 0].at_edge == []
+    assert tuned["teacher", 0].run.choice.settings == {"train.lr": 4e-3} and tuned["teacher", 0].at_edge == ["train.lr"]
+    assert tuned["teacher", 1].run.choice == tuned["teacher", 0].run.choice
+    assert tuned["tecoa", 0].scores == {"lr 0.001": 0.25, "lr 0.002": 0.75, "lr 0.004": 0.5}
+    assert choose.best_baseline(one, tuned) == "tecoa"  # teacher scores higher, and is no baseline
+
+
+def test_a_method_waits_for_its_whole_tuning(study):
+    one = study()
+    for run in runs.tuning_runs(one)[1:]:
+        for m in measures.of_run(one, run, tuning=True, chosen=False):
+            results(m.out, [True], [True])
+    assert ("tecoa", 0) not in choose.chosen(one) and ("teacher", 0) in choose.chosen(one)
+
+
+def test_a_dry_run_lists_what_is_missing_and_writes_nothing(tmp_path, vit, capsys):
+    file = write(tmp_path / "study.yaml", tree(tmp_path / "out", vit))
+    assert main(["study", str(file), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "tecoa, steps 1, lr 0.001, seed 0" in printed and printed.count("to train") >= 5
+    assert "6 in all; 5 to train" in printed and "after tuning, up to 6 trainings more" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_was_made_with_other_settings_is_named(study, tmp_path):
+    one = study()
+    item = plan.tuning_items(one)[0]
+    folder = tmp_path / "out" / "runs" / runs.tuning_runs(one)[0].name
+    folder.mkdir(parents=True)
+    from mmtard.config import dump
+
+    (folder / "config.yaml").write_text(dump(item.config))
+    item.check_settings()
+    other = plan.tuning_items(study("settings.train.steps=5"))[0]
+    with pytest.raises(UserError, match="was made with train.steps 4, and the study now says 5; name another folder"):
+        other.check_settings()
+
+
+def test_an_unknown_study_is_answered_with_the_known_ones(capsys):
+    with pytest.raises(SystemExit):
+        main(["study", "shaeps"])
+    assert "unknown study 'shaeps'; known: " in capsys.readouterr().err
+
+
+def test_a_study_on_slurm_submits_what_can_be_known_now(tmp_path, vit, capsys):
+    """The teacher, then the tuning after it; the seeds are named as a second step. Nothing is written."""
+    (tmp_path / "out" / "data" / "images" / "train").mkdir(parents=True)
+    file = write(tmp_path / "study.yaml", tree(tmp_path / "out", vit))
+    words = ["--jobs", "slurm", "--dry-run", "--gpus-per-node", "1", "--partition", "gpu", "--time", "1:00:00"]
+    assert main(["study", str(file), *words]) == 0
+    printed = capsys.readouterr().out
+    stages = [line for line in printed.splitlines() if line.startswith("# ====")]
+    assert [s.split(": sbatch")[0].removeprefix("# ==== ") for s in stages] == [
+        "model robust: training", "model robust: measuring", "model start: measuring", "tuning: training",
+        "tuning: measuring",
+    ]  # fmt: skip
+    assert "--partition=gpu" in printed and "--array=0-3" in printed and "afterok:JOB_OF_robust" in printed
+    assert "study " in printed and "--measure tuning:tecoa/attack.steps=1/train.lr=0.001/seed-0" in printed
+    assert "the same command submits the seeds at the settings that were chosen" in printed
+    assert not (tmp_path / "out" / "study.yaml").exists()
