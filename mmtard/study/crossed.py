@@ -51,7 +51,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> Difference:
     mean = float(d.mean())
     variance, freedom = _variance_of_mean(d)
     if variance <= 0:  # no sample differs from another in any seed: as if one sample's outcome had been another
-        variance = 1 / samples**2
+        variance, freedom = 1 / samples**2, float(max(samples - 1, 1))
     error = math.sqrt(variance)
     half = error * t_quantile(0.975, freedom)
     p = two_sided_p(mean / error, freedom)

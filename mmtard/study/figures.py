@@ -28,7 +28,7 @@ def _front(found: Findings, name: str) -> Figure:
             points = 100 * np.array([[found.accuracy(name, s, kind) for kind in ("clean", "robust")] for s in states])
             kept = points[front(points)]
             look = style.marker(i)
-            axes.step(kept[:, 0], kept[:, 1], where="pre", color=look["color"], linewidth=0.9, alpha=0.7)
+            axes.step(kept[:, 0], kept[:, 1], where="post", color=look["color"], linewidth=0.9, alpha=0.7)
             axes.plot(points[:, 0], points[:, 1], linestyle="", markersize=4, alpha=0.5, **look)
             main = [p for p, state in zip(points, states) if state.main]
             label = style.label(found.study.labels[method])

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ..config.values import Int, Number, PathText, Pixels, Section
 
 NAME = r"^[A-Za-z0-9][\w.+-]*$"
 Name = Annotated[str, Field(pattern=NAME, max_length=60)]
 Settings = dict[str, Any]
+
+
+def _number(value: Any) -> Any:
+    """`1e-3`, which YAML takes for a text, as the number it is, so that a value has one name; all else as it stands."""
+    is_number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}", value, re.ASCII)
+    return float(value) if is_number else value
+
+
+Value = Annotated[Any, BeforeValidator(_number)]
 LEARNING_RATE = "train.lr"
 
 
@@ -54,10 +64,10 @@ class Contender(Section):
 class Grid(Section):
     """The settings of every method: those that are tuned, and those that its front is drawn over."""
 
-    tune: dict[str, list[Any]] = Field(
+    tune: dict[str, list[Value]] = Field(
         ..., description="dotted key -> values; the best combination of each method is chosen on `validation`"
     )
-    vary: list[list[Settings]] = Field(
+    vary: list[list[dict[str, Value]]] = Field(
         [], description="axes of the front: each a list of dotted settings, the first of which is the main table's"
     )
     tune_each: bool = Field(False, description="tune at each point of `vary`, not at the first alone")

@@ -48,7 +48,7 @@ def _sentence(found: Findings, method: str) -> str:
     parts = [f"more: {', '.join(gains)}"] if gains else []
     parts += [f"less: {', '.join(losses)}"] if losses else []
     parts += [f"not told apart: {', '.join(level)}"] if level else []
-    return f"{found.study.labels[method]} {kind} at the tuned settings. {'; '.join(parts)}."
+    return f"{found.study.labels[method]} {kind} at the tuned settings ({'; '.join(parts)})."
 
 
 def _front_sentences(found: Findings, method: str) -> list[str]:

@@ -83,14 +83,14 @@ def test_the_protocol_is_what_the_study_says(study):
         (["seeds=[]"], "seeds: "),
         (["seeds=[1, 1]"], "seeds: [1, 1]: name each seed once"),
         (["validation={}"], "validation: several values in grid.tune need data to choose by"),
-        (["validation.test.data={study}/data/images/test"], "in `evaluations`, too; settings must be chosen on data"),
+        (["validation.test.data='{study}/data/images/test'"], "in `evaluations`, too; settings must be chosen on data"),
         (["methods.tecoa.baseline=false"], "methods: none is a baseline; mark those of one teacher or none"),
         (["methods.tecoa.ablates=gone"], "methods.tecoa.ablates: 'gone' is no other method; known: tecoa, teacher"),
         (["curve.against=gone"], "curve.against: 'gone' is no method"),
         (["methods.tecoa.label=teacher"], "two are called 'teacher'"),
         (["evaluations.test.eps=2"], "evaluations.test.eps: 2: "),
         (["title=null"], "title: this setting is required"),
-        (["methods={'a/b': {}}"], "is no name; write letters"),
+        (["methods={'a/b': {baseline: true}}"], "is no name; write letters"),
     ],
 )
 def test_what_does_not_fit_is_named_with_its_place_and_remedy(study, overrides, message):
