@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config import check_world
+from ..data.paths import shards_of
 from ..launch.plan import Plan, Stage, Work
 from ..launch.request import JobRequest
 from ..launch.snapshot import Snapshot
@@ -34,6 +35,10 @@ def submit(study: Study, make: Maker, request: JobRequest, dry: bool) -> int:
     snapshot.refuse_patterns()
     prepare_folder(study)
     make(study)
+    for stage in todo.stages:
+        for work in stage.works:
+            if work.config:
+                shards_of(work.config.data)  # names what is missing, before anything waits in the queue for it
     return submit_plan(todo, request, snapshot, False)
 
 

@@ -14,7 +14,7 @@ from ..config import Config
 from ..config.yaml_tree import merge, override, read_tree
 from ..errors import UserError
 from ..files import slug
-from .schema import Contender, Settings, Study
+from .schema import Contender, Settings, Study, Trained
 
 RUNS, MODELS = "runs", "models"  # folders of a study
 # What a run of a study does without: they cost time that would count as the method's.
@@ -122,7 +122,8 @@ def configuration(study: Study, run: Run) -> Config:
 
 def model_configuration(study: Study, name: str) -> Config:
     """The resolved configuration of a model that is trained once. Raises UserError that names it."""
-    tree = merge(_base(study), study.models[name].settings)
+    model = study.models[name]
+    tree = copy.deepcopy(merge(_base(study, model), model.settings))
     tree["run_dir"] = str(model_folder(study, name))
     return _validated(f"models.{name}", _with_checkpoints(study, tree, measured=False))
 
@@ -160,8 +161,8 @@ def checkpoints(study: Study, steps: int) -> list[int]:
 # ---------------------------------------------------------------- the parts
 
 
-def _base(study: Study, method: Contender | None = None) -> Settings:
-    named = method.configuration if method and method.configuration else study.configuration
+def _base(study: Study, of: Contender | Trained) -> Settings:
+    named = of.configuration or study.configuration
     tree = read_tree(resources.find_config(named)) if named else {}
     return merge(merge(tree, study.settings), QUIET)
 

@@ -46,7 +46,8 @@ class Pretraining(Section):
 class Trained(Section):
     """A model that is trained once, before the methods: a teacher."""
 
-    settings: Settings = Field(..., description="over the study's own: sections and keys as in a configuration")
+    configuration: PathText | None = Field(None, description="file that it builds on; null: the study's")
+    settings: Settings = Field({}, description="over the study's own: sections and keys as in a configuration")
 
 
 class Contender(Section):
