@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -14,29 +15,34 @@ import re
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from .errors import UserError
 
 # What a file system without locks answers, such as Lustre mounted without flock.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+QUIET_S = 5.0  # how long a process waits for another one without a word
 
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Hold the lock file `path` against every other process and thread of the node; the file is removed afterwards.
 
-    On a file system without locks it guards nothing: what is written under it is published by rename, so that two
-    writers cost work and no more. Raises OSError where the lock file cannot be made or is a link.
+    A wait that takes longer than a few seconds is told. On a file system without locks it guards nothing: what is
+    written under it is published by rename, so that two writers cost work and no more. Raises OSError where the lock
+    file cannot be made or is a link.
     """
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            _lock(fd, path)
             current = os.stat(path).st_ino == os.fstat(fd).st_ino
         except FileNotFoundError:
             current = False
@@ -56,6 +62,20 @@ def exclusive(path: Path) -> Iterator[None]:
         with suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)
+
+
+def _lock(fd: int, path: Path) -> None:
+    """Wait for the lock of an open file, and say so once where it takes long."""
+    until = time.monotonic() + QUIET_S
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.02)
+    print(f"mmtard: another process works at '{path}'; waiting for its end", file=sys.stderr, flush=True)
+    fcntl.flock(fd, fcntl.LOCK_EX)
 
 
 def held(path: Path) -> bool:
@@ -90,12 +110,51 @@ def publish(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole text file beside `path` and rename it there. Raises OSError; the old file then stays as it was."""
+def write_text(path: Path, text: str, sync: bool = True) -> None:
+    """Write a whole text file beside `path` and rename it there. Raises OSError; the old file then stays as it was.
+
+    sync: wait until the disk has it.
+    """
     with publish(Path(path)) as temporary, open(temporary, "x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
+
+
+def note_text(path: Path, text: str, sync: bool = True) -> None:
+    """Write a small text file as `write_text` does, and over the old one in place where the disk has no room for both.
+
+    For what must be told of a full disk itself. A file keeps its blocks, so a text that is little longer still fits.
+    Raises OSError; the old file then stays as it was.
+    """
+    try:
+        return write_text(path, text, sync)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        full = error
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        raise full from None
+    with os.fdopen(fd, "r+b", buffering=0) as file:
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)  # two ranks may have the same to tell
+        old = file.read()
+        try:
+            _overwrite(file, text.encode("utf-8"))
+        except OSError:
+            _overwrite(file, old)
+            raise full from None
+
+
+def _overwrite(file: IO[bytes], content: bytes) -> None:
+    file.seek(0)
+    written = 0
+    while written < len(content):
+        written += file.write(content[written:])
+    file.truncate()
 
 
 def wait_for(path: Path, patience_s: float = 120.0) -> None:
@@ -129,7 +188,7 @@ def why_not_written(path: Path, error: OSError, needed: int | None = None) -> st
     needed: bytes of what was to be written, where they are known.
     """
     reason = error.strerror or str(error)
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno not in FULL:
         return f"cannot write '{path}': {reason}"
     wanted = f", {size_in_words(needed)} needed" if needed else ""
     return f"cannot write '{path}': {reason} ({free_space(path)}{wanted}); free space there, then start again"
@@ -179,6 +238,20 @@ def settings_digest(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
+DIGEST = "digest"
+
+
+def sealed(record: dict) -> dict:
+    """The record with a digest of all that is in it, as it reads once it was written as JSON."""
+    return {**record, DIGEST: settings_digest(json.loads(json.dumps(record)))}
+
+
+def opened(record: dict) -> tuple[dict, bool]:
+    """(a record without its digest, whether that is right or there is none, as in files of earlier versions)."""
+    content = {key: value for key, value in record.items() if key != DIGEST}
+    return content, DIGEST not in record or record[DIGEST] == settings_digest(content)
+
+
 def slug(text: str) -> str:
     """The text as part of a file's name: 2/255 -> 2_255."""
     return re.sub(r"[^\w.+=-]+", "_", text)
@@ -213,6 +286,7 @@ def publish_folder(folder: Path, settings: dict) -> Iterator[Path]:
 
 
 MANIFEST = ".mmtard.json"
+PARTIAL = ".partial"  # how the names of folders end that are being made
 
 
 @contextmanager
@@ -285,16 +359,38 @@ def _digest(path: Path) -> str:
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder`, made new under a name nobody can guess; removed afterwards if it is still there."""
+    """A folder beside `folder`, made new under a name nobody can guess; removed afterwards if it is still there.
+
+    What a process that was killed has left of such a folder is removed first: its lock is free.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    _remove_abandoned(folder)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=PARTIAL, dir=folder.parent))
+    handle = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         umask = os.umask(0)
         os.umask(umask)
         scratch.chmod(0o777 & ~umask)  # mkdtemp makes it for its owner alone; the finished folder is like any other
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        os.close(handle)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the scratch folders of `folder` whose makers were killed; where there are no locks, all stay."""
+    for scratch in folder.parent.glob(f".{glob.escape(folder.name)}.*{PARTIAL}"):
+        if scratch.is_symlink() or not scratch.is_dir():
+            continue
+        with suppress(OSError):
+            handle = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(scratch, ignore_errors=True)
+            finally:
+                os.close(handle)
 
 
 def _swap(scratch: Path, folder: Path) -> None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A soak: random kills of a tiny training and evaluation on two ranks, whose ends must have the bits of undisturbed ones.
+# A soak: random kills of a tiny training (rank, all ranks, loader, launcher, checkpoint's write, probe, set-up, stop), and
+# of evaluate, cache, export and shards, whose ends must have the bits of undisturbed ones.
 #   bash tests/soak.sh [KILLS] [SEED]     # 100 kills take about 20 minutes on 2 cores
 set -euo pipefail
 export MMTARD_SOAK_KILLS=${1:-100} MMTARD_SOAK_SEED=${2:-$RANDOM}

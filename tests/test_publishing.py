@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import threading
 import time
@@ -76,3 +77,88 @@ def test_a_full_disk_is_named_with_what_it_lacks(tmp_path):
     assert told.endswith(" free, 3.0 GiB needed); free space there, then start again")
     denied = OSError(errno.EACCES, "Permission denied")
     assert files.why_not_written(tmp_path, denied) == f"cannot write '{tmp_path}': Permission denied"
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """No new file is made; what is there may be written over."""
+
+    def write_text(path, text, sync=True):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "write_text", write_text)
+
+
+def test_a_note_of_a_full_disk_is_written_over_the_old_text(tmp_path, full_disk):
+    path = tmp_path / "note"
+    path.write_text("a start\n")
+    files.note_text(path, "a start, which ended\n")
+    assert path.read_text() == "a start, which ended\n"
+    files.note_text(path, "short\n")
+    assert path.read_text() == "short\n"
+
+
+def test_a_note_that_does_not_fit_in_place_leaves_the_old_text(tmp_path, full_disk, monkeypatch):
+    path, overwrite = tmp_path / "note", files._overwrite
+    path.write_text("the old text\n")
+
+    def four_bytes(file, content):
+        if content != b"the old text\n":
+            overwrite(file, content[:4])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        overwrite(file, content)
+
+    monkeypatch.setattr(files, "_overwrite", four_bytes)
+    with pytest.raises(OSError, match="No space left"):
+        files.note_text(path, "another text\n")
+    assert path.read_text() == "the old text\n"
+    with pytest.raises(OSError, match="No space left"):
+        files.note_text(tmp_path / "none yet", "text\n")
+
+
+def test_a_note_goes_through_no_link(tmp_path, full_disk):
+    (tmp_path / "theirs").write_text("theirs\n")
+    (tmp_path / "note").symlink_to("theirs")
+    with pytest.raises(OSError):
+        files.note_text(tmp_path / "note", "ours\n")
+    assert (tmp_path / "theirs").read_text() == "theirs\n"
+
+
+def test_a_long_wait_for_another_process_is_told_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "QUIET_S", 0.05)
+    held, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with files.exclusive(tmp_path / "lock"):
+            held.set()
+            leave.wait(5)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait(5)
+    threading.Timer(0.3, leave.set).start()
+    with files.exclusive(tmp_path / "lock"):
+        other.join()
+    line = f"mmtard: another process works at '{tmp_path / 'lock'}'; waiting for its end\n"
+    assert capsys.readouterr().err == line
+
+
+def test_what_a_killed_process_left_of_a_folder_goes_and_what_a_living_one_makes_stays(tmp_path):
+    (tmp_path / ".out.killed.partial" / "sub").mkdir(parents=True)
+    (tmp_path / ".out.killed.partial" / "sub" / "weights").touch()
+    (tmp_path / ".other.killed.partial").mkdir()
+    with files.replace_folder(tmp_path / "out", "report") as first:
+        with files.replace_folder(tmp_path / "out", "report") as second:
+            (second / "page").write_text("second")
+        assert first.is_dir()
+        (first / "page").write_text("first")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.killed.partial", "out"]
+    assert (tmp_path / "out" / "page").read_text() == "first"
+
+
+def test_a_sealed_record_is_known_to_be_whole():
+    record = {"accuracy": 0.1 + 0.2, 3: [1, None], "eps": {"2/255": 1e-300}}
+    sealed = json.loads(json.dumps(files.sealed(record)))
+    assert files.opened(sealed) == (json.loads(json.dumps(record)), True)
+    assert files.opened({**sealed, "accuracy": 0.3})[1] is False
+    assert files.opened({"accuracy": 0.3}) == ({"accuracy": 0.3}, True), "of an earlier version"

@@ -6,7 +6,7 @@ import glob
 import hashlib
 import os
 import re
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 
 from braceexpand import UnbalancedBracesError, braceexpand
@@ -15,7 +15,7 @@ from ..config import Data
 from ..errors import UserError
 
 MOST_SHARDS = 1_000_000  # that a pattern may name
-RANGE = r"\{(-?\d+)\.\.(-?\d+)(?=[.}])"
+MOST_TEXT = 2**30  # bytes of all their names
 
 
 def shards_of(settings: Data) -> list[str]:
@@ -48,6 +48,8 @@ def expand_shards(shards: str | list[str]) -> list[str]:
             out += _folder(spec)
         else:
             out += [path for braced in _braces(spec) for path in _matches(braced)]
+        if len(out) > MOST_SHARDS:
+            raise UserError(f"data.shards: names more than {MOST_SHARDS:,} shards up to '{spec}'; correct its patterns")
     for path in out:
         if not is_remote(path) and not Path(path).is_file():
             remedy = (
@@ -133,14 +135,68 @@ def _natural(path: Path) -> tuple[list, str]:
 
 
 def _braces(spec: str) -> list[str]:
-    # The program lays out every range of numbers before the first name; a long one would fill the memory.
+    # braceexpand lays out every group before the first name, so they are counted first.
     try:
-        longest = max((abs(int(last) - int(first)) for first, last in re.findall(RANGE, spec)), default=0)
-        names = [] if longest > MOST_SHARDS else list(islice(braceexpand(spec), MOST_SHARDS + 1))
-        if not 0 < len(names) <= MOST_SHARDS:
-            raise UserError(f"data.shards: '{spec}' names more than {MOST_SHARDS:,} shards; correct its braces")
-        return names
+        number = _count(spec)
+        if number > MOST_SHARDS or number * len(spec) > MOST_TEXT:
+            raise UserError(f"data.shards: '{_short(spec)}' names more than {MOST_SHARDS:,} shards; correct its braces")
+        return list(braceexpand(spec))
     except (UnbalancedBracesError, ValueError, RecursionError) as error:
         raise UserError(
-            f"data.shards: '{spec}' is not a brace pattern ({error}); write it like train-{{0000..0099}}.tar"
+            f"data.shards: '{_short(spec)}' is not a brace pattern ({_short(str(error))}); "
+            "write it like train-{0000..0099}.tar"
         ) from None
+
+
+def _count(pattern: str) -> int:
+    """How many names a brace pattern has: the product over its groups. Makes none of them."""
+    total = 1
+    for group in _groups(pattern):
+        parts = _parts(group)
+        if range_ := re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?", group):
+            first, last, step = (int(number or 1) for number in range_.groups())
+            total *= abs(last - first) // (step or 1) + 1
+        elif re.fullmatch(r"[A-Za-z]\.\.[A-Za-z](\.\.-?\d+)?", group):
+            total *= 52  # at the most
+        else:
+            total *= sum(map(_count, parts))
+    return total
+
+
+def _groups(pattern: str) -> list[str]:
+    """What stands between the outermost braces of a pattern; a backslash takes a brace's meaning away."""
+    groups, depth, begin = [], 0, 0
+    for place, character in _meaningful(pattern, "{}"):
+        if character == "{":
+            begin = place + 1 if depth == 0 else begin
+            depth += 1
+        else:
+            depth -= 1
+            if depth == 0:
+                groups.append(pattern[begin:place])
+    return groups
+
+
+def _parts(group: str) -> list[str]:
+    """A group cut at the commas that are in no inner braces."""
+    parts, depth, begin = [], 0, 0
+    for place, character in _meaningful(group, "{},"):
+        if character == "," and depth == 0:
+            parts.append(group[begin:place])
+            begin = place + 1
+        depth += {"{": 1, "}": -1, ",": 0}[character]
+    return [*parts, group[begin:]]
+
+
+def _meaningful(text: str, characters: str) -> Iterator[tuple[int, str]]:
+    """(place, character) of those of the characters that no backslash precedes."""
+    skip = False
+    for place, character in enumerate(text):
+        if skip or character == "\\":
+            skip = not skip
+        elif character in characters:
+            yield place, character
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:197]}..."

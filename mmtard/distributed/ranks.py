@@ -93,6 +93,12 @@ class Ranks:
             raise box[0]
         return box[0]
 
+    def raise_together(self, error: UserError | RunError | None) -> None:
+        """Raise on every rank what any of them met: the first one's error, by rank. Collective."""
+        met = next((error for error in self.all_gather(error) if error is not None), None)
+        if met is not None:
+            raise met
+
     def barrier(self) -> None:
         dist.barrier(group=self.cpu_group)
 

@@ -138,11 +138,17 @@ class _Storing:
         rounds = max(ranks.all_gather(len(plan.samples) // self.batch))
         to_do, *_ = ranks.sum([len(plan.samples)])
         done, began, said, published = 0.0, time.monotonic(), time.monotonic(), 0
-        work = self._parts(plan)
+        work, failure = self._parts(plan), None
         for _ in range(rounds):
-            asked, finished = next(work, (0, 0))
+            asked = finished = 0
+            try:
+                asked, finished = next(work, (0, 0))
+            except (UserError, RunError) as error:
+                failure = error
             published += finished
-            news, stop, parts = ranks.sum([asked, bool(interruption), published])
+            news, stop, parts, failed = ranks.sum([asked, bool(interruption), published, failure is not None])
+            if failed:
+                ranks.raise_together(failure)
             done += news
             now = time.monotonic()
             if now - said > SAY_EVERY_S:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import zip_longest
+from itertools import islice
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from ..data.staging import staging_for
 from ..data.stream import eval_batches
 from ..distributed.interruption import Interruption, StoppedWithin
 from ..distributed.ranks import Ranks
-from ..errors import UserError
+from ..errors import RunError, UserError
 from .partial_results import PartialResults
 
 # Images a rank takes at once where no number is asked for. Memory that is too small for them halves the number.
@@ -68,21 +68,29 @@ class ChunkedWork:
         meter = RateMeter(
             part, sum(len(chunk) for c, chunk in enumerate(chunks) if (part, c) not in progress.done), self
         )
-        for _, chunk, batch in zip_longest(range(rounds), mine, self.batches(my_ids, self.chunk, need_labels)):
-            self.interruption.stop(self.ranks, kept=kept)
-            if batch is not None:
-                read = batch.sample_ids.tolist()
-                try:
+        to_do, failure = zip(mine, self.batches(my_ids, self.chunk, need_labels)), None
+        for _ in range(rounds):
+            self._agree(failure, kept)
+            try:
+                for chunk, batch in islice(to_do, 1):
+                    read = batch.sample_ids.tolist()
                     row = measure(batch.pixels(self.ranks.device), batch, read) if read else {}
-                except StoppedWithin:
-                    continue  # The ranks agree on it before the next chunk, or after the last.
-                progress.add(part, chunk, {"ids": read, "left_out": batch.left_out, **row})
-                meter.add(len(chunks[chunk]))
-        self.interruption.stop(self.ranks, kept=kept)
+                    progress.add(part, chunk, {"ids": read, "left_out": batch.left_out, **row})
+                    meter.add(len(chunks[chunk]))
+            except StoppedWithin:
+                pass  # The ranks agree on it before the next chunk, or after the last.
+            except (UserError, RunError) as error:
+                failure = error
+        self._agree(failure, kept)
         rows = progress.rows(part)
         left_out = [tuple(named) for row in rows for named in row["left_out"]]
         check_left_out(part, left_out, len(ids), max_left_out)
         return [row for row in rows if row["ids"]], left_out
+
+    def _agree(self, failure: UserError | RunError | None, kept: str) -> None:
+        """End on every rank with what one of them met, or when one was interrupted. Collective."""
+        self.ranks.raise_together(failure)
+        self.interruption.stop(self.ranks, kept=kept)
 
     def batches(self, ids: np.ndarray, size: int, need_labels: bool = True) -> Iterator[Batch]:
         """The samples in this order, `size` at a time."""

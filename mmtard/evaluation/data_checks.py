@@ -13,6 +13,7 @@ import numpy as np
 
 from ..attacks.checks import health_line
 from ..data.dataset import Dataset
+from .statistics import wilson_interval
 
 # What names look like that a folder or a table left in place of words.
 _NO_WORDS = (
@@ -98,6 +99,32 @@ def chance_lines(clean: dict, chance: float) -> list[dict]:
         "are the class names in the order of the labels?"
     )
     return [health_line("above chance", False, detail)]
+
+
+def shifted_lines(labels: Sequence[int], predictions: Sequence[int], chance: float) -> list[dict]:
+    """A line where the predictions fit the labels only when each label is less, or more, by one.
+
+    What the model sees is then right, and the numbering of the labels or the list of names is not. Shares are compared
+    by their 95 % intervals, so that chance alone does not speak; nor does a model that gives one class nearly always.
+    """
+    n = len(labels)
+    as_they_are = sum(label == prediction for label, prediction in zip(labels, predictions))
+    lines = []
+    for shift, change, remedy in (
+        (-1, "less by one", "labels count from 0: write them anew, or put the name of class 0 on top of the names"),
+        (+1, "more by one", "is the first of the names a heading? remove it"),
+    ):
+        fits = Counter(guess for label, guess in zip(labels, predictions) if label + shift == guess)
+        shifted = sum(fits.values())
+        if not shifted or max(fits.values()) > 0.75 * shifted:
+            continue
+        if wilson_interval(shifted, n)[0] > max(wilson_interval(as_they_are, n)[1], chance):
+            detail = (
+                f"{100 * shifted / n:.2f} % of the clean predictions are right with every label {change}, "
+                f"{100 * as_they_are / n:.2f} % as they stand; {remedy}"
+            )
+            lines.append(health_line("labels and names in step", False, detail, "FAIL"))
+    return lines
 
 
 def caption_lines(same: list[tuple[str, str]], n: int) -> list[dict]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..attacks.checks import health_line
 from ..config import parse_fraction
 from ..errors import UserError
-from ..files import write_text
+from ..files import DIGEST, opened, sealed, write_text
 from ..runs.layout import RESULTS as FILE
 from .chunks import named
 from .statistics import wilson_interval
@@ -101,11 +101,17 @@ def read(path: Path) -> dict:
         ) from None
     except (ValueError, RecursionError):
         raise UserError(f"'{path}' is not JSON; give a results.json that `mmtard evaluate` wrote") from None
+    found, whole = opened(found) if isinstance(found, dict) else (found, True)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         of = found.get("format") if isinstance(found, dict) else None
         raise UserError(f"'{path}' has format {of}, this version reads {FORMAT}; evaluate the model again")
     if (problem := _problem(found)) is not None:
         raise UserError(f"'{path}' is damaged: {problem}; evaluate the model again")
+    if not whole:
+        raise UserError(
+            f"'{path}' is damaged: its content does not fit its {DIGEST}, so a number in it may be another one; "
+            "restore it, or evaluate the model again"
+        )
     return found
 
 
@@ -153,11 +159,11 @@ def check_complete(found: dict, path: Path) -> None:
 
 
 def write(results: dict, folder: Path) -> Path:
-    """Write FOLDER/results.json, whole or not at all. Raises UserError where it cannot be written."""
+    """Write FOLDER/results.json with a digest of it, whole or not at all. UserError where it cannot be written."""
     path = folder / FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(results, indent=1) + "\n")
+        write_text(path, json.dumps(sealed(results), indent=1) + "\n")
     except OSError as error:
         raise UserError(
             f"--out: cannot write '{path}': {error.strerror or error}; free space there and start it again: "

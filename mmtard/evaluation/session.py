@@ -191,6 +191,9 @@ class EvaluationSession:
             health += data_checks.label_lines(dataset)
             health += data_checks.class_name_lines(measured["classes"], dataset.labels, self._read_alike(measured))
             health += data_checks.chance_lines(entry["clean_all"], entry["chance"])
+            if samples := entry["samples"]:
+                guesses = samples["clean_prediction"]
+                health += data_checks.shifted_lines(samples["labels"], guesses, entry["chance"])
         if self.run is not None:
             health.append(self.run.line(dataset))
         return {**entry, "health": health}

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from ..distributed.interruption import EXIT_REQUEUE, Interruption
+from ..distributed.processes import die_with_parent
 
 OTHERS_TURN_S = 30  # for the other ranks to end by themselves after one that ended badly
 
@@ -17,7 +19,8 @@ OTHERS_TURN_S = 30  # for the other ranks to end by themselves after one that en
 def run(python: str, words: tuple[str, ...], code: Path, world: int) -> int:
     """`python -m mmtard WORDS` as `world` ranks with `code` first on their path; the exit status, of the worst rank.
 
-    Signals are passed on. A rank that ends badly takes the others with it.
+    Signals are passed on. A rank that ends badly takes the others with it. A launcher that is killed leaves no rank
+    behind: each is told to save its state and end.
     """
     received: list[int] = []
     before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in Interruption.heeded()}
@@ -35,7 +38,8 @@ def run(python: str, words: tuple[str, ...], code: Path, world: int) -> int:
                 env = {"OMP_NUM_THREADS": "1", **os.environ, **{k: str(v) for k, v in own.items()}}
                 env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
                 # Their own group: Ctrl-C comes once, from here, and not also from the terminal.
-                processes.append(subprocess.Popen([python, "-m", "mmtard", *words], env=env, process_group=0))
+                command, told = [python, "-m", "mmtard", *words], partial(die_with_parent, os.getpid(), signal.SIGTERM)
+                processes.append(subprocess.Popen(command, env=env, process_group=0, preexec_fn=told))
             return _watch(processes, received)
     finally:
         for process in processes:

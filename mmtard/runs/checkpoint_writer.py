@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import discard, free_space, size_in_words, write_text
+from ..files import FULL, discard, free_space, size_in_words, write_text
 from . import checkpoints
 from .checkpoints import FILES, FORMAT, MANIFEST, OPTIMIZER, STATE, WEIGHTS, published, why_invalid
 from .checksums import describe
@@ -67,17 +67,24 @@ class Checkpoints:
         if self._writer is not None:
             self._writer.join()
             self._writer = None
-        error, self._error = self._error, None
-        if isinstance(error, UserError):
-            raise error
-        if error is not None:
-            room = ""
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                room = f" ({free_space(self.folder)}, a checkpoint takes {size_in_words(self._needed)})"
-            raise UserError(
-                f"checkpoint could not be written to '{self.folder}': {error}; "
-                f"free space or correct the folder, then start again{room}"
-            ) from error
+        failure = self.failure
+        if failure is not None:
+            self._error = None
+            raise failure
+
+    @property
+    def failure(self) -> UserError | None:
+        """Why the newest write failed, as soon as it did; None where it did not, or is still under way."""
+        error = self._error
+        if error is None or isinstance(error, UserError):
+            return error
+        room = ""
+        if isinstance(error, OSError) and error.errno in FULL:
+            room = f" ({free_space(self.folder)}, a checkpoint takes {size_in_words(self._needed)})"
+        return UserError(
+            f"checkpoint could not be written to '{self.folder}': {error}; "
+            f"free space or correct the folder, then start again{room}"
+        )
 
     def protect(self, step: int) -> Path | None:
         """The published checkpoint of a step, which then stays until it is released; None when there is none."""

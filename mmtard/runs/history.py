@@ -11,7 +11,7 @@ from .. import config as settings
 from ..config import Resume
 from ..distributed import slurm
 from ..errors import UserError
-from ..files import read_json_lines, why_not_written, write_text
+from ..files import note_text, read_json_lines, why_not_written, write_text
 from .layout import CHECKPOINTS, HISTORY, SUCCESSOR
 
 # How a start ended. After `stopped` and `failed` nothing starts a run again but the user.
@@ -159,7 +159,7 @@ def _is_start(start: dict) -> bool:
 
 def _write(run: Path, starts: list[dict]) -> None:
     try:
-        write_text(run / HISTORY, "".join(json.dumps(start) + "\n" for start in starts))
+        note_text(run / HISTORY, "".join(json.dumps(start) + "\n" for start in starts))
     except OSError as error:
         raise UserError(why_not_written(run / HISTORY, error)) from None
 

@@ -37,22 +37,14 @@ def take(run: Path) -> list[IO | Owner]:
             f"run_dir: '{run / LOCK}' cannot be opened: {error.strerror}; remove it, or choose another folder"
         ) from None
     file = os.fdopen(fd, "r+", errors="replace")
-    began, said = time.monotonic(), False
-    until = began + LOCK_WAIT_S
+    waiting = _Waiting(run)
     while not (locked := _try_lock(file)):
         if locked is None:
             file.close()
-            return [_take_owner_file(run, until)]
-        if time.monotonic() > until:
+            return [_take_owner_file(run, waiting)]
+        if waiting.is_over():
             raise _in_use(run, _owner(file))
-        if not said and time.monotonic() > began + QUIET_S:
-            said = True
-            print(
-                f"mmtard: run_dir: '{run}' is in use by {_owner(file)}; waiting up to {LOCK_WAIT_S:.0f} s for its end",
-                file=sys.stderr,
-                flush=True,
-            )
-        time.sleep(0.5)
+        waiting.go_on(_owner(file))
     with suppress(OSError):  # who holds it is for the eye; a full disk is told by what must be written
         os.ftruncate(fd, 0)
         os.write(fd, f"{socket.gethostname()} process {os.getpid()}".encode())
@@ -85,7 +77,29 @@ def _try_lock(file: IO) -> bool | None:
     return True
 
 
-def _take_owner_file(run: Path, until: float) -> Owner:
+class _Waiting:
+    """The wait for a start that has the run's folder; it is told when it takes longer than a moment."""
+
+    def __init__(self, run: Path):
+        self.run, self.began, self.said = run, time.monotonic(), False
+        self.until = self.began + LOCK_WAIT_S
+
+    def is_over(self) -> bool:
+        return time.monotonic() > self.until
+
+    def go_on(self, owner: str) -> None:
+        """Wait a moment more; say for whom, once."""
+        if not self.said and time.monotonic() > self.began + QUIET_S:
+            self.said = True
+            print(
+                f"mmtard: run_dir: '{self.run}' is in use by {owner}; waiting up to {LOCK_WAIT_S:.0f} s for its end",
+                file=sys.stderr,
+                flush=True,
+            )
+        time.sleep(0.5)
+
+
+def _take_owner_file(run: Path, waiting: _Waiting) -> Owner:
     path, seen = run / OWNER, None
     own = f"{json.dumps({'host': socket.gethostname(), 'pid': os.getpid(), 'since': time.time_ns()})}\n"
     while True:
@@ -101,13 +115,13 @@ def _take_owner_file(run: Path, until: float) -> Owner:
             _remove_own(path, text)
         elif seen is not None and beat != seen:
             raise _in_use(run, f"{host} process {pid}")
-        elif time.monotonic() > until:
+        elif waiting.is_over():
             if host == socket.gethostname():
                 raise _in_use(run, f"{host} process {pid}")
             _remove_own(path, text)  # of another node, and without a heartbeat for all of the wait
         else:
             seen = beat
-            time.sleep(0.5)
+            waiting.go_on(f"{host} process {pid}" if pid is not None else host)
 
 
 def _owner(file: IO) -> str:

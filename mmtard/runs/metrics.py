@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..distributed.console import lasting, printable
+from ..errors import UserError
 from .journal import Journal
 from .layout import EVENTS, METRICS, PROBES
 from .trackers import Tracker, curves
@@ -44,6 +45,8 @@ class Update(Protocol):
 class SilentLogger:
     """The twin of `MetricLogger` on every rank but the first: it takes all calls and does nothing."""
 
+    failure: UserError | None = None  # a record that could not be written, for all ranks to end with
+
     def begin(self, cost: Callable[[float], dict]) -> None: ...
 
     def step(self, step: int, numbers: StepNumbers, update: Update, lr: float) -> None: ...
@@ -64,7 +67,8 @@ class MetricLogger(SilentLogger):
 
     Opening cuts its files back to the step the run goes on from, so that a step that was lost in an interruption and
     done again stands there once. `trackers` open one each; one that fails is named and left out from then on. Raises
-    UserError where a file cannot be written, such as on a full disk.
+    UserError where a file cannot be opened. A row that cannot be written later, such as on a full disk, is kept as
+    `failure`, and no row follows it: the ranks agree on the end.
     """
 
     def __init__(
@@ -104,7 +108,7 @@ class MetricLogger(SilentLogger):
 
     def write_row(self, row: dict[str, float | int]) -> None:
         """Write a row of numbers; those that are not finite are stored as null."""
-        self._journals[METRICS].append(_storable(row))
+        self._append(METRICS, row)
         self._track(lambda tracker: tracker.log(row["step"], curves(row)))
         if self._bar is not None:
             self._bar.update(self._task, completed=row["step"])
@@ -113,7 +117,7 @@ class MetricLogger(SilentLogger):
 
     def event(self, step: int, kind: str, **details) -> None:
         """Record and print something out of the ordinary."""
-        self._journals[EVENTS].append(_storable({"step": step, "event": kind, **details}))
+        self._append(EVENTS, {"step": step, "event": kind, **details})
         shown = "  ".join(f"{k} {_short(v)}" for k, v in details.items())
         self.print(f"step {step}: {kind}  {shown}")
 
@@ -122,7 +126,7 @@ class MetricLogger(SilentLogger):
 
         Its columns are the clean and the robust accuracy, the latter's interval95, n samples, and its protocol.
         """
-        self._journals[PROBES].append(_storable(row))
+        self._append(PROBES, row)
         accuracies = {f"accuracy/{kind}": row[kind] for kind in ("clean", "robust")}
         self._track(lambda tracker: tracker.log_probe(row["step"], accuracies))
         clean, robust, low, high = (100 * x for x in (row["clean"], row["robust"], *row["interval95"]))
@@ -146,6 +150,13 @@ class MetricLogger(SilentLogger):
         self._track(lambda tracker: tracker.close())
         if self._bar is not None:
             self._bar.stop()
+
+    def _append(self, name: str, row: dict) -> None:
+        if self.failure is None:
+            try:
+                self._journals[name].append(_storable(row))
+            except UserError as error:
+                self.failure = error
 
     def _open_bar(self, start: int) -> Progress:
         columns = (

@@ -11,6 +11,7 @@ from pathlib import Path
 from .. import config as settings
 from ..distributed import slurm
 from ..errors import UserError
+from ..files import opened
 from . import history, lock
 from .layout import CHECKPOINTS, CONFIG, EVALUATIONS, HISTORY, METRICS, RESULTS
 
@@ -150,7 +151,10 @@ def _robust(run: Path) -> tuple[str | None, tuple[str, ...]]:
     found, damaged = None, []
     for path in sorted((run / EVALUATIONS).glob(f"*/{RESULTS}"), key=lambda p: p.stat().st_mtime, reverse=True):
         try:
-            result = json.loads(path.read_bytes())
+            result, whole = opened(json.loads(path.read_bytes()))
+            if not whole:
+                damaged.append(f"{path.relative_to(run)} is damaged: its content does not fit its digest")
+                continue
             averages, norm = result["averages"], result["settings"]["norm"]
             if found is None and averages:
                 eps, mean = next(iter(averages["all"]["eps"].items()))

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from ..files import publish
+from ..files import note_text
 from ..runs.layout import HEARTBEATS
 
 PHASES = ("set-up", "data", "update", "agreement", "checkpoint")  # of a step, in their order
@@ -31,13 +31,12 @@ class Heartbeat:
         self._writing = threading.Lock()
 
     def write(self) -> None:
-        """Refresh this rank's report. A full or absent disk is left to the checkpoint to report."""
+        """Refresh this rank's report, on a full disk over the old one. An absent disk is left to the checkpoint."""
         with self._writing:
             self._beat += 1
             try:
                 (self.run / HEARTBEATS).mkdir(exist_ok=True)
-                with publish(self._path(self.rank)) as scratch:
-                    scratch.write_text(json.dumps(self.report()), encoding="utf-8")
+                note_text(self._path(self.rank), json.dumps(self.report()), sync=False)
             except OSError:
                 pass
 

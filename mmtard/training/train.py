@@ -12,7 +12,7 @@ from ..data.samples import Batch
 from ..distributed import ranks as process_group
 from ..distributed.interruption import EXIT_REQUEUE, Interruption
 from ..distributed.ranks import Ranks
-from ..errors import RunError
+from ..errors import RunError, UserError
 from ..runs import folder as run_folder, history, trackers
 from ..runs.checkpoint_writer import Checkpoints
 from ..runs.metrics import MetricLogger, SilentLogger
@@ -59,11 +59,14 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder.path, config.checkpoint.keep_last, config.checkpoint.keep_every)
         self.logger = SilentLogger()
         self.probe = probe.SilentProbe()
-        if ranks.is_first:
-            self.checkpoints.clean()
-            opened = trackers.chosen(config, self.step)
-            self.logger = MetricLogger(self.folder.path, self.step, config.train.steps, config.log.every, opened)
-            self.probe = probe.Probe(config, self.checkpoints, self.logger, self.step)
+        ranks.run_on_first(self._open_records)
+
+    def _open_records(self) -> None:
+        config, run = self.config, self.folder.path
+        self.checkpoints.clean()
+        opened = trackers.chosen(config, self.step)
+        self.logger = MetricLogger(run, self.step, config.train.steps, config.log.every, opened)
+        self.probe = probe.Probe(config, self.checkpoints, self.logger, self.step)
 
     def train(self, interruption: Interruption) -> int:
         """Run to the last step or to an interruption; the exit status."""
@@ -108,7 +111,8 @@ class Trainer:
 
             # After the agreement, every rank knows the same numbers.
             self.watchdog.at(self.step, "agreement")
-            agreed = self.record.agree(done.terms, update, batch, bad_samples, bool(interruption))
+            stop = bool(interruption) or self._failure() is not None
+            agreed = self.record.agree(done.terms, update, batch, bad_samples, stop)
             if update.applied:
                 self.parts.task.end_step(agreed.means | agreed.quantiles)
             self.record.report(self.step, agreed, update, batch, bad_samples)
@@ -131,7 +135,12 @@ class Trainer:
         self.parts.task.learned.update(self.step, done.update.applied, share, process_group.reduce, world)
         return done
 
+    def _failure(self) -> UserError | None:
+        """What the first rank could not write, such as on a full disk; the others hear of it where they agree."""
+        return self.logger.failure or self.checkpoints.failure
+
     def _save_checkpoint(self) -> None:
+        self.ranks.raise_together(self._failure())
         weights, moments, updates = self.parts.engine.full_state()
         if self.ranks.is_first:
             moments |= self.parts.task.learned.tensors()
@@ -154,6 +163,7 @@ class Trainer:
         The other ranks do not wait for the first one's probe and trackers.
         """
         self.watchdog.at(self.step, "checkpoint")
+        self.ranks.raise_together(self._failure())
         refused = self.ranks.run_on_first(lambda: self._note_end(kind(), reason))
         complete = self.step == self.config.train.steps
         self.probe.finish(complete, interruption, lambda: self.watchdog.at(self.step, "checkpoint"))

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from braceexpand import braceexpand
 from tiny_shards import encode, picture, samples, write_tar
 
 from mmtard.cli import main as cli
 from mmtard.config import Data
+from mmtard.data import paths
 from mmtard.data.class_names import classnames, templates
 from mmtard.data.dataset import open_dataset
 from mmtard.data.index import load_index
@@ -566,8 +568,26 @@ def test_captions_that_are_not_utf_8_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["x-{00000000..99999999}.tar", "{0..9999}{0..9999}.tar", "{5..-9999999999999999999999}"]
+    "pattern",
+    [
+        "x-{00000000..99999999}.tar",
+        "{0..9999}{0..9999}.tar",
+        "{5..-9999999999999999999999}",
+        "{0..999999999}{0..999999999}",
+        "{0..999999}" * 30,
+        "{{0..999},{0..999}}" * 3,
+        "{" + "{a,b}" * 40 + ",x}",
+        "{" + "{a,b}" * 40 + "}",
+        "{%s..999999}" % ("0" * 5000),
+    ],
 )
 def test_braces_that_name_more_shards_than_there_can_be_are_refused_at_once(pattern):
     with pytest.raises(UserError, match="names more than 1,000,000 shards; correct its braces"):
         expand_shards(pattern)
+
+
+def test_braces_are_counted_before_they_are_laid_out():
+    nested = r"a{0..10..5}{b,c{d,e}}\{x,y}{{1,2}}{z}.tar"
+    assert paths._count(nested) >= len(list(braceexpand(nested)))
+    for pattern in ("x", "{00..11}", "{9..-1..2}{a,b}", "{a,{b,c}{d,e}}", "}{a,b}", "{{1..3}}"):
+        assert paths._count(pattern) == len(list(braceexpand(pattern)))

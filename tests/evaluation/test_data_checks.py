@@ -220,3 +220,26 @@ def test_a_single_class_leaves_no_attack_and_asks_for_the_others(measure, tmp_pa
     (folder / "classnames.txt").write_text("cat\n")
     with pytest.raises(UserError, match="one: no attack is left .*; name all of the model's classes, one a line"):
         measure(folder, attacks=("pgd", "apgd-ce"), iters=1)
+
+
+@pytest.mark.parametrize("shift, change, remedy", [
+    (1, "less by one, 10.00 % as they stand", "labels count from 0: write them anew"),
+    (-1, "more by one, 10.00 % as they stand", "is the first of the names a heading? remove it"),
+])  # fmt: skip
+def test_predictions_that_fit_only_other_labels_are_a_failure(shift, change, remedy):
+    right = [2, 3, 4, 5] * 9
+    labels = [label + shift for label in right] + [2, 3, 4, 5]
+    (line,) = data_checks.shifted_lines(labels, right + [2, 3, 4, 5], chance=1 / 8)
+    assert (
+        line["status"] == "FAIL"
+        and f"90.00 % of the clean predictions are right with every label {change}" in (line["detail"])
+    )
+    assert line["detail"].endswith(remedy) or remedy in line["detail"]
+
+
+def test_chance_a_single_class_and_right_labels_are_no_shift():
+    rng = np.random.default_rng(0)
+    labels, guesses = rng.integers(0, 4, (2, 300)).tolist()
+    assert data_checks.shifted_lines(labels, guesses, 1 / 4) == []
+    assert data_checks.shifted_lines([2] * 280 + [1] * 20, [1] * 300, 1 / 4) == [], "a model of one answer"
+    assert data_checks.shifted_lines(labels, labels, 1 / 4) == data_checks.shifted_lines([], [], 1 / 4) == []

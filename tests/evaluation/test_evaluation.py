@@ -143,7 +143,7 @@ def test_nothing_is_rounded_to_tf32_while_it_is_measured(colours, measure, expor
 def test_what_stands_after_each_attack_adds_up_and_is_written_as_it_is_returned(colours, measure, tmp_path):
     found = measure(colours, eps=(parse_fraction("1/255"), parse_fraction("64/255")), n_samples=24)
     (entry,) = found["datasets"]
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(found))
+    assert results.read(tmp_path / "out") == json.loads(json.dumps(found))
     samples = entry["samples"]
     assert (
         len(samples["ids"]) == len(set(samples["ids"])) == entry["clean"]["n"] == 24

@@ -144,3 +144,16 @@ def test_a_sample_whose_logits_are_not_finite_is_no_prediction(small, measure, m
         and f"{len(bad)} of 8 clean images with NaN or infinite logits; they count as wrong (0.tar/s00"
         in line["detail"]
     )
+
+
+def test_a_number_that_was_changed_is_damage_and_files_without_a_digest_are_read(tmp_path):
+    found = {"format": results.FORMAT, "protocol": "quick", "model": {}, "settings": {}, "averages": {}}
+    found |= {"datasets": [{"name": "a", "clean": {"accuracy": 0.75}}]}
+    path = results.write(found, tmp_path)
+    assert results.read(tmp_path) == found
+    whole = path.read_text()
+    path.write_text(whole.replace("0.75", "0.95"))
+    with pytest.raises(UserError, match=r"results.json' is damaged: its content does not fit its digest, .*restore it"):
+        results.read(tmp_path)
+    path.write_text(json.dumps(found))
+    assert results.read(tmp_path) == found

@@ -5,6 +5,7 @@ what next.
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,3 +193,16 @@ def one_thread():
 def partial(out):
     """The lines that say what an evaluation has measured so far."""
     return "".join(p.read_text() for p in sorted(out.glob("partial/*.jsonl")))
+
+
+@pytest.mark.parametrize("where, ended", [("metrics", 6), ("checkpoint", 7)])
+def test_a_full_disk_ends_every_rank_at_once_with_the_same_words_and_is_no_loss(job, tmp_path, where, ended):
+    config, run = job(f"full-{where}", checkpoint={"every": 4 if where == "checkpoint" else 50, "keep_last": 2})
+    script = Path(__file__).with_name("full_disk.py")
+    ranks = start_ranks([script, where, 5, config], 2, tmp_path / "meet", tmp_path / "log")
+    assert [rank.wait(120) for rank in ranks] == [2, 2]
+    first, second = ((tmp_path / f"log.{rank}").read_text().splitlines()[-1] for rank in (0, 1))
+    assert "No space left on device" in first and second == first.replace("mmtard:", "mmtard (rank 1):")
+    (start,) = history.read(run)
+    assert start["end"]["kind"] == history.FAILED and start["end"]["step"] <= ended < 8
+    assert "No space left" in history.end_reason(start)

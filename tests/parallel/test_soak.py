@@ -1,29 +1,43 @@
 """Random kills, again and again: the end has the bits of an undisturbed one. `bash tests/soak.sh [KILLS] [SEED]` for
 long.
 
-Killed are one rank, all of them, a loader process, a rank within a checkpoint's write, a start in its set-up; or the
-run is told to stop. The seed is printed, so that a failure can be repeated as far as time itself can be.
+Six in ten kills meet a training: one rank, all of them, a loader process, a rank within a checkpoint's write, a start
+in its set-up, the probe, the launcher of the ranks; or the run is told to stop. The others meet evaluate, cache, export
+and shards. The seed is printed, so that a failure can be repeated as far as time itself can be.
 """
 
-import json
 import os
 import random
 import signal
 import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from mmtard.evaluation import results
 
-from .launch import run_ranks, start_ranks
+from .launch import start_ranks
 from .test_interruptions import REQUEUE, digest, metrics, steps_done, until
+from .test_probing import background
 
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("MMTARD_SOAK_KILLS", 3))
 SEED = int(os.environ.get("MMTARD_SOAK_SEED", time.time_ns() % 10**6))
+OF_COMMANDS = KILLS // 10  # kills that meet each command which is no training
+COMMANDS = ("evaluate", "cache", "export", "shards")
 # As often as it takes; a rank that waits for one that is gone is not waited for.
 RESUME = {"max_losses": None, "max_preemptions": None, "max_starts_without_progress": 10**6, "watchdog_minutes": 1}
+KINDS = ("rank", "all", "loader", "write", "set-up", "stop", "probe", "launcher")
+LAUNCHER = """
+import sys
+from pathlib import Path
+from mmtard.launch import local
+sys.exit(local.run(sys.executable, ("train", sys.argv[1]), Path(sys.argv[2]), 2))
+"""
 
 
 def children(pid):
@@ -39,92 +53,164 @@ def children(pid):
     return found
 
 
-def kill(pid):
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+def kill(*pids):
+    """Kill these processes; how many of them were there."""
+    killed = 0
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+            killed += 1
+        except ProcessLookupError:
+            pass
+    return killed
 
 
 def disturb(kind, ranks, rng, run, before):
-    """Let a start come to a moment of its own, and do it harm."""
+    """Let a start come to a moment of its own, and do it harm; whether the moment came."""
     if kind == "set-up":
         time.sleep(rng.random())
     elif kind == "write":
-        until(lambda: any((run / "checkpoints").glob(".writing-*")) if run.exists() else False, ranks)
-    else:
-        until(lambda: steps_done(run) > before + rng.randrange(3), ranks)
+        if not until(lambda: any((run / "checkpoints").glob(".writing-*")) if run.exists() else False, ranks):
+            return False
+    elif kind == "probe":
+        return bool(until(lambda: run.exists() and background(run), ranks) and kill(*background(run)))
+    elif not until(lambda: steps_done(run) > before + rng.randrange(3), ranks):
+        return False
     if kind == "stop":
         for rank in ranks:
             rank.send_signal(rng.choice([signal.SIGTERM, signal.SIGUSR2]))
-    elif kind == "loader":
+        return True
+    if kind == "loader":
         loaders = children(rng.choice(ranks).pid)
-        if loaders:
-            kill(rng.choice(loaders))
-    elif kind in ("rank", "write"):
-        rng.choice(ranks).kill()
-    else:
-        for rank in ranks:
-            rank.kill()
+        return bool(loaders and kill(rng.choice(loaders)))
+    victims = [rng.choice(ranks)] if kind in ("rank", "write") else ranks
+    return bool(kill(*(rank.pid for rank in victims)))
 
 
 def end(ranks):
     """The exit statuses, of ranks that all come to an end; those that wait for a dead one in vain are ended, too."""
-    statuses = [rank.wait(120) for rank in ranks]
+    statuses = [rank.wait(240) for rank in ranks]
     for rank in ranks:
         rank.kill()
     return statuses
 
 
+def start(kind, config, folder):
+    """The ranks of a training, or the one process that starts them."""
+    if kind == "launcher":
+        code = Path(__file__).parents[2]
+        return start_ranks(["-c", LAUNCHER, config, code], 1, folder / "meet", folder / "log")
+    return start_ranks(["-m", "mmtard", "train", config], 2, folder / "meet", folder / "log")
+
+
 def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(job, undisturbed, tmp_path):
     rng = random.Random(SEED)
-    config, run = job("soaked", resume=RESUME)
-    kinds = ["rank", "all", "loader", "write", "set-up", "stop"]
-    plan, runs = [kind for _ in range(KILLS) for kind in rng.sample(kinds, len(kinds))][:KILLS], 1
-    print(f"soak: seed {SEED}, {KILLS} kills: {' '.join(plan)}")
+    shards = str(job("unused")[0].with_name("shards"))
+    # The last probe is not waited for: it is killed like the others, and no bit of the training depends on it.
+    probe = {"data": shards, "every": 8, "n_samples": 12, "steps": 1, "threads": 1, "wait_minutes": 0}
+    settings = {"resume": RESUME, "probe": probe}
+    config, run = job("soaked", **settings)
+    kills, runs, done = max(3, KILLS - OF_COMMANDS * len(COMMANDS)), 1, Counter()
+    plan = [kind for _ in range(kills) for kind in rng.sample(KINDS, len(KINDS))][:kills]
+    print(f"soak: seed {SEED}, {kills} kills of a training: {' '.join(plan)}", flush=True)
     while True:
         # A run that came to its end under the kills left is begun anew.
         if steps_done(run) == 24 and plan:
-            config, run = job(f"soaked{runs}", resume=RESUME)
+            config, run = job(f"soaked{runs}", **settings)
             runs += 1
-        ranks = start_ranks(["-m", "mmtard", "train", config], 2, tmp_path / "meet", tmp_path / "log")
-        if plan:
-            disturb(plan.pop(0), ranks, rng, run, steps_done(run))
+        kind = plan[0] if plan else None
+        ranks = start(kind, config, tmp_path)
+        if kind is not None:
+            plan.pop(0)
+            if disturb(kind, ranks, rng, run, steps_done(run)):
+                done[kind] += 1
+            else:
+                plan.append(kind)  # the moment did not come in this start
         statuses = end(ranks)
-        if statuses == [0, 0]:
+        printed = (tmp_path / "log.0").read_text()
+        assert not set(statuses) & {2} and "Traceback" not in printed, printed
+        if set(statuses) == {0}:
             assert digest(run) == digest(undisturbed) and metrics(run) == metrics(undisturbed), f"seed {SEED}"
             if not plan:
+                print(f"soak: {sum(done.values())} kills of {runs} trainings: {dict(done)}; each with the same bits")
                 return
-        assert not set(statuses) & {2}, (tmp_path / "log.0").read_text()
 
 
-def test_an_evaluation_that_is_killed_again_and_again_ends_with_the_same_numbers(undisturbed, tmp_path):
-    rng = random.Random(SEED + 1)
-    data = json.loads(json.dumps(str(undisturbed.parents[1] / "shards")))
-    words = [
-        "-m",
-        "mmtard",
-        "evaluate",
-        undisturbed,
-        "--data",
-        data,
-        "--eps",
-        "8/255",
-        "--attacks",
-        "pgd",
-        "--iters",
-        "3",
-    ]
-    words += ["--batch-size", "4", "--device", "cpu", "--workers", "1", "--out"]
-    run_ranks([*words, tmp_path / "plain"], 2, tmp_path, "plain")
-    for left in range(max(1, KILLS // 3), -1, -1):
-        ranks = start_ranks([*words, tmp_path / "killed"], 2, tmp_path / "meet", tmp_path / "log")
+@dataclass
+class Command:
+    """A command of one or two ranks: its words for a folder `out`, and what of that folder must be the same."""
+
+    words: list
+    world: int
+    flag: str | None = None  # before `out`; None: it is the last argument as it is
+
+    def start(self, out, folder):
+        last = [f"{self.flag}{out}"] if self.flag and self.flag.endswith("=") else [*filter(None, [self.flag]), out]
+        return start_ranks(["-m", "mmtard", *self.words, *last], self.world, folder / "meet", folder / "log")
+
+
+@pytest.fixture(scope="module")
+def command(job, undisturbed, tmp_path_factory):
+    """`command(name)`: a `Command` of that name on the job's data."""
+    shards = undisturbed.parents[1] / "shards"
+
+    def evaluate():
+        attack = ["--eps", "8/255", "--attacks", "pgd", "--iters", "3", "--batch-size", "4"]
+        where = ["--device", "cpu", "--workers", "1"]
+        return Command(["evaluate", undisturbed, "--data", shards, *attack, *where], 2, "--out")
+
+    def cache():
+        path, _ = job("soaked-cache")
+        path.write_text(path.read_text().replace("flip: true", "flip: false"))
+        return Command(["cache", path], 2, "data.embeddings=")
+
+    def shards_():
+        images, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+        for label in ("cat", "dog"):
+            (images / label).mkdir()
+            for i in range(120):
+                pixels = rng.integers(0, 255, (96, 96, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(images / label / f"{i}.png")
+        return Command(["shards", images, "--samples-per-shard", "20", "--resize", "64", "--jobs", "2"], 1)
+
+    made = {"evaluate": evaluate, "cache": cache, "shards": shards_}
+    return lambda name: Command(["export", undisturbed], 1) if name == "export" else made[name]()
+
+
+def seen(name, out):
+    """What of a command's folder does not depend on when it was made."""
+    if name == "evaluate":
+        return results.read(out)["datasets"][0]["samples"]
+    kept = {"cache": ("*.safetensors",), "shards": ("*.tar", "*.txt"), "export": ("*",)}[name]
+    files = sorted(path for pattern in kept for path in out.rglob(pattern) if path.is_file())
+    assert files
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("name", COMMANDS if KILLS >= 10 else random.Random(SEED).sample(COMMANDS, 2))
+def test_a_command_that_is_killed_again_and_again_ends_with_the_same_bytes(name, command, tmp_path):
+    rng, kind = random.Random(f"{SEED} {name}"), command(name)
+    began, done = time.monotonic(), Counter()
+    assert end(kind.start(tmp_path / "plain", tmp_path)) == [0] * kind.world, (tmp_path / "log.0").read_text()
+    took = time.monotonic() - began
+    for left in range(max(1, OF_COMMANDS), -1, -1):
+        ranks = kind.start(tmp_path / "killed", tmp_path)
         if left:
-            time.sleep(2 * rng.random())
-            for rank in ranks if rng.random() < 0.5 else [rng.choice(ranks)]:
-                rank.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
-        statuses = end(ranks)
-        assert left or statuses == [0, 0], (statuses, (tmp_path / "log.0").read_text())
-        assert set(statuses) <= {0, 1, REQUEUE, -signal.SIGKILL}
-    plain, killed = (results.read(tmp_path / name)["datasets"][0]["samples"] for name in ("plain", "killed"))
-    assert plain == killed, f"seed {SEED}"
+            time.sleep(took * rng.random())
+            victim = rng.choice(["all", "rank", "child", "stop"])
+            done[victim] += 1
+            if victim == "child":
+                kill(*rng.sample(mine := children(rng.choice(ranks).pid), min(1, len(mine))))
+            elif victim == "stop":
+                rng.choice(ranks).send_signal(signal.SIGTERM)
+            else:
+                kill(*(rank.pid for rank in (ranks if victim == "all" else [rng.choice(ranks)])))
+        statuses, printed = end(ranks), (tmp_path / "log.0").read_text()
+        assert left or statuses == [0] * kind.world, (statuses, printed)
+        assert set(statuses) <= {0, 1, REQUEUE, -signal.SIGKILL, -signal.SIGTERM} and "Traceback" not in printed, (
+            printed
+        )
+    print(f"soak: {sum(done.values())} kills of {name}: {dict(done)}; the same bytes")
+    assert seen(name, tmp_path / "killed") == seen(name, tmp_path / "plain"), f"seed {SEED}"
+    left_over = [path.name for path in tmp_path.iterdir() if path.name.startswith((".killed", "killed."))]
+    assert not left_over, left_over

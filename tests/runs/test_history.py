@@ -1,8 +1,10 @@
+import errno
 import json
 import time
 
 import pytest
 
+from mmtard import files
 from mmtard.config import Resume
 from mmtard.distributed import slurm
 from mmtard.runs import history
@@ -191,3 +193,15 @@ def test_a_task_of_an_array_has_its_own_name(monkeypatch):
     for name, value in (("SLURM_JOB_ID", "9"), ("SLURM_ARRAY_JOB_ID", "7"), ("SLURM_ARRAY_TASK_ID", "2")):
         monkeypatch.setenv(name, value)
     assert slurm.job() == "7_2"
+
+
+def test_how_a_start_ended_is_noted_on_a_full_disk_too(run, monkeypatch):
+    folder = run((0, LOST), (4, None))
+
+    def full(path, text, sync=True):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "write_text", full)
+    history.record_end(folder, FAILED, "cannot write 'metrics.jsonl': No space left on device", 7)
+    assert [history.end_kind(start) for start in history.read(folder)] == [LOST, FAILED]
+    assert "No space left" in history.end_reason(history.read(folder)[-1])

@@ -77,3 +77,12 @@ def test_a_link_in_the_locks_place_is_not_followed(tmp_path):
     with pytest.raises(UserError, match="cannot be opened"):
         lock.take(tmp_path)
     assert not (tmp_path / "victim").exists()
+
+
+def test_without_locks_a_long_wait_is_told_once_too(tmp_path, no_locks, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "LOCK_WAIT_S", 1.2)
+    monkeypatch.setattr(lock, "QUIET_S", 0.2)
+    owner(tmp_path, "node7", 31)
+    assert lock.take(tmp_path)
+    told = f"mmtard: run_dir: '{tmp_path}' is in use by node7 process 31; waiting up to 1 s for its end\n"
+    assert capsys.readouterr().err == told
