@@ -1,13 +1,12 @@
 """Files that several processes share, and how anything is written.
 
-Locks; write beside and rename; folders that mmtard may replace because they are its own; JSON lines that may end cut.
+Locks; write beside and rename; what a full disk is told as; JSON lines that may end cut; digests.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import glob
 import hashlib
 import json
 import os
@@ -15,10 +14,10 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -139,6 +138,8 @@ def note_text(path: Path, text: str, sync: bool = True) -> None:
     except OSError:
         raise full from None
     with os.fdopen(fd, "r+b", buffering=0) as file:
+        if os.fstat(fd).st_nlink != 1:
+            raise full  # a second name, which someone gave it, would show the text, too
         with suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_EX)  # two ranks may have the same to tell
         old = file.read()
@@ -213,6 +214,28 @@ def size_in_words(n_bytes: int) -> str:
     return f"{n_bytes / 2**10:.1f} KiB"
 
 
+def refuse_special(folder: Path) -> None:
+    """Raise UserError for a pipe, a device or a socket in a folder that others may have made, before any is opened.
+
+    To read them may take for ever. What a link points to counts. Folders that cannot be listed are left to who reads
+    them.
+    """
+    folders = [str(folder)]
+    while folders:
+        try:
+            entries = list(os.scandir(folders.pop()))
+        except OSError:
+            continue
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif not entry.is_file(follow_symlinks=False):
+                with suppress(OSError):
+                    mode = os.stat(entry.path).st_mode
+                    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                        raise UserError(f"'{entry.path}' is a pipe or a device, which no file here may be; remove it")
+
+
 def read_json_lines(path: Path) -> list[dict]:
     """The objects of a file of JSON lines, in order; [] where there is no file.
 
@@ -255,154 +278,3 @@ def opened(record: dict) -> tuple[dict, bool]:
 def slug(text: str) -> str:
     """The text as part of a file's name: 2/255 -> 2_255."""
     return re.sub(r"[^\w.+=-]+", "_", text)
-
-
-SETTINGS = "settings.json"
-
-
-def read_settings(folder: Path) -> dict | None:
-    """What a published folder was made with; None where there is no `folder`. UserError for a folder not made here."""
-    if not folder.exists():
-        return None
-    try:
-        return json.loads((folder / SETTINGS).read_text())
-    except (OSError, ValueError):
-        raise UserError(
-            f"'{folder}' exists and was not made by the quickstart; remove it or choose another folder"
-        ) from None
-
-
-@contextmanager
-def publish_folder(folder: Path, settings: dict) -> Iterator[Path]:
-    """Yields an empty folder that takes the place of `folder`, with `settings` in it, when the block ends well.
-
-    Raises UserError for a folder that exists and holds no settings, so was not made here.
-    """
-    read_settings(folder)
-    with _new_folder(folder) as scratch:
-        yield scratch
-        (scratch / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
-        _swap(scratch, folder)
-
-
-MANIFEST = ".mmtard.json"
-PARTIAL = ".partial"  # how the names of folders end that are being made
-
-
-@contextmanager
-def replace_folder(folder: Path, kind: str, earlier: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
-    """Yields a new, empty folder that takes the place of `folder` when the block ends well.
-
-    For folders that mmtard makes as a whole and may make again: a report, an exported model. `kind` says which
-    ("report"). A manifest in the folder lists what mmtard wrote there, with checksums. UserError, before anything is
-    written, where `folder` exists and is not mmtard's own: no manifest of this kind, a file that the manifest does not
-    list, or one that was changed since. An empty folder may be taken. `earlier` says whether a folder without a
-    manifest was made by a version that wrote none. Where the block fails, the old folder stays and the new one is
-    removed.
-    """
-    folder = Path(folder)
-    check_replaceable(folder, kind, earlier)
-    with _new_folder(folder) as scratch:
-        yield scratch
-        digests = {name: _digest(scratch / name) for name in _files_of(scratch)}
-        listed = json.dumps({"made_by": "mmtard", "kind": kind, "files": digests}, indent=1)
-        (scratch / MANIFEST).write_text(listed + "\n", encoding="utf-8")
-        check_replaceable(folder, kind, earlier)
-        _swap(scratch, folder)
-
-
-def check_replaceable(folder: Path, kind: str, earlier: Callable[[Path], bool] = lambda _: False) -> None:
-    """Raises UserError where `replace_folder` would remove something that mmtard did not make."""
-    remedy = "choose another folder, or move what is yours out of it"
-    if folder.is_symlink():
-        raise UserError(f"'{folder}' is a link, which mmtard does not replace; name the folder itself")
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"'{folder}' exists and is not a folder; choose another name")
-    if not any(folder.iterdir()):
-        return
-    try:
-        made = json.loads((folder / MANIFEST).read_bytes())
-        known = dict(made["files"]) if made["kind"] == kind and made["made_by"] == "mmtard" else None
-    except (OSError, ValueError, KeyError, TypeError):
-        known = None
-    if known is None:
-        if (folder / MANIFEST).exists() or not earlier(folder):
-            raise UserError(f"'{folder}' exists and is not a {kind} that mmtard made; {remedy}")
-        return
-    foreign = sorted(set(_files_of(folder)) - known.keys() - {MANIFEST})
-    if foreign:
-        raise UserError(f"'{folder}' holds '{foreign[0]}', which mmtard did not write there; {remedy}")
-    present = [name for name in known if os.path.lexists(folder / name)]
-    changed = [name for name in present if _digest(folder / name) != known[name]]
-    if changed:
-        raise UserError(f"'{folder}' holds '{changed[0]}', which was changed since mmtard wrote it; {remedy}")
-
-
-def _files_of(folder: Path) -> list[str]:
-    """Every file and link below a folder, as paths relative to it; links are not followed."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        found += [os.path.relpath(os.path.join(parent, name), folder) for name in files + links]
-    return sorted(found)
-
-
-def _digest(path: Path) -> str:
-    """The sha256 of a file; what a link points to does not count."""
-    if path.is_symlink() or not path.is_file():
-        return "no file"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder`, made new under a name nobody can guess; removed afterwards if it is still there.
-
-    What a process that was killed has left of such a folder is removed first: its lock is free.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=PARTIAL, dir=folder.parent))
-    handle = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        umask = os.umask(0)
-        os.umask(umask)
-        scratch.chmod(0o777 & ~umask)  # mkdtemp makes it for its owner alone; the finished folder is like any other
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        os.close(handle)
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove the scratch folders of `folder` whose makers were killed; where there are no locks, all stay."""
-    for scratch in folder.parent.glob(f".{glob.escape(folder.name)}.*{PARTIAL}"):
-        if scratch.is_symlink() or not scratch.is_dir():
-            continue
-        with suppress(OSError):
-            handle = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(scratch, ignore_errors=True)
-            finally:
-                os.close(handle)
-
-
-def _swap(scratch: Path, folder: Path) -> None:
-    """Put `scratch` in the place of `folder`; the old folder stays whole until the new one is there."""
-    if folder.exists():
-        old = scratch.with_suffix(".old")
-        folder.rename(old)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        scratch.rename(folder)

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "mmtard"
 ORDER = [
     ["errors"],
     ["seeding", "losses", "config", "files", "resources", "distributed"],
-    ["zero_shot", "attacks", "data", "runs"],
+    ["zero_shot", "attacks", "data", "runs", "folders"],
     ["distillation", "models"],
     ["embeddings", "evaluation"],
     ["training", "report"],
@@ -37,6 +37,7 @@ WITHOUT_TORCH = [
     "mmtard",
     "mmtard.config",
     "mmtard.files",
+    "mmtard.folders",
     "mmtard.resources",
     "mmtard.distributed.slurm",
     "mmtard.distributed.interruption",

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from mmtard import files
+from mmtard import files, folders
 from mmtard.errors import UserError
 
 
@@ -147,8 +147,8 @@ def test_what_a_killed_process_left_of_a_folder_goes_and_what_a_living_one_makes
     (tmp_path / ".out.killed.partial" / "sub").mkdir(parents=True)
     (tmp_path / ".out.killed.partial" / "sub" / "weights").touch()
     (tmp_path / ".other.killed.partial").mkdir()
-    with files.replace_folder(tmp_path / "out", "report") as first:
-        with files.replace_folder(tmp_path / "out", "report") as second:
+    with folders.replace_folder(tmp_path / "out", "report") as first:
+        with folders.replace_folder(tmp_path / "out", "report") as second:
             (second / "page").write_text("second")
         assert first.is_dir()
         (first / "page").write_text("first")
@@ -162,3 +162,25 @@ def test_a_sealed_record_is_known_to_be_whole():
     assert files.opened(sealed) == (json.loads(json.dumps(record)), True)
     assert files.opened({**sealed, "accuracy": 0.3})[1] is False
     assert files.opened({"accuracy": 0.3}) == ({"accuracy": 0.3}, True), "of an earlier version"
+
+
+def test_a_note_is_not_written_into_a_file_of_two_names(tmp_path, full_disk):
+    (tmp_path / "note").write_text("theirs\n")
+    os.link(tmp_path / "note", tmp_path / "other")
+    with pytest.raises(OSError, match="No space left"):
+        files.note_text(tmp_path / "note", "ours\n")
+    assert (tmp_path / "other").read_text() == "theirs\n"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)], ids=["pipe", "device"])
+def test_what_is_no_file_is_refused_by_name_before_it_is_opened(tmp_path, make):
+    (tmp_path / "run" / "deep").mkdir(parents=True)
+    (tmp_path / "run" / "whole.json").write_text("{}")
+    (tmp_path / "run" / "gone").symlink_to("nowhere")
+    (tmp_path / "run" / "self").symlink_to(".")
+    files.refuse_special(tmp_path / "run")
+    make(tmp_path / "run" / "deep" / "results.json")
+    with pytest.raises(UserError, match="'.*run/deep/results.json' is a pipe or a device"):
+        files.refuse_special(tmp_path / "run")
+    with pytest.raises(UserError, match="'.*run/deep/results.json' is a pipe or a device"):
+        folders.check_replaceable(tmp_path / "run", "report")

@@ -10,6 +10,7 @@ import os
 import sys
 
 from ..config.argument_types import check_words
+from ..distributed.console import say
 from ..errors import RunError, UserError
 from ..resources import VERSION
 from . import benchmarks, config, data, evaluation, launch, runs, study, training
@@ -90,5 +91,5 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _fail(message: str, status: int) -> int:
     rank = os.environ.get("RANK", "0")
     name = PROGRAM if rank == "0" else f"{PROGRAM} (rank {rank})"
-    print(f"{name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    say(f"{name}: {' '.join(message.split())}", sys.stderr)
     return status

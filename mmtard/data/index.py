@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -18,6 +20,8 @@ FORMAT = 2
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LABEL_OK, LABEL_MISSING, LABEL_BAD = 0, 1, 2
 EXAMPLES = "examples of labels that are no class number"
+# A million samples take 80 MB, and some 2 to 30 MB on disk.
+MOST_BYTES, MOST_RATIO = 2**30, 300
 
 
 class OldIndexError(UserError):
@@ -136,11 +140,30 @@ def write_index(index: Index, out: Path) -> None:
         np.savez_compressed(file, format=np.int64(FORMAT), **{f.name: getattr(index, f.name) for f in fields(Index)})
 
 
+def refuse_other_file(path: Path) -> None:
+    """Raise UserError for a file that an index would replace and that is none, whole or damaged."""
+    if not os.path.lexists(path):
+        return
+    other = not path.is_file()
+    if not other:
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                other = not {"format", "shard_names"} <= set(arrays.files)
+        except Exception:  # no archive of arrays, or a damaged one
+            with open(path, "rb") as file:
+                other = file.read(2) not in (b"", b"PK")
+    if other:
+        raise UserError(f"'{path}' is there and is no index; name another file")
+
+
 def load_index(path: Path) -> Index:
     """The index at `path`. Raises UserError when it is not an index or damaged, or FileNotFoundError."""
     again = f"run `mmtard index SHARDS --out {path}` again"
+    if path.exists() and not path.is_file():
+        raise UserError(f"'{path}' is not an index but a folder, pipe or device; remove it")
     try:
         with np.load(path, allow_pickle=False) as arrays:
+            _refuse_bomb(arrays.zip)
             if (found := int(arrays["format"])) != FORMAT:
                 raise OldIndexError(f"index '{path}' has format {found}, this version reads {FORMAT}; {again}")
             index = Index(**{f.name: arrays[f.name] for f in fields(Index)})
@@ -151,6 +174,14 @@ def load_index(path: Path) -> Index:
         why = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"'{path}' is not an index ({why}); {again}") from None
     return index
+
+
+def _refuse_bomb(archive: zipfile.ZipFile) -> None:
+    """Raises ValueError for arrays that take far more memory than an index of that size on disk does."""
+    members = archive.infolist()
+    unpacked, packed = sum(m.file_size for m in members), sum(m.compress_size for m in members)
+    if unpacked > max(MOST_BYTES, MOST_RATIO * packed):
+        raise ValueError(f"its arrays take {unpacked / 1e9:.3g} GB, of {packed / 1e6:.3g} MB on disk")
 
 
 def _check_arrays(index: Index) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from .index import FROM_MEMBERS, PER_SAMPLE, PER_SHARD, Index, Keys, difference, write_index
+from .index import FROM_MEMBERS, PER_SAMPLE, PER_SHARD, Index, Keys, difference, refuse_other_file, write_index
 from .shard_scan import scan_shard
 from .worker_pool import map_in_processes
 
@@ -18,8 +18,10 @@ def build_index(
 ) -> Index:
     """Read every shard once, local or through webdataset's opener, and publish the index at `out`.
 
-    Raises UserError naming the shard that is empty, truncated, not a plain tar, unreadable, or holds a key twice.
+    Raises UserError naming the shard that is empty, truncated, not a plain tar, unreadable, or holds a key twice, and
+    where `out` is a file that is no index.
     """
+    refuse_other_file(out)
     parts = map_in_processes(partial(scan_shard, keys=keys), list(shards), jobs, "index", progress)
     arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in (*PER_SHARD, *PER_SAMPLE)}
     index = Index(**arrays, json_keys=parts[0].json_keys)

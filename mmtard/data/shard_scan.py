@@ -15,11 +15,15 @@ from typing import BinaryIO
 import numpy as np
 
 from ..errors import UserError
+from ..files import size_in_words
 from .index import EXAMPLES, EXTENSIONS, FROM_MEMBERS, LABEL_BAD, LABEL_MISSING, LABEL_OK, Index, Keys
 from .openers import open_shard
 from .paths import is_remote
 
 OTHER_IMAGES = ("gif", "bmp", "tif", "tiff", "jp2", "avif", "heic", "heif", "jfif", "jpe", "ppm", "pgm", "svg", "npy")
+
+# What a member may take: it is read as a whole.
+MOST_BYTES = {"image": 2**30, "txt": 2**20, "json": 2**24, "cls": 2**10}
 
 
 def shard_name(shard: str) -> str:
@@ -157,6 +161,11 @@ class _Samples:
             )
         sample = self.found[key]
         sample["members"].add(extension)
+        kind = "image" if extension in EXTENSIONS else extension
+        looked_into = kind != "json" or self.keys != FROM_MEMBERS
+        if looked_into and member.size > MOST_BYTES.get(kind, member.size):
+            size = size_in_words(MOST_BYTES[kind])
+            return self._remark(f".{extension} members of more than {size}, which are not looked into", member.name)
         self._take(sample, extension, member, read)
 
     def _take(self, sample: dict, extension: str, member: tarfile.TarInfo, read: Callable) -> None:

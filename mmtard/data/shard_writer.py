@@ -25,6 +25,8 @@ from .indexing import build_index
 from .worker_pool import map_in_processes
 
 RECORD = "shards.json"
+NAMES, NUMBER, INDEX = "classnames.txt", "nshards.txt", "mmtard-index.npz"
+WRITTEN = (NAMES, NUMBER, INDEX)  # beside the shards
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,9 @@ def _write(plan: list[Part], recipe: Recipe, out: Path, names: list[str], jobs: 
             f"'{out}' holds shards of other images ({len(changed)} of its shards would be written otherwise now, the "
             f"first is '{changed[0].name}'); choose another folder or remove it"
         )
-    (out / "classnames.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    (out / "nshards.txt").write_text(f"{len(plan)}\n")
-    return build_index([str(path) for path, _ in plan], out / "mmtard-index.npz", jobs, progress)
+    write_text(out / NAMES, "".join(f"{name}\n" for name in names))
+    write_text(out / NUMBER, f"{len(plan)}\n")
+    return build_index([str(path) for path, _ in plan], out / INDEX, jobs, progress)
 
 
 def _names(classnames: Path | None, folders: list[str]) -> list[str]:
@@ -166,10 +168,16 @@ def _agree(out: Path, recipe: Recipe) -> None:
     except FileNotFoundError:
         if any(out.glob("*.tar")):
             raise UserError(f"'{out}' holds shards that were not written here; choose another folder") from None
+        if theirs := [name for name in WRITTEN if os.path.lexists(out / name)]:
+            raise UserError(
+                f"'{out}' holds {', '.join(theirs)}, which were not written here; choose another folder"
+            ) from None
         write_text(record, json.dumps(asdict(recipe), indent=1) + "\n")
         return
-    except ValueError:
-        raise UserError(f"'{record}' is damaged; remove '{out}' and write the shards anew") from None
+    except (ValueError, RecursionError):
+        made = None
+    if not isinstance(made, dict):
+        raise UserError(f"'{record}' is damaged; remove '{out}' and write the shards anew")
     differ = [f"{k} was {made.get(k)}, now {v}" for k, v in asdict(recipe).items() if made.get(k) != v]
     if differ:
         raise UserError(

@@ -67,6 +67,11 @@ def is_unread() -> bool:
     return getattr(sys.stdout, "closed_by_reader", False)
 
 
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line that may hold text of others, such as names in shards."""
+    print(printable(text), file=sys.stdout if file is None else file, flush=True)
+
+
 def printable(text: str) -> str:
     """The text without control characters, which could move a terminal's cursor or change what it shows."""
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -16,6 +16,7 @@ from ..data.images import Transform
 from ..data.samples import Batch, SampleReader
 from ..data.staging import staging_for
 from ..data.stream import eval_batches
+from ..distributed.console import say
 from ..distributed.interruption import EXIT_REQUEUE, Interruption
 from ..distributed.ranks import Ranks, process_group
 from ..errors import RunError, UserError
@@ -30,7 +31,7 @@ from .store import PartLayout, finish, missing_parts, write_part
 SAY_EVERY_S = 10.0
 
 
-def cache(config: Config, interruption: Interruption, say=print) -> None:
+def cache(config: Config, interruption: Interruption, say=say) -> None:
     """Store the embeddings of the configuration's teachers that only see clean images, where they are not stored yet.
 
     The ranks of this launch share the work. Raises UserError for what the user can mend, and RunError of status

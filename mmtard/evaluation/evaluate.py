@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..attacks import registry
 from ..attacks.batching import AdaptiveBatchSize
+from ..distributed.console import say
 from ..distributed.interruption import Interruption
 from ..distributed.ranks import Ranks, set_timeouts
 from ..errors import UserError
@@ -29,7 +30,7 @@ PATIENCE = timedelta(days=2)  # longer than any chunk under all attacks
 
 
 @full_float32()
-def evaluate(request: EvaluationRequest, ranks: Ranks, say=print, interruption: Interruption | None = None) -> dict:
+def evaluate(request: EvaluationRequest, ranks: Ranks, say=say, interruption: Interruption | None = None) -> dict:
     """Measure and write; returns the results, the same on every rank and at every world size. Collective.
 
     Datasets that OUT/results.json already holds for the same weights, data and settings are taken over, also those that

@@ -93,6 +93,8 @@ def _mean(datasets: list[dict]) -> dict | None:
 def read(path: Path) -> dict:
     """The results in a file, or in the results.json of a folder. Raises UserError when they are not of this format."""
     path = path / FILE if path.is_dir() else path
+    if path.exists() and not path.is_file():
+        raise UserError(f"'{path}' is a pipe or a device; give a results.json that `mmtard evaluate` wrote")
     try:
         found = json.loads(path.read_bytes())
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from ..distributed.console import printable
 from .corruptions import ALEXNET_ERROR, SEVERITIES
 from .protocols import PROTOCOLS
 
@@ -13,6 +14,7 @@ WAYS = [(way, k) for way in ("image_to_text", "text_to_image") for k in ("1", "5
 
 def show(results: dict) -> None:
     """Print the settings, a row for each dataset and eps, the averages, and the health lines that are not PASS."""
+    results = printable_in({key: value for key, value in results.items() if key != "environment"})
     console = plain_console(soft_wrap=True)
     console.print(f"{results['model']['weights']}, {describe(results)}")
     of_kind = {kind: [d for d in results["datasets"] if d["kind"] == kind] for kind in ("zeroshot", "retrieval")}
@@ -31,6 +33,19 @@ def show(results: dict) -> None:
         if entry.get("not_used"):
             console.print(f"{entry['name']}: {used(entry)}")
     _health(console, results)
+
+
+def printable_in(value):
+    """The same results, with all their texts made printable: names of others may hold control characters."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {
+            key if key == "samples" else printable_in(key): printable_in(part)
+            for key, part in value.items()
+            if key != "samples"
+        }
+    return [printable_in(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def plain_console(**options) -> Console:

@@ -9,7 +9,7 @@ import webdataset as wds
 
 from ..data.shard_writer import write_shards
 from ..errors import UserError
-from ..files import publish_folder, read_settings
+from ..folders import publish_folder, read_settings
 
 SPLITS = ("train", "test")
 SHARD = 5000

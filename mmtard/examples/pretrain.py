@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 
-from ..files import publish_folder, read_settings
+from ..folders import publish_folder, read_settings
 
 ARCHITECTURE = Path(__file__).with_name("tiny_clip.json")
 PROMPT = "a photo of a {}"

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from rich.progress import track
 
-from ..files import publish_folder, read_settings
+from ..folders import publish_folder, read_settings
 
 SIZE = 32
 OVERSAMPLE = 4

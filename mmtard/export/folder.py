@@ -10,7 +10,8 @@ import torch
 
 from ..config import Model
 from ..errors import UserError
-from ..files import MANIFEST, check_replaceable, replace_folder, why_not_written
+from ..files import why_not_written
+from ..folders import MANIFEST, check_replaceable, replace_folder
 from ..models import loading
 from ..models.clip import Clip
 from .adapter import Adapter

@@ -12,7 +12,8 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ..errors import UserError
-from ..files import check_replaceable, replace_folder, why_not_written
+from ..files import why_not_written
+from ..folders import check_replaceable, replace_folder
 from ..resources import VERSION
 from ..runs import history
 from . import accuracy, curves, seeds, sources, tables

@@ -29,7 +29,7 @@ MANIFEST, WEIGHTS, OPTIMIZER, STATE = "manifest.json", "weights.safetensors", "o
 FILES = (WEIGHTS, OPTIMIZER, STATE)
 EMA = "ema."  # how the optimizer's keys of the moving average begin
 TRIES = 20  # at reading the newest checkpoint of a run that goes on, and may retire it meanwhile
-_PUBLISHED = re.compile(r"step-(\d{1,18})$")
+_PUBLISHED = re.compile(r"step-(0|[1-9]\d{0,17})$")
 
 T = TypeVar("T")
 

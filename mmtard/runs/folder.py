@@ -12,7 +12,7 @@ from .. import config as settings
 from ..config import Config
 from ..distributed.ranks import Ranks
 from ..errors import RunError, UserError
-from ..files import discard, wait_for, why_not_written, write_text
+from ..files import discard, refuse_special, wait_for, why_not_written, write_text
 from . import checkpoints, checksums, history, layout, lock
 from .environment import device_name, environment
 
@@ -84,6 +84,7 @@ def _prepare(
     run = Path(config.run_dir)
     _make(run)
     _refuse_links(run)
+    refuse_special(run)
     refuse_foreign(run)
     held += lock.take(run)
     if (run / layout.CONFIG).exists():

@@ -147,7 +147,7 @@ def why_not_restart_job(run: Path) -> str | None:
 
 def newest_step(run: Path) -> int:
     """Return the step of the newest published checkpoint, whole or not; 0 without one."""
-    matches = (re.fullmatch(r"step-(\d+)", path.name) for path in (run / CHECKPOINTS).glob("step-*"))
+    matches = (re.fullmatch(r"step-(0|[1-9]\d*)", path.name) for path in (run / CHECKPOINTS).glob("step-*"))
     return max((int(match[1]) for match in matches if match), default=0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from .. import config as settings
 from ..distributed import slurm
 from ..errors import UserError
-from ..files import opened
+from ..files import opened, refuse_special
 from . import history, lock
 from .layout import CHECKPOINTS, CONFIG, EVALUATIONS, HISTORY, METRICS, RESULTS
 
@@ -61,6 +62,7 @@ def find_runs(folder: Path) -> list[Row]:
 
 def _job(run: Path) -> str | None:
     try:
+        refuse_special(run)
         starts = history.read(run)
         job = history.current_job(run, starts[-1]) if starts else None
     except (UserError, OSError):
@@ -70,6 +72,7 @@ def _job(run: Path) -> str | None:
 
 def _row(run: Path, in_slurm: str | None) -> Row:
     try:
+        refuse_special(run)
         return _read_row(run, in_slurm)
     except (UserError, OSError) as error:
         return Row(run, f"unreadable: {error}")
@@ -96,9 +99,9 @@ def _read_row(run: Path, in_slurm: str | None) -> Row:
     state = _state(run, starts, in_slurm, config)
     if rows:
         seconds = sum(row["seconds"] for row in rows[-RECENT:]) / len(rows[-RECENT:])
-        if seconds > 0:
+        if 0 < seconds < math.inf:
             known |= {"images_per_s": config.train.batch_size / seconds}
-        if state == "running":
+        if state == "running" and seconds < math.inf:
             known |= {"seconds_left": (steps - step) * seconds}
     return Row(run, state, step, steps, **known)
 
@@ -139,9 +142,9 @@ def _tail(path: Path) -> list[dict]:
     for line in lines:
         try:
             row = json.loads(line)
-            if isinstance(row["step"], int) and isinstance(row["seconds"], (int, float)):
+            if isinstance(row["step"], int) and math.isfinite(row["seconds"]):
                 rows.append(row)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             pass  # being written, or damaged
     return rows
 

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from ..config import Config
+from ..distributed.console import say
 from ..distributed.interruption import EXIT_REQUEUE
 from ..distributed.ranks import Ranks, gpu_fault, peer_is_gone
 from ..errors import ProcessLostError, RunError, UserError
@@ -172,7 +173,7 @@ class Watchdog:
     def _exit(self, kind: str, reason: str) -> None:
         message, status = self._end(kind, reason)
         faulthandler.dump_traceback(sys.stderr)
-        print(f"mmtard (rank {self.rank}): {message}", file=sys.stderr, flush=True)
+        say(f"mmtard (rank {self.rank}): {message}", sys.stderr)
         os._exit(status)
 
     def _who_is_late(self, before: dict[int, dict], others: dict[int, dict]) -> str:

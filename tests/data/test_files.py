@@ -9,7 +9,8 @@ import pytest
 from processes import alive
 
 from mmtard.errors import UserError
-from mmtard.files import exclusive, held, publish, replace_folder, write_text
+from mmtard.files import exclusive, held, publish, write_text
+from mmtard.folders import replace_folder
 
 WORK = """
 import os, sys, time

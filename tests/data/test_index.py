@@ -17,7 +17,7 @@ from tiny_shards import encode, picture, samples, write_tar
 
 from mmtard.cli import main as cli
 from mmtard.config import Data
-from mmtard.data import paths
+from mmtard.data import index as index_file, paths
 from mmtard.data.class_names import classnames, templates
 from mmtard.data.dataset import open_dataset
 from mmtard.data.index import load_index
@@ -591,3 +591,57 @@ def test_braces_are_counted_before_they_are_laid_out():
     assert paths._count(nested) >= len(list(braceexpand(nested)))
     for pattern in ("x", "{00..11}", "{9..-1..2}{a,b}", "{a,{b,c}{d,e}}", "}{a,b}", "{{1..3}}"):
         assert paths._count(pattern) == len(list(braceexpand(pattern)))
+
+
+@pytest.mark.parametrize("theirs", ["notes", "arrays", "pipe"])
+def test_an_index_takes_the_place_of_no_other_file(tmp_path, theirs):
+    shard, out = write_tar(tmp_path / "0.tar", samples(0, 3)), tmp_path / "features.npz"
+    if theirs == "notes":
+        out.write_text("my notes")
+    elif theirs == "arrays":
+        np.savez(out, features=np.zeros(3))
+    else:
+        os.mkfifo(out)
+    before = out.read_bytes() if out.is_file() else None
+    with pytest.raises(UserError, match="features.npz' is there and is no index; name another file"):
+        build_index([str(shard)], out, 1, False)
+    assert before is None or out.read_bytes() == before
+
+
+def test_a_damaged_index_may_be_made_anew(tmp_path):
+    shard, out = write_tar(tmp_path / "0.tar", samples(0, 3)), tmp_path / "index.npz"
+    build_index([str(shard)], out, 1, False)
+    out.write_bytes(out.read_bytes()[:200])
+    assert len(build_index([str(shard)], out, 1, False)) == 3
+    out.write_bytes(b"")
+    assert len(build_index([str(shard)], out, 1, False)) == 3
+
+
+def test_an_index_that_unpacks_to_gigabytes_is_refused_before_memory_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_file, "MOST_BYTES", 2**20)
+    np.savez_compressed(tmp_path / "bomb.npz", format=np.int64(2), keys=np.zeros(2**22, np.uint8))
+    with pytest.raises(UserError, match="is not an index .its arrays take 0.00419 GB, of .* MB on disk"):
+        load_index(tmp_path / "bomb.npz")
+
+
+def test_an_index_that_is_a_pipe_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / "mmtard-index.npz")
+    with pytest.raises(UserError, match="is not an index but a folder, pipe or device; remove it"):
+        load_index(tmp_path / "mmtard-index.npz")
+
+
+def test_members_too_large_to_be_what_they_say_are_counted_and_not_read(tmp_path):
+    long = [("big.jpg", IMAGE), ("big.cls", b" " * 2000 + b"1"), ("big.txt", b"word " * 300_000)]
+    tar = write_tar(tmp_path / "0.tar", [("0.jpg", IMAGE), ("0.cls", b"1"), *long])
+    index = scan_shard(str(tar))
+    assert index.labels.tolist() == [1, -1] and index.text_size.tolist() == [-1, -1]
+    told = index.summary()
+    assert "not read: 1 .cls members of more than 1.0 KiB, which are not looked into (such as 'big.cls')" in told
+    assert "1 .txt members of more than 1.0 MiB, which are not looked into (such as 'big.txt')" in told
+
+
+def test_names_in_a_shard_move_no_terminals_cursor(tmp_path, capsys):
+    write_tar(tmp_path / "0.tar", [("a\x1b[2J.jpg", IMAGE), ("b.jpg", IMAGE), ("a\x1b[2J.cls", b"1")])
+    assert cli.main(["index", str(tmp_path / "0.tar")]) == 2
+    printed = capsys.readouterr().err
+    assert "key 'a?[2J' occurs twice" in printed and "\x1b" not in printed

@@ -250,3 +250,20 @@ def test_a_class_name_of_any_letters_is_read_as_it_was_written(images, tmp_path)
         UserError, match="the class folder 'two.nlines' has a name that cannot be written as text; rename it"
     ):
         write(images, tmp_path / "again")
+
+
+@pytest.mark.parametrize("name", ["classnames.txt", "nshards.txt", "mmtard-index.npz"])
+def test_a_file_of_the_users_own_beside_the_shards_is_not_overwritten(images, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(UserError, match=f"'.*out' holds {name}, which were not written here; choose another folder"):
+        write(images, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.read_text() == "mine"] == [name]
+
+
+@pytest.mark.parametrize("record", ["[1]", "12", "[" * 9999, "{"])
+def test_a_damaged_record_is_one_line(images, tmp_path, record):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "shards.json").write_text(record)
+    with pytest.raises(UserError, match="shards.json' is damaged; remove '.*out' and write the shards anew"):
+        write(images, tmp_path / "out")

@@ -157,3 +157,9 @@ def test_a_number_that_was_changed_is_damage_and_files_without_a_digest_are_read
         results.read(tmp_path)
     path.write_text(json.dumps(found))
     assert results.read(tmp_path) == found
+
+
+def test_a_pipe_in_the_place_of_results_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / "results.json")
+    with pytest.raises(UserError, match="results.json' is a pipe or a device; give a results.json"):
+        results.read(tmp_path)

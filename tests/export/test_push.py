@@ -5,7 +5,7 @@ import pytest
 from mmtard.cli.main import main
 from mmtard.errors import UserError
 from mmtard.export.push import push
-from mmtard.files import MANIFEST
+from mmtard.folders import MANIFEST
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from mmtard.errors import UserError
+from mmtard.files import sealed
 from mmtard.runs import history, survey, table
 
 
@@ -209,3 +210,30 @@ def test_a_watched_table_is_printed_anew_until_ctrl_c(run, tmp_path, command, ca
     monkeypatch.setattr(table.time, "sleep", sleep)
     assert command("runs", tmp_path / "all", "--watch", "7", "--json") == 0
     assert waited == [7, 7, 7] and len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_pipe_in_a_run_or_a_time_without_end_hides_no_other_run(run, tmp_path):
+    os.mkfifo(run("piped", history.COMPLETE) / "evaluations")
+    endless = run("endless", history.COMPLETE)
+    (endless / "metrics.jsonl").write_text('{"step": 3, "seconds": 1e308}\n' * 3 + '{"step": 7, "seconds": Infinity}\n')
+    (run("whole", history.COMPLETE) / "checkpoints" / "step-007").mkdir()
+    piped = tmp_path / "all" / "piped" / "evaluations"
+    assert states(tmp_path / "all") == {
+        "piped": f"unreadable: '{piped}' is a pipe or a device, which no file here may be; remove it",
+        "endless": "complete",
+        "whole": "complete",
+    }
+    table.show(tmp_path / "all")
+
+
+def test_an_evaluation_whose_number_was_changed_is_named_and_not_shown(run, tmp_path):
+    results = {"settings": {"norm": "linf"}, "averages": {"all": {"eps": {"2/255": {"robust": 0.5}}}}}
+    folder = run("a", history.COMPLETE) / "evaluations" / "quick"
+    folder.mkdir(parents=True)
+    whole = json.dumps(sealed(results))
+    (folder / "results.json").write_text(whole)
+    assert survey.find_runs(tmp_path / "all")[0].robust == "50.0 % under linf 2/255 (quick)"
+    (folder / "results.json").write_text(whole.replace("0.5", "0.9"))
+    (row,) = survey.find_runs(tmp_path / "all")
+    damaged = "evaluations/quick/results.json is damaged: its content does not fit its digest"
+    assert row.robust is None and row.damaged == (damaged,)
