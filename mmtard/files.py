@@ -27,6 +27,7 @@ from .errors import UserError
 # What a file system without locks answers, such as Lustre mounted without flock.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 FULL = (errno.ENOSPC, errno.EDQUOT)
+MOST_FOLDERS = 5000  # that are searched for what is no file
 QUIET_S = 5.0  # how long a process waits for another one without a word
 
 
@@ -218,12 +219,13 @@ def refuse_special(folder: Path) -> None:
     """Raise UserError for a pipe, a device or a socket in a folder that others may have made, before any is opened.
 
     To read them may take for ever. What a link points to counts. Folders that cannot be listed are left to who reads
-    them.
+    them, and so is what lies in more folders than a run or a model has.
     """
-    folders = [str(folder)]
-    while folders:
+    folders, looked_at = [str(folder)], 0
+    while folders and looked_at < MOST_FOLDERS:
+        looked_at += 1
         try:
-            entries = list(os.scandir(folders.pop()))
+            entries = list(os.scandir(folders.pop(0)))
         except OSError:
             continue
         for entry in entries:

@@ -20,6 +20,7 @@ from .. import config as settings
 from ..config import Model
 from ..distributed.ranks import Ranks
 from ..errors import UserError
+from ..files import refuse_special
 from ..runs import checksums
 from ..runs.checkpoints import read_resolved, read_weights
 from . import lora
@@ -58,6 +59,8 @@ def load_clip(spec: Model, seed: int = 0, where: str = "student") -> Clip:
         raise UserError(
             f"{where}.ema: '{spec.weights}' is no run or checkpoint, which alone hold a moving average; leave ema out"
         )
+    if Path(spec.weights).is_dir():
+        refuse_special(Path(spec.weights))
     load = next(load for matches, load in SOURCES if matches(spec))
     return load(spec, seed, where)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import refuse_special
 from ..models.clip import START_FOLDER
 from ..runs.layout import CHECKPOINTS, RESULTS
 from . import finding
@@ -83,6 +84,7 @@ def _read(path: Path, pool: Pool) -> list[ReportSource]:
     if is_run_folder(path):
         return _run(path, pool)
     if finding.is_model_folder(path):
+        refuse_special(path)
         evaluations, damaged = pool.take(finding.look_below(path).results)
         evaluations = sorted([*evaluations, *pool.of(finding.Weights(path))], key=lambda e: age(e.path))
         missing = [RESULTS_ALONE, *damaged, *([] if evaluations else [_how_to_evaluate(path)])]
@@ -120,7 +122,10 @@ def _folder(path: Path, pool: Pool) -> list[ReportSource]:
 def _run(path: Path, pool: Pool) -> list[ReportSource]:
     """A run with the evaluations of its newest weights, and a source for each of its other weights measured."""
     try:
+        refuse_special(path)
         run = read_run(path)
+    except UserError as error:
+        return [ReportSource(path.resolve().name, path, problem=str(error))]
     except OSError as error:
         return [ReportSource(path.resolve().name, path, problem=f"'{path}' cannot be read: {error.strerror or error}")]
     own, damaged = pool.take(finding.look_below(path).results)

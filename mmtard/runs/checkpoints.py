@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import publish
+from ..files import publish, refuse_special
 from .checksums import describe
 from .layout import CHECKPOINTS, LATEST, MOST_ROBUST
 
@@ -92,6 +92,7 @@ def resolve(folder: Path) -> tuple[Path, Path]:
     in_checkpoints = folder.parent.name == CHECKPOINTS
     if in_checkpoints and folder.name in (LATEST, MOST_ROBUST) and folder.is_file():
         folder = folder.parent / _name_in(folder)
+    refuse_special(folder.parent.parent if in_checkpoints else folder)
     if in_checkpoints and (_PUBLISHED.match(folder.name) or (folder / MANIFEST).is_file()):
         reason = why_invalid(folder)
         if reason is not None:
