@@ -144,15 +144,15 @@ def test_a_long_wait_for_another_process_is_told_once(tmp_path, monkeypatch, cap
 
 
 def test_what_a_killed_process_left_of_a_folder_goes_and_what_a_living_one_makes_stays(tmp_path):
-    (tmp_path / ".out.killed.partial" / "sub").mkdir(parents=True)
-    (tmp_path / ".out.killed.partial" / "sub" / "weights").touch()
-    (tmp_path / ".other.killed.partial").mkdir()
+    (tmp_path / ".out.killed00.partial" / "sub").mkdir(parents=True)
+    (tmp_path / ".out.killed00.partial" / "sub" / "weights").touch()
+    (tmp_path / ".other.killed00.partial").mkdir()
     with folders.replace_folder(tmp_path / "out", "report") as first:
         with folders.replace_folder(tmp_path / "out", "report") as second:
             (second / "page").write_text("second")
         assert first.is_dir()
         (first / "page").write_text("first")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.killed.partial", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.killed00.partial", "out"]
     assert (tmp_path / "out" / "page").read_text() == "first"
 
 

@@ -30,7 +30,8 @@ SEED = int(os.environ.get("MMTARD_SOAK_SEED", time.time_ns() % 10**6))
 OF_COMMANDS = KILLS // 10  # kills that meet each command which is no training
 COMMANDS = ("evaluate", "cache", "export", "shards")
 # As often as it takes; a rank that waits for one that is gone is not waited for.
-RESUME = {"max_losses": None, "max_preemptions": None, "max_starts_without_progress": 10**6, "watchdog_minutes": 1}
+RESUME = {"max_losses": None, "max_preemptions": None, "max_starts_without_progress": 10**6, "watchdog_minutes": 5}
+PATIENCE_S = 120.0 if KILLS < 10 else 900.0  # a long soak goes on beside other work
 KINDS = ("rank", "all", "loader", "write", "set-up", "stop", "probe", "launcher")
 LAUNCHER = """
 import sys
@@ -70,11 +71,13 @@ def disturb(kind, ranks, rng, run, before):
     if kind == "set-up":
         time.sleep(rng.random())
     elif kind == "write":
-        if not until(lambda: any((run / "checkpoints").glob(".writing-*")) if run.exists() else False, ranks):
+        if not until(
+            lambda: any((run / "checkpoints").glob(".writing-*")) if run.exists() else False, ranks, PATIENCE_S
+        ):
             return False
     elif kind == "probe":
-        return bool(until(lambda: run.exists() and background(run), ranks) and kill(*background(run)))
-    elif not until(lambda: steps_done(run) > before + rng.randrange(3), ranks):
+        return bool(until(lambda: run.exists() and background(run), ranks, PATIENCE_S) and kill(*background(run)))
+    elif not until(lambda: steps_done(run) > before + rng.randrange(3), ranks, PATIENCE_S):
         return False
     if kind == "stop":
         for rank in ranks:
@@ -89,7 +92,7 @@ def disturb(kind, ranks, rng, run, before):
 
 def end(ranks):
     """The exit statuses, of ranks that all come to an end; those that wait for a dead one in vain are ended, too."""
-    statuses = [rank.wait(240) for rank in ranks]
+    statuses = [rank.wait(PATIENCE_S) for rank in ranks]
     for rank in ranks:
         rank.kill()
     return statuses
