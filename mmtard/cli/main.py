@@ -6,6 +6,7 @@ Heavy imports wait inside the commands until the arguments are known to be good.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 
@@ -49,6 +50,10 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error), error.status)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return _fail(f"the name '{str(error.filename)[:60]}...' is too long for a file system; shorten it", 2)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in OPTIONAL:

@@ -44,18 +44,18 @@ def expand_shards(shards: str | list[str]) -> list[str]:
     """
     out = []
     for spec in _apart(shards):
-        if not is_remote(spec) and Path(spec).is_dir():
+        if not is_remote(spec) and os.path.isdir(spec):
             out += _folder(spec)
         else:
             out += [path for braced in _braces(spec) for path in _matches(braced)]
         if len(out) > MOST_SHARDS:
             raise UserError(f"data.shards: names more than {MOST_SHARDS:,} shards up to '{spec}'; correct its patterns")
     for path in out:
-        if not is_remote(path) and not Path(path).is_file():
+        if not is_remote(path) and not os.path.isfile(path):
             remedy = (
                 "correct the pattern or restore the file" if Path(path).suffix else "no such folder: correct the path"
             )
-            raise UserError(f"data.shards: missing shard '{path}'; {remedy}")
+            raise UserError(f"data.shards: missing shard '{_short(path)}'; {remedy}")
     if not out:
         raise UserError("data.shards: names no shard; give a folder, a pattern or a list")
     return out
@@ -89,7 +89,7 @@ def _folder(spec: str) -> list[str]:
 
 def _matches(spec: str) -> list[str]:
     """The files that a pattern with `*`, `?` or `[...]` matches; the text itself where it is no such pattern."""
-    if is_remote(spec) or not glob.has_magic(spec) or Path(spec).exists():
+    if is_remote(spec) or not glob.has_magic(spec) or os.path.exists(spec):
         return [spec]
     found = sorted((Path(path) for path in glob.glob(spec)), key=_natural)
     if not found:

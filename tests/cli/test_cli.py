@@ -319,3 +319,9 @@ def test_a_reader_that_goes_away_ends_a_listing_without_a_traceback(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(Path(main.__file__).parents[2])}
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+@pytest.mark.parametrize("words", [["runs", "x" * 300], ["evaluate", "x" * 300, "--data", "x" * 300]])
+def test_a_name_that_no_file_system_takes_is_one_line(words, capsys):
+    assert main(words) == 2
+    assert "Traceback" not in capsys.readouterr().err
