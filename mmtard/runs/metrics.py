@@ -71,6 +71,8 @@ class MetricLogger(SilentLogger):
     `failure`, and no row follows it: the ranks agree on the end.
     """
 
+    failure: UserError | None = None
+
     def __init__(
         self,
         run: Path,

@@ -323,5 +323,5 @@ def test_a_reader_that_goes_away_ends_a_listing_without_a_traceback(tmp_path):
 
 @pytest.mark.parametrize("words", [["runs", "x" * 300], ["evaluate", "x" * 300, "--data", "x" * 300]])
 def test_a_name_that_no_file_system_takes_is_one_line(words, capsys):
-    assert main(words) == 2
+    assert main.main(words) == 2
     assert "Traceback" not in capsys.readouterr().err
