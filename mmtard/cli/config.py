@@ -16,6 +16,7 @@ from ..config.open_clip_names import architectures, weight_tags
 from ..config.world import check_world
 from ..data.paths import shards_of
 from ..distributed.launcher import world_size_from_env
+from ..embeddings.settings import stored_teachers
 from ..errors import UserError
 from .command import add_command, add_config_arguments, may_start
 
@@ -51,6 +52,11 @@ def add(commands) -> None:
         help="instead of looking for what is wrong, fail when the `resume` settings do not let the run be started; "
         "again: nor when this job's own start failed, was stopped by a person, or ended before it was noted",
     )
+    p.add_argument(
+        "--not-stored",
+        action="store_true",
+        help="instead, the names of the teachers that are set to be stored and whose embeddings are not there yet",
+    )
     add_config_arguments(p, optional=True)
 
 
@@ -65,6 +71,9 @@ def _config(args) -> int | None:
     config = settings.load(args.config, args.overrides)
     if args.may_start:
         may_start(config, again=args.may_start == "again")
+    if args.not_stored:
+        print(*(name for name, folder in stored_teachers(config).items() if folder is None), sep="\n")
+        return 0
     if args.memory:
         from ..training import memory
 

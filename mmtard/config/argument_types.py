@@ -30,6 +30,15 @@ def positive_or(word: str) -> Callable[[str], int | str]:
     return parse
 
 
+def separated(of: Callable[[str], int]) -> Callable[[str], list[int]]:
+    """The type of an argument that is several numbers with commas between them."""
+
+    def parse(text: str) -> list[int]:
+        return [of(part) for part in text.split(",")]
+
+    return parse
+
+
 def jpeg_quality(text: str) -> int:
     """A whole number from 1 to 100."""
     if not 1 <= at_least(text, 1) <= 100:

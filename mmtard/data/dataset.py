@@ -95,6 +95,34 @@ def open_dataset(settings: Data, look_again: bool = True) -> Dataset:
     was written since it was indexed is walked anew (headers, labels, captions), unless `look_again` is False. Raises
     UserError for remote shards without an index, and when the shards are no longer those indexed.
     """
+    return _open(settings, look_again)[0]
+
+
+def open_dataset_on_all_ranks(settings: Data, ranks: Ranks) -> Dataset:
+    """The data set on every rank of a launch. Collective.
+
+    The first rank alone looks at the shards: it builds the index where there is none, and walks shards that were
+    written since. The others wait, then read the index that it names, and meet a shard that their node lacks when they
+    read it.
+    """
+    opened: list[Dataset] = []
+
+    def of_first() -> tuple[list[str], Path, str]:
+        dataset, path = _open(settings, look_again=True)
+        opened.append(dataset)
+        return dataset.paths, path, dataset.fingerprint
+
+    shards, path, fingerprint = ranks.run_on_first(of_first, patience=INDEXING)
+    if opened:
+        return opened[0]
+    index = _fitting(path, Keys(settings.label_key, settings.caption_key))
+    if index is not None and index.fingerprint == fingerprint:
+        return Dataset(index, shards)
+    return open_dataset(settings, look_again=False)  # its node has an index of its own, in a cache folder
+
+
+def _open(settings: Data, look_again: bool) -> tuple[Dataset, Path]:
+    """(the data set, the file of its index)."""
     shards = shards_of(settings)
     keys = Keys(settings.label_key, settings.caption_key)
     path = Path(settings.index) if settings.index else default_index(shards, keys.label, keys.caption)
@@ -105,18 +133,7 @@ def open_dataset(settings: Data, look_again: bool = True) -> Dataset:
         if path.is_file() and not os.access(path.parent, os.W_OK) and not settings.index:
             path = cached_index(shards, keys.label, keys.caption)
         index = _build_once(shards, path, keys)
-    index = _unchanged(index, shards, path, look_again)
-    return Dataset(index, shards)
-
-
-def open_dataset_on_all_ranks(settings: Data, ranks: Ranks) -> Dataset:
-    """The data set on every rank of a launch. Collective.
-
-    The first rank builds the index where there is none, and walks shards that were written since, while the others
-    wait.
-    """
-    ranks.run_on_first(lambda: open_dataset(settings).fingerprint, patience=INDEXING)
-    return open_dataset(settings, look_again=False)
+    return Dataset(_unchanged(index, shards, path, look_again), shards), path
 
 
 def _fitting(path: Path, keys: Keys) -> Index | None:

@@ -6,7 +6,9 @@ import glob
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from braceexpand import UnbalancedBracesError, braceexpand
@@ -16,6 +18,7 @@ from ..errors import UserError
 
 MOST_SHARDS = 1_000_000  # that a pattern may name
 MOST_TEXT = 2**30  # bytes of all their names
+FEW = 8  # shards of a folder that are asked for one by one
 
 
 def shards_of(settings: Data) -> list[str]:
@@ -50,15 +53,25 @@ def expand_shards(shards: str | list[str]) -> list[str]:
             out += [path for braced in _braces(spec) for path in _matches(braced)]
         if len(out) > MOST_SHARDS:
             raise UserError(f"data.shards: names more than {MOST_SHARDS:,} shards up to '{spec}'; correct its patterns")
-    for path in out:
-        if not is_remote(path) and not os.path.isfile(path):
-            remedy = (
-                "correct the pattern or restore the file" if Path(path).suffix else "no such folder: correct the path"
-            )
-            raise UserError(f"data.shards: missing shard '{_short(path)}'; {remedy}")
+    missing = _first_missing([path for path in out if not is_remote(path)])
+    if missing is not None:
+        remedy = (
+            "correct the pattern or restore the file" if Path(missing).suffix else "no such folder: correct the path"
+        )
+        raise UserError(f"data.shards: missing shard '{_short(missing)}'; {remedy}")
     if not out:
         raise UserError("data.shards: names no shard; give a folder, a pattern or a list")
     return out
+
+
+def _first_missing(paths: list[str]) -> str | None:
+    """The first path that is no file; None where all are. A folder of many is listed once, and its files not asked."""
+    files: set[str] = set()
+    for folder, count in Counter(map(os.path.dirname, paths)).items():
+        if count > FEW:
+            with suppress(OSError, ValueError), os.scandir(folder or ".") as entries:
+                files |= {os.path.join(folder, entry.name) for entry in entries if entry.is_file()}
+    return next((path for path in paths if path not in files and not os.path.isfile(path)), None)
 
 
 def is_remote(shard: str) -> bool:

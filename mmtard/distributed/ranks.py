@@ -74,6 +74,21 @@ class Ranks:
         dist.all_gather_object(items, item, group=self.cpu_group)
         return items
 
+    def gather_numbers(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Every rank's numbers [n] as [world_size, n], in rank order, over the device's group.
+
+        The host does not wait for the device. `n` must be the same on all ranks.
+        """
+        gathered = numbers.new_empty(self.world_size * numbers.numel())
+        dist.all_gather_into_tensor(gathered, numbers.contiguous())
+        return gathered.view(self.world_size, numbers.numel())
+
+    def ranks_a_node(self) -> int:
+        """How many ranks a node has, where every node has as many and they follow one another; else all. Collective."""
+        local = self.all_gather(self.local_rank)
+        size = local.index(0, 1) if 0 in local[1:] else len(local)
+        return size if local == list(range(size)) * (len(local) // size) else len(local)
+
     def run_on_first(self, make, patience: timedelta | None = None) -> Any:
         """`make()` of the first rank, on every rank. A UserError there is raised on all of them.
 

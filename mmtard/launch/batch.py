@@ -64,7 +64,13 @@ def _run(script: str, command: str, configs: list[str], arguments: list[str]) ->
     say(announcement(os.environ, f", {' '.join(words)}"))
     if command == "train" and (refused := _may_start("now", words)):
         return refused
-    status = _ranks((command, *words))
+    commands = [command]
+    if command == "train" and (missing := _not_stored(words)):
+        say(f"stores the embeddings of {', '.join(missing)} first, once for every training on them")
+        commands = ["cache", "train"]
+    for command in commands:
+        if status := _ranks((command, *words)):
+            break
     if command == "preflight":
         return status
     say(f"{WORK[command]} ended with status {status}")
@@ -96,6 +102,14 @@ def _may_start(when: str, words: tuple[str, ...]) -> int:
     """The status of the check that one rank can do for all: in the ranks' container, where there is one."""
     one_rank = ("--nodes=1", "--ntasks=1")
     return may_start(when, words, _srun(*one_rank) if os.environ.get("MMTARD_SRUN") else [_python()])
+
+
+def _not_stored(words: tuple[str, ...]) -> list[str]:
+    """The teachers that are set to be stored and are not yet; none where that cannot be asked: training says why."""
+    one_rank = _srun("--nodes=1", "--ntasks=1") if os.environ.get("MMTARD_SRUN") else [_python()]
+    command = [*one_rank, "-m", "mmtard", "config", "--not-stored", *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=ignore_signals)
+    return done.stdout.split() if done.returncode == 0 else []
 
 
 def _ranks(words: tuple[str, ...]) -> int:

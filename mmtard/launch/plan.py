@@ -51,8 +51,9 @@ class Plan:
 def plan(path: Path, overrides: list[str], sweeps: list[str], pipeline: bool, evaluate: list[str], world: int) -> Plan:
     """The stages of a configuration, without those whose result exists.
 
-    sweeps: one training for each combination of their values. pipeline: first the teachers, then their stored
-    embeddings. evaluate: shards to evaluate each run on, at last. world: ranks of a training.
+    sweeps: one training for each combination of their values. pipeline: first the teachers. Embeddings that are to be
+    stored and are not there come before the training. evaluate: shards to evaluate each run on, at last. world: ranks
+    of a training.
     Raises UserError for whatever `mmtard train` would refuse before it imports torch.
     """
     folder, students = _students(path, overrides, sweeps)
@@ -63,15 +64,9 @@ def plan(path: Path, overrides: list[str], sweeps: list[str], pipeline: bool, ev
     notes += [f"complete: {c.run_dir}" for c in students if c not in to_train]
     storing, more_notes = _storing(to_train, needed)
     notes += more_notes
-    if storing and pipeline:
+    if storing:
         stages.append(Stage("stored embeddings", tuple(storing), needed))
         needed += tuple(work.run_dir for work in storing)
-    elif storing:
-        notes += [
-            f"{work.run_dir}: its teachers' embeddings are not stored yet; "
-            "--pipeline, or `mmtard cache`, stores them first"
-            for work in storing
-        ]
     if to_train:
         stages.append(Stage("training", tuple(_training(c, world) for c in to_train), needed))
     evaluations, more_notes = _evaluation_stages(students, to_train, evaluate)

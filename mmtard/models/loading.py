@@ -32,6 +32,7 @@ from .transformers_clip import (
     is_transformers_folder,
     open_clip_config,
 )
+from .unfilled import unfilled
 from .weights import load_strictly, load_trained, read_state_dict, require_finite
 
 HUB = "hf-hub:"
@@ -159,7 +160,8 @@ def _from_transformers(spec: Model, seed: int, where: str) -> Clip:
     cfg, preprocess = open_clip_config(folder, where_weights)
     check_model_config(cfg, where_weights, spec.weights)
     check_preprocess(preprocess, where_weights, spec.weights)
-    clip = _clip(build(cfg, preprocess), f"transformers:{folder}", cfg)
+    with unfilled():
+        clip = _clip(build(cfg, preprocess), f"transformers:{folder}", cfg)
     weights = next(folder / name for name in TRANSFORMERS_WEIGHTS if (folder / name).is_file())
     state = from_transformers(read_state_dict(weights, where))
     load_strictly(clip.model, _in_names_of(clip.model, state), f"{where_weights} '{weights}'", "check the folder")
@@ -211,7 +213,9 @@ def _from_file(spec: Model, seed: int, where: str) -> Clip:
             " to true"
             " (OpenAI's) or false"
         )
-    clip = _of_architecture(name, _wanted_gelu(name, spec, None, where))
+    quick_gelu = _wanted_gelu(name, spec, None, where)
+    with unfilled():
+        clip = _of_architecture(name, quick_gelu)
     load_strictly(clip.model, _in_names_of(clip.model, state), f"{where}.weights '{path}'")
     return clip
 
@@ -308,7 +312,8 @@ def _pretrained(name: str, tag: str, quick_gelu: bool, where: str) -> Clip:
         warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # decided by _wanted_gelu
         logging.disable(logging.ERROR)  # what open_clip logs it also raises
         try:
-            model = open_clip.create_model(name, pretrained=tag, pretrained_text=False, quick_gelu=quick_gelu)
+            with unfilled():  # open_clip loads strictly, too
+                model = open_clip.create_model(name, pretrained=tag, pretrained_text=False, quick_gelu=quick_gelu)
         except (RuntimeError, OSError) as error:
             why = " ".join(str(error).split()).rstrip(".")
             raise UserError(
@@ -337,7 +342,8 @@ def _from_folder(config: Path, weights: Path, name: str, where: str) -> Clip:
     open_clip's own reader would pass on every key of the config, and
     stretch positional embeddings of another size to fit, without a word."""
     cfg, preprocess = _folder_config(config, where, name)
-    clip = _clip(build(cfg, preprocess), name, cfg)
+    with unfilled():
+        clip = _clip(build(cfg, preprocess), name, cfg)
     state = _in_names_of(clip.model, read_state_dict(weights, where))
     load_strictly(
         clip.model, state, f"{where}.weights: cannot load '{name}': {weights.name}", "check that the folder is whole"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,22 +27,26 @@ def start_model(config: Config, run: Path, resumed: bool, ranks: Ranks) -> Clip:
     resumed without its source. The others wait until they see what it wrote. Collective.
     """
     folder = run / START_FOLDER
+    saved: list[Clip] = []
     if config.student.lora:
         lora.require()
     if not resumed:
-        ranks.run_on_first(lambda: _save_start(loading.load_clip(config.student, config.seed, "student"), run))
+        ranks.run_on_first(lambda: saved.append(_save_start(config, run)))
     else:
         remedy = "restore it from a copy of the run, or train it anew in another run_dir"
         ranks.run_on_first(lambda: checksums.verify(run, START_FOLDER, remedy))
+    if saved:  # it is what the folder holds, and need not be read again
+        return saved[0]
     wait_for(folder / WEIGHTS_FILE)  # on the other nodes
     return loading.load_clip(Model(weights=str(folder)))
 
 
-def _save_start(clip: Clip, run: Path) -> None:
-    """Write the start with its checksums.
+def _save_start(config: Config, run: Path) -> Clip:
+    """Fetch the start, write it with its checksums, and return it as the run's folder gives it.
 
     Raises UserError where there is no room for it, and leaves none of it then.
     """
+    clip = loading.load_clip(config.student, config.seed, "student")
     try:
         with checksums.renewed(run, START_FOLDER):
             clip.save(run / START_FOLDER)
@@ -49,6 +54,7 @@ def _save_start(clip: Clip, run: Path) -> None:
         discard(run / f"{START_FOLDER}.tmp")
         needed = sum(tensor.nbytes for tensor in clip.model.state_dict().values())
         raise UserError(why_not_written(run / START_FOLDER, error, needed)) from None
+    return replace(clip, name=f"local-dir:{run / START_FOLDER}")
 
 
 def trainable_tower(config: Config, clip: Clip, checkpoint: Path | None) -> ImageTower:

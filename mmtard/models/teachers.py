@@ -1,4 +1,4 @@
-"""Frozen teachers: towers that are asked for predictions, whole on every rank or sharded over the ranks.
+"""Frozen teachers: towers that are asked for predictions, whole on every rank or sharded over the ranks of a node.
 
 A ViT-L/14 in float32 beside a ViT-B/32 student with PGD-10, one image a rank on 2 ranks (CPU, gloo; the commands head
 configs/benchmarks/vitl14_teacher.yaml; mean of steps 2 and 3, on cores shared with other programs):
@@ -7,7 +7,8 @@ configs/benchmarks/vitl14_teacher.yaml; mean of steps 2 and 3, on cores shared w
     sharded       580 MiB a rank    60 s a step
     stored          0 MiB a rank    25 s a step
 
-All three trained to the same bits. Sharding saves (1 - 1/world) of the bytes and gathers all of the tower once a
+All three trained to the same bits. Sharding saves (1 - 1/local) of the bytes, with `local` ranks a node (all
+ranks where a node has one), and gathers all of the tower once a
 forward, whatever the micro-batch: that time is bytes / bandwidth, so it weighs less the more images a rank takes at
 once. Rule of thumb: store a teacher that sees clean images alone; replicate the others; shard one only where the
 memory it frees lets `train.micro_batch_size` grow (or fit at all), and only where nodes are linked fast enough to
@@ -81,8 +82,17 @@ class FrozenTeacher:
 
 
 def shard(tower: ImageTower, ranks: Ranks) -> None:
-    """Spread a frozen tower over all ranks with FSDP2: each block gathered for its forward and freed after it."""
+    """Spread a frozen tower with FSDP2: each block gathered for its forward and freed after it. Collective.
+
+    Over the ranks of a node, each node holding all of it, so that no block crosses the network; over all ranks where
+    there is one node, or one rank a node.
+    """
+    local = ranks.ranks_a_node()
     # Without a mesh of its own, FSDP2 would take the GPUs that a run on CPUs leaves alone.
-    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    if 1 < local < ranks.world_size:
+        nodes = ranks.world_size // local
+        mesh = init_device_mesh(ranks.device.type, (nodes, local), mesh_dim_names=("nodes", "local"))["local"]
+    else:
+        mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     for module in (*blocks(tower), tower):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)

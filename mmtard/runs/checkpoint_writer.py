@@ -62,6 +62,11 @@ class Checkpoints:
         self._writer = threading.Thread(target=self._write, args=(step, weights, optimizer, state), name="checkpoint")
         self._writer.start()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a write is under way."""
+        return self._writer is not None and self._writer.is_alive()
+
     def wait(self) -> None:
         """Block until the write under way is published; raise UserError if it failed."""
         if self._writer is not None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from ..errors import UserError
 from ..evaluation.data_checks import caption_lines
 from ..files import why_not_written
 from ..models.clip import Clip
+from ..models.image_tower import DTYPES
 from ..models.tokenizer import read_alike
 from ..runs import checksums
 from ..runs.checkpoints import save_tensors
@@ -88,18 +91,26 @@ def build_class_targets(
     dataset: Dataset,
     ranks: Ranks,
     say: Callable[[str], None] = lambda text: None,
-) -> tuple[dict[str, ZeroShotHead], Callable[[Batch], Batch]]:
-    """(a Head for each model, what every batch has to pass before it is trained on), by `data.targets`. Both are
+) -> tuple[dict[str, ZeroShotHead], Callable[[Iterable[Batch]], Iterable[Batch]]]:
+    """(a Head for each model, what the batches have to pass before they are trained on), by `data.targets`. Both are
     collective.
     """
     if config.data.targets == "captions":
-        captions = CaptionTargets(clips, ranks, say)
+        captions = CaptionTargets(clips, ranks, DTYPES[config.engine.precision], say)
         return captions.heads, captions
     if config.data.targets == "none":
-        return heads_without_classes(clips, ranks), lambda batch: batch
+        return heads_without_classes(clips, ranks), lambda batches: batches
     return zero_shot_heads(
         run, clips, classnames(config.data, dataset), templates(config.data), ranks
-    ), lambda batch: batch
+    ), lambda batches: batches
+
+
+@dataclass(frozen=True)
+class _Embedded:
+    """A batch whose labels are places in `rows` [C, sum of D]: the classes' embeddings, those of all models in one."""
+
+    batch: Batch
+    rows: Tensor
 
 
 class CaptionTargets:
@@ -107,33 +118,67 @@ class CaptionTargets:
 
     Which classes there are, and in which order, depends on the global batch alone: equal captions are one class, the
     classes are sorted. A rank embeds the captions of its own samples and receives the others', so that the text
-    towers' work is shared. They stay on the ranks' device in float32. `say` is told of captions in the first batch
-    that a text tower cannot tell apart: they are classes that can never be right.
+    towers' work is shared; the towers run in `dtype` under autocast. Embeddings are float32 and never leave the
+    device. `say` is told of captions in the first batch that a text tower cannot tell apart: they are classes that can
+    never be right.
     """
 
-    def __init__(self, clips: dict[str, Clip], ranks: Ranks, say: Callable[[str], None] = lambda text: None):
-        self.ranks, self.say, self.looked = ranks, say, False
+    def __init__(
+        self,
+        clips: dict[str, Clip],
+        ranks: Ranks,
+        dtype: torch.dtype = torch.float32,
+        say: Callable[[str], None] = lambda text: None,
+    ):
+        self.ranks, self.dtype, self.say, self.looked = ranks, dtype, say, False
         self.towers = {name: clip.text_tower().to(ranks.device) for name, clip in clips.items()}
+        self.widths = [clip.config["model_cfg"]["embed_dim"] for clip in clips.values()]
         self.heads = {name: CaptionHead(clip.logit_scale) for name, clip in clips.items()}
+        self.beside = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
 
-    def __call__(self, batch: Batch) -> Batch:
-        """Give the heads the classes of this step; the rank's batch with each sample's own caption as its label.
-        Collective.
+    def __call__(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The rank's batches with each sample's own caption as its label; the heads have the classes of the batch that
+        was given last.
+
+        A batch's captions are embedded one step ahead: on a GPU beside the step before. Collective.
         """
+        ahead: _Embedded | None = None
+        for batch in batches:
+            following = self._embed(batch)
+            if ahead is not None:
+                yield self._use(ahead)
+            ahead = following
+        if ahead is not None:
+            yield self._use(ahead)
+
+    def _embed(self, batch: Batch) -> _Embedded:
         own = sorted(set(batch.captions))
-        shared = self.ranks.all_gather((own, {name: tower(own).cpu() for name, tower in self.towers.items()}))
-        place = {
-            caption: (embedded, row) for captions, embedded in reversed(shared) for row, caption in enumerate(captions)
-        }
-        classes = sorted(place)
+        cast = torch.autocast(self.ranks.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with torch.cuda.stream(self.beside) if self.beside else nullcontext(), cast:
+            rows = torch.cat([tower(own) for tower in self.towers.values()], dim=1)
+            padded = F.pad(rows, (0, 0, 0, len(batch) - len(own)))  # as many on every rank
+            shared = self.ranks.gather_numbers(padded.view(-1)).view(-1, rows.shape[1])
+            captions = self.ranks.all_gather(own)
+            place = {
+                caption: rank * len(batch) + row
+                for rank, of_rank in reversed([*enumerate(captions)])
+                for row, caption in enumerate(of_rank)
+            }
+            classes = sorted(place)
+            rows = shared[torch.tensor([place[caption] for caption in classes]).to(shared.device, non_blocking=True)]
         if not self.looked:
             self._look(classes)
-        for name, head in self.heads.items():
-            head.class_embeddings = torch.stack([embedded[name][row] for embedded, row in map(place.get, classes)]).to(
-                self.ranks.device
-            )
         index = {caption: i for i, caption in enumerate(classes)}
-        return replace(batch, labels=torch.tensor([index[caption] for caption in batch.captions]))
+        return _Embedded(replace(batch, labels=torch.tensor([index[caption] for caption in batch.captions])), rows)
+
+    def _use(self, embedded: _Embedded) -> Batch:
+        if self.beside is not None:
+            current = torch.cuda.current_stream(self.ranks.device)
+            current.wait_stream(self.beside)
+            embedded.rows.record_stream(current)
+        for head, rows in zip(self.heads.values(), embedded.rows.split(self.widths, dim=1)):
+            head.class_embeddings = rows.contiguous()
+        return embedded.batch
 
     def _look(self, classes: list[str]) -> None:
         self.looked = True

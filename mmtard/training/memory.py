@@ -23,6 +23,7 @@ from ..models.image_tower import DTYPES, ImageTower, blocks
 from .optimizer import bucket_size
 
 GIB, FLOAT32 = 2**30, 4
+GPUS_A_NODE = 8  # assumed: a sharded teacher is whole on every node
 ATTACK, TRAINING = "activations, attack step", "activations, training step"
 
 
@@ -119,7 +120,8 @@ def of_run(config: Config, world: int) -> dict[str, list[float]]:
             continue
         teacher = _model(config, name).tower()
         held = sum(p.numel() for p in teacher.parameters()) * dtype.itemsize
-        rows[f"teacher {name}, {spec.placement}"] = [held / (world if spec.placement == "sharded" else 1)] * 4
+        holders = min(world, GPUS_A_NODE) if spec.placement == "sharded" else 1
+        rows[f"teacher {name}, {spec.placement}"] = [held / holders] * 4
         if (
             config.attack_objective
             and attack_objectives.find_objective(config.attack_objective, config.fusion).through_teacher == name
@@ -171,6 +173,7 @@ def show(config: Config, world: int) -> None:
     print(
         f"* engine.zero_stage. Activations {kept} engine.checkpoint_activations; "
         "an estimate, without kernels' working memory, slack and the CUDA context."
+        + (f" Nodes of {GPUS_A_NODE} GPUs." if world > GPUS_A_NODE else "")
     )
 
 

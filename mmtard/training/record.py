@@ -47,17 +47,16 @@ class StepRecord:
         return {"bad_in_a_row": self.bad_in_a_row, "skipped": self.skipped, "replaced": self.replaced}
 
     def agree(self, terms: TermSums, update: UpdateResult, batch: Batch, bad_samples: list[int], stop: bool) -> Agreed:
-        """Sum a step's numbers over the ranks, and count it."""
+        """Sum a step's numbers over the ranks, in one collective, and count it."""
         counts = [batch_digest(batch.seeds), len(batch.replaced), len(bad_samples), stop]
-        sums = terms.sums
-        *totals, digest, replaced, bad, stop_asked = self.ranks.sum([*sums.values(), *counts])
-        means = accuracies({name: total / self.batch_size for name, total in zip(sums, totals)})
-        quantiles = terms.quantiles(self.ranks)
+        total = terms.total(counts, self.ranks)
+        digest, replaced, bad, stop_asked = total.counts
+        means = accuracies({name: sum_ / self.batch_size for name, sum_ in total.sums.items()})
         self.replaced += int(replaced)
         self.skipped += not update.applied
         self.bad_in_a_row = 0 if update.applied else self.bad_in_a_row + 1
         return Agreed(
-            means, quantiles, int(digest), int(replaced), int(bad), bool(stop_asked), self.skipped, self.replaced
+            means, total.quantiles, int(digest), int(replaced), int(bad), bool(stop_asked), self.skipped, self.replaced
         )
 
     def report(self, step: int, agreed: Agreed, update: UpdateResult, batch: Batch, bad_samples: list[int]) -> None:

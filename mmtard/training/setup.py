@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -40,11 +40,11 @@ Ensemble = dict[str, FrozenTeacher | StoredTeacher]
 class TrainingParts:
     """What the loop works with.
 
-    class_targets: gives a batch its labels, or makes its captions the classes of the step.
+    class_targets: gives the batches their labels, or makes the captions of each the classes of its step.
     """
 
     stream: TrainStream
-    class_targets: Callable[[Batch], Batch]
+    class_targets: Callable[[Iterable[Batch]], Iterable[Batch]]
     engine: Engine
     task: DistillationTask
     cost: Callable[[float], dict[str, float]]  # seconds of a step -> its speed and memory

@@ -4,6 +4,8 @@ weights.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,11 +16,20 @@ QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 SPREAD = ("w_", "entropy_")  # terms that start so are weights or entropies, whose quantiles are kept
 
 
+@dataclass(frozen=True)
+class StepTotals:
+    """A step's numbers over all ranks."""
+
+    sums: dict[str, float]  # of each term, in float64
+    counts: list[float]  # of what else the ranks counted
+    quantiles: dict[str, float]  # `w_NAME_p10`, `_p50`, `_p90` of weights and entropies, whatever the samples' order
+
+
 class TermSums:
     """Gathers the per-sample terms of a step on this rank.
 
-    They stay on the device until they are asked for: reading a number makes the host wait for everything launched so
-    far.
+    They stay on the device until all ranks' are there: reading a number makes the host wait for everything launched
+    so far.
     """
 
     def __init__(self):
@@ -33,26 +44,32 @@ class TermSums:
             if name.startswith(SPREAD):
                 self._weights.setdefault(name, []).append(term)
 
-    @property
-    def sums(self) -> dict[str, float]:
-        """The sum of each term, in float64."""
-        return dict(zip(self._sums, torch.stack(list(self._sums.values())).tolist())) if self._sums else {}
+    def total(self, counts: list[float], ranks: Ranks) -> StepTotals:
+        """This step's numbers over all ranks, with `counts` of this rank's added up, too.
 
-    @property
-    def weights(self) -> dict[str, list[float]]:
-        """Each sample's weights and entropies, by name."""
-        return {name: torch.cat(terms).tolist() for name, terms in self._weights.items()}
-
-    def quantiles(self, ranks: Ranks) -> dict[str, float]:
-        """`w_NAME_p10`, `_p50`, `_p90` over all ranks' samples, whatever their order.
-
-        Collective; asks nothing of the other ranks where there is no weight.
+        One collective over the device's group, and one wait of the host. Collective, with as many samples on each rank.
         """
-        if not self._weights:
-            return {}
-        shares = ranks.all_gather(self.weights)
-        found = {
-            name: np.quantile(np.concatenate([share[name] for share in shares]), list(QUANTILES.values()))
-            for name in self._weights
-        }
-        return {f"{name}_{p}": float(value) for name, values in found.items() for p, value in zip(QUANTILES, values)}
+        return self.unpack(ranks.gather_numbers(self.pack(counts)).cpu().numpy(), len(counts))
+
+    def pack(self, counts: list[float]) -> Tensor:
+        """Sums, counts and each sample's weights and entropies of this rank, as float64 [n] on the terms' device."""
+        sums = list(self._sums.values())
+        device = sums[0].device if sums else None
+        numbers = torch.tensor(counts, dtype=torch.float64)
+        weights = [term.double() for terms in self._weights.values() for term in terms]
+        return torch.cat([*(total.view(1) for total in sums), numbers.to(device, non_blocking=True), *weights])
+
+    def unpack(self, gathered: np.ndarray, n_counts: int) -> StepTotals:
+        """What the ranks' packed numbers, float64 [world, n], come to; `n_counts` of them are counts."""
+        totals = gathered[:, : len(self._sums) + n_counts].sum(0).tolist()
+        # One [world, b] for each weight.
+        weights = np.split(gathered[:, len(totals) :], len(self._weights), axis=1) if self._weights else []
+        return StepTotals(
+            dict(zip(self._sums, totals)),
+            totals[len(self._sums) :],
+            {
+                f"{name}_{p}": float(value)
+                for name, of_all in zip(self._weights, weights)
+                for p, value in zip(QUANTILES, np.quantile(of_all.ravel(), list(QUANTILES.values())))
+            },
+        )

@@ -99,9 +99,8 @@ class Trainer:
         train = self.config.train
         self.logger.begin(self.parts.cost)
         self.watchdog.at(self.step + 1, "data")
-        for batch in self.parts.stream:
-            # Its labels, or the captions of this global batch as its classes.
-            batch = self.parts.class_targets(batch)
+        # With their labels, or with the captions of each global batch as its classes.
+        for batch in self.parts.class_targets(self.parts.stream):
             self.watchdog.at(self.step + 1, "update")
             lr = learning_rate(self.step, train)
             self.parts.task.begin_step(self.step)

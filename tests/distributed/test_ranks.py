@@ -212,3 +212,25 @@ def test_a_meeting_file_that_cannot_be_made_is_told_at_once(tmp_path, monkeypatc
     monkeypatch.setenv("MMTARD_INIT_FILE", str(tmp_path / name))
     with pytest.raises(UserError, match="MMTARD_INIT_FILE: ranks cannot meet at '.*'; name a file in a folder that"):
         ranks._meeting_point(1)
+
+
+@pytest.mark.parametrize(
+    "local, expected",
+    [
+        ([0], 1),
+        ([0, 1, 2, 3], 4),  # one node
+        ([0, 1, 0, 1], 2),
+        ([0, 0, 0], 1),  # one a node
+        ([0, 0, 1, 1], 4),  # dealt out in turn: the ranks of a node do not follow one another
+        ([0, 1, 0], 3),  # nodes of different sizes
+        ([0, 1, 2, 0, 1], 5),
+    ],
+)
+def test_ranks_know_how_many_share_a_node(local, expected, monkeypatch):
+    monkeypatch.setattr(ranks.Ranks, "all_gather", lambda self, item: local)
+    assert ranks.Ranks(0, len(local), 0, torch.device("cpu"), None).ranks_a_node() == expected
+
+
+def test_numbers_of_one_rank_are_a_row(ranks_of_one):
+    numbers = torch.tensor([1.5, 2.0**52 + 1], dtype=torch.float64)
+    assert ranks_of_one.gather_numbers(numbers).equal(numbers[None])

@@ -1,5 +1,6 @@
 """What a job is told about its nodes, and how its body fits clusters of all kinds, with stand-ins for Slurm."""
 
+import json
 import os
 import shlex
 import socket
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mmtard import config as settings
+from mmtard.embeddings.settings import embedding_recipe
 from mmtard.errors import UserError
 from mmtard.launch import environment, requeue, resubmit
 
@@ -213,3 +216,53 @@ def test_a_script_is_its_comment_its_options_and_one_command(name):
     lines = (ROOT / "slurm" / name).read_text().replace("\\\n", "").splitlines()
     code = [line for line in lines if line and not line.startswith("#")]
     assert [line.split()[0] for line in code] == [".", "set", "exec"]
+
+
+# ---------------------------------------------------------------- stored embeddings first
+
+
+@pytest.fixture
+def training(body, tmp_path, tree, write):
+    """Call with the statuses of the ranks' starts: the commands that they were given, and the finished process."""
+    tree["teachers"]["clean"]["stored"] = True
+    config = write(tree)
+    script(
+        tmp_path / "srun",
+        f'while [ "$1" != -m ]; do shift; done\necho "$3" >>{tmp_path}/ran\n'
+        f'status=$(head -1 {tmp_path}/statuses); sed -i 1d {tmp_path}/statuses; exit "$status"',
+    )
+
+    def call(*statuses):
+        (tmp_path / "statuses").write_text("".join(f"{status}\n" for status in statuses))
+        done = body("train_vitb32.sh", str(config))
+        return (tmp_path / "ran").read_text().split(), done
+
+    return call
+
+
+def test_a_training_on_stored_embeddings_stores_those_that_are_missing_first(training, tmp_path):
+    ran, done = training(0, 0)
+    assert (ran, done.returncode) == (["cache", "train"], 0), done.stderr
+    assert "stores the embeddings of clean first, once for every training on them" in done.stdout
+
+
+def test_a_training_whose_embeddings_are_there_begins_at_once(training, tmp_path, tree):
+    tree["teachers"]["clean"]["stored"] = True
+    config = settings.validate(tree)
+    store = Path(tree["data"]["shards"]) / "embeddings" / "x"
+    store.mkdir(parents=True)
+    manifest = {"identity": {}, "parts": {}, "samples": 1, "views": 1, "made_from": embedding_recipe(config, "clean")}
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    ran, done = training(0)
+    assert (ran, done.returncode) == (["train"], 0) and "stores" not in done.stdout
+
+
+def test_a_storing_that_was_stopped_goes_back_to_the_queue_and_does_not_train(training):
+    ran, done = training(75)
+    assert (ran, done.returncode) == (["cache"], 75)
+    assert "storing ended with status 75" in done.stdout and "goes back to the queue" in done.stdout
+
+
+def test_a_storing_that_failed_ends_the_job(training):
+    ran, done = training(2)
+    assert (ran, done.returncode) == (["cache"], 2) and "queue" not in done.stdout

@@ -325,8 +325,17 @@ def test_a_sweep_shares_the_embeddings_that_its_points_agree_in(submit, teachers
     )
     assert submit(*words, "--sweep", "train.lr=1e-5,2e-5").stdout.count("python -m mmtard cache") == 1
     assert submit(*words, "--sweep", "data.views=2,3").stdout.count("python -m mmtard cache") == 2
-    printed = submit("--gpus-per-node", "4", "--dry-run", "teachers.clean.stored=true").stdout
-    assert "its teachers' embeddings are not stored yet; --pipeline, or `mmtard cache`, stores them first\n" in printed
+
+
+def test_missing_embeddings_are_stored_first_without_a_pipeline_too(submit, teachers, tmp_path):
+    done(teachers / "robust", 20)
+    words = ("--gpus-per-node", "4", "--dry-run", "teachers.clean.stored=true")
+    assert stages(submit(*words).stdout) == [
+        ("stored embeddings", "mmtard-cache-run", None),
+        ("training", "mmtard-run", "afterok:JOB_OF_run"),
+    ]
+    stored(tmp_path)
+    assert stages(submit(*words).stdout) == [("training", "mmtard-run", None)]
 
 
 def test_without_pipeline_a_missing_teacher_is_pointed_out(submit, teachers):

@@ -7,7 +7,6 @@ embedding.
 import json
 import sys
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -197,9 +196,9 @@ def train(case: str, student, teachers: dict, ranks=None) -> dict:
         )
         told = TermSums()
         told.add({"loss": loss.detach(), **terms})
-        totals = list(told.sums.values()) if ranks is None else ranks.sum([*told.sums.values()])
-        means = {name: total / BATCH for name, total in zip(told.sums, totals)}
-        spread = told.quantiles(ranks or SimpleNamespace(all_gather=lambda item: [item]))
+        # Without ranks, this one's numbers are all there are.
+        total = told.unpack(told.pack([])[None].numpy(), 0) if ranks is None else told.total([], ranks)
+        means, spread = {name: sum_ / BATCH for name, sum_ in total.sums.items()}, total.quantiles
         step.end_step(means | spread)
         losses.append(means["loss"])
     weights = {**student.full_state()[0], **learned.tensors()}

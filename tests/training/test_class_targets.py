@@ -38,18 +38,37 @@ def batch(captions):
     )
 
 
-def ask(clips, shares):
+class Thread:
+    """A rank among threads."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank, box, barrier):
+        self.rank, self.box, self.barrier = rank, box, barrier
+
+    def all_gather(self, item):
+        self.box[self.rank] = item
+        self.barrier.wait(30)
+        items = list(self.box)
+        self.barrier.wait(30)
+        return items
+
+    def gather_numbers(self, numbers):
+        return torch.stack(self.all_gather(numbers))
+
+
+def alone():
+    return Thread(0, [None], Barrier(1))
+
+
+def ask(clips, shares, dtype=torch.float32):
     """For each rank's share of the captions, asked at the same time: (its heads, its labels)."""
     box, barrier = [None] * len(shares), Barrier(len(shares))
 
     def rank(r):
-        def gather(item):
-            box[r] = item
-            barrier.wait(30)
-            return list(box)
-
-        captions = CaptionTargets(clips, SimpleNamespace(device=torch.device("cpu"), all_gather=gather))
-        return captions.heads, captions(batch(shares[r])).labels
+        captions = CaptionTargets(clips, Thread(r, box, barrier), dtype)
+        (given,) = captions([batch(shares[r])])
+        return captions.heads, given.labels
 
     with ThreadPoolExecutor(len(shares)) as pool:
         return list(pool.map(rank, range(len(shares))))
@@ -94,28 +113,51 @@ def test_the_losses_are_those_of_the_global_batch_at_every_world_size(clips):
 
 
 def test_ranks_get_the_same_bits_of_a_caption_that_several_have(clips):
-    ranks = ask(clips, [CAPTIONS[:3], CAPTIONS[3:]])  # two dogs and more, embedded in batches of different sizes
+    ranks = ask(clips, [CAPTIONS[:4], CAPTIONS[4:]])  # two dogs and more, embedded in batches of different sizes
     (first, _), (second, _) = ranks
     assert all(first[name].class_embeddings.equal(second[name].class_embeddings) for name in clips)
 
 
+def test_a_batch_is_embedded_a_step_ahead_and_its_classes_wait_for_it(clips):
+    captions, seen = CaptionTargets({"clean": clips["clean"]}, alone()), []
+
+    def stream():
+        for words in (["two dogs", "an owl"], ["a cow", "a cow"], ["a blue cube", "a red ring"]):
+            seen.append(words)
+            yield batch(words)
+
+    expected = [clips["clean"].text_tower()(sorted(set(words))) for words in (["two dogs", "an owl"], ["a cow"])]
+    classes = captions.heads["clean"]
+    given = captions(stream())
+    assert next(given).labels.tolist() == [1, 0] and len(seen) == 2, "the next one is embedded before this one is used"
+    assert classes.class_embeddings.equal(expected[0])
+    assert next(given).labels.tolist() == [0, 0] and classes.class_embeddings.equal(expected[1])
+    assert len(list(given)) == 1
+
+
+def test_under_bf16_the_text_towers_compute_in_bf16_and_give_float32(clips):
+    (exact, labels), *_ = ask(clips, [CAPTIONS])
+    (rough, same), *_ = ask(clips, [CAPTIONS], torch.bfloat16)
+    for name in clips:
+        a, b = exact[name].class_embeddings, rough[name].class_embeddings
+        assert b.dtype == torch.float32 and not a.equal(b) and torch.allclose(a, b, atol=2e-2)
+        assert torch.allclose(b.norm(dim=1), torch.ones(len(b)), atol=1e-5)
+    assert labels.equal(same)
+
+
 def test_captions_that_differ_past_the_context_are_told_once(clips):
     said = []
-    ranks = SimpleNamespace(device=torch.device("cpu"), all_gather=lambda item: [item])
-    captions = CaptionTargets({"clean": clips["clean"]}, ranks, said.append)
-    for _ in range(2):
-        captions(batch(["word " * 300 + str(i) for i in range(4)] + CAPTIONS))
+    captions = CaptionTargets({"clean": clips["clean"]}, alone(), say=said.append)
+    list(captions(2 * [batch(["word " * 300 + str(i) for i in range(4)] + CAPTIONS)]))
     (line,) = said
     assert line.startswith("WARN captions of the first batch, clean: 3 of ") and "past the text tower's" in line
 
 
 def test_the_image_tower_goes_its_own_way(clips):
     clip = copy.deepcopy(clips["clean"])
-    captions = CaptionTargets(
-        {"clean": clip}, SimpleNamespace(device=torch.device("cpu"), all_gather=lambda item: [item])
-    )
+    captions = CaptionTargets({"clean": clip}, alone())
     clip.tower().cast(torch.bfloat16)
-    captions(batch(CAPTIONS))
+    list(captions([batch(CAPTIONS)]))
     parameters = dict(captions.towers["clean"].named_parameters())
     assert not any("visual" in name for name in parameters) and {p.dtype for p in parameters.values()} == {
         torch.float32
@@ -131,7 +173,7 @@ def test_labels_pass_as_they_are(clips, ranks, tmp_path, tree):
     head, through = class_targets.build_class_targets(
         validate(tree), tmp_path, {"student": clips["student"]}, SimpleNamespace(labels=np.array([0, 1, -1])), ranks
     )
-    given = batch(["x", "y"])
+    given = [batch(["x", "y"])]
     assert (
         through(given) is given
         and isinstance(head["student"], ZeroShotHead)
