@@ -39,6 +39,8 @@ KINDS = {
 def test_a_folders_weights_are_those_bits_and_no_random_number_is_drawn_for_them(kind, tmp_path):
     (tmp_path / f"tests-unfilled-{kind}.json").write_text(json.dumps(KINDS[kind]))
     drawn = loading.load_clip(Model(arch=str(tmp_path / f"tests-unfilled-{kind}.json"), weights="random"), seed=5)
+    if kind == "coca":
+        drawn.model.text_decoder.text_projection.data.normal_()  # which open_clip itself leaves as the memory was
     drawn.save(tmp_path / "folder")
     before = torch.get_rng_state()
     read = loading.load_clip(Model(weights=str(tmp_path / "folder")))
