@@ -135,6 +135,26 @@ def test_the_views_of_a_sample_come_round_and_its_random_start_does_not(shards):
     assert len(looks[8]) == 8 and sum(a.equal(b) for i, a in enumerate(looks[8]) for b in looks[8][:i]) == 8
 
 
+def test_with_no_teacher_of_adversarial_images_all_are_stored_and_none_runs_in_the_loop(run, tmp_path, monkeypatch):
+    recipe = (
+        "method.views={robust: clean_for_adv, clean: clean}",
+        "method.trust=clean",
+        "attack.objective=kl_robust",
+        "terms.anchor={teacher: clean}",
+        "terms.feature={teacher: robust}",
+        "train.steps=2",
+    )
+    live = trained(run(*recipe, f"run_dir={tmp_path}/live"))
+    said = []
+    cache(run(*recipe), Interruption(), said.append)
+    assert [line.split(":")[0] for line in said if "to be stored" in line] == ["teacher clean", "teacher robust"]
+    monkeypatch.setattr("mmtard.models.teachers.FrozenTeacher.__call__", lambda *_: pytest.fail("a teacher ran"))
+    stored = ("teachers.clean.stored=true", "teachers.robust.stored=true", f"run_dir={tmp_path}/stored")
+    assert trained(run(*recipe, *stored)) == live
+    with pytest.raises(UserError, match="teachers.robust.stored: .* shows this teacher adversarial images"):
+        cache(run(*recipe, *stored, "terms.feature.teacher_view=adv"), Interruption())
+
+
 # ---------------------------------------------------------------- what is stored
 
 
