@@ -8,6 +8,14 @@ import torch
 
 from ..errors import UserError
 
+# What CUDA's libraries say where their own workspace found no memory: a plain RuntimeError.
+NO_WORKSPACE = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that the device's memory is too small, in torch's words or in those of CUDA's libraries."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_WORKSPACE)
+
 
 class AdaptiveBatchSize:
     """Splits a chunk into batches of at most `limit` samples; halves `limit` for good when memory is too small.
@@ -24,7 +32,9 @@ class AdaptiveBatchSize:
         while at < len(tensors[0]):
             try:
                 done.append(work(*(t[at : at + self.limit] for t in tensors)))
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 if self.limit == 1:
                     raise UserError(
                         "--device: the GPU's memory is too small for one image; "

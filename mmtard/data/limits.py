@@ -31,17 +31,27 @@ def prepare_for_workers(workers: int, batch_bytes: int) -> None:
             f"data.workers: this process may have {files} files open, and {workers} loader processes need about "
             f"{need}; raise the limit (`ulimit -n`), or set data.workers=0 (--workers 0)"
         )
-    try:
-        shared = os.statvfs(SHARED_MEMORY)
-    except OSError:
-        return
-    free, need = shared.f_bavail * shared.f_frsize, (PREFETCHED * workers + 1) * batch_bytes
-    if free < need:
+    free, need = free_shared_memory(), loader_bytes(workers, batch_bytes)
+    if free is not None and free < need:
         raise UserError(
             f"data.workers: {SHARED_MEMORY} has {free / 2**20:.3g} MiB free, and {workers} loader processes need about "
             f"{need / 2**20:.3g} MiB there; give the container more (docker run --shm-size=8g), or set data.workers=0 "
             "(--workers 0)"
         )
+
+
+def loader_bytes(workers: int, batch_bytes: int) -> int:
+    """Bytes of shared memory that so many loader processes of one rank take."""
+    return (PREFETCHED * workers + 1) * batch_bytes if workers else 0
+
+
+def free_shared_memory() -> int | None:
+    """Bytes free in this node's shared memory; None where there is none of that name."""
+    try:
+        shared = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return None
+    return shared.f_bavail * shared.f_frsize
 
 
 def raise_file_limit() -> int:

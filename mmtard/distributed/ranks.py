@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from ..errors import RunError, UserError
+from .gpu_driver import driver_version, why_too_old
 from .launcher import launch_from_env
 from .processes import raise_descriptor_limit
 
@@ -264,16 +265,19 @@ def stop(ranks: Ranks | None = None) -> None:
 def _device(device: str, local: int) -> torch.device:
     """Where this rank computes: on the GPU of its local rank, or on the only one that Slurm lets this task see."""
     available, env = torch.cuda.is_available(), os.environ
+    too_old = None if available else why_too_old(torch.version.cuda, driver_version())
     if device == "cuda" and not available:
-        raise UserError("engine.device: 'cuda', but torch sees no GPU here; set engine.device=cpu or run where one is")
+        remedy = too_old or "set engine.device=cpu or run where one is"
+        raise UserError(f"engine.device: 'cuda', but torch sees no GPU here; {remedy}")
     if device == "auto" and not available:
         given = next((f"{name}={env[name]}" for name in GIVEN if env.get(name)), None)
         if given and env.get("SLURM_GPUS_ON_NODE") != "0":
             build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+            remedy = too_old or "install a torch for the node's driver (nvidia-smi tells its CUDA version)"
             raise UserError(
                 f"engine.device: 'auto' finds no GPU on {platform.node()}, though Slurm gave this job some ({given}): "
-                f"torch {torch.__version__}, {build}, sees none; install a torch for the node's driver "
-                "(nvidia-smi tells its CUDA version), or set engine.device=cpu (evaluate: --device cpu)"
+                f"torch {torch.__version__}, {build}, sees none; {remedy}, or set engine.device=cpu "
+                "(evaluate: --device cpu)"
             )
     if device == "cpu" or not available:
         return torch.device("cpu")

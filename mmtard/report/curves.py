@@ -18,8 +18,9 @@ SPEED = {
     "images_per_s": "images/s, all ranks",
     "seconds": "seconds a step",
     "tflops_a_rank": "TFLOP/s a rank",
-    "mfu": "share of the device's bf16 peak",
-    "memory_gib": "memory, GiB, largest rank",
+    "mfu": "share of the device's peak",
+    "memory_gib": "memory, GiB, first rank",
+    "reserved_gib": "memory held for it, GiB, first rank",
 }
 COUNTS = ("step", "batch", "skipped", "replaced")
 WEIGHT, QUANTILE = "w_", re.compile(r"(?P<of>w_.+?)_[pq](?P<percent>\d{1,2})$")

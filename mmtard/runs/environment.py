@@ -32,7 +32,7 @@ def environment(hosts: list[str]) -> dict:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cuda": torch.version.cuda,
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: installed_version(name) for name in PACKAGES},
         "git": git_state(),
         "hosts": hosts,
     }
@@ -43,7 +43,8 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of a package; None where it is not installed, as for mmtard itself run from a checkout."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -21,9 +21,9 @@ from .layout import EVENTS, METRICS, PROBES
 from .trackers import Tracker, curves
 
 # The columns that differ between equal runs.
-TIMINGS = ("seconds", "images_per_s", "tflops_a_rank", "mfu", "memory_gib")
+TIMINGS = ("seconds", "images_per_s", "tflops_a_rank", "mfu", "memory_gib", "reserved_gib")
 # What a console line leaves out of a row, beside the quantiles.
-NOT_SHOWN = ("step", "batch", "skipped", "replaced", "seconds", "images_per_s", "tflops_a_rank", "memory_gib")
+NOT_SHOWN = ("step", "batch", "skipped", "replaced", *(name for name in TIMINGS if name != "mfu"))
 
 
 class StepNumbers(Protocol):

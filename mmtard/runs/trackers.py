@@ -30,6 +30,7 @@ GROUPS = {
     "tflops_a_rank": "speed",
     "mfu": "speed",
     "memory_gib": "speed",
+    "reserved_gib": "speed",
 }
 NO_CURVES = ("step", "batch")  # `batch` is a digest of the samples
 

@@ -7,6 +7,8 @@ passing activations, the allocator's slack, the CUDA context; keep some 2 GiB fo
 
 from __future__ import annotations
 
+import math
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -22,9 +24,12 @@ from ..models.clip import Clip
 from ..models.image_tower import DTYPES, ImageTower, blocks
 from .optimizer import bucket_size
 
-GIB, FLOAT32 = 2**30, 4
+GIB, FLOAT32, INT64 = 2**30, 4, 8
 GPUS_A_NODE = 8  # assumed: a sharded teacher is whole on every node
 ATTACK, TRAINING = "activations, attack step", "activations, training step"
+START, UPDATE = "random start of the attack", "AdamW's working copy"
+ONE_AT_A_TIME = (START, ATTACK, TRAINING, UPDATE)  # each is gone when the next comes
+DRAWS = 4  # int64 numbers a pixel that `seeding.sample_uniform` holds at once
 
 
 class Saved:
@@ -138,6 +143,9 @@ def of_run(config: Config, world: int) -> dict[str, list[float]]:
     rows["weights in bf16"] = [copies] * 4
     rows[ATTACK] = [batch * (image + block + moving) if config.attack_objective else 0] * 4
     rows[TRAINING] = [views * batch * (image + block)] * 4
+    starts = config.attack_objective and (config.attack.random_start or config.attack.restarts > 1)
+    rows[START] = [DRAWS * INT64 * batch * 3 * math.prod(tower.size) if starts else 0] * 4
+    rows[UPDATE] = [whole, share, share, share]  # the square roots of the second moments, all at once
     return rows
 
 
@@ -152,9 +160,9 @@ def _text_parameters(clip: Clip) -> int:
 
 
 def total(rows: dict[str, list[float]], stage: int) -> float:
-    """The most that is held at once: an attack's activations are gone when those of training come."""
-    steps = [rows[name][stage] for name in (ATTACK, TRAINING)]
-    return sum(row[stage] for row in rows.values()) - min(steps)
+    """The most that is held at once: of a step's parts, the largest."""
+    parts = [rows[name][stage] for name in ONE_AT_A_TIME]
+    return sum(row[stage] for row in rows.values()) - sum(parts) + max(parts)
 
 
 def show(config: Config, world: int) -> None:

@@ -8,11 +8,8 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,23 +18,17 @@ from ..data.class_names import classnames, templates
 from ..data.dataset import open_dataset_on_all_ranks
 from ..data.images import Transform
 from ..data.stream import train_stream
-from ..distributed.ranks import Ranks, peer_is_gone, process_group, reduce
+from ..distributed.ranks import Ranks, peer_is_gone, process_group
 from ..embeddings import identity
 from ..errors import UserError
 from ..models import loading
 from ..models.image_tower import DTYPES
-from ..runs.environment import PACKAGES
 from . import probe
+from .machine_checks import Check, CheckFailed, Devices, Limits, Network, Versions
 
-FREE_SHARE = 0.9  # of a GPU's memory: less free, and somebody else is on it
-REDUCED_MIB, REDUCED_TIMES = 64, 5
 READ_S, READ_BATCHES = 10.0, 30
 BYTES_A_WEIGHT = 12  # in a checkpoint: float32 and the two moments of AdamW
 BYTES_OF_EMA = 4  # of a moving average beside them
-
-
-class CheckFailed(Exception):
-    """What a check found wrong."""
 
 
 def preflight(config: Config) -> int:
@@ -82,110 +73,6 @@ class Bench:
         if self.ranks.is_first:
             print(f"{'PASS' if passed else 'FAIL'} {check.name}: {line}", flush=True)
         return passed
-
-
-class Check:
-    """One thing that is checked.
-
-    `measure` runs on every rank and may fail on some of them only. `verdict` sees what all ranks found, and gives the
-    words of the PASS line. Both raise CheckFailed with the words of the FAIL line.
-    """
-
-    name: str
-
-    def applies(self, config: Config) -> bool:
-        return True
-
-    def measure(self, bench: Bench) -> Any:
-        raise NotImplementedError
-
-    def verdict(self, bench: Bench, found: list) -> str:
-        raise NotImplementedError
-
-
-class Versions(Check):
-    """The same Python and packages everywhere."""
-
-    name = "versions"
-
-    def measure(self, bench: Bench) -> dict:
-        packages = {name: version(name) for name in PACKAGES}
-        return {"python": platform.python_version(), "cuda": torch.version.cuda, **packages}
-
-    def verdict(self, bench: Bench, found: list[dict]) -> str:
-        first = found[0]
-        other = {
-            f"{k} is {own[k]} on rank {r} and {first[k]} on rank 0"
-            for r, own in enumerate(found)
-            for k in own
-            if own[k] != first[k]
-        }
-        if other:
-            raise CheckFailed(f"{'; '.join(sorted(other)[:4])}; use one environment on all nodes")
-        packages = f"torch {first['torch']}, deepspeed {first['deepspeed']}"
-        return f"python {first['python']}, {packages}, the same on {len(found)} ranks"
-
-
-class Devices(Check):
-    """Each GPU computes rightly and is free."""
-
-    name = "devices"
-
-    def measure(self, bench: Bench) -> str:
-        """What this rank computes on; CheckFailed when its GPU is taken, faulty or wrong."""
-        device = bench.ranks.device
-        if device.type == "cpu":
-            why = "as asked for" if bench.config.engine.device == "cpu" else "no GPU here"
-            return f"CPU, {torch.get_num_threads()} threads a rank ({why})"
-        free, total = torch.cuda.mem_get_info(device)
-        if free < FREE_SHARE * total:
-            raise CheckFailed(
-                f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB of {device} are free, another program is on it "
-                "(nvidia-smi names it)"
-            )
-        # Whole numbers this small are exact in any order of summation.
-        a, b = (
-            torch.randint(-8, 8, (2048, 2048), generator=torch.Generator().manual_seed(seed)).float() for seed in (0, 1)
-        )
-        if not torch.equal((a.to(device) @ b.to(device)).cpu(), a @ b):
-            raise CheckFailed(f"a product of whole numbers came out wrong on {device}; have the node checked")
-        errors = _memory_errors(torch.cuda.get_device_properties(device).uuid)
-        if errors:
-            raise CheckFailed(
-                f"{device} had {errors} uncorrected memory errors since the node started; have the node checked"
-            )
-        return f"{torch.cuda.get_device_name(device)}, {free / 2**30:.0f} GiB free"
-
-    def verdict(self, bench: Bench, found: list[str]) -> str:
-        return "; ".join(f"{found.count(device)} x {device}" for device in dict.fromkeys(found))
-
-
-class Network(Check):
-    """Every rank reaches the others, and how fast."""
-
-    name = "network"
-
-    def measure(self, bench: Bench) -> tuple[bool, float]:
-        """(whether a sum over the ranks is right, seconds of one)."""
-        numbers = torch.ones(REDUCED_MIB * 2**18, device=bench.ranks.device)
-        reduce(numbers)
-        right = bool((numbers == bench.ranks.world_size).all())
-        bench.ranks.barrier()
-        began = time.monotonic()
-        for _ in range(REDUCED_TIMES):
-            reduce(numbers)
-        numbers[0].item()  # waits for the GPU
-        return right, (time.monotonic() - began) / REDUCED_TIMES
-
-    def verdict(self, bench: Bench, found: list[tuple[bool, float]]) -> str:
-        world = len(found)
-        wrong = [r for r, (right, _) in enumerate(found) if not right]
-        if wrong:
-            raise CheckFailed(f"a sum over {world} ranks came out wrong on ranks {wrong}; have the network checked")
-        if world == 1:
-            return "one rank, none to reach"
-        rate = REDUCED_MIB / 1024 / max(seconds for _, seconds in found) * 2 * (world - 1) / world
-        return f"{world} ranks reach each other, all-reduce of {REDUCED_MIB} MiB at {rate:.3g} GiB/s of bus bandwidth"
 
 
 class Models(Check):
@@ -336,18 +223,4 @@ class Shards(Check):
         return line
 
 
-CHECKS = (Versions(), Devices(), Network(), Models(), StoredEmbeddings(), Folder(), Shards())
-
-
-def _memory_errors(uuid) -> int:
-    ask = [
-        "nvidia-smi",
-        f"--id=GPU-{uuid}",
-        "--query-gpu=ecc.errors.uncorrected.volatile.total",
-        "--format=csv,noheader",
-    ]
-    try:
-        told = subprocess.run(ask, capture_output=True, text=True, timeout=60).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return int(told) if told.isdigit() else 0  # "[N/A]" for a GPU that does not count them
+CHECKS = (Versions(), Devices(), Network(), Models(), StoredEmbeddings(), Folder(), Limits(), Shards())

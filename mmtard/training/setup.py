@@ -78,7 +78,7 @@ def build_training(
     task = DistillationTask(config, engine, heads["student"], ensemble, learned)
     task.state |= folder.state.get("method", {})
     task.fell_back = folder.state.get("fell_back", False)
-    adapters, peak = bool(config.student.lora), peak_flops(ranks.device)
+    adapters, peak = bool(config.student.lora), peak_flops(ranks.device, config.engine.precision)
     log_start(config, folder, dataset, tower.image_size, heads["student"], ensemble, ranks, logger)
     return TrainingParts(
         train_stream(config, dataset, ranks, tower.image_size, start=folder.step, embeddings=stores),

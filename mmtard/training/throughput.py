@@ -16,18 +16,18 @@ from ..distillation.attack_objectives import Objective
 from ..distillation.methods import Pass
 from ..models.image_tower import ImageTower
 
-# Dense bf16 peak of a device, in FLOP/s, by words of its name (NVIDIA's data sheets); of those that fit, the first
-# counts.
+# Dense peak of a device in bf16 and in float32 without TF32, in FLOP/s, by words of its name (NVIDIA's data sheets); of
+# those that fit, the first counts.
 PEAK = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "GB200": 2500e12,
+    "A100": (312e12, 19.5e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
+    "H100": (989e12, 67e12),
+    "H200 NVL": (835e12, 60e12),
+    "H200": (989e12, 67e12),
+    "GH200": (989e12, 67e12),
+    "B200": (2250e12, 75e12),
+    "GB200": (2500e12, 80e12),
 }
 
 
@@ -71,15 +71,19 @@ def sample_flops(
     return training + references + (2 * steps * attack.restarts + comparisons) * attacked
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s; None where it is not known, as for a slice of a GPU (MIG)."""
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The device's dense peak in FLOP/s in a precision (bf16, or float32 without TF32).
+
+    None where it is not known, as for a slice of a GPU (MIG).
+    """
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     if "MIG" in name:
         return None
     # Whole words: an RTX A1000 is no A100.
-    return next((peak for words, peak in PEAK.items() if re.search(rf"\b{words}\b", name)), None)
+    of_device = next((peaks for words, peaks in PEAK.items() if re.search(rf"\b{words}\b", name)), None)
+    return of_device and of_device[precision == "float32"]
 
 
 def cost(
@@ -95,14 +99,18 @@ def cost(
         columns["tflops_a_rank"] = done / 1e12
         if peak:
             columns["mfu"] = done / peak
-    return {**columns, "memory_gib": memory_gib(device)}
+    return columns | memory(device)
 
 
-def memory_gib(device: torch.device) -> float:
-    """GiB this process takes: the device's peak since the last call on CUDA, the resident set on the CPU."""
+def memory(device: torch.device) -> dict[str, float]:
+    """GiB this process takes.
+
+    On CUDA the peaks since the last call: `memory_gib` of its tensors, `reserved_gib` of what torch's allocator held for
+    them, which is what the GPU must have beside the CUDA context. On the CPU the resident set.
+    """
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
-        return peak / 2**30
+        return {"memory_gib": allocated / 2**30, "reserved_gib": reserved / 2**30}
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return {"memory_gib": pages * os.sysconf("SC_PAGE_SIZE") / 2**30}

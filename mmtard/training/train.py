@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..attacks.batching import out_of_memory
 from ..config import Config
 from ..data.dataset import open_dataset_on_all_ranks
 from ..data.samples import Batch
@@ -79,7 +80,9 @@ class Trainer:
                     return EXIT_REQUEUE
             self._finish(lambda: history.COMPLETE, f"complete, {self.step} steps done", interruption)
             return 0
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             reason = " ".join(str(error).split())[:200]
             lower = what_to_lower(self.config, self.ranks.world_size)
             raise RunError(

@@ -117,6 +117,16 @@ def test_gpus_that_slurm_gave_and_torch_does_not_see_are_not_passed_over(start, 
     assert start(0, "cpu", **{name: value}).device.type == "cpu"
 
 
+@pytest.mark.parametrize("device, env", [("cuda", {}), ("auto", {"SLURM_JOB_GPUS": "0"})])
+def test_where_the_driver_is_too_old_the_remedy_is_that(start, monkeypatch, device, env):
+    monkeypatch.setattr(ranks, "driver_version", lambda: "535.104.05")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(
+        UserError, match="the driver 535.104.05 is older than 580, which CUDA 13.0 needs; update it, or"
+    ):
+        start(0, device, **env)
+
+
 @pytest.mark.parametrize("env", [{}, {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, {"SLURM_GPUS_ON_NODE": "0"}])
 def test_without_a_gpu_auto_is_the_cpu(start, env):
     assert start(0, **env).device == torch.device("cpu")

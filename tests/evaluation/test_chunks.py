@@ -7,6 +7,32 @@ from mmtard.attacks.batching import AdaptiveBatchSize
 from mmtard.errors import UserError
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
+    ],
+)
+def test_a_workspace_of_cudas_libraries_that_finds_no_memory_halves_too(words):
+    def work(x):
+        if len(x) > 2:
+            raise RuntimeError(words)
+        return len(x)
+
+    said = []
+    assert AdaptiveBatchSize(4, said.append)(work, [torch.zeros(4)]) == [2, 2] and len(said) == 1
+
+
+def test_any_other_error_of_a_batch_is_raised():
+    def work(x):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        AdaptiveBatchSize(4, lambda line: None)(work, [torch.zeros(4)])
+
+
 def test_a_batch_that_does_not_fit_is_halved_for_good_and_nothing_is_lost():
     said, sizes = [], []
 

@@ -42,7 +42,7 @@ def batches():
         )
 
 
-def settings(stage: int, placement: str, precision: str, micro: int) -> config.Config:
+def settings(stage: int, placement: str, precision: str, micro: int, device: str = "cpu") -> config.Config:
     teacher = {"weights": "random", "placement": placement}
     return config.validate(
         {
@@ -53,7 +53,7 @@ def settings(stage: int, placement: str, precision: str, micro: int) -> config.C
             "attack": {"eps": "8/255", "step_size": "2/255", "steps": 3, "momentum": 0.9},
             "data": {"shards": "unused", "lanes": BATCH},
             "train": {"steps": STEPS, "batch_size": BATCH, "micro_batch_size": micro, "lr": LR, "weight_decay": 0.1},
-            "engine": {"zero_stage": stage, "precision": precision, "device": "cpu"},
+            "engine": {"zero_stage": stage, "precision": precision, "device": device},
         }
     )
 
@@ -99,8 +99,8 @@ def engine(ranks: Ranks, case: str) -> dict:
     from mmtard.training.engine import Engine
 
     stage, placement, precision, micro = case.split("-")
-    cfg = settings(int(stage), placement, precision, int(micro))
-    student, head = Engine(cfg, tower(0), ranks), ZeroShotHead(text(), 20.0)
+    cfg = settings(int(stage), placement, precision, int(micro), ranks.device.type)
+    student, head = Engine(cfg, tower(0), ranks), ZeroShotHead(text().to(ranks.device), 20.0)
     teachers = {
         name: FrozenTeacher(name, cfg.teachers[name], tower(seed), head, ranks, DTYPES[precision])
         for seed, name in enumerate(("clean", "robust"), 1)
@@ -110,7 +110,7 @@ def engine(ranks: Ranks, case: str) -> dict:
     for batch in batches():
         total = 0.0
         for i in range(ranks.rank * share, (ranks.rank + 1) * share, student.micro_batch_size):
-            loss, _ = step(*(part[i : i + student.micro_batch_size] for part in batch))
+            loss, _ = step(*(part[i : i + student.micro_batch_size].to(ranks.device) for part in batch))
             student.backward(loss.mean())
             outcome = student.end_micro_batch(LR)
             total += loss.sum().item()

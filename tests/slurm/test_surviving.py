@@ -4,7 +4,9 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,9 +77,15 @@ def limited(cluster, tiny, _):
 
 
 def disturbed(cluster, tiny, _):
-    """A job that is preempted, requeued, stopped, bereft of a rank, and stopped as it saves: (job, run, steps)."""
+    """A job that is preempted, requeued, stopped, bereft of a rank, stopped as it saves, and whose GPU fails at last:
+    (job, run, steps).
+    """
     config, run = tiny("disturbed", **LONG)
-    job = cluster.submit(config, *WORDS, options=("--nodelist=node[1-2]",))
+    python = run.parent / "python"
+    python.mkdir(parents=True)
+    shutil.copy(Path(__file__).with_name("failing_gpu.py"), python / "sitecustomize.py")
+    fails = {"PYTHONPATH": os.pathsep.join([str(python), str(ROOT)]), "FAILING_GPU_RESTART": "5"}
+    job = cluster.submit(config, *WORDS, options=("--nodelist=node[1-2]",), **fails)
     urgent = (
         "--partition=urgent",
         "--nodelist=node[1-2]",
@@ -208,16 +216,19 @@ def measuring(run):
 def test_whatever_is_done_to_a_job_its_run_loses_no_checkpoint_and_ends_undisturbed(cluster, jobs, undisturbed):
     job, run, published = jobs["disturbed"].result()
     fields, log = cluster.job(job), cluster.log(job)
-    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "5"), log
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "6"), log
     starts = history.read(run)
-    assert [(s["job"], s["restart"]) for s in starts] == [(job, n) for n in range(6)]
+    assert [(s["job"], s["restart"]) for s in starts] == [(job, n) for n in range(7)]
     assert all(s["step"] >= step for s, step in zip(starts[1:], published)), (starts, published)
     kinds = [history.end_kind(s) for s in starts]
     assert kinds[0] == history.PREEMPTED and starts[0]["end"]["step"] == starts[1]["step"], (
         log
     )  # warned, it lost no step
     assert kinds[1] in (history.PREEMPTED, history.LOST)  # by scontrol: Slurm may not have left it the time to save
-    assert kinds[2:] == [history.PREEMPTED, history.LOST, history.PREEMPTED, history.COMPLETE]
+    assert kinds[2:] == [history.PREEMPTED, history.LOST, history.PREEMPTED, history.LOST, history.COMPLETE]
+    failed = starts[5]["end"]["reason"]
+    assert failed.startswith("rank 1, step ") and failed in log, failed
+    assert f": a GPU of {socket.gethostname()} failed: CUDA error: uncorrectable ECC error encountered" in failed
     assert (cluster.folder / "urgent.log").read_text()
     assert all(s["end"]["time"] <= later["time"] for s, later in zip(starts, starts[1:]) if s.get("end"))
     assert "lost rank 1 (" in starts[3]["end"]["reason"] and starts[3]["end"]["reason"] in log

@@ -3,15 +3,44 @@ arithmetic.
 """
 
 import re
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mmtard.cli.main import main
 from mmtard.config import Model, validate
 from mmtard.errors import UserError
 from mmtard.models import loading, student
 from mmtard.training import memory
+
+
+class Alive(TorchDispatchMode):
+    """Counts the most bytes that storages made inside hold at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in known | self.seen:
+                    self.seen.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return out
+
+    def _gone(self, address, size):
+        self.seen.discard(address)
+        self.now -= size
 
 
 def run(**changes):
@@ -72,7 +101,28 @@ def test_states_are_divided_as_zero_divides_them():
     assert (
         rows[memory.ATTACK] == rows[memory.TRAINING] and rows[memory.ATTACK][0] > 0
     )  # ard asks the student for one view
-    assert memory.total(rows, 0) == sum(row[0] for row in rows.values()) - rows[memory.ATTACK][0]
+    assert rows[memory.UPDATE] == [4 * p, p, p, p]
+    parts = [rows[name][0] for name in memory.ONE_AT_A_TIME]
+    assert memory.total(rows, 0) == sum(row[0] for row in rows.values()) - sum(parts) + max(parts)
+
+
+def test_the_update_and_the_random_start_hold_what_is_counted_for_them():
+    """Counted where torch makes tensors: what is alive at once beside what was there before."""
+    from mmtard.seeding import sample_uniform
+
+    drawn = Alive()
+    with drawn:
+        sample_uniform(torch.arange(8), (3, 32, 32))
+    assert drawn.most == pytest.approx(memory.DRAWS * 8 * 8 * 3 * 32 * 32, rel=0.05)
+    weights = [torch.nn.Parameter(torch.rand(1000)) for _ in range(8)]
+    adam = torch.optim.AdamW(weights, foreach=True)
+    for weight in weights:
+        weight.grad = torch.rand(1000)
+    adam.step()
+    updated = Alive()
+    with updated:
+        adam.step()
+    assert updated.most == pytest.approx(4 * 8 * 1000, rel=0.05)
 
 
 def test_captions_keep_every_models_text_tower():

@@ -6,7 +6,7 @@ from mmtard.config import Attack
 from mmtard.distillation.attack_objectives import find_objective
 from mmtard.distillation.methods import Pass
 from mmtard.models.image_tower import ImageTower
-from mmtard.training.throughput import forward_flops, peak_flops, sample_flops
+from mmtard.training.throughput import cost, forward_flops, peak_flops, sample_flops
 
 
 def test_forward_flops_are_those_counted_by_hand():
@@ -52,27 +52,41 @@ def test_the_attacks_gradient_through_a_teacher_and_its_restarts_count():
 
 
 def test_the_peak_of_an_unknown_device_is_not_guessed():
-    assert peak_flops(torch.device("cpu")) is None
+    assert peak_flops(torch.device("cpu"), "bf16") is None
 
 
 @pytest.mark.parametrize(
-    "name, tera",
+    "name, bf16, float32",
     [
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A100 80GB PCIe", 312),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H100 NVL", 835),
-        ("NVIDIA H200", 989),
-        ("NVIDIA H200 NVL", 835),
-        ("NVIDIA GH200 480GB", 989),
-        ("NVIDIA B200", 2250),
-        ("NVIDIA GB200", 2500),
-        ("NVIDIA RTX A1000", None),
-        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
-        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA A100-SXM4-80GB", 312, 19.5),
+        ("NVIDIA A100 80GB PCIe", 312, 19.5),
+        ("NVIDIA H100 80GB HBM3", 989, 67),
+        ("NVIDIA H100 PCIe", 756, 51),
+        ("NVIDIA H100 NVL", 835, 60),
+        ("NVIDIA H200", 989, 67),
+        ("NVIDIA H200 NVL", 835, 60),
+        ("NVIDIA GH200 480GB", 989, 67),
+        ("NVIDIA B200", 2250, 75),
+        ("NVIDIA GB200", 2500, 80),
+        ("NVIDIA RTX A1000", None, None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None),
+        ("NVIDIA GeForce RTX 4090", None, None),
     ],
 )
-def test_the_peak_is_that_of_the_very_model(monkeypatch, name, tera):
+def test_the_peak_is_that_of_the_very_model_and_precision(monkeypatch, name, bf16, float32):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(torch.device("cuda", 0)) == (tera and tera * 1e12)
+    for precision, tera in (("bf16", bf16), ("float32", float32)):
+        assert peak_flops(torch.device("cuda", 0), precision) == (tera and tera * 1e12)
+
+
+def test_memory_is_what_tensors_took_and_what_the_gpu_had_to_hold_for_them(monkeypatch):
+    asked = []
+    for name, gib in (("max_memory_allocated", 6), ("max_memory_reserved", 7)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, gib=gib: gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
+    device = torch.device("cuda", 0)
+    columns = cost(2.0, images=4, flops=1e12, peak=1e13, world_size=2, device=device)
+    assert columns == {
+        "seconds": 2.0, "images_per_s": 2.0, "tflops_a_rank": 1.0, "mfu": 0.1, "memory_gib": 6.0, "reserved_gib": 7.0
+    }  # fmt: skip
+    assert asked == [device]

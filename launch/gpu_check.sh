@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# What only a GPU can show, in at most nine minutes: tests/gpu, then the benchmarks. Results go to OUT (default gpu_check)
+# as they come, so that a run which is cut short keeps what it had; a summary comes last.
+#
+#     bash launch/gpu_check.sh [--wheels DIR] [OUT]      on a machine with a GPU
+#     bash launch/gpu_check.sh --rehearse [OUT]          the same on a CPU, with tiny shapes: shows that it runs
+#
+# --wheels DIR: packages that the machine lacks and cannot fetch, installed beside its own for this run alone.
+# PYTHON: the interpreter that has torch; else .venv/bin/python where there is one, else python3.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+out=gpu_check rehearse='' wheels=''
+while [ $# -gt 0 ]; do
+    case $1 in
+    --rehearse) rehearse=1 ;;
+    --wheels)
+        [ $# -ge 2 ] || { echo "gpu_check.sh: --wheels needs a folder" >&2; exit 2; }
+        wheels=$2
+        shift
+        ;;
+    -*)
+        echo "gpu_check.sh: '$1' is no option; it takes --rehearse, --wheels DIR and a folder for results" >&2
+        exit 2
+        ;;
+    *) out=$1 ;;
+    esac
+    shift
+done
+if [ -n "$wheels" ] && ! ls "$wheels"/*.whl >/dev/null 2>&1; then
+    echo "gpu_check.sh: --wheels: '$wheels' has no wheels" >&2
+    exit 2
+fi
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+
+python=${PYTHON:-}
+[ -n "$python" ] || { [ -x .venv/bin/python ] && python=.venv/bin/python || python=python3; }
+site=''
+if [ -n "$wheels" ]; then
+    site=$(mktemp -d)
+    trap 'rm -rf "$site"' EXIT
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheels"/*.whl || exit 1
+fi
+export PYTHONPATH="${site:+$site:}$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+[ -z "$rehearse" ] || export MMTARD_GPU_TESTS=rehearse OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+limit=540 # seconds in all
+began=$(date +%s)
+left() { echo $((limit - $(date +%s) + began)); }
+
+# part NAME SECONDS COMMAND... : runs it, at most so long, into OUT/NAME.txt; a line of how it went into OUT/summary.txt.
+part() {
+    local name=$1 most=$2 status=0 start
+    shift 2
+    start=$(date +%s)
+    [ "$most" -le "$(left)" ] || most=$(left)
+    if [ "$most" -lt 5 ]; then
+        echo "$name: no time was left" | tee -a "$out/summary.txt"
+        return
+    fi
+    echo "== $name: $*"
+    timeout -k 10 "$most" "$@" 2>&1 | tee "$out/$name.txt" || status=$?
+    [ "$status" != 124 ] || echo "(cut off after $most s)" | tee -a "$out/$name.txt"
+    echo "$name: exit $status after $(($(date +%s) - start)) s" >>"$out/summary.txt"
+    [ "$status" = 0 ] || failed=1
+}
+
+failed=0
+: >"$out/summary.txt"
+part machine 60 "$python" -c '
+import shutil, subprocess
+import torch
+from mmtard.distributed.gpu_driver import driver_version
+print("torch", torch.__version__, "for CUDA", torch.version.cuda, "driver", driver_version())
+print(torch.cuda.get_device_name() if torch.cuda.is_available() else f"no GPU, {torch.get_num_threads()} threads")
+if shutil.which("nvidia-smi"):
+    subprocess.run(["nvidia-smi"])
+'
+part tests 270 "$python" -m pytest tests/gpu -v -s -ra -p no:cacheprovider --durations=8
+if "$python" -m mmtard bench --help >/dev/null 2>&1; then
+    tiny=()
+    [ -z "$rehearse" ] || tiny=(--tiny)
+    part bench 200 "$python" -m mmtard bench train "${tiny[@]}" --out "$out/bench.json"
+fi
+grep -hE '^(=+ .*(passed|failed|error)|FAILED|ERROR|ZeRO |SKIPPED)' "$out/tests.txt" >>"$out/summary.txt"
+echo "== summary, $((limit - $(left))) s in all${rehearse:+, rehearsed on the CPU}"
+cat "$out/summary.txt"
+exit "$failed"
