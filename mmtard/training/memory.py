@@ -29,7 +29,7 @@ GPUS_A_NODE = 8  # assumed: a sharded teacher is whole on every node
 ATTACK, TRAINING = "activations, attack step", "activations, training step"
 START, UPDATE = "random start of the attack", "AdamW's working copy"
 ONE_AT_A_TIME = (START, ATTACK, TRAINING, UPDATE)  # each is gone when the next comes
-DRAWS = 4  # int64 numbers a pixel that `seeding.sample_uniform` holds at once
+DRAWS = 3  # int64 numbers a pixel that `seeding.sample_uniform` holds at once
 
 
 class Saved:

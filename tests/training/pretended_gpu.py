@@ -143,7 +143,7 @@ class _Methods:
             "is_cuda": property(lambda t: gpu.where(t) == CUDA),
             "is_cpu": property(lambda t: gpu.where(t) != CUDA and PLAIN.is_cpu.__get__(t)),
             "get_device": lambda t: 0 if gpu.where(t) == CUDA else -1,
-            "to": self.to,
+            "to": lambda t, *args, **kwargs: self.to(t, *args, **kwargs),
             "cpu": lambda t, *args, **kwargs: self.to(t, CPU),
             "cuda": lambda t, *args, **kwargs: self.to(t, CUDA),
             **reads,
@@ -239,5 +239,8 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
         for name in ("autocast", "amp.autocast"):
             owner, _, last = f"torch.{name}".rpartition(".")
             stack.enter_context(mock.patch(f"{owner}.{last}", _Autocast))
+        # Its random state is that of the CPU.
+        stack.enter_context(mock.patch("torch.cuda.get_rng_state", lambda device=None: None))
+        stack.enter_context(mock.patch("torch.cuda.set_rng_state", lambda state, device=None: None))
         stack.enter_context(_Rules(gpu))
         yield gpu
