@@ -51,7 +51,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def weights(run: Path) -> dict[str, bytes]:
-    tensors = load_file(run / "checkpoints" / "latest" / "model.safetensors")
+    tensors = load_file(run / "checkpoints" / "latest" / "weights.safetensors")
     return {name: tensor.float().numpy().tobytes() for name, tensor in tensors.items()}
 
 
