@@ -21,6 +21,9 @@ from .conftest import DEVICE, only_on_cuda
 ROOT = Path(__file__).parents[2]
 
 
+NEVER = Interruption()
+
+
 class AfterSteps(Interruption):
     """A signal that comes during a step; the loop asks once a step."""
 
@@ -36,10 +39,10 @@ class AfterSteps(Interruption):
 
 
 @pytest.fixture
-def run_to_the_end(monkeypatch):
+def run_to_the_end():
     """Call with a configuration: its run trained here, as the only rank; the exit status."""
     before = dict(os.environ)
-    yield lambda config, interruption=None: train(config, interruption or Interruption())
+    yield lambda config, interruption=NEVER: train(config, interruption)
     process_group.stop()
     os.environ.clear()
     os.environ.update(before)
