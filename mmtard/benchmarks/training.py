@@ -14,7 +14,7 @@ from ..distributed.ranks import Ranks, process_group
 from ..errors import UserError
 from ..training.numerics import numerics
 from ..training.step import optimizer_step
-from ..training.throughput import memory_gib, sample_flops
+from ..training.throughput import memory, sample_flops
 from .matrix import matrix_rate
 from .models import ResidentParts, resident_parts
 from .phases import PhaseClock
@@ -118,7 +118,7 @@ class TrainingBenchmark:
             for _ in range(self.steps):
                 variant.run()
             variant.phases.append({name: s / self.steps for name, s in clock.seconds().items()})
-            variant.memory = max(variant.memory, memory_gib(ranks.device))
+            variant.memory = max(variant.memory, memory(ranks.device)["memory_gib"])
 
         timed = alternately(
             {name: lambda v=v: run(v) for name, v in by_name.items()}, self.rounds, ranks.device, self.warm_up
