@@ -254,3 +254,23 @@ def test_the_reader_sees_every_unsafe_call(call):
 def test_nothing_runs_what_a_file_or_a_setting_holds(folder):
     for path in (ROOT / folder).rglob("*.py"):
         assert not list(unsafe(ast.parse(path.read_text()))), path
+
+
+def names_in(path):
+    """What an import may take from a file: all that is assigned, defined or imported in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    imported = [alias for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
+    return (
+        {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        | {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        | {alias.asname or alias.name.partition(".")[0] for alias in imported}
+    )
+
+
+def test_every_name_that_is_imported_is_there_also_inside_functions():
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    known = {module: names_in(path) for module, path in modules.items()}
+    for path in modules.values():
+        for name in imports(path):
+            module, _, attribute = name.rpartition(".")
+            assert module not in known or name in modules or attribute in known[module], f"{path.name}: {name}"

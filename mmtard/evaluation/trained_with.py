@@ -13,6 +13,7 @@ from ..data.class_names import templates
 from ..data.dataset import Dataset
 from ..data.paths import expand_shards
 from ..errors import UserError
+from ..files import refuse_special
 from ..runs.checkpoints import published, read_state
 from ..runs.layout import CHECKPOINTS, CONFIG, START
 
@@ -67,6 +68,7 @@ def trained_with(spec: Model) -> TrainedWith | None:
         run = folder.parent if folder.name == START else folder
         run = folder.parent.parent if folder.parent.name == CHECKPOINTS else run
         if (run / CONFIG).is_file() and ((run / CHECKPOINTS).is_dir() or (run / START).is_dir()):
+            refuse_special(run)
             return TrainedWith(run, settings.load(run / CONFIG), _fingerprint(run))
     return None
 

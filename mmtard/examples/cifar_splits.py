@@ -13,7 +13,7 @@ import numpy as np
 import webdataset as wds
 
 from ..errors import UserError
-from ..files import publish_folder, read_settings
+from ..folders import publish_folder, read_settings
 
 SHARD = 5000
 NAMES = ("cifar10", "cifar100")

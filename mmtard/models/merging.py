@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..config import Model
 from ..errors import UserError
-from ..files import check_replaceable, replace_folder, why_not_written, write_text
+from ..files import why_not_written, write_text
+from ..folders import check_replaceable, replace_folder
 from . import loading
 from .clip import Clip
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import check_replaceable, replace_folder, why_not_written
+from ..files import why_not_written
+from ..folders import check_replaceable, replace_folder
 from ..report.page import environment
 from ..report.shown import typed
 from ..report.style import Figure
