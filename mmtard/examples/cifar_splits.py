@@ -40,9 +40,10 @@ def make_splits(
     images/train, images/few (a pool of `few` of them), images/test: of the data set that is `trained` on; images/
     zeroshot: of the other one, its test images. validation/test and validation/zeroshot: training images of both, in
     no other split. pretraining/train: all training images of both that are not in a validation split, by the names of
-    all classes. Where a data set has no test images, test takes twice `validation` of its training images.
-    Raises UserError when `source` holds neither archives `cifar10_*train*.npz` and the like, nor folders
-    cifar10/train/CLASS of images.
+    all classes. zeroshot_validation: 0 leaves the other data set out. Where a data set has no test images, test takes
+    twice `validation` of its training images. Raises UserError when `source` holds neither archives
+    `cifar10_*train*.npz` and the like, nor folders cifar10/train/CLASS of images; of one data set alone, also without
+    its name.
     """
     if trained not in NAMES:
         raise UserError(f"data.options.trained: '{trained}' is neither of {', '.join(NAMES)}; write one of them")
@@ -51,27 +52,33 @@ def make_splits(
     settings |= {"validation": validation, "zeroshot_validation": zeroshot_validation}
     if read_settings(out) == settings:
         return
-    other = next(name for name in NAMES if name != trained)
-    parts = {name: _read(source, name) for name in NAMES}
+    wanted = {trained: validation}
+    if zeroshot_validation:
+        wanted[next(name for name in NAMES if name != trained)] = zeroshot_validation
     rng = np.random.Generator(np.random.Philox(seed))
+    found = {name: _read(source, name, alone=len(wanted) == 1) for name in wanted}
+    kept = {name: _divide(name, *found[name], wanted[name], rng) for name in wanted}
     with publish_folder(out, settings) as partial:
-        kept = {}
-        for name, n in ((trained, validation), (other, zeroshot_validation)):
-            train, test = parts[name]
-            order = _spread(train.labels, rng)
-            if len(order) <= n or (test is None and len(order) <= 3 * n):
-                raise UserError(f"data.options: {n} of {len(order)} images of {name} for validation; ask for fewer")
-            held, rest = order[:n], order[n:]
-            if test is None:
-                test, rest = train.take(np.sort(rest[: 2 * n])), rest[2 * n :]
-            kept[name] = train.take(np.sort(rest)), train.take(np.sort(held)), test
-        _write(kept[trained][0], partial / "images" / "train")
-        few_of = _spread(kept[trained][0].labels, rng)[:few]
-        _write(kept[trained][0].take(np.sort(few_of)), partial / "images" / "few")
-        for split, name in (("test", trained), ("zeroshot", other)):
-            _write(kept[name][2], partial / "images" / split)
-            _write(kept[name][1], partial / "validation" / split)
-        _write_together([kept[name][0] for name in NAMES], partial / "pretraining" / "train")
+        for (_, held, test), split in zip(kept.values(), ("test", "zeroshot")):
+            _write([test], partial / "images" / split)
+            _write([held], partial / "validation" / split)
+        train = kept[trained][0]
+        _write([train], partial / "images" / "train")
+        _write([train.take(np.sort(_spread(train.labels, rng)[:few]))], partial / "images" / "few")
+        _write([kept[name][0] for name in NAMES if name in kept], partial / "pretraining" / "train")
+
+
+def _divide(
+    name: str, train: Images, test: Images | None, n: int, rng: np.random.Generator
+) -> tuple[Images, Images, Images]:
+    """(training, validation, test images), all even over the classes."""
+    order = _spread(train.labels, rng)
+    if len(order) <= (n if test is not None else 3 * n):
+        raise UserError(f"data.options: {n} of the {len(order)} images of {name} for validation; ask for fewer")
+    held, rest = order[:n], order[n:]
+    if test is None:
+        test, rest = train.take(np.sort(rest[: 2 * n])), rest[2 * n :]
+    return train.take(np.sort(rest)), train.take(np.sort(held)), test
 
 
 def _spread(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -83,17 +90,20 @@ def _spread(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return shuffled[np.argsort(turn, kind="stable")]
 
 
-def _read(source: Path, name: str) -> tuple[Images, Images | None]:
-    """The training and the test images of a data set; None where it has no test images."""
+def _read(source: Path, name: str, alone: bool) -> tuple[Images, Images | None]:
+    """The training and the test images of a data set; None where it has no test images. alone: it is the only one."""
     found = {}
     for split in ("train", "test"):
-        archives = sorted(source.glob(f"{name}_*{split}*.npz"))
-        folder = source / name / split
-        found[split] = _archives(archives) if archives else _folder(folder) if folder.is_dir() else None
+        archives = sorted(source.glob(f"{name}_*{split}*.npz")) or (
+            sorted(source.glob(f"*{split}*.npz")) if alone else []
+        )
+        folders = [source / name / split, *([source / split] if alone else [])]
+        folder = next((folder for folder in folders if folder.is_dir()), None)
+        found[split] = _archives(archives) if archives else _folder(folder) if folder else None
     if found["train"] is None:
         raise UserError(
             f"data.source: '{source}' has neither archives {name}_*train*.npz nor a folder {name}/train of images; "
-            "name the folder that holds both CIFAR-10 and CIFAR-100"
+            f"name the folder that holds {'it' if alone else 'both CIFAR-10 and CIFAR-100'}"
         )
     return found["train"], found["test"]
 
@@ -117,11 +127,7 @@ def _folder(folder: Path) -> Images:
     return Images([path.read_bytes() for path, _ in files], kind, labels, classes)
 
 
-def _write(images: Images, folder: Path) -> None:
-    _write_together([images], folder)
-
-
-def _write_together(parts: list[Images], folder: Path) -> None:
+def _write(parts: list[Images], folder: Path) -> None:
     """Write images as shards, with the names of all classes end to end, underscores as spaces."""
     folder.mkdir(parents=True)
     names = [name.replace("_", " ") for part in parts for name in part.classes]

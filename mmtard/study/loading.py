@@ -17,6 +17,7 @@ from ..errors import UserError, unknown_name
 from .schema import Study
 
 MOST_FAULTS = 10  # that one message lists
+NAMED = ("pretrain", "models", "methods", "validation", "evaluations")  # sections that are names and what they mean
 FILE = "study.yaml"  # in the study's folder: the study as it was last started
 
 
@@ -35,9 +36,12 @@ def load(path: Path, overrides: list[str] = (), out: Path | None = None) -> Stud
 
 
 def validate(tree: dict) -> Study:
-    """The study of a plain dict. A key that is null counts as left out. Raises UserError that names each bad key."""
+    """The study of a plain dict. A key, a method, a model or an evaluation that is null counts as left out.
+
+    Raises UserError that names each bad key.
+    """
     check_tree(tree, "the study")
-    tree = {key: value for key, value in tree.items() if value is not None}
+    tree = {key: _without_null(value) if key in NAMED else value for key, value in tree.items() if value is not None}
     folder, made = tree.get("out"), tree.get("data")
     source = made.get("source") if isinstance(made, dict) else None
     known = {"study": folder, "source": source}
@@ -79,6 +83,10 @@ def _override(tree: dict, text: str) -> None:
         tree.setdefault("grid", {}).setdefault("tune", {})[tuned] = one["values"]
     else:
         override(tree, text)
+
+
+def _without_null(section: Any) -> Any:
+    return {name: sub for name, sub in section.items() if sub is not None} if isinstance(section, dict) else section
 
 
 def _filled(value: Any, known: dict[str, str]) -> Any:

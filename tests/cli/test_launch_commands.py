@@ -61,7 +61,6 @@ def test_a_file_comes_before_a_name(elsewhere):
     [
         ("vitb32", "unknown configuration 'vitb32'; did you mean vitb32_mmtard"),
         ("zzz", "unknown configuration 'zzz'; write a name or the path of a YAML file; `mmtard configs` lists"),
-        ("fare", "several configurations are called 'fare'; write one of baselines/fare, cifar10/fare"),
     ],
 )
 def test_a_name_that_is_none_is_answered_with_those_near_it(name, words, capsys):
@@ -70,6 +69,15 @@ def test_a_name_that_is_none_is_answered_with_those_near_it(name, words, capsys)
     with pytest.raises(SystemExit) as end:
         main(["train", name])
     assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_name_that_several_have_is_answered_with_all_of_them(monkeypatch):
+    two = {name: CONFIGS / "baselines" / "fare.yaml" for name in ("baselines/fare", "mine/fare")}
+    monkeypatch.setattr(resources, "configurations", lambda: two)
+    with pytest.raises(
+        UserError, match="several configurations are called 'fare'; write one of baselines/fare, mine/fare"
+    ):
+        resources.find_config("fare")
 
 
 def test_a_path_that_does_not_exist_is_left_to_its_reader():

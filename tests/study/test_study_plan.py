@@ -35,6 +35,11 @@ def test_every_method_gets_the_same_grid_and_seeds(study, tmp_path):
     assert runs.configuration(one, runs.tuning_runs(one)[0]).train.lr == 1e-3  # no run changes another's settings
 
 
+def test_a_method_that_is_null_is_left_out(study):
+    one = study("methods.teacher=null", "evaluations.zeroshot=null")
+    assert list(one.methods) == ["tecoa"] and list(one.evaluations) == ["test"]
+
+
 def test_tuning_at_each_point_is_one_more_choice_a_point(study):
     one = study("grid.tune_each=true")
     assert len(runs.tuning_runs(one)) == 8 and {r.point.number for r in runs.tuning_runs(one)} == {0, 1}
