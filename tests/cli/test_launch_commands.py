@@ -59,7 +59,7 @@ def test_a_file_comes_before_a_name(elsewhere):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("vitb32", "unknown configuration 'vitb32'; did you mean vitb32_mmtard"),
+        ("vitb32", "unknown configuration 'vitb32'; did you mean vitb32_vitl14, vitb32_mmtard"),
         ("zzz", "unknown configuration 'zzz'; write a name or the path of a YAML file; `mmtard configs` lists"),
     ],
 )
