@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -20,37 +22,85 @@ def apgd(
     Arguments as of `pgd`. One forward and input-gradient pass for each of `steps`, and one for the start. Returns each
     sample's iterate of largest loss.
     """
-    norm = check_norm(norm)
-    eps = check_eps(eps, norm)
+    climb = Apgd(norm, eps, steps)
     check_batch(images)
-    check_count(steps, "steps")
-    shape = (-1,) + (1,) * (images.dim() - 1)
-    x = images if seeds is None else random_start(images, seeds, norm, eps)
-    gradient, loss = input_gradient(loss_fn, x)
-    best, best_loss, best_gradient = x, loss, gradient
-    x_previous, step = x, torch.full_like(loss, 2 * eps)
-    gains, last_check, step_at_check, best_at_check = torch.zeros_like(loss), 0, step.clone(), loss.clone()
-    checkpoints = step_size_checkpoints(steps)
+    walk = climb.begin(loss_fn, images, seeds)
     for k in range(steps):
-        z = project(x + step.view(shape) * ascent(gradient, norm), images, norm, eps)
-        a = _ALPHA if k else 1.0
-        x, x_previous = project(x + a * (z - x) + (1 - a) * (x - x_previous), images, norm, eps), x
-        previous_loss = loss
+        walk = climb.advance(walk, k, loss_fn, images)
+    return walk.best
+
+
+@dataclass(frozen=True)
+class ApgdWalk:
+    """Where APGD is with each of its samples."""
+
+    x: Tensor  # [R,...]
+    x_previous: Tensor
+    gradient: Tensor
+    loss: Tensor  # [R]
+    best: Tensor  # the iterate of largest loss
+    best_loss: Tensor
+    best_gradient: Tensor
+    step: Tensor  # [R]: the step size
+    gains: Tensor  # [R]: iterations since the last checkpoint whose loss rose
+    step_at_check: Tensor
+    best_at_check: Tensor
+
+
+class Apgd:
+    """The iterations of APGD: `begin`, then `advance` for k = 0, 1, ..., steps - 1. Arguments as of `apgd`."""
+
+    def __init__(self, norm: str | float, eps: float, steps: int):
+        self.norm = check_norm(norm)
+        self.eps = check_eps(eps, self.norm)
+        check_count(steps, "steps")
+        ends = sorted({0, *step_size_checkpoints(steps)})
+        self._lengths = {end: end - last for last, end in zip(ends, ends[1:])}
+
+    def begin(self, loss_fn: LossFn, images: Tensor, seeds: Tensor | None) -> ApgdWalk:
+        """The walk at its random start, or at the images where there are no seeds."""
+        x = images if seeds is None else random_start(images, seeds, self.norm, self.eps)
         gradient, loss = input_gradient(loss_fn, x)
-        gains += loss > previous_loss
-        better = (loss > best_loss).view(shape)
-        best, best_gradient = torch.where(better, x, best), torch.where(better, gradient, best_gradient)
-        best_loss = torch.maximum(loss, best_loss)
-        if k + 1 in checkpoints:
-            stuck = (gains < _RHO * (k + 1 - last_check)) | ((step == step_at_check) & (best_loss <= best_at_check))
-            step_at_check, best_at_check = step.clone(), best_loss.clone()
-            # A sample that is stuck goes on from its best iterate with half the step.
-            step = torch.where(stuck, step / 2, step)
-            x = torch.where(stuck.view(shape), best, x)
-            gradient = torch.where(stuck.view(shape), best_gradient, gradient)
-            loss = torch.where(stuck, best_loss, loss)
-            gains, last_check = torch.zeros_like(gains), k + 1
-    return best
+        step = torch.full_like(loss, 2 * self.eps)
+        return ApgdWalk(x, x, gradient, loss, x, loss, gradient, step, torch.zeros_like(loss), step, loss)
+
+    def advance(self, walk: ApgdWalk, k: int, loss_fn: LossFn, images: Tensor) -> ApgdWalk:
+        """The walk after iteration k, from 0."""
+        shape = (-1,) + (1,) * (images.dim() - 1)
+        z = project(walk.x + walk.step.view(shape) * ascent(walk.gradient, self.norm), images, self.norm, self.eps)
+        a = _ALPHA if k else 1.0
+        x = walk.x + a * (z - walk.x) + (1 - a) * (walk.x - walk.x_previous)
+        x = project(x, images, self.norm, self.eps)
+        gradient, loss = input_gradient(loss_fn, x)
+        better = loss > walk.best_loss
+        walk = replace(
+            walk,
+            x=x,
+            x_previous=walk.x,
+            gradient=gradient,
+            loss=loss,
+            best=torch.where(better.view(shape), x, walk.best),
+            best_loss=torch.maximum(loss, walk.best_loss),
+            best_gradient=torch.where(better.view(shape), gradient, walk.best_gradient),
+            gains=walk.gains + (loss > walk.loss),
+        )
+        return self._check(walk, self._lengths[k + 1], shape) if k + 1 in self._lengths else walk
+
+    def _check(self, walk: ApgdWalk, length: int, shape: tuple[int, ...]) -> ApgdWalk:
+        """A checkpoint, `length` iterations after the last: a sample that is stuck goes on from its best iterate with
+        half the step."""
+        no_gain = (walk.step == walk.step_at_check) & (walk.best_loss <= walk.best_at_check)
+        stuck = (walk.gains < _RHO * length) | no_gain
+        return replace(
+            walk,
+            x=torch.where(stuck.view(shape), walk.best, walk.x),
+            gradient=torch.where(stuck.view(shape), walk.best_gradient, walk.gradient),
+            loss=torch.where(stuck, walk.best_loss, walk.loss),
+            step=torch.where(stuck, walk.step / 2, walk.step),
+            gains=torch.zeros_like(walk.gains),
+            step_at_check=walk.step,
+            best_at_check=walk.best_loss,
+        )
 
 
 def step_size_checkpoints(steps: int) -> list[int]:

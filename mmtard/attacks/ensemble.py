@@ -25,6 +25,7 @@ from .inputs import check_images, check_label_range, check_per_sample
 from .state import AttackSettings, AttackState, Classifier, SampleLoss, logits_of
 from .threat_model import perturbation_size
 
+CPU_ROOM = 8  # On a CPU more samples at once are not faster than one after the other.
 Number = TypeVar("Number", int, float)
 
 
@@ -55,7 +56,8 @@ class Outcome:
     clean_prediction: Tensor  # int64 [B]; losses.NO_CLASS (-1) where the clean image's logits are not finite
     broken_by: list[str | None]  # the attack that a sample fell to; None: stands, or was wrong without attack
     prediction: Tensor  # int64 [B]: of `adv`, by the forward pass of the attack itself
-    # [B,3,H,W]: misclassified where broken, else of the last attack's largest loss; never attacked: the image itself.
+    # [B,3,H,W]: the first misclassified iterate where broken, else the last attack's of largest loss; never attacked:
+    # the image itself.
     adv: Tensor
     facts: AttackFacts
 
@@ -73,8 +75,12 @@ def run_attacks(
     attacks: Sequence[str],
     settings: AttackSettings,
     source: Classifier | None = None,
+    room: int | None = None,
 ) -> Outcome:
     """Set the attacks on a batch. source: the other model of `transfer`, with the same classes.
+
+    room: samples that the device takes at once; where fewer stand, starts at several targets share a batch, which
+    changes no outcome. None: as many as there are here on a GPU, some on a CPU.
 
     A clean image whose logits are not finite counts as wrong and is not attacked. Raises UserError for images that
     are not float32 [B,C,H,W] in [0,1], labels or seeds that are not int64 [B] on their device, labels beyond the
@@ -90,7 +96,8 @@ def run_attacks(
     n_classes = logits.shape[1]
     check_label_range(labels, n_classes)
     ran, skipped = defined_attacks(attacks, n_classes)
-    ensemble = _Ensemble(model, images, labels, seeds, settings, source, losses.predicted_class(logits))
+    room = room or (len(images) if images.device.type == "cuda" else CPU_ROOM)
+    ensemble = _Ensemble(model, images, labels, seeds, settings, source, losses.predicted_class(logits), room)
     for name in ran:
         ensemble.run(name)
     return ensemble.outcome(n_classes, skipped)
@@ -118,8 +125,9 @@ class _Ensemble:
         settings: AttackSettings,
         source: Classifier | None,
         clean_prediction: Tensor,
+        room: int,
     ):
-        self.model, self.source, self.settings = model, source, settings
+        self.model, self.source, self.settings, self.room = model, source, settings, room
         self.images, self.labels, self.seeds = images, labels, seeds
         self.clean_prediction = clean_prediction
         self.clean = clean_prediction == labels
@@ -134,9 +142,8 @@ class _Ensemble:
     def run(self, name: str) -> None:
         """Set one attack on the samples that stand."""
         rows, began = self.stands.nonzero().flatten(), time.monotonic()
-        state = AttackState(
-            self.model, self.images[rows], self.labels[rows], self.seeds[rows], self.settings, self.source
-        )
+        batch = self.images[rows], self.labels[rows], self.seeds[rows]
+        state = AttackState(self.model, *batch, self.settings, self.source, self.room)
         if len(rows):
             registry.find_attack(name)(state)
         self.adv[rows], self.prediction[rows] = state.adv, state.prediction

@@ -5,12 +5,14 @@ Croce & Hein, ICML 2020, "Minimally distorted adversarial examples with a fast a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..losses import true_class
-from ..seeding import derive_seeds
 from .pgd import input_gradient
+from .pursuit import Aim, Pursuit, at_targets
 from .state import AttackState
 from .threat_model import perturbation_size, random_start
 
@@ -18,44 +20,56 @@ from .threat_model import perturbation_size, random_start
 _ALPHA_MAX, _ETA, _BETA = 0.1, 1.05, 0.9
 
 
+@dataclass(frozen=True)
+class _Walk:
+    x: Tensor  # [R,3,H,W]: the iterate, inside the eps ball or not
+
+
 def fab_t(state: AttackState) -> None:
     """Walk to the linearised decision boundary, towards each of the highest other classes of the clean image in turn.
 
-    What is found is shrunk; a sample falls when a misclassified iterate lies within eps. The first restart starts at
-    the image.
+    A sample falls when a misclassified iterate lies within eps, and is then asked no more; one that lies beyond is
+    shrunk. The first restart starts at the image.
     """
-    order = state.target_order()
-    for k in range(order.shape[1]):
-        for restart, rows in state.restarts():
-            _walk(state, rows, order[rows, k], k, restart)
+    at_targets(state, _walk)
 
 
-def _walk(state: AttackState, rows: Tensor, targets: Tensor, k: int, restart: int) -> None:
-    s, clean, labels = state.settings, state.images[rows], state.labels[rows]
-    x = clean
-    if restart:
-        x = random_start(clean, derive_seeds(state.seeds[rows], k * s.restarts + restart), s.norm, s.eps / 2)
-    for _ in range(s.iters):
-        gap, gradient = _to_boundary(state, x, rows, targets)
-        # The hyperplane <gradient, z - x> = gap, reached from the iterate and from the clean image.
-        d1 = project_to_hyperplane(x, gradient, gap, s.norm)
-        d2 = project_to_hyperplane(clean, gradient, gap + (gradient * (x - clean)).flatten(1).sum(1), s.norm)
-        a1, a2 = (perturbation_size(d, s.norm).clamp_min(1e-8) for d in (d1, d2))
-        alpha = (a1 / (a1 + a2)).clamp(max=_ALPHA_MAX).view(-1, 1, 1, 1)
-        x = ((1 - alpha) * (x + _ETA * d1) + alpha * (clean + _ETA * d2)).clamp(0, 1)
-        with torch.no_grad():
-            inside = perturbation_size(x - clean, s.norm) <= s.eps
-            logits, _ = state.observe(x, rows, allowed=inside)
-        adversarial = (logits.argmax(1) != labels).view(-1, 1, 1, 1)
-        x = torch.where(adversarial, clean + _BETA * (x - clean), x)
+def _walk(state: AttackState, rows: Tensor, aim: Aim) -> None:
+    s, pursuit = state.settings, Pursuit(state, rows)
+
+    def begin() -> _Walk:
+        clean, restarted = pursuit.images, aim.restarted[rows]
+        if not bool(restarted.any()):
+            return _Walk(clean)
+        return _Walk(
+            torch.where(restarted.view(-1, 1, 1, 1), random_start(clean, aim.seeds[rows], s.norm, s.eps / 2), clean)
+        )
+
+    pursuit.run(begin, lambda walk, _: _advance(pursuit, walk.x, aim), s.iters)
 
 
-def _to_boundary(state: AttackState, x: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _advance(pursuit: Pursuit, x: Tensor, aim: Aim) -> _Walk:
+    s, clean, labels = pursuit.state.settings, pursuit.images, pursuit.state.labels[pursuit.rows]
+    gap, gradient = _to_boundary(pursuit.state, x, labels, aim.targets[pursuit.rows])
+    # The hyperplane <gradient, z - x> = gap, reached from the iterate and from the clean image.
+    d1 = project_to_hyperplane(x, gradient, gap, s.norm)
+    d2 = project_to_hyperplane(clean, gradient, gap + (gradient * (x - clean)).flatten(1).sum(1), s.norm)
+    a1, a2 = (perturbation_size(d, s.norm).clamp_min(1e-8) for d in (d1, d2))
+    alpha = (a1 / (a1 + a2)).clamp(max=_ALPHA_MAX).view(-1, 1, 1, 1)
+    x = ((1 - alpha) * (x + _ETA * d1) + alpha * (clean + _ETA * d2)).clamp(0, 1)
+    with torch.no_grad():
+        inside = perturbation_size(x - clean, s.norm) <= s.eps
+        logits, _ = pursuit.observe(x, allowed=inside)
+    adversarial = (logits.argmax(1) != labels).view(-1, 1, 1, 1)
+    return _Walk(torch.where(adversarial, clean + _BETA * (x - clean), x))
+
+
+def _to_boundary(state: AttackState, x: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """z_y - z_t [R], which a step must remove, and the gradient [R,3,H,W] of z_t - z_y."""
 
     def lead(images: Tensor) -> Tensor:
         logits = state.logits(images)
-        return true_class(logits, targets) - true_class(logits, state.labels[rows])
+        return true_class(logits, targets) - true_class(logits, labels)
 
     gradient, value = input_gradient(lead, x)
     return -value, gradient

@@ -49,6 +49,12 @@ def pgd(
     return adv
 
 
+def pgd_step(loss_fn: LossFn, adv: Tensor, images: Tensor, *, norm: str, eps: float, step_size: float) -> Tensor:
+    """The iterate after one step of `pgd` without momentum."""
+    gradient, _ = input_gradient(loss_fn, adv)
+    return project(adv + step_size * ascent(ascent(gradient, norm), norm), images, norm, eps)
+
+
 @torch.no_grad()
 def worst_of(loss_fn: LossFn, candidates: Iterable[Tensor]) -> Tensor:
     """Of several adversarial batches [B,C,H,W], each sample's image of largest loss (the first of equals).

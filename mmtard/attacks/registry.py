@@ -1,13 +1,14 @@
 """The attacks of an evaluation, by name: each takes an `AttackState` and breaks what it can of the samples that stand.
 
 The evaluation variant of Croce & Hein (ICML 2020): random starts from per-sample seeds, summed losses, explicit
-restarts, each restart and target on the survivors of those before, and the misclassified iterate kept whichever step
-it came from.
+restarts, each restart and target on the survivors of those before. A sample that falls is asked no more, whichever
+step it fell at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,11 +17,18 @@ from .. import losses
 from ..errors import UserError, unknown_name
 from ..seeding import derive_seeds
 from . import autoattack
-from .apgd import apgd
+from .apgd import Apgd, apgd
 from .fab import fab_t
-from .pgd import pgd
+from .pgd import pgd_step
+from .pursuit import Aim, Pursuit, at_targets
 from .square import square
 from .state import AttackState, SampleLoss, logits_of
+from .threat_model import random_start
+
+
+@dataclass(frozen=True)
+class _Iterate:
+    adv: Tensor  # [R,3,H,W]
 
 
 def pgd_ce(state: AttackState) -> None:
@@ -28,34 +36,42 @@ def pgd_ce(state: AttackState) -> None:
     s = state.settings
     step_size = 2.5 * s.eps / s.iters if s.step_size is None else s.step_size
     for restart, rows in state.restarts():
-        loss, seeds = _loss_fn(state, rows, losses.cross_entropy), derive_seeds(state.seeds[rows], restart)
-        adv = pgd(loss, state.images[rows], norm=s.norm, eps=s.eps, step_size=step_size, steps=s.iters, seeds=seeds)
-        with torch.no_grad():
-            loss(adv)  # The last iterate was not yet observed.
+        pursuit, seeds = Pursuit(state, rows), derive_seeds(state.seeds[rows], restart)
+
+        def begin(pursuit: Pursuit = pursuit, seeds: Tensor = seeds) -> _Iterate:
+            return _Iterate(random_start(pursuit.images, seeds, s.norm, s.eps))
+
+        def advance(walk: _Iterate, _: int, pursuit: Pursuit = pursuit) -> _Iterate:
+            return _Iterate(pgd_step(pursuit, walk.adv, pursuit.images, norm=s.norm, eps=s.eps, step_size=step_size))
+
+        last = pursuit.run(begin, advance, s.iters)
+        if len(pursuit.rows):
+            with torch.no_grad():
+                pursuit(last.adv)  # The last iterate was not yet observed.
 
 
 def apgd_ce(state: AttackState) -> None:
     """APGD on cross-entropy."""
     for restart, rows in state.restarts():
-        _apgd(state, rows, losses.cross_entropy, restart)
+        _apgd(state, rows, losses.cross_entropy, derive_seeds(state.seeds[rows], restart))
 
 
 def apgd_dlr(state: AttackState) -> None:
     """APGD on the difference of logits ratio."""
     for restart, rows in state.restarts():
-        _apgd(state, rows, losses.dlr, restart)
+        _apgd(state, rows, losses.dlr, derive_seeds(state.seeds[rows], restart))
 
 
 def apgd_t(state: AttackState) -> None:
     """APGD on the targeted difference of logits ratio, towards each of the highest other classes in turn."""
-    order = state.target_order()
-    for k in range(order.shape[1]):
-        for restart, rows in state.restarts():
+    at_targets(state, _apgd_at)
 
-            def towards(logits: Tensor, labels: Tensor, targets: Tensor = order[rows, k]) -> Tensor:
-                return losses.targeted_dlr(logits, labels, targets)
 
-            _apgd(state, rows, towards, k * state.settings.restarts + restart)
+def _apgd_at(state: AttackState, rows: Tensor, aim: Aim) -> None:
+    def loss(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+        return losses.targeted_dlr(logits, labels, aim.targets[rows])
+
+    _climb(Pursuit(state, rows, loss), aim.seeds[rows])
 
 
 def transfer(state: AttackState) -> None:
@@ -115,10 +131,15 @@ def not_defined(name: str, n_classes: int) -> str | None:
     return None if n_classes >= fewest else f"{what} needs {fewest} classes, there are {n_classes}"
 
 
-def _loss_fn(state: AttackState, rows: Tensor, loss: SampleLoss) -> Callable[[Tensor], Tensor]:
-    return lambda x: state.observe(x, rows, loss)[1]
+def _apgd(state: AttackState, rows: Tensor, loss: SampleLoss, seeds: Tensor) -> None:
+    _climb(Pursuit(state, rows, lambda logits, labels, _: loss(logits, labels)), seeds)
 
 
-def _apgd(state: AttackState, rows: Tensor, loss: SampleLoss, start: int) -> None:
-    s, seeds = state.settings, derive_seeds(state.seeds[rows], start)
-    apgd(_loss_fn(state, rows, loss), state.images[rows], norm=s.norm, eps=s.eps, steps=s.iters, seeds=seeds)
+def _climb(pursuit: Pursuit, seeds: Tensor) -> None:
+    s = pursuit.state.settings
+    climb = Apgd(s.norm, s.eps, s.iters)
+    pursuit.run(
+        lambda: climb.begin(pursuit, pursuit.images, seeds),
+        lambda walk, k: climb.advance(walk, k, pursuit, pursuit.images),
+        s.iters,
+    )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from .. import losses
 from ..errors import UserError
 from ..seeding import derive_seeds, sample_uniform
+from .pursuit import Pursuit
 from .state import AttackState
 
 _P_INIT = 0.8  # share of the pixels that the first squares cover
@@ -29,35 +32,39 @@ def square(state: AttackState) -> None:
             _search(state, rows, restart)
 
 
+@dataclass(frozen=True)
+class _Walk:
+    seeds: Tensor  # int64 [R]: of this restart
+    best: Tensor  # [R,3,H,W]: the iterate of the lowest margin
+    lowest: Tensor  # [R]
+
+
 def _search(state: AttackState, rows: Tensor, restart: int) -> None:
     eps, (_, c, h, w) = state.settings.eps, state.images.shape
-    seeds = derive_seeds(state.seeds[rows], restart)
-    clean = state.images[rows]
-    best = (clean + eps * _signs(seeds, (c, 1, w))).clamp(0, 1)  # vertical stripes
-    lowest = _margin(state, best, rows)
-    for i in range(1, state.settings.queries):
-        stands = ~state.broken[rows]
-        rows, seeds, clean, best, lowest = (t[stands] for t in (rows, seeds, clean, best, lowest))
-        if not len(rows):
-            return
-        draw = derive_seeds(seeds, i)
+    pursuit = Pursuit(state, rows, lambda logits, labels, _: -losses.margin(logits, labels))
+
+    def begin() -> _Walk:
+        seeds = derive_seeds(state.seeds[rows], restart)
+        best = (pursuit.images + eps * _signs(seeds, (c, 1, w))).clamp(0, 1)  # vertical stripes
+        return _Walk(seeds, best, -pursuit(best))
+
+    def advance(walk: _Walk, i: int) -> _Walk:
+        draw, clean = derive_seeds(walk.seeds, i + 1), pursuit.images
         proposal = torch.where(
-            _window(draw, h, w, side(i - 1, h, w)), (clean + eps * _signs(draw, (c, 1, 1))).clamp(0, 1), best
+            _window(draw, h, w, side(i, h, w)), (clean + eps * _signs(draw, (c, 1, 1))).clamp(0, 1), walk.best
         )
-        margin = _margin(state, proposal, rows)
-        better = margin < lowest
-        best, lowest = torch.where(better.view(-1, 1, 1, 1), proposal, best), torch.minimum(margin, lowest)
+        margin = -pursuit(proposal)
+        better = margin < walk.lowest
+        best = torch.where(better.view(-1, 1, 1, 1), proposal, walk.best)
+        return _Walk(walk.seeds, best, torch.minimum(margin, walk.lowest))
+
+    pursuit.run(begin, advance, state.settings.queries - 1)
 
 
 def side(i: int, h: int, w: int) -> int:
     """Side in pixels of the i-th square (from 0) on images of h x w."""
     p = _P_INIT / 2 ** sum(i > n for n in _HALVINGS)
     return min(max(round((p * h * w) ** 0.5), 1), h, w)
-
-
-def _margin(state: AttackState, images: Tensor, rows: Tensor) -> Tensor:
-    _, loss = state.observe(images, rows, lambda z, y: -losses.margin(z, y))
-    return -loss
 
 
 def _window(seeds: Tensor, h: int, w: int, side: int) -> Tensor:

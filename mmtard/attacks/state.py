@@ -73,8 +73,10 @@ class AttackState:
         seeds: Tensor,
         settings: AttackSettings,
         source: Classifier | None = None,
+        room: int = 0,
     ):
         self.model, self.source = model, source
+        self.room = room  # samples that may stand in one batch, where several starts fit beside one another
         self.images, self.labels, self.seeds = images, labels, seeds
         self.settings = settings
         self.adv = images.clone()
@@ -87,6 +89,10 @@ class AttackState:
     def standing(self) -> Tensor:
         """Indices of the samples that still stand: int64 [R]."""
         return (~self.broken).nonzero().flatten()
+
+    def pursued(self, rows: Tensor) -> Tensor:
+        """Which of the samples `rows` a start that is under way goes on with: bool [R]."""
+        return ~self.broken[rows]
 
     def restarts(self) -> Iterator[tuple[int, Tensor]]:
         """(restart, indices of the samples that stand by then), as many as the settings say, until none stands."""
@@ -138,3 +144,13 @@ class AttackState:
         at = rows[better]
         self.adv[at], self.prediction[at] = images[better], prediction[better]
         self.broken[at], self._loss[at] = wrong[better], loss[better].to(self._loss.dtype)
+
+    def take_over(self, other: AttackState, part: slice, rows: Tensor) -> None:
+        """Show what another state has found of the samples that stand: its places `part` are the samples `rows` here."""
+        adv, broken, loss = other.adv[part], other.broken[part], other._loss[part]
+        stands = ~self.broken[rows]
+        better = stands & (broken | (loss > self._loss[rows]))
+        self.not_finite[rows] |= stands & other.not_finite[part]
+        at = rows[better]
+        self.adv[at], self.prediction[at] = adv[better], other.prediction[part][better]
+        self.broken[at], self._loss[at] = broken[better], loss[better]
