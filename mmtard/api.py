@@ -153,10 +153,10 @@ def evaluate(
     class folders), or a folder of them. datasets: some of these by name. index, classnames: files of a single dataset.
     protocol: fare, tecoa, robustbench, ... eps: radii in units of [0,1]. n_samples: how many are attacked, "all" for
     all. transfer_from, transfer_arch: a source whose gradients the attack `transfer` follows. changes: other settings
-    of the protocol, by name: attacks, iters, restarts, queries, step_size, templates, perturb_at, seed. out: the
-    folder of results.json; default: named by the settings, in the run's evaluations/ or in ./evaluations. batch_size:
-    images a rank takes at once. workers: loader processes a rank. sanity: also the health checks that need attacks of
-    their own. device: auto, cpu or cuda. say: takes each line of progress.
+    of the protocol, by name: attacks, iters, restarts, queries, step_size, templates, perturb_at, seed,
+    independent_radii. out: the folder of results.json; default: named by the settings, in the run's evaluations/ or in
+    ./evaluations. batch_size: images a rank takes at once. workers: loader processes a rank. sanity: also the health
+    checks that need attacks of their own. device: auto, cpu or cuda. say: takes each line of progress.
 
     Runs in the process group of this launch, or alone. The same call goes on where it was interrupted. Raises
     UserError for what does not fit.

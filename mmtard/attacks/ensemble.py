@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import losses
 from . import registry
 from .inputs import check_images, check_label_range, check_per_sample
+from .memory import AttackMemory
 from .state import AttackSettings, AttackState, Classifier, SampleLoss, logits_of
 from .threat_model import perturbation_size
 
@@ -59,6 +60,7 @@ class Outcome:
     # [B,3,H,W]: the first misclassified iterate where broken, else the last attack's of largest loss; never attacked:
     # the image itself.
     adv: Tensor
+    not_finite: Tensor  # bool [B]: NaN or infinity among its pixels, or once among its logits
     facts: AttackFacts
 
     @property
@@ -76,11 +78,13 @@ def run_attacks(
     settings: AttackSettings,
     source: Classifier | None = None,
     room: int | None = None,
+    memory: AttackMemory | None = None,
 ) -> Outcome:
     """Set the attacks on a batch. source: the other model of `transfer`, with the same classes.
 
     room: samples that the device takes at once; where fewer stand, starts at several targets share a batch, which
-    changes no outcome. None: as many as there are here on a GPU, some on a CPU.
+    changes no outcome. None: as many as there are here on a GPU, some on a CPU. memory: of a single attack, which goes
+    on where an earlier process has left it.
 
     A clean image whose logits are not finite counts as wrong and is not attacked. Raises UserError for images that
     are not float32 [B,C,H,W] in [0,1], labels or seeds that are not int64 [B] on their device, labels beyond the
@@ -98,6 +102,7 @@ def run_attacks(
     ran, skipped = defined_attacks(attacks, n_classes)
     room = room or (len(images) if images.device.type == "cuda" else CPU_ROOM)
     ensemble = _Ensemble(model, images, labels, seeds, settings, source, losses.predicted_class(logits), room)
+    ensemble.memory = memory
     for name in ran:
         ensemble.run(name)
     return ensemble.outcome(n_classes, skipped)
@@ -128,6 +133,7 @@ class _Ensemble:
         room: int,
     ):
         self.model, self.source, self.settings, self.room = model, source, settings, room
+        self.memory: AttackMemory | None = None
         self.images, self.labels, self.seeds = images, labels, seeds
         self.clean_prediction = clean_prediction
         self.clean = clean_prediction == labels
@@ -144,6 +150,8 @@ class _Ensemble:
         rows, began = self.stands.nonzero().flatten(), time.monotonic()
         batch = self.images[rows], self.labels[rows], self.seeds[rows]
         state = AttackState(self.model, *batch, self.settings, self.source, self.room)
+        if self.memory is not None:
+            self.memory.attach(state)
         if len(rows):
             registry.find_attack(name)(state)
         self.adv[rows], self.prediction[rows] = state.adv, state.prediction
@@ -175,7 +183,8 @@ class _Ensemble:
             queries=self.queries,
             skipped=skipped,
         )
-        return Outcome(self.clean, self.clean_prediction, self.broken_by, self.prediction, self.adv, facts)
+        found = self.clean, self.clean_prediction, self.broken_by, self.prediction, self.adv, self.not_finite
+        return Outcome(*found, facts)
 
 
 def merge(facts: Sequence[AttackFacts]) -> AttackFacts:
@@ -195,6 +204,25 @@ def merge(facts: Sequence[AttackFacts]) -> AttackFacts:
         seconds=_added([f.seconds for f in facts]),
         queries=_added([f.queries for f in facts]),
         skipped={name: reason for f in facts for name, reason in f.skipped.items()},
+    )
+
+
+def in_turn(facts: Sequence[AttackFacts], not_finite: int) -> AttackFacts:
+    """The facts of attacks that ran one after the other, each on all samples that the one before left standing.
+
+    A sample that is no longer right without attack, in the batch of a later one, counts as broken by it. not_finite:
+    samples that gave NaN or infinity under any of them.
+    """
+    first = facts[0]
+    lost = [{name: f.n - f.attacked for name in f.broken} for f in facts[1:]]
+    return replace(
+        merge(facts),
+        n=first.n,
+        attacked=first.attacked,
+        not_finite=not_finite,
+        zero_gradient_ce=first.zero_gradient_ce,
+        zero_gradient_dlr=first.zero_gradient_dlr,
+        broken=_added([*(f.broken for f in facts), *lost]),
     )
 
 

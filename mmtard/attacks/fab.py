@@ -45,7 +45,7 @@ def _walk(state: AttackState, rows: Tensor, aim: Aim) -> None:
             torch.where(restarted.view(-1, 1, 1, 1), random_start(clean, aim.seeds[rows], s.norm, s.eps / 2), clean)
         )
 
-    pursuit.run(begin, lambda walk, _: _advance(pursuit, walk.x, aim), s.iters)
+    pursuit.run(_Walk, begin, lambda walk, _: _advance(pursuit, walk.x, aim), s.iters)
 
 
 def _advance(pursuit: Pursuit, x: Tensor, aim: Aim) -> _Walk:

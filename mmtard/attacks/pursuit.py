@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import losses
 from ..seeding import derive_seeds
+from .memory import AttackMemory, of_prefix, tensors_of, with_prefix
 from .state import AttackState
 
 Walk = TypeVar("Walk", bound=Any)  # a dataclass of tensors [R,...]: where an attack is with each of its samples
@@ -40,18 +41,38 @@ class Pursuit:
         rows = self.rows
         return self.state.observe(images, rows, lambda logits, labels: self._loss(logits, labels, rows), allowed)
 
-    def run(self, begin: Callable[[], Walk], advance: Callable[[Walk, int], Walk], steps: int) -> Walk:
+    def run(
+        self, kind: type[Walk], begin: Callable[[], Walk], advance: Callable[[Walk, int], Walk], steps: int
+    ) -> Walk:
         """The walk of the samples that stand after `steps` calls of `advance(walk, k)`, each on those that stand yet.
 
-        begin: makes the walk of all samples. A sample's arithmetic is its own: it ends as if none had left.
+        begin: makes the walk of all samples, a `kind`, where no earlier process has left one. A sample's arithmetic is
+        its own: it ends as if none had left.
         """
-        walk = begin()
-        for k in range(steps):
+        first, walk = self._kept(kind) or (0, begin())
+        for k in range(first, steps):
             walk = self._leave_fallen(walk)
             if not len(self.rows):
                 return walk
+            self._keep(k, walk)
             walk = advance(walk, k)
-        return self._leave_fallen(walk)
+        walk = self._leave_fallen(walk)
+        self._keep(steps, walk)
+        return walk
+
+    def _keep(self, k: int, walk: Any) -> None:
+        place = {"rows": self.rows, "k": torch.tensor(k)}
+        self.state.under_way = place | with_prefix("walk.", tensors_of(walk))
+        self.state.memory.at_step()
+
+    def _kept(self, kind: type[Walk]) -> tuple[int, Walk] | None:
+        kept, self.state.under_way = self.state.under_way, {}
+        if not kept:
+            return None
+        device = self.state.images.device
+        self.rows = kept["rows"].to(device)
+        self.images = self.state.images[self.rows]
+        return int(kept["k"]), kind(**{name: t.to(device) for name, t in of_prefix("walk.", kept).items()})
 
     def _leave_fallen(self, walk: Walk) -> Walk:
         pursued = self.state.pursued(self.rows)
@@ -84,6 +105,13 @@ class Tries(AttackState):
         self.of, self.of_rows, self.n = state, rows, n
         places = torch.arange(n * len(rows), device=rows.device)
         self._start, self._sample = places // len(rows), places % len(rows)
+        self.memory = AttackMemory(at_step=self._at_step)
+
+    def _at_step(self) -> None:
+        self.of.under_way = {"of_rows": self.of_rows, "n": torch.tensor(self.n)} | with_prefix(
+            "tries.", self.snapshot()
+        )
+        self.of.memory.at_step()
 
     def pursued(self, rows: Tensor) -> Tensor:
         first = torch.full_like(self.of_rows, self.n)  # the start that each sample fell to
@@ -106,20 +134,31 @@ def at_targets(state: AttackState, attack: Callable[[AttackState, Tensor, Aim], 
     """
     order, restarts = state.target_order(), state.settings.restarts
     starts = [(k, restart) for k in range(order.shape[1]) for restart in range(restarts)]
-    while starts:
-        rows = state.standing()
-        if not len(rows):
+    while state.start < len(starts):
+        tries = _kept_tries(state) or _new_tries(state, len(starts) - state.start)
+        if tries is None:
             return
-        n = min(max(1, state.room // len(rows)), len(starts))
-        now, starts = starts[:n], starts[n:]
-        aims = [_aim(state, order, rows, k, restart) for k, restart in now]
-        tries = Tries(state, rows, n)
-        attack(
-            tries,
-            torch.arange(n * len(rows), device=rows.device),
-            Aim(*(torch.cat([getattr(aim, field.name) for aim in aims]) for field in fields(Aim))),
-        )
+        now = starts[state.start : state.start + tries.n]
+        aims = [_aim(state, order, tries.of_rows, k, restart) for k, restart in now]
+        places = torch.arange(len(tries.labels), device=tries.labels.device)
+        attack(tries, places, Aim(*(torch.cat([getattr(aim, field.name) for aim in aims]) for field in fields(Aim))))
         tries.give_back()
+        state.start, state.under_way = state.start + tries.n, {}
+
+
+def _new_tries(state: AttackState, left: int) -> Tries | None:
+    rows = state.standing()
+    return Tries(state, rows, min(max(1, state.room // len(rows)), left)) if len(rows) else None
+
+
+def _kept_tries(state: AttackState) -> Tries | None:
+    """The starts that an earlier process has left in the middle."""
+    kept, state.under_way = state.under_way, {}
+    if not kept:
+        return None
+    tries = Tries(state, kept["of_rows"].to(state.images.device), int(kept["n"]))
+    tries.restore(of_prefix("tries.", kept))
+    return tries
 
 
 def _aim(state: AttackState, order: Tensor, rows: Tensor, k: int, restart: int) -> Aim:

@@ -17,7 +17,7 @@ from .. import losses
 from ..errors import UserError, unknown_name
 from ..seeding import derive_seeds
 from . import autoattack
-from .apgd import Apgd, apgd
+from .apgd import Apgd, ApgdWalk, apgd
 from .fab import fab_t
 from .pgd import pgd_step
 from .pursuit import Aim, Pursuit, at_targets
@@ -44,7 +44,7 @@ def pgd_ce(state: AttackState) -> None:
         def advance(walk: _Iterate, _: int, pursuit: Pursuit = pursuit) -> _Iterate:
             return _Iterate(pgd_step(pursuit, walk.adv, pursuit.images, norm=s.norm, eps=s.eps, step_size=step_size))
 
-        last = pursuit.run(begin, advance, s.iters)
+        last = pursuit.run(_Iterate, begin, advance, s.iters)
         if len(pursuit.rows):
             with torch.no_grad():
                 pursuit(last.adv)  # The last iterate was not yet observed.
@@ -139,6 +139,7 @@ def _climb(pursuit: Pursuit, seeds: Tensor) -> None:
     s = pursuit.state.settings
     climb = Apgd(s.norm, s.eps, s.iters)
     pursuit.run(
+        ApgdWalk,
         lambda: climb.begin(pursuit, pursuit.images, seeds),
         lambda walk, k: climb.advance(walk, k, pursuit, pursuit.images),
         s.iters,

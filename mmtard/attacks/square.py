@@ -58,7 +58,7 @@ def _search(state: AttackState, rows: Tensor, restart: int) -> None:
         best = torch.where(better.view(-1, 1, 1, 1), proposal, walk.best)
         return _Walk(walk.seeds, best, torch.minimum(margin, walk.lowest))
 
-    pursuit.run(begin, advance, state.settings.queries - 1)
+    pursuit.run(_Walk, begin, advance, state.settings.queries - 1)
 
 
 def side(i: int, h: int, w: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import losses
 from ..errors import UserError
 from .inputs import check_count, check_eps, check_logits, check_positive
+from .memory import AttackMemory, of_prefix, with_prefix
 from .threat_model import check_norm
 
 # images [B,3,H,W] float32 in [0,1] -> logits [B,C] float32; normalisation is inside
@@ -85,6 +86,10 @@ class AttackState:
         self.not_finite = torch.zeros_like(self.broken)  # samples of which the model once gave NaN or infinity
         self.queries = 0  # forward passes, summed over samples
         self._loss = torch.full(labels.shape, -torch.inf, device=labels.device)
+        self._order: Tensor | None = None
+        self.start = 0  # of the attack's starts, the one that is under way
+        self.under_way: dict[str, Tensor] = {}  # what that start needs to go on where it is
+        self.memory = AttackMemory()
 
     def standing(self) -> Tensor:
         """Indices of the samples that still stand: int64 [R]."""
@@ -96,25 +101,29 @@ class AttackState:
 
     def restarts(self) -> Iterator[tuple[int, Tensor]]:
         """(restart, indices of the samples that stand by then), as many as the settings say, until none stands."""
-        for restart in range(self.settings.restarts):
+        for restart in range(self.start, self.settings.restarts):
             rows = self.standing()
             if not len(rows):
                 return
             yield restart, rows
+            self.start, self.under_way = restart + 1, {}
 
     def logits(self, images: Tensor) -> Tensor:
         """The model's logits [R,C] of any images, counted, not judged."""
+        logits = logits_of(self.model, images)
         self.queries += len(images)
-        return logits_of(self.model, images)
+        return logits
 
     def target_order(self) -> Tensor:
         """The classes to aim at: int64 [B, min(targets, C-1)].
 
         Those of the highest logits of the clean image come first, the label never.
         """
-        with torch.no_grad():
-            logits = self.logits(self.images).scatter(1, self.labels[:, None], torch.inf)
-        return logits.sort(dim=1, descending=True, stable=True).indices[:, 1 : 1 + self.settings.targets]
+        if self._order is None:
+            with torch.no_grad():
+                logits = self.logits(self.images).scatter(1, self.labels[:, None], torch.inf)
+            self._order = logits.sort(dim=1, descending=True, stable=True).indices[:, 1 : 1 + self.settings.targets]
+        return self._order
 
     def observe(
         self,
@@ -154,3 +163,22 @@ class AttackState:
         at = rows[better]
         self.adv[at], self.prediction[at] = adv[better], other.prediction[part][better]
         self.broken[at], self._loss[at] = broken[better], loss[better]
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """All that another process needs to go on, but for the images and the model."""
+        tensors = {name: getattr(self, name) for name in _KEPT}
+        if self._order is not None:
+            tensors["_order"] = self._order
+        numbers = {name: torch.tensor(getattr(self, name)) for name in ("queries", "start")}
+        return tensors | numbers | with_prefix("under_way.", self.under_way)
+
+    def restore(self, kept: dict[str, Tensor]) -> None:
+        """Go on where the state of the same samples was when `kept` was taken."""
+        for name in (*_KEPT, "_order"):
+            if name in kept:
+                setattr(self, name, kept[name].to(self.images.device))
+        self.queries, self.start = int(kept["queries"]), int(kept["start"])
+        self.under_way = of_prefix("under_way.", kept)
+
+
+_KEPT = ("seeds", "adv", "prediction", "broken", "not_finite", "_loss")

@@ -74,6 +74,11 @@ def _evaluation_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--norm", choices=("linf", "l2"))
     p.add_argument("--eps", type=fraction, nargs="+", metavar="E", help="radii in units of [0,1], such as 2/255 4/255")
     p.add_argument(
+        "--independent-radii",
+        action="store_true",
+        help="attack at every radius, also the samples that fell at a smaller one",
+    )
+    p.add_argument(
         "--attacks",
         nargs="+",
         metavar="NAME",
@@ -139,7 +144,7 @@ def _measure(args, interruption: Interruption) -> int:
     protocol = request.protocol(
         args.protocol, args.eps, transfer is not None, args.n_samples == "all", n_samples=n_samples, norm=args.norm,
         iters=args.iters, restarts=args.restarts, seed=args.seed, perturb_at=args.perturb_at,
-        attacks=args.attacks and tuple(args.attacks),
+        attacks=args.attacks and tuple(args.attacks), independent_radii=args.independent_radii,
     )  # fmt: skip
     reading = {name: getattr(args, name) for name in ("allow_pipe", "label_key", "caption_key")}
     sources = datasets.find_datasets(args.data, args.datasets, args.index, args.classnames, reading)

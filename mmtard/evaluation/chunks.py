@@ -61,8 +61,8 @@ class ChunkedWork:
         interruption, which a model that is asked through `interruption.heeding` notices within a chunk: all that was
         measured is kept.
         """
-        kept = f"what is measured is kept in '{progress.folder.parent}'"
         chunks = [ids[i : i + self.chunk] for i in range(0, len(ids), self.chunk)]
+        progress.keep_fitting(part, chunks)
         mine, rounds = progress.mine(part, len(chunks))
         my_ids = np.concatenate([chunks[c] for c in mine]) if mine else np.empty(0, dtype=np.int64)
         meter = RateMeter(
@@ -70,7 +70,7 @@ class ChunkedWork:
         )
         to_do, failure = zip(mine, self.batches(my_ids, self.chunk, need_labels)), None
         for _ in range(rounds):
-            self._agree(failure, kept)
+            self.agree(progress, failure)
             try:
                 for chunk, batch in islice(to_do, 1):
                     read = batch.sample_ids.tolist()
@@ -81,16 +81,16 @@ class ChunkedWork:
                 pass  # The ranks agree on it before the next chunk, or after the last.
             except (UserError, RunError) as error:
                 failure = error
-        self._agree(failure, kept)
+        self.agree(progress, failure)
         rows = progress.rows(part)
         left_out = [tuple(named) for row in rows for named in row["left_out"]]
         check_left_out(part, left_out, len(ids), max_left_out)
         return [row for row in rows if row["ids"]], left_out
 
-    def _agree(self, failure: UserError | RunError | None, kept: str) -> None:
+    def agree(self, progress: PartialResults, failure: UserError | RunError | None = None) -> None:
         """End on every rank with what one of them met, or when one was interrupted. Collective."""
         self.ranks.raise_together(failure)
-        self.interruption.stop(self.ranks, kept=kept)
+        self.interruption.stop(self.ranks, kept=f"what is measured is kept in '{progress.folder.parent}'")
 
     def batches(self, ids: np.ndarray, size: int, need_labels: bool = True) -> Iterator[Batch]:
         """The samples in this order, `size` at a time."""

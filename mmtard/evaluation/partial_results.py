@@ -7,8 +7,11 @@ import os
 import re
 import socket
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
+
+import numpy as np
 
 from ..distributed.ranks import Ranks
 from ..errors import RunError, UserError
@@ -16,13 +19,15 @@ from ..files import read_json_lines, slug
 
 FOLDER = "partial"
 CHECKSUM = "crc32"
-_OWN_FILE = re.compile(r".+-[0-9a-f]{16}\.\d+-.+-\d+\.jsonl")  # DATASET-KEY.RANK-HOST-PROCESS.jsonl
+MEMORY = ".safetensors"
+# DATASET-KEY.RANK-HOST-PROCESS.jsonl, and DATASET-KEY.PART.SAMPLE.safetensors of attacks that were left in the middle
+_OWN_FILE = re.compile(rf".+-[0-9a-f]{{16}}\.(\d+-.+-\d+\.jsonl|.+\.\d+{re.escape(MEMORY)})")
 
 
 class PartialResults:
     """The chunks of one dataset that are done, whichever ranks of whichever start did them.
 
-    A chunk's result is a line of JSON in a file of the process that made it, `OUT/partial/NAME-KEY.*.jsonl`, with a
+    A part is the clean pass, or one attack at one radius. A chunk's result is a line of JSON in a file of the process that made it, `OUT/partial/NAME-KEY.*.jsonl`, with a
     checksum: a line that is cut off or damaged is measured again. `key` stands for the model, the data and the
     settings: results of another key are removed, with a line. Collective.
     """
@@ -39,7 +44,8 @@ class PartialResults:
             stale = [path for path in of_dataset if not path.name.startswith(f"{self.stem}.")]
             for path in stale:
                 path.unlink()
-            lines = [row for path in of_dataset if path not in stale for row in read_json_lines(path)]
+            fresh = [path for path in of_dataset if path not in stale and path.suffix != MEMORY]
+            lines = [row for path in fresh for row in read_json_lines(path)]
         except OSError as error:
             raise UserError(
                 f"--out: cannot work in '{self.folder}': {error.strerror or error}; choose another folder"
@@ -61,6 +67,17 @@ class PartialResults:
         left = [c for c in range(chunks) if (part, c) not in self.done]
         return left[self.ranks.rank :: self.ranks.world_size], -(-len(left) // self.ranks.world_size)
 
+    def keep_fitting(self, part: str, chunks: Sequence[np.ndarray]) -> None:
+        """Forget what is kept of a part for other samples than those of its chunks: it will be measured again."""
+        for key in [key for key in self.done if key[0] == part]:
+            row, ids = self.done[key], set(chunks[key[1]].tolist()) if key[1] < len(chunks) else set()
+            if not set(row["ids"]) <= ids or len(row["ids"]) + len(row["left_out"]) != len(ids):
+                del self.done[key]
+
+    def memory_file(self, part: str, ids: Sequence[int]) -> Path:
+        """Where the attack of a chunk of these samples keeps how far it is."""
+        return self.folder / f"{self.stem}.{slug(part)}.{ids[0]}{MEMORY}"
+
     def add(self, part: str, chunk: int, row: dict) -> None:
         """Keep a chunk's result, on disk first. Raises RunError where it cannot be written, naming the disk."""
         row = {"part": part, "chunk": chunk, **row}
@@ -80,6 +97,8 @@ class PartialResults:
                 "free space there and start it again: what is measured is kept"
             ) from None
         self.done[part, chunk] = row
+        if row.get("ids"):
+            self.memory_file(part, row["ids"]).unlink(missing_ok=True)
 
     def rows(self, part: str) -> list[dict]:
         """The results of a part's chunks, in their order, on every rank. Collective; all chunks must be done."""
@@ -103,7 +122,7 @@ class PartialResults:
 
 def own_files(folder: Path) -> list[Path]:
     """The files of partial results in a folder, sorted. Whatever else lies there is not mmtard's and is left alone."""
-    return sorted(path for path in folder.glob("*.jsonl") if path.is_file() and _OWN_FILE.fullmatch(path.name))
+    return sorted(path for path in folder.glob("*") if path.is_file() and _OWN_FILE.fullmatch(path.name))
 
 
 def remove(out: Path) -> None:

@@ -40,7 +40,8 @@ class Protocol:
     n_samples: size of the stratified sample that is attacked, None for all. templates: prompts for every dataset, None
     for those of the run or of each dataset. perturb_at: `native` (the images' stored size, resized inside the model) or
     `input` (the tower's), None for the way that is usual for each dataset. eps_of: other radii for datasets of which
-    the protocol says so. datasets: those of its published mean.
+    the protocol says so. independent_radii: attack at every radius, also what fell at a smaller one. datasets: those of
+    its published mean.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Protocol:
     perturb_at: str | None = None
     seed: int = 0
     eps_of: tuple[tuple[str, tuple[Fraction, ...]], ...] = ()
+    independent_radii: bool = False
     datasets: tuple[str, ...] = ()
     purpose: str = ""
 
@@ -66,6 +68,10 @@ class Protocol:
     def settings(self) -> dict:
         """What decides the numbers, as JSON holds it."""
         stored = {k: v for k, v in asdict(self).items() if k not in ("name", "datasets", "purpose")}
+        # Results of versions that knew no other way have no such entry.
+        several = any(len(radii) > 1 for radii in (self.eps, *dict(self.eps_of).values()))
+        if not (self.independent_radii and several):
+            del stored["independent_radii"]
         return stored | {
             "eps": [show_pixels(e) for e in self.eps],
             "eps_of": {name: [show_pixels(e) for e in radii] for name, radii in self.eps_of},

@@ -27,13 +27,13 @@ from ..data.dataset import Dataset
 from ..data.samples import Batch
 from ..seeding import derive_seeds
 from . import results
+from .at_radius import attack_settings
 from .chunks import ChunkedWork
 from .data_checks import caption_lines, not_used
 from .partial_results import PartialResults
 from .protocols import Protocol
 from .recall import Captions, per_sample, ranks_of, recalls
 from .statistics import stratified
-from .zeroshot import attack_settings
 
 ATTACK = "apgd on -log of the softmax mass of an image's own captions, among the captions of all measured images"
 CERTAIN = ("largest perturbation", "range", "NaN")  # of the health lines, those that do not speak of classes

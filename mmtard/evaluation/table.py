@@ -20,7 +20,8 @@ def show(results: dict) -> None:
     of_kind = {kind: [d for d in results["datasets"] if d["kind"] == kind] for kind in ("zeroshot", "retrieval")}
     if of_kind["zeroshot"]:
         print_table(_zeroshot(of_kind["zeroshot"], results))
-        for line in (*_prompts(of_kind["zeroshot"]), *_other_mean(of_kind["zeroshot"], results["protocol"])):
+        notes = _fell_at_smaller(of_kind["zeroshot"]), _prompts(of_kind["zeroshot"])
+        for line in (*notes[0], *notes[1], *_other_mean(of_kind["zeroshot"], results["protocol"])):
             console.print(line)
     if corrupted := results.get("imagenet_c"):
         print_table(_corruptions(corrupted))
@@ -117,6 +118,13 @@ def _prompts(datasets: list[dict]) -> list[str]:
         where = "" if len(used_for) == 1 else f" of {', '.join(names)}"
         lines.append(f"prompts{where}: '{prompts[0]}'{more}" + (f" ({origin})" if origin else ""))
     return lines
+
+
+def _fell_at_smaller(datasets: list[dict]) -> list[str]:
+    """A line where samples that fell at a smaller radius were not attacked again at a larger one."""
+    n = sum(at.get("fell_at_smaller", 0) for entry in datasets for at in entry["eps"].values())
+    told = f"{n} attacks were spared: what falls at a smaller eps has fallen at a larger one (--independent-radii)"
+    return [told] if n else []
 
 
 def _other_mean(datasets: list[dict], protocol: str) -> list[str]:

@@ -6,8 +6,7 @@ The clean pass over all samples, then the attacks on a stratified sample at ever
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -17,13 +16,14 @@ from torch import Tensor
 from .. import losses
 from ..attacks import checks, ensemble
 from ..attacks.checks import health_line
-from ..attacks.ensemble import AttackFacts
-from ..attacks.state import AttackSettings, Classifier
+from ..attacks.state import Classifier
 from ..config import show_pixels
 from ..data.dataset import Dataset
 from ..data.samples import Batch
+from ..distributed.interruption import StoppedWithin
 from ..errors import UserError
 from . import results
+from .at_radius import AtRadius, attack_at, attack_settings, flat
 from .chunks import ChunkedWork
 from .data_checks import not_used
 from .partial_results import PartialResults
@@ -60,27 +60,18 @@ class CleanPass:
         return self.prediction[sample] == self.label[sample]
 
 
-@dataclass(frozen=True)
-class AtRadius:
-    """What the attacks of one radius did to the samples that are right without attack.
-
-    facts: None where there is no such sample.
-    """
-
-    settings: AttackSettings
-    facts: AttackFacts | None
-    broken_by: dict[int, str | None]  # sample id -> the attack that it fell to
-    prediction: dict[int, int]
-
-
 def measure(task: ZeroShotTask) -> dict:
     """The numbers of a dataset, sample by sample, as results.json holds them. Collective."""
     attacks, skipped = defined_attacks(task.protocol, len(task.class_names), task.name)
     clean = clean_pass(task)
-    at_radius = {
-        show_pixels(eps): attack_at(task, clean, attacks, eps) for eps in task.protocol.radii(task.name)
-    }  # fmt: skip
-    return summary(task, clean, attacks, skipped, at_radius)
+    radii = task.protocol.radii(task.name)
+    found: dict[str, AtRadius] = {}
+    smaller = None
+    for eps in sorted(radii):
+        smaller = found[show_pixels(eps)] = attack_at(task, clean, attacks, eps, smaller)
+        if task.protocol.independent_radii:
+            smaller = None
+    return summary(task, clean, attacks, skipped, {show_pixels(eps): found[show_pixels(eps)] for eps in radii})
 
 
 def clean_pass(task: ZeroShotTask) -> CleanPass:
@@ -90,12 +81,12 @@ def clean_pass(task: ZeroShotTask) -> CleanPass:
     rows, left_out = task.work.measure(
         f"{task.name} clean", labelled, task.progress, partial(_clean_chunk, task), max_left_out=task.work.max_left_out
     )
-    read = np.array(_all(rows, "ids"))
+    read = np.array(flat(rows, "ids"))
     return CleanPass(
         labelled=len(labelled),
         left_out=left_out,
-        prediction=dict(zip(read.tolist(), _all(rows, "prediction"))),
-        label=dict(zip(read.tolist(), _all(rows, "labels"))),
+        prediction=dict(zip(read.tolist(), flat(rows, "prediction"))),
+        label=dict(zip(read.tolist(), flat(rows, "labels"))),
         ids=read[stratified(labels[read], task.protocol.n_samples, task.protocol.seed)].tolist(),
     )
 
@@ -106,45 +97,6 @@ def _clean_chunk(task: ZeroShotTask, images: Tensor, batch: Batch, ids: list[int
 
     with torch.no_grad():
         return {"prediction": sum(task.work.in_batches(predict, [images]), []), "labels": batch.labels.tolist()}
-
-
-def attack_at(task: ZeroShotTask, clean: CleanPass, attacks: list[str], eps: Fraction) -> AtRadius:
-    """Set the attacks, at one radius, on the sampled images that are right without attack. Collective."""
-    settings = attack_settings(task.protocol, float(eps))
-    right = np.array([i for i in clean.ids if clean.right(i)], dtype=np.int64)
-    rows, _ = task.work.measure(
-        f"{task.name} {show_pixels(eps)}", right, task.progress, partial(_attack_chunk, task, attacks, settings)
-    )
-    attacked = _all(rows, "ids")
-    return AtRadius(
-        settings=settings,
-        facts=ensemble.merge([AttackFacts(**row["facts"]) for row in rows]) if rows else None,
-        broken_by=dict(zip(attacked, _all(rows, "broken_by"))),
-        prediction=dict(zip(attacked, _all(rows, "prediction"))),
-    )
-
-
-def _attack_chunk(
-    task: ZeroShotTask, attacks: list[str], settings: AttackSettings, images: Tensor, batch: Batch, ids: list[int]
-) -> dict:
-    # A chunk under all attacks may take hours.
-    logits = task.work.interruption.heeding(task.logits)
-
-    def attack(x: Tensor, labels: Tensor, seeds: Tensor) -> ensemble.Outcome:
-        return ensemble.run_attacks(logits, x, labels, seeds, attacks, settings, task.transfer_from)
-
-    labels, seeds = batch.labels.to(images.device), batch.seeds.to(images.device)
-    outcomes = task.work.in_batches(attack, [images, labels, seeds])
-    return {
-        # In another batch than the clean pass's, a sample may no longer be right: it is not robust either.
-        "broken_by": [
-            attack or (None if right else attacks[0])
-            for outcome in outcomes
-            for attack, right in zip(outcome.broken_by, outcome.clean.tolist())
-        ],
-        "prediction": sum((outcome.prediction.tolist() for outcome in outcomes), []),
-        "facts": asdict(ensemble.merge([outcome.facts for outcome in outcomes])),
-    }
 
 
 def summary(
@@ -163,6 +115,7 @@ def summary(
             attacks, broken[eps], right, labels, task.class_names, found.facts.seconds if found.facts else {}
         )
         | {"skipped": skipped}
+        | ({"fell_at_smaller": len(found.fell_at)} if found.fell_at else {})
         for eps, found in at_radius.items()
     }
     return {
@@ -184,6 +137,7 @@ def summary(
                     "broken_by": broken[eps],
                     "prediction": [found.prediction.get(i, clean.prediction[i]) for i in ids],
                     "robust": [stands and by is None for stands, by in zip(right, broken[eps])],
+                    **({"fell_at": [found.fell_at.get(i) for i in ids]} if found.fell_at else {}),
                 }
                 for eps, found in at_radius.items()
             },
@@ -209,40 +163,43 @@ def attack_lines(at_radius: Sequence[AtRadius], skipped: dict[str, str]) -> list
     if not at_radius:
         return []
     facts = [(found.settings, replace(found.facts, skipped=skipped)) for found in at_radius if found.facts]
-    return checks.check(facts) if facts else [NOTHING_ATTACKED]
+    if not facts:
+        return [NOTHING_ATTACKED]
+    lines = checks.check(facts)
+    if any(found.fell_at for found in at_radius):
+        for line in lines:
+            if line["check"] == "monotone in eps":
+                line["detail"] += "; what fell at a smaller eps was not attacked again"
+    return lines
 
 
 def sanity(task: ZeroShotTask, samples: dict) -> list[dict]:
     """The health checks that need attacks of their own, by the first rank, on some of the measured `samples` of all
     classes. Collective."""
     ids = np.array([i for i, right in zip(samples["ids"], samples["clean"]) if right], dtype=np.int64)
-    return task.work.ranks.run_on_first(partial(_sanity_lines, task, ids)) if len(ids) else []
+    if not len(ids):
+        return []
+    lines = task.work.ranks.run_on_first(partial(_sanity_lines, task, ids))
+    task.work.agree(task.progress)
+    return lines
 
 
 def _sanity_lines(task: ZeroShotTask, ids: np.ndarray) -> list[dict]:
-    work, done = task.work, task.progress.done
+    """The lines; [] where a signal stopped the checks."""
+    work, done, heeding = task.work, task.progress.done, task.work.interruption.heeding
     if ("sanity", 0) not in done:
         settings = attack_settings(task.protocol, float(task.protocol.radii(task.name)[0]))
         chosen = ids[stratified(work.dataset.labels[ids], checks.SANITY_SAMPLES, work.seed)]
         (batch,) = work.batches(chosen, len(chosen))
         images = batch.pixels(work.ranks.device)
         labels, seeds = batch.labels.to(work.ranks.device), batch.seeds.to(work.ranks.device)
-        lines = checks.sanity(task.logits, images, labels, seeds, settings, task.transfer_from, work.in_batches)
+        logits, source = heeding(task.logits), task.transfer_from and heeding(task.transfer_from)
+        try:
+            lines = checks.sanity(logits, images, labels, seeds, settings, source, work.in_batches)
+        except StoppedWithin:
+            return []
         task.progress.add("sanity", 0, {"lines": lines})
     return done["sanity", 0]["lines"]
-
-
-def attack_settings(protocol: Protocol, eps: float) -> AttackSettings:
-    """The attacks' settings at one radius."""
-    step_size = None if protocol.step_size is None else float(protocol.step_size)
-    return AttackSettings(
-        eps=eps,
-        norm=protocol.norm,
-        iters=protocol.iters,
-        restarts=protocol.restarts,
-        queries=protocol.queries,
-        step_size=step_size,
-    )
 
 
 def defined_attacks(protocol: Protocol, n_classes: int, name: str) -> tuple[list[str], dict[str, str]]:
@@ -256,10 +213,6 @@ def defined_attacks(protocol: Protocol, n_classes: int, name: str) -> tuple[list
         remedy = "add --attacks apgd-ce" if n_classes > 1 else "name all of the model's classes, one a line"
         raise UserError(f"{name}: no attack is left ({reasons}); {remedy}")
     return ran, skipped
-
-
-def _all(rows: list[dict], key: str) -> list:
-    return [value for row in rows for value in row[key]]
 
 
 def check_labels(dataset: Dataset, names: list[str], where: str) -> None:

@@ -10,7 +10,13 @@ from ..evaluation.statistics import paired_difference
 from .records import Evaluation, Measured, Retrieval, Zeroshot
 from .run_files import ReportSource
 
-FREE = ("batch_size", "sanity", "eps", "eps_of")  # settings that do not change what a number at one radius means
+FREE = (
+    "batch_size",
+    "sanity",
+    "eps",
+    "eps_of",
+    "independent_radii",
+)  # settings that do not change what a number at one radius means
 # What differs in the `way` of two datasets of one name, as it is said in their rows' names.
 WAYS = {
     "fingerprint": "data",

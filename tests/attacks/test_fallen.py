@@ -53,7 +53,7 @@ def test_a_batch_asks_what_its_samples_would_ask_alone(name, victim):
     rows = range(0, 100, 12)
     together, _ = attack(victim, name, list(rows))
     alone = [attack(victim, name, [i])[0].facts.queries[name] for i in rows]
-    assert together.facts.queries[name] == sum(alone) and len(set(alone)) > 2
+    assert together.facts.queries[name] == sum(alone) and len(set(alone)) > 1
 
 
 @pytest.mark.parametrize("name", ["apgd-t", "fab-t"])

@@ -1,0 +1,73 @@
+"""Where the attack of a chunk is, on disk: a job that is stopped in the middle of hours of work goes on there."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..attacks.memory import AttackMemory
+from ..distributed.interruption import StoppedWithin
+from ..files import publish
+
+SAVE_EVERY_S = 600.0  # what a process that is killed without a warning loses at most
+
+
+class ChunkMemory:
+    """One attack on one chunk: the batches that are done, and the snapshot of the one under way.
+
+    It is written to `path` when the attack is stopped, and now and then before. A file that cannot be read or written
+    costs the work of the chunk so far, and no more.
+    """
+
+    def __init__(self, path: Path, say: Callable):
+        self.path, self.say = path, say
+        self._saved = time.monotonic()
+        self._now: AttackMemory | None = None
+        self._done, self._kept = self._read()
+
+    def batch(self, seeds: Tensor, attack: Callable[[AttackMemory], dict]) -> dict:
+        """The row of a batch: as an earlier process kept it, else `attack(memory)`. Raises StoppedWithin, all kept."""
+        key = f"{int(seeds[0])} {len(seeds)}"
+        if key not in self._done:
+            kept, self._kept = self._kept, None
+            self._now = AttackMemory(kept, self._now_and_then)
+            try:
+                self._done[key] = attack(self._now)
+            except StoppedWithin:
+                self._write()
+                raise
+            self._now = None
+        return self._done[key]
+
+    def _now_and_then(self) -> None:
+        if time.monotonic() - self._saved > SAVE_EVERY_S:
+            self._write()
+
+    def _write(self) -> None:
+        # Clones, since safetensors takes no two tensors of one storage.
+        tensors = {k: t.detach().cpu().clone() for k, t in (self._now.snapshot() if self._now else {}).items()}
+        try:
+            with publish(self.path) as temporary:
+                save_file(tensors, temporary, metadata={"done": json.dumps(self._done)})
+        except (OSError, SafetensorError) as error:
+            self.say(f"'{self.path}': cannot write it ({error}); this chunk's attack will begin anew")
+        self._saved = time.monotonic()
+
+    def _read(self) -> tuple[dict[str, dict], dict[str, Tensor] | None]:
+        if not self.path.is_file():
+            return {}, None
+        try:
+            with safe_open(self.path, "pt") as file:
+                done = json.loads(file.metadata()["done"])
+                kept: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            self.say(f"'{self.path}' is damaged ({error}); this chunk's attack begins anew")
+            return {}, None
+        return done, kept or None
