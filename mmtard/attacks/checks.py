@@ -171,6 +171,7 @@ class _Victim:
         def attack(images: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
             state = AttackState(self.model, images, labels, seeds, settings, self.source)
             for name in attacks:
+                state.start = 0
                 registry.find_attack(name)(state)
             return state.broken
 

@@ -87,7 +87,7 @@ class AttackState:
         self.queries = 0  # forward passes, summed over samples
         self._loss = torch.full(labels.shape, -torch.inf, device=labels.device)
         self._order: Tensor | None = None
-        self.start = 0  # of the attack's starts, the one that is under way
+        self.start = 0  # of the attack's starts, the one that is under way; 0 again before another attack
         self.under_way: dict[str, Tensor] = {}  # what that start needs to go on where it is
         self.memory = AttackMemory()
 

@@ -53,6 +53,8 @@ class ChunkMemory:
     def _write(self) -> None:
         # Clones, since safetensors takes no two tensors of one storage.
         tensors = {k: t.detach().cpu().clone() for k, t in (self._now.snapshot() if self._now else {}).items()}
+        if not tensors and not self._done:
+            return
         try:
             with publish(self.path) as temporary:
                 save_file(tensors, temporary, metadata={"done": json.dumps(self._done)})
