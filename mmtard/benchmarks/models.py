@@ -15,11 +15,13 @@ from ..distillation.added_terms import learned_parts
 from ..distillation.task import DistillationTask
 from ..distributed.ranks import Ranks
 from ..errors import UserError
+from ..models.attack_copy import frozen_twin
 from ..models.clip import Clip
 from ..models.image_tower import DTYPES, freeze
 from ..models.loading import load_clip_on_all_ranks
 from ..models.student import trainable_tower
 from ..models.teachers import FrozenTeacher
+from ..models.vision_transformer import restore
 from ..seeding import purpose_salt
 from ..training.engine import Engine
 from ..training.throughput import forward_flops
@@ -37,6 +39,7 @@ class ResidentParts:
     heads: dict[str, ZeroShotHead]
     batch: Batch
     flops: dict[str, float]  # of one image's forward, by model
+    published_flops: dict[str, float]
     published: PublishedModels | None
 
     def stored(self) -> dict[str, Tensor]:
@@ -69,6 +72,8 @@ def resident_parts(config: Config, ranks: Ranks, classes: int, published: bool) 
     # Teachers in float32 serve both sides.
     own = config.engine.precision != "float32"
     originals = _published_models(clips, heads, device, own) if published else None
+    as_published = vars(originals) if originals else {}
+    published_flops = {name: forward_flops(as_published[name]) for name in ("student", "clean", "robust") if originals}
     engine = Engine(config, trainable_tower(config, clips["student"], None), ranks)
     dtype = DTYPES[config.engine.precision]
     teachers = {
@@ -80,7 +85,7 @@ def resident_parts(config: Config, ranks: Ranks, classes: int, published: bool) 
     share = config.train.batch_size // ranks.world_size
     check_world(config, ranks.world_size)
     batch = random_batch(share, student.size, classes, ranks.rank).to(device)
-    return ResidentParts(engine, task, teachers, heads, batch, flops, originals)
+    return ResidentParts(engine, task, teachers, heads, batch, flops, published_flops, originals)
 
 
 def _published_models(
@@ -91,8 +96,10 @@ def _published_models(
             raise UserError(f"teachers.{name}: the published step needs this teacher; add it, or leave --against out")
     towers = {"student": copy.deepcopy(clips["student"].tower()).to(device)}
     for name in ("clean", "robust"):
-        tower = clips[name].tower()
-        towers[name] = freeze(copy.deepcopy(tower) if own_teachers else tower, torch.float32, device)
+        tower = clips[name].tower().to(device)
+        towers[name] = freeze(copy.deepcopy(tower), torch.float32, device) if own_teachers else frozen_twin(tower)
+    for tower in towers.values():
+        restore(tower.visual)
     return PublishedModels(
         student=towers["student"],
         clean=towers["clean"],

@@ -1,7 +1,7 @@
 """The training step of the published MMT-ARD code in plain PyTorch, with what makes it slow; and a lean one without.
 
 Rendered from a description of the public code: float32 and eager; the attack differentiates a student whose weights ask
-for gradients; a third teacher is asked and thrown away; the clean teacher is asked again every epoch; AdamW over all
+for gradients; the towers are open_clip's as they come; a third teacher is asked and thrown away; the clean teacher is asked again every epoch; AdamW over all
 weights. Its loss and its attack are those of mmtard's `official` weighting with momentum 0, which a test compares.
 Kinder than the original in two things: teachers run without a graph, and nothing empties the allocator's cache.
 """

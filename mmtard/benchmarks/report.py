@@ -15,6 +15,8 @@ from ..errors import UserError
 from ..files import write_text
 from ..runs.environment import device_name, environment
 
+WIDTH = 150  # columns, where the terminal has fewer: a table that is cut says nothing
+
 
 @dataclass
 class BenchmarkTable:
@@ -38,7 +40,7 @@ class BenchmarkReport:
 
     def publish(self, path: Path, device: torch.device) -> None:
         """Print the tables and write everything to `path`. UserError where it cannot be written."""
-        console = Console(highlight=False, width=max(110, Console().width))
+        console = Console(highlight=False, width=max(WIDTH, Console().width))
         for table in self.tables:
             console.print(_rendered(table))
         for note in self.notes:
@@ -61,7 +63,7 @@ class BenchmarkReport:
 def _rendered(table: BenchmarkTable) -> Table:
     rendered = Table(title=table.title, title_justify="left")
     for number, column in enumerate(table.columns):
-        rendered.add_column(column, justify="right" if number else "left")
+        rendered.add_column(column, justify="right" if number else "left", no_wrap=bool(number))
     for row in table.rows:
         rendered.add_row(*row)
     return rendered

@@ -80,8 +80,8 @@ class TrainingBenchmark:
         batch, images = parts.batch, parts.batch.pixels(parts.batch.images.device)
         with torch.no_grad():
             clean = parts.published.clean(images)
-        student, teacher = parts.flops["student"], parts.flops["clean"]
-        of_student = (2 * self.config.attack.steps + 6) * student + parts.flops["robust"]
+        flops = parts.published_flops
+        teacher, of_student = flops["clean"], (2 * self.config.attack.steps + 6) * flops["student"] + flops["robust"]
         options = {
             PUBLISHED: (PublishedOptions(), of_student + 2 * teacher),
             "published, no third teacher": (PublishedOptions(third_teacher=False), of_student + teacher),

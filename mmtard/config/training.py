@@ -60,6 +60,14 @@ class Engine(Section):
     checkpoint_activations: bool = Field(
         False, description="keep each block's input alone for the backward: less memory, a forward more"
     )
+    checkpoint_attack: bool = Field(
+        False, description="with checkpoint_activations: in the attack, too, which takes half as long again"
+    )
+    attack_copy: bool = Field(
+        True,
+        description="keep a copy of the student without gradients for the attack: in bf16 it is cast, and under "
+        "zero_stage 3 gathered, once an update instead of at every pass; `mmtard config --memory` says what it takes",
+    )
 
 
 class Checkpoint(Section):

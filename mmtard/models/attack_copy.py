@@ -118,6 +118,8 @@ class _Uses(TorchDispatchMode):
     def __torch_dispatch__(self, function: Callable, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         results = {_storage(t) for t in tree_leaves(result) if isinstance(t, Tensor)}
+        if not results:  # a question, such as for the device
+            return result
         for tensor in tree_leaves((args, kwargs)):
             name = self.names.get(_storage(tensor)) if isinstance(tensor, Tensor) else None
             if name is None or _storage(tensor) in results:

@@ -8,6 +8,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import UserError
+from . import vision_transformer
 from .batch_layout import BatchLayout
 
 LEAST_TO_COMPARE = 8  # so many different images with one embedding are no chance
@@ -31,8 +32,10 @@ class ImageTower(nn.Module):
         self.dtype = torch.float32  # of the weights, and so of the tower's input
         self.layout = BatchLayout()
         self.frozen_batch_norm = True
+        self.checkpointed = False  # whether blocks keep their input alone for the backward
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        vision_transformer.lighten(visual)
         if self.has_tokens and _project_tokens not in visual._forward_hooks.values():
             # As a hook, it finds the projection's weight gathered where the tower is sharded.
             visual.register_forward_hook(_project_tokens)
@@ -44,6 +47,7 @@ class ImageTower(nn.Module):
         with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             if self.has_tokens:
                 self.visual.output_tokens = tokens
+                vision_transformer.ask_for_all_tokens(self.visual, tokens)
             z = self.visual(x)
         if isinstance(z, tuple) and not tokens:  # CoCa's tower always gives the tokens of its own decoder, too
             z = z[0]

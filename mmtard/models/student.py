@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -90,21 +92,38 @@ def disable_dropout(tower: ImageTower) -> None:
                 setattr(module, chance, 0.0)
 
 
-def checkpoint_activations(tower: ImageTower) -> None:
-    """Keep of each block its input alone, and compute the rest again in the backward.
+def checkpoint_activations(tower: ImageTower, on: bool = True) -> None:
+    """Keep of each block its input alone, and compute the rest again in the backward; or keep all, where not `on`.
 
     Raises UserError for towers that cannot.
     """
     visual = tower.visual
+    tower.checkpointed = on
     if isinstance(visual, ModifiedResNet):  # open_clip's own switch does nothing there
         for block in blocks(tower):
-            block.forward = partial(computed_again, block.forward, use_reentrant=False)
+            if on:
+                block.forward = partial(computed_again, block.forward, use_reentrant=False)
+            else:
+                block.__dict__.pop("forward", None)
         return
     try:
         # open_clip only warns when a timm model has no such switch.
-        getattr(visual, "trunk", visual).set_grad_checkpointing(True)
+        getattr(visual, "trunk", visual).set_grad_checkpointing(on)
     except (AttributeError, AssertionError, NotImplementedError):
         raise UserError(
             f"engine.checkpoint_activations: a {type(getattr(visual, 'trunk', visual)).__name__} tower cannot; set it"
             " to false"
         ) from None
+
+
+@contextmanager
+def keeping_activations(tower: ImageTower) -> Iterator[None]:
+    """Inside the block, a tower whose activations are checkpointed keeps all of them."""
+    if not tower.checkpointed:
+        yield
+        return
+    checkpoint_activations(tower, False)
+    try:
+        yield
+    finally:
+        checkpoint_activations(tower)

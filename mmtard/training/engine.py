@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +22,13 @@ from torch import Tensor
 from ..config import Config, check_world
 from ..distributed.ranks import Ranks
 from ..models import batch_norm
+from ..models.attack_copy import AttackCopy
 from ..models.image_tower import ImageTower
+from ..models.student import keeping_activations
 from .optimizer import bucket_size, parameter_groups
 from .portable_state import PortableState
+
+GATHERED_AT_ONCE = 50_000_000  # weights that ZeRO-3 gathers together for the attack's copy
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,11 @@ class Engine:
         self.accumulation = check_world(config, ranks.world_size)
         self.elements = sum(p.numel() for p in tower.parameters() if p.requires_grad)
         tower.autocast = torch.bfloat16 if config.engine.precision == "bf16" else None
+        tower.to(ranks.device)
+        self.checkpoint_attack = config.engine.checkpoint_attack
+        self.attack_copy = self._attack_copy(config, tower)
         self.ds, *_ = deepspeed.initialize(
-            model=tower.to(ranks.device),
+            model=tower,
             optimizer=torch.optim.AdamW(
                 parameter_groups(tower, config.train.weight_decay), lr=config.train.lr, betas=config.train.betas
             ),
@@ -61,6 +68,18 @@ class Engine:
         )
         self.stage = config.engine.zero_stage
         self.portable = PortableState(self.ds, ranks, self.stage, config.train.ema)
+        self._copy_is_old = True
+        if self.attack_copy:
+            self.attack_copy.follow(self.ds.module, whole=self.stage < 3)
+
+    def _attack_copy(self, config: Config, tower: ImageTower) -> AttackCopy | None:
+        if not config.engine.attack_copy or not config.attack_objective:
+            return None
+        with self._activations_of_the_attack(tower):
+            return AttackCopy(tower)
+
+    def _activations_of_the_attack(self, tower: ImageTower) -> AbstractContextManager[None]:
+        return nullcontext() if self.checkpoint_attack else keeping_activations(tower)
 
     def _deepspeed_config(self, config: Config) -> dict:
         share = config.train.batch_size // self.ranks.world_size
@@ -98,16 +117,31 @@ class Engine:
     def attack_forward(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """The tower in evaluation mode for `torch.autograd.grad` on its input; its weights gather no gradient.
 
-        One surrounding autocast region keeps each weight's bf16 copy for all attack steps; it is disabled itself, so
-        that everything outside the tower stays float32.
+        It is the attack's copy where there is one, brought up to date first; under stage 3 that is collective. Else it
+        is the trained tower, under one surrounding autocast region that keeps each weight's bf16 copy for all attack
+        steps; the region is disabled itself, so that everything outside the tower stays float32.
         """
+        if self.attack_copy:
+            self._refresh_copy()
+            yield self.attack_copy.tower
+            return
         module = self.ds.module
         module.eval()
         try:
-            with torch.autocast(self.ranks.device.type, enabled=False):
+            with torch.autocast(self.ranks.device.type, enabled=False), self._activations_of_the_attack(module):
                 yield lambda images: module(images)
         finally:
             module.train()
+
+    def _refresh_copy(self) -> None:
+        """Let the attack's copy have the weights of the last update."""
+        if not self._copy_is_old:
+            return
+        for part in self.attack_copy.parts(GATHERED_AT_ONCE if self.stage == 3 else None):
+            weights = deepspeed.zero.GatheredParameters(part.sources) if self.stage == 3 else nullcontext()
+            with weights:
+                part.refresh()
+        self._copy_is_old = False
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a micro-batch's mean loss."""
@@ -121,6 +155,7 @@ class Engine:
         step = self._end_micro_batch(lr)
         if not step or not step.applied:
             return step
+        self._copy_is_old = True
         batch_norm.update_running(self.ds.module)
         self.portable.move_average()
         return step

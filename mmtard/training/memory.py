@@ -20,6 +20,7 @@ from ..distillation import attack_objectives
 from ..distillation.added_terms import run_passes
 from ..errors import UserError
 from ..models import loading, lora, student
+from ..models.attack_copy import cast_by_autocast
 from ..models.clip import Clip
 from ..models.image_tower import DTYPES, ImageTower, blocks
 from .optimizer import bucket_size
@@ -30,6 +31,7 @@ ATTACK, TRAINING = "activations, attack step", "activations, training step"
 START, UPDATE = "random start of the attack", "AdamW's working copy"
 ONE_AT_A_TIME = (START, ATTACK, TRAINING, UPDATE)  # each is gone when the next comes
 DRAWS = 3  # int64 numbers a pixel that `seeding.sample_uniform` holds at once
+COPY = "the attack's copy of the weights"
 
 
 class Saved:
@@ -71,18 +73,32 @@ def per_image(tower: ImageTower, through: bool = False) -> tuple[int, int, int]:
     gradient.
     """
     with FakeTensorMode():
-        for module in tower.modules():
-            for name, p in module._parameters.items():
-                if p is not None:
-                    module._parameters[name] = nn.Parameter(
-                        torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad
-                    )
-            for name, b in module._buffers.items():
-                if b is not None:
-                    module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+        _without_data(tower)
         one, two = (Saved(tower, torch.empty(n, 3, *tower.size, requires_grad=through)) for n in (1, 2))
     largest = max((two.of_block[block] - one.of_block[block] for block in one.of_block), default=0)
     return two.total - one.total, 2 * one.total - two.total, largest
+
+
+def copy_bytes(tower: ImageTower) -> tuple[int, int]:
+    """(bytes of the attack's copy of a tower without data beside whole weights, beside weights that ZeRO-3 spreads)."""
+    with FakeTensorMode():
+        _without_data(tower)
+        cast = cast_by_autocast(tower) if tower.autocast else set()
+    elements = {name: p.numel() for name, p in tower.named_parameters()}
+    in_bf16 = 2 * sum(elements[name] for name in cast)
+    return in_bf16, in_bf16 + FLOAT32 * sum(n for name, n in elements.items() if name not in cast)
+
+
+def _without_data(tower: ImageTower) -> None:
+    """Give a tower on the meta device fake weights and buffers on the CPU; inside a FakeTensorMode."""
+    for module in tower.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                fake = torch.empty(p.shape, dtype=p.dtype)
+                module._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
 
 
 def trained_tower(config: Config, checkpointing: bool) -> ImageTower:
@@ -106,6 +122,7 @@ def of_run(config: Config, world: int) -> dict[str, list[float]]:
     trained, frozen = (
         sum(p.numel() for p in tower.parameters() if p.requires_grad == wanted) for wanted in (True, False)
     )
+    batch = config.train.batch_size // world // accumulated
     whole, share = FLOAT32 * trained, FLOAT32 * trained / world
     bucket = FLOAT32 * bucket_size(trained)
     everything = whole + FLOAT32 * frozen
@@ -138,15 +155,36 @@ def of_run(config: Config, world: int) -> dict[str, list[float]]:
         ] * 4
     image, copies, _ = per_image(tower)
     block = per_image(trained_tower(config, False))[2] if checkpointing else 0  # computed again, one at a time
-    batch = config.train.batch_size // world // accumulated
+    rows |= _of_attack(config, batch, moving, image + block)
     views = sum(p.model == "student" for p in run_passes(config))
     rows["weights in bf16"] = [copies] * 4
-    rows[ATTACK] = [batch * (image + block + moving) if config.attack_objective else 0] * 4
     rows[TRAINING] = [views * batch * (image + block)] * 4
     starts = config.attack_objective and (config.attack.random_start or config.attack.restarts > 1)
     rows[START] = [DRAWS * INT64 * batch * 3 * math.prod(tower.size) if starts else 0] * 4
     rows[UPDATE] = [whole, share, share, share]  # the square roots of the second moments, all at once
     return rows
+
+
+def _of_attack(config: Config, batch: int, moving: int, trained_image: int) -> dict[str, list[float]]:
+    """The rows of the attack: its copy of the student, and what a step of it keeps of `batch` images.
+
+    moving: of an image, by a teacher that is attacked too. trained_image: of an image, by the trained tower.
+    """
+    if not config.attack_objective:
+        return {ATTACK: [0] * 4}
+    engine = config.engine
+    checkpointing = engine.checkpoint_activations and engine.checkpoint_attack
+    if not engine.attack_copy:
+        whole = per_image(trained_tower(config, False))[0]
+        return {ATTACK: [batch * ((trained_image if checkpointing else whole) + moving)] * 4}
+    image, _, block = per_image(trained_tower(config, checkpointing).eval().requires_grad_(False), through=True)
+    if checkpointing:
+        block = per_image(trained_tower(config, False).eval().requires_grad_(False), through=True)[2]
+    beside_whole, beside_parts = copy_bytes(trained_tower(config, False).eval().requires_grad_(False))
+    return {
+        COPY: [beside_whole, beside_whole, beside_whole, beside_parts],
+        ATTACK: [batch * (image + (block if checkpointing else 0) + moving)] * 4,
+    }
 
 
 def _model(config: Config, name: str) -> Clip:

@@ -138,7 +138,9 @@ def test_a_benchmark_writes_ratios_of_one_run_with_its_command(command, config, 
     assert [ratio["low"], ratio["high"]] == pytest.approx(expected)
     flops = {name: variant["flops_an_image"] for name, variant in found["variants"].items()}
     forward = flops["published"] / (2 * 4 + 6 + 3)  # student and teachers are of one architecture
-    assert flops["lean loop"] == pytest.approx(15 * forward) and flops["mmtard"] == pytest.approx(16 * forward)
+    assert flops["lean loop"] == pytest.approx(15 * forward)
+    ours = flops["mmtard"] / 16
+    assert flops["mmtard, clean stored"] == pytest.approx(15 * ours) and ours < forward  # see vision_transformer.py
     assert found["matrix_flops"] > 0 and found["made_with"]["versions"]["torch"]
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     said = capsys.readouterr().out

@@ -118,7 +118,9 @@ def test_tokens_are_the_patches_in_the_space_of_the_embeddings(base):
     with torch.no_grad():
         plain, (z, tokens) = tower(x), tower(x, tokens=True)
         hidden = v.ln_post(v.transformer(v._embeds((x - tower.mean) / tower.std)))
-        assert z.equal(plain) and tokens.shape == (2, 4, 16)
+        # Without tokens, the last block computes the class token alone: a matrix product adds in another order.
+        torch.testing.assert_close(z, plain, rtol=1e-5, atol=1e-6)
+        assert tokens.shape == (2, 4, 16)
         assert torch.allclose(tokens, hidden[:, 1:] @ v.proj, atol=1e-6) and torch.allclose(
             z, hidden[:, 0] @ v.proj, atol=1e-6
         )

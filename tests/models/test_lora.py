@@ -31,7 +31,8 @@ def adapted(vit):
     plain = double(loading.load_clip(Model(arch=vit, weights="random"), seed=1).tower()).eval()
     tower = copy.deepcopy(plain)
     lora.attach(tower.visual, SETTINGS, tower.layout)
-    assert torch.equal(tower.eval()(IMAGES), plain(IMAGES))  # B is zero
+    # B is zero. The plain tower's last block adds in another order: see mmtard/models/vision_transformer.py.
+    torch.testing.assert_close(tower.eval()(IMAGES), plain(IMAGES), rtol=1e-13, atol=1e-13)
     for i, (name, p) in enumerate(tower.named_parameters()):
         if ".lora_B." in name:
             torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(i))
@@ -65,7 +66,8 @@ def test_merged_is_unmerged_and_the_plain_architecture_again(adapted):
     lora.merge(tower.visual)
     torch.testing.assert_close(tower(IMAGES), before, rtol=1e-12, atol=1e-12)
     assert tower.state_dict().keys() == plain.state_dict().keys()
-    assert type(tower.visual.transformer.resblocks[0].attn) is torch.nn.MultiheadAttention
+    attention, untouched = (t.visual.transformer.resblocks[0].attn for t in (tower, plain))
+    assert type(attention) is type(untouched) and isinstance(attention, torch.nn.MultiheadAttention)
 
 
 def test_adapters_alone_get_gradients_and_those_of_the_merged_weights(adapted):

@@ -97,13 +97,16 @@ def test_states_are_divided_as_zero_divides_them():
     assert rows["moments of AdamW"] == [8 * p, 2 * p, 2 * p, 2 * p]
     assert rows["average of the weights"] == [4 * p, p, p, p]
     assert rows["teacher robust, sharded"] == [2 * p / world] * 4
-    assert rows["weights in bf16"][0] == pytest.approx(2 * p, rel=0.02)
-    assert (
-        rows[memory.ATTACK] == rows[memory.TRAINING] and rows[memory.ATTACK][0] > 0
-    )  # ard asks the student for one view
+    # The patch embedding's is not kept: no gradient goes to the images.
+    assert rows["weights in bf16"][0] == pytest.approx(2 * (p - 768 * 3 * 32 * 32), rel=0.02)
+    # ard asks the student for one view; the attack keeps less of it, since its copy's weights ask for no gradient
+    assert 0 < rows[memory.ATTACK][0] < rows[memory.TRAINING][0]
     assert rows[memory.UPDATE] == [4 * p, p, p, p]
     parts = [rows[name][0] for name in memory.ONE_AT_A_TIME]
     assert memory.total(rows, 0) == sum(row[0] for row in rows.values()) - sum(parts) + max(parts)
+    bf16, spread = rows[memory.COPY][0], rows[memory.COPY][3]
+    assert rows[memory.COPY][:3] == [bf16] * 3 and bf16 == pytest.approx(2 * p, rel=0.01)
+    assert spread - bf16 == 4 * (p - bf16 / 2)  # beside weights that ZeRO-3 spreads, norms are copied, too
 
 
 def test_the_update_and_the_random_start_hold_what_is_counted_for_them():
@@ -123,6 +126,20 @@ def test_the_update_and_the_random_start_hold_what_is_counted_for_them():
     with updated:
         adam.step()
     assert updated.most == pytest.approx(4 * 8 * 1000, rel=0.05)
+
+
+def test_an_attack_on_the_trained_tower_itself_keeps_what_a_training_forward_keeps():
+    rows = memory.of_run(run(engine={"attack_copy": False}), 4)
+    assert rows[memory.ATTACK] == rows[memory.TRAINING] and memory.COPY not in rows
+
+
+def test_checkpointing_reaches_the_attack_where_it_is_asked_to():
+    kept = {
+        attack: memory.of_run(run(engine={"checkpoint_activations": True, "checkpoint_attack": attack}), 4)
+        for attack in (False, True)
+    }
+    assert kept[True][memory.ATTACK][0] < kept[False][memory.ATTACK][0] / 2
+    assert kept[True][memory.TRAINING] == kept[False][memory.TRAINING]
 
 
 def test_captions_keep_every_models_text_tower():

@@ -17,7 +17,9 @@ def test_forward_flops_are_those_counted_by_hand():
     tokens = patches + 1
     embed = patches * 3 * 8 * 8 * width
     block = tokens * width * 3 * width + 2 * tokens * tokens * width + tokens * width * width + 2 * tokens * width * mlp
-    by_hand = 2 * (embed + layers * block + width * out)  # a multiply-add is two
+    # Of the last block's output, the class token alone is read: it needs all keys and values, and one of all else.
+    last = tokens * width * 2 * width + width * width + 2 * tokens * width + width * width + 2 * width * mlp
+    by_hand = 2 * (embed + (layers - 1) * block + last + width * out)  # a multiply-add is two
     assert forward_flops(ImageTower(visual, (0.5,) * 3, (0.2,) * 3)) == pytest.approx(by_hand, rel=0.01)
 
 
