@@ -46,6 +46,7 @@ def load(
     """
     from torch import nn
 
+    from .evaluation.python_call import arguments_named
     from .models.loading import load_clip
     from .models.zero_shot_model import ZeroShotModel, wrap
 
@@ -56,7 +57,8 @@ def load(
             )
         model = wrap(source, arch, tokenizer)
     elif isinstance(source, str | Path):
-        clip = load_clip(_spec(source, arch, text, quick_gelu, ema), where="source")
+        with arguments_named():
+            clip = load_clip(_spec(source, arch, text, quick_gelu, ema), where="source")
         clip.model.eval().requires_grad_(False)
         model = ZeroShotModel(clip, tokenizer or clip.tokenizer())
     else:
@@ -165,10 +167,10 @@ def evaluate(
     from .distributed.ranks import process_group
     from .evaluation.datasets import find_datasets
     from .evaluation.evaluate import evaluate as measure
-    from .evaluation.python_call import arguments_in_place_of_flags, changed_protocol
+    from .evaluation.python_call import arguments_named, changed_protocol
     from .evaluation.request import EvaluationRequest, default_out
 
-    with arguments_in_place_of_flags():
+    with arguments_named():
         asked = changed_protocol(protocol, eps, norm, n_samples, transfer_from is not None, changes)
         names = None if datasets is None else list(datasets)
         sources = find_datasets(str(data), names, _text(index), _text(classnames))
@@ -177,7 +179,8 @@ def evaluate(
         others = {"batch_size": batch_size, "transfer": _text(transfer_from)}
         folder = default_out(identity, asked, sources, str(data), **others) if out is None else Path(out)
         request = EvaluationRequest(spec, sources, asked, folder, surrogate, batch_size, workers, sanity)
-        return measure(request, ranks, say)
+        with arguments_named():
+            return measure(request, ranks, say)
 
 
 def train(config: str | Path | dict | settings.Config, overrides: Sequence[str] = ()) -> int:

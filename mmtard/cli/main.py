@@ -34,11 +34,14 @@ OPTIONAL = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; the exit status.
+    """Run a command line; the exit status. Without any words it shows what there is.
 
     0 done, 1 the run failed, 2 the user's to mend, 75 start it again to go on, 130 interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        print(parser().format_help(), end="", file=sys.stderr)
+        return 2
     args = argparse.Namespace()
     try:
         check_words(argv)
@@ -66,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The whole command line: every command with its arguments and an example."""
     top = argparse.ArgumentParser(
-        prog=PROGRAM, description="Train and measure vision-language models that resist adversarial images."
+        prog=PROGRAM,
+        description="Train and measure vision-language models that resist adversarial images.",
+        epilog="`mmtard COMMAND --help` has a command's arguments and an example. `mmtard quickstart` is a first try.",
     )
     top.add_argument("--version", action="version", version=f"{PROGRAM} {VERSION}")
     # The deepspeed launcher puts this before the arguments of every command it starts; the environment says the rank.

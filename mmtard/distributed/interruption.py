@@ -8,6 +8,7 @@ from collections.abc import Callable
 from ..errors import RunError
 
 EXIT_REQUEUE = 75  # exit status of a run that saved its state and wants to be started again (EX_TEMPFAIL)
+EXIT_INTERRUPTED = 130  # of what a person stopped (SIGINT: 128 + 2), which no job starts again by itself
 
 
 class StoppedWithin(Exception):
@@ -51,12 +52,17 @@ class Interruption:
         return self.signal or "a signal to another rank"
 
     def stop(self, ranks, kept: str = "nothing was written") -> None:
-        """Raise RunError with status EXIT_REQUEUE on every rank when any of them was interrupted; it says what is kept.
+        """Raise RunError on every rank when any of them was interrupted; it says what is kept. Collective.
 
-        Collective.
+        Its status is `exit_status`.
         """
         if ranks.any(bool(self)):
-            raise RunError(f"stopped by {self.name}; {kept}, start it again", EXIT_REQUEUE)
+            raise RunError(f"stopped by {self.name}; {kept}, start it again", self.exit_status(ranks))
+
+    def exit_status(self, ranks) -> int:
+        """EXIT_INTERRUPTED where SIGINT reached any rank, else EXIT_REQUEUE. Collective."""
+        by_a_person = ranks.any(self.signal == signal.SIGINT.name)
+        return EXIT_INTERRUPTED if by_a_person else EXIT_REQUEUE
 
     def heeding(self, function: Callable) -> Callable:
         """`function` that raises StoppedWithin in place of its next call once this process was interrupted.

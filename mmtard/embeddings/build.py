@@ -17,7 +17,7 @@ from ..data.samples import Batch, SampleReader
 from ..data.staging import staging_for
 from ..data.stream import eval_batches
 from ..distributed.console import say
-from ..distributed.interruption import EXIT_REQUEUE, Interruption
+from ..distributed.interruption import Interruption
 from ..distributed.ranks import Ranks, process_group
 from ..errors import RunError, UserError
 from ..files import settings_digest
@@ -165,7 +165,7 @@ class _Storing:
         """The end of an interrupted start that stored `parts` of the `missing` ones."""
         reason = f"stopped by {interruption.name}; {parts} of {missing} missing parts of teacher {self.name} are stored"
         if parts:
-            return RunError(f"{reason}, start it again to go on", EXIT_REQUEUE)
+            return RunError(f"{reason}, start it again to go on", interruption.exit_status(self.ranks))
         # Parts that never get done between two interruptions would have the job start again for ever.
         return RunError(f"{reason} in this start; give it more time", 1)
 

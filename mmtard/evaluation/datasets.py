@@ -16,6 +16,8 @@ from .corruptions import corruption_folders
 
 SPLITS = ("test", "val", "validation")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+# A folder that `mmtard shards` is often told to write to. It says nothing of what is in it, so the split stays.
+NAMELESS = "shards"
 
 # CLIP's prompts name EuroSAT's classes in words (Radford et al., 2021); the dataset's own names are its folders'.
 EUROSAT = {
@@ -105,10 +107,10 @@ def find_datasets(
 ) -> list[DatasetSource]:
     """The datasets at or below ROOT: ROOT itself, else ROOT/[wds/][vtab/]NAME[/test]; `wanted` names some of them.
 
-    ROOT may be a pattern of shards. A dataset is called after its folder, not `test` or `val` but the one above. Each
-    corruption and severity of ImageNet-C is a dataset. index, classnames: files of the one dataset that ROOT is.
-    reading: settings of the section `data` that say how every dataset is read (allow_pipe, label_key, caption_key).
-    Raises UserError naming what is missing.
+    ROOT may be a pattern of shards. A dataset is called after its folder, not `test` or `val` but the one above
+    (`shards/test` says nothing without its split, and is called so). Each corruption and severity of ImageNet-C is a
+    dataset. index, classnames: files of the one dataset that ROOT is. reading: settings of the section `data` that
+    say how every dataset is read (allow_pipe, label_key, caption_key). Raises UserError naming what is missing.
     """
     own = _sources(root, index, classnames)
     if not own and (index or classnames):
@@ -187,7 +189,7 @@ def _source(where: str, index: str | None = None, classnames: str | None = None)
         expand_shards(where)  # names what is missing
         at = top = top.parent
     top, at = top.resolve(), at.resolve()
-    name = top.parent.name if top.name in SPLITS and top.parent.name else top.name
+    name = _name(top.parent.name if top.name in SPLITS and top.parent.name else top.name, at.name)
     kind = known(name)
     beside = [at, at.parent] if at.name in SPLITS else [at]
     prompts, described = _first(beside, "zeroshot_classification_templates.txt"), _first(beside, "dataset_type.txt")
@@ -201,6 +203,11 @@ def _source(where: str, index: str | None = None, classnames: str | None = None)
     return DatasetSource(kind.name if kind else name, data, kind or PLAIN, folder, retrieves)
 
 
+def _name(folder: str, split: str) -> str:
+    """What a dataset in folder/split is called."""
+    return f"{folder}/{split}" if folder == NAMELESS and split in SPLITS else folder
+
+
 def _remote_name(where: str, index: str | None) -> str:
     """What shards behind an opener are called.
 
@@ -211,10 +218,11 @@ def _remote_name(where: str, index: str | None) -> str:
     *folders, file = re.sub(r"^[\w+.-]+:(//[^/]*)?", "", re.sub(r"/resolve/[^/]+/", "/", url)).split("/")
     stem = re.sub(r"[-_.]*(\{.*|\d*\.tar.*)$", "", file)
     named = Path(index).stem if index else ""
-    return next(
+    name = next(
         (name for name in (*reversed([f for f in folders if f not in SPLITS]), stem, named) if name.strip(".")),
         "remote",
     )
+    return _name(name, folders[-1] if folders else "")
 
 
 def _has_classes(folder: Path) -> bool:

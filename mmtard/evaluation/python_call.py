@@ -29,14 +29,36 @@ def pixels(value: object, name: str) -> Fraction:
         raise UserError(f"{name}: {error}") from None
 
 
+# What stands in quotes is the user's own.
+_FLAG = re.compile(r"(?<!\w)'[^']*'|--([a-z][a-z-]*)")
+_SETTING = re.compile(r"^(source|model|transfer_from)(?:\.text)*\.(weights|arch|text|quick_gelu|ema)(?=:)")
+_EXAMPLE = re.compile(r"e\.g\. (arch|text): ([\w./-]+)")
+
+
 @contextmanager
-def arguments_in_place_of_flags() -> Iterator[None]:
-    """Errors about the words of a command line name the arguments of the function instead: --n-samples is n_samples."""
+def arguments_named() -> Iterator[None]:
+    """Errors name the arguments of the Python function where they would name flags of a command or settings of YAML."""
     try:
         yield
     except UserError as error:
-        text = re.sub(r"--([a-z][a-z-]*)", lambda flag: flag[1].replace("-", "_"), str(error))
-        raise UserError(text) from None
+        raise UserError(in_arguments(str(error))) from None
+
+
+def in_arguments(message: str) -> str:
+    """A message in the words of Python: n_samples for --n-samples, arch for source.arch, arch="X" for arch: X."""
+    text = _FLAG.sub(lambda word: word[1].replace("-", "_") if word[1] else word[0], message)
+    arch = "transfer_arch" if text.startswith("transfer_from.") else "arch"
+
+    def argument(setting: re.Match) -> str:
+        model, key = setting.groups()
+        if key == "weights":
+            return model
+        if key == "arch":
+            return arch
+        return key if model == "source" else f"{model} ({key} of mmtard.load)"
+
+    text = _SETTING.sub(argument, text)
+    return _EXAMPLE.sub(lambda example: f'e.g. {arch if example[1] == "arch" else "text"}="{example[2]}"', text)
 
 
 def changed_protocol(

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from .. import resources
 from ..distributed import slurm
+from ..distributed.interruption import EXIT_INTERRUPTED
 from ..errors import UserError
 from .environment import announcement, rendezvous, say
 from .request import words_of
@@ -74,7 +75,7 @@ def _run(script: str, command: str, configs: list[str], arguments: list[str]) ->
     if command == "preflight":
         return status
     say(f"{WORK[command]} ended with status {status}")
-    if wants_more(status) and _may_go_on(command, words):
+    if wants_more(status) and _may_go_on(command, words, status):
         training = words if command == "train" else ()
         try:
             go_on(slurm.job(), lambda: submit_script_again(script, arguments), training=training)
@@ -83,9 +84,10 @@ def _run(script: str, command: str, configs: list[str], arguments: list[str]) ->
     return status
 
 
-def _may_go_on(command: str, words: tuple[str, ...]) -> bool:
+def _may_go_on(command: str, words: tuple[str, ...], status: int) -> bool:
+    """Whether the work may be started again by itself: a training knows from its run who stopped it."""
     if command != "train":
-        return slurm.starts() <= MAX_REQUEUES
+        return status != EXIT_INTERRUPTED and slurm.starts() <= MAX_REQUEUES
     return _may_start("again", words) == 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 import mmtard
 from mmtard.errors import RunError, UserError
+from mmtard.evaluation import python_call
 
 MEANS = {"protocol": "quick", "eps": "4/255", "iters": 2, "n_samples": "all", "workers": 0, "say": lambda *_: None}
 
@@ -86,6 +88,21 @@ def test_wrong_use_is_answered_before_anything_is_measured(change, message, mode
     with pytest.raises(UserError, match=message):
         mmtard.evaluate(given.pop("model"), given.pop("data"), **given)
     assert not (tmp_path / "out").exists() and not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "said,in_python",
+    [
+        ("model.arch: weights 'a' do not say; set it, e.g. arch: ViT-B-32", "arch: weights 'a' .* arch=\"ViT-B-32\"$"),
+        ("--transfer-from.arch: set it, e.g. arch: RN50", 'transfer_arch: set it, e.g. transfer_arch="RN50"$'),
+        ("--transfer-from.weights: '--x/y-z' is not here", "transfer_from: '--x/y-z' is not here$"),
+        ("source.text: name it, e.g. text: openai", 'text: name it, e.g. text="openai"$'),
+        ("model.text: name it, e.g. text: openai", r"model \(text of mmtard.load\): name it, e.g. text=\"openai\"$"),
+        ("--out: 'a' is another set's; give --n-samples", "out: 'a' is another set's; give n_samples$"),
+    ],
+)
+def test_errors_name_the_arguments_of_a_call(said, in_python):
+    assert re.match(in_python, python_call.in_arguments(said)), python_call.in_arguments(said)
 
 
 def test_a_model_wrapped_without_its_architecture_says_how_to_name_it(open_clip_model, root):

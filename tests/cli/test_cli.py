@@ -55,6 +55,13 @@ WRONG = [  # arguments after `train`, what the line on stderr says
 ]
 
 
+def test_the_name_alone_shows_every_command_and_where_to_read_on(mmtard):
+    done = mmtard()
+    assert done.returncode == 2 and done.stdout == ""
+    assert all(re.search(rf"^    {command}\b", done.stderr, re.MULTILINE) for command in COMMANDS)
+    assert "`mmtard COMMAND --help`" in done.stderr and "error" not in done.stderr
+
+
 @pytest.mark.parametrize("override, words", WRONG, ids=[o for o, _ in WRONG])
 def test_a_wrong_setting_ends_train_with_one_line_before_torch(mmtard, override, words):
     done = mmtard("train", "run.yaml", override)

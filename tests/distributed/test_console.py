@@ -10,6 +10,7 @@ import pytest
 
 from mmtard.distributed.console import LastingStream, printable
 from mmtard.distributed.interruption import Interruption
+from mmtard.errors import RunError
 from mmtard.runs import history
 
 
@@ -42,6 +43,26 @@ def handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    "own, on_others, status",
+    [("SIGUSR2", None, 75), ("SIGINT", None, 130), (None, "SIGINT", 130), (None, "SIGTERM", 75)],
+)
+def test_work_that_a_person_stops_on_any_rank_ends_for_good_and_other_signals_ask_for_another_start(
+    own, on_others, status
+):
+    interruption = Interruption()
+    interruption.signal = own
+    others = iter([on_others is not None, on_others == "SIGINT"])  # the answers that the other ranks give
+
+    class Ranks:
+        def any(self, flag):
+            return next(others) or flag
+
+    with pytest.raises(RunError, match="; all is kept, start it again") as end:
+        interruption.stop(Ranks(), kept="all is kept")
+    assert end.value.status == status
 
 
 def test_a_closed_terminal_is_a_persons_stop(handlers):

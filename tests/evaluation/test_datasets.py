@@ -77,7 +77,20 @@ def test_a_split_is_no_name(tmp_path):
     ]
 
 
+def test_shards_that_no_folder_names_are_called_after_their_split(tmp_path):
+    for split in ("test", "val"):
+        write(tmp_path / "shards" / split, 1)
+        (tmp_path / "shards" / split / "test" / "0.tar").rename(tmp_path / "shards" / split / "0.tar")
+    given = ["shards/test", "shards/val/{0..0}.tar", "shards"]
+    assert [s.name for g in given for s in datasets.find_datasets(str(tmp_path / g))] == [
+        "shards/test",
+        "shards/val",
+        "shards/test",
+    ]
+
+
 @pytest.mark.parametrize("where, index, name", [
+    ("https://host.org/shards/test/{000..012}.tar", None, "shards/test"),
     ("https://host.org/data/birds/test/{000..012}.tar", None, "birds"),
     ("s3://bucket/fish/val/0.tar", "x.npz", "fish"),
     ("pipe:aws s3 cp s3://bucket/sets/birds/{0..9}.tar -", None, "birds"),

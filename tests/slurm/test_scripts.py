@@ -103,6 +103,16 @@ def test_a_run_that_failed_or_that_a_person_stopped_is_not_started_again_whateve
     )  # submitted anew, by a person
 
 
+@pytest.mark.parametrize("name, words", [("evaluate.sh", ("runs/b32", "data")), ("cache.sh", ("seed=1",))])
+@pytest.mark.parametrize("status, again", [(75, True), (130, False), (137, True)])
+def test_an_evaluation_or_a_storing_that_a_person_stopped_is_not_started_again(
+    script, tmp_path, name, words, status, again
+):
+    done = script(name, *words, status=status)
+    assert done.returncode == status
+    assert noted(tmp_path / "requeued") == ["requeue 7"] * again, done.stdout
+
+
 @pytest.mark.parametrize(
     "state, again",
     [("RUNNING", True), ("SIGNALING", True), ("busy", True), ("CANCELLED", False), ("COMPLETING", False)],
