@@ -27,96 +27,118 @@ def _add_evaluate(commands) -> None:
         "mmtard evaluate runs/b32 --data shards/imagenet/val\n"
         "         mmtard evaluate openai --arch ViT-B-32 --protocol fare --data clip_benchmark --datasets cifar10 pets",
     )
-    _evaluation_arguments(p)
+    _model_arguments(p)
+    _data_arguments(p)
+    _attack_arguments(p)
+    _running_arguments(p)
 
 
-def _evaluation_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
+def _model_arguments(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("the model")
+    group.add_argument(
         "model",
         type=path_text,
         metavar="MODEL",
         help="run or checkpoint folder, exported folder, weights file, hf-hub:..., or an open_clip tag",
     )
-    p.add_argument("--arch", type=path_text, help="open_clip architecture or .json, when MODEL is a tag or a file")
-    p.add_argument("--text", type=path_text, help="source of the text tower, when MODEL is an image-tower file")
-    p.add_argument("--ema", action="store_true", help="the moving average of a run's weights that train.ema kept")
-    p.add_argument("--quick-gelu", choices=("true", "false"), help="activation, when MODEL is a file that does not say")
-    p.add_argument(
-        "--protocol",
-        metavar="NAME",
-        default="quick",
-        help="fare, tecoa, robustbench, autoattack or quick (default); what follows changes it",
+    group.add_argument("--arch", type=path_text, help="open_clip architecture or .json, when MODEL is a tag or a file")
+    group.add_argument("--text", type=path_text, help="source of the text tower, when MODEL is an image-tower file")
+    group.add_argument("--ema", action="store_true", help="the moving average of a run's weights that train.ema kept")
+    group.add_argument(
+        "--quick-gelu", choices=("true", "false"), help="activation, when MODEL is a file that does not say"
     )
-    p.add_argument(
+
+
+def _data_arguments(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("the data")
+    group.add_argument(
         "--data",
         type=path_text,
         required=True,
         metavar="ROOT",
         help="a dataset (shards, or images in class folders), or a folder of them as CLIP_benchmark lays them out",
     )
-    p.add_argument(
-        "--allow-pipe", action="store_true", help="let --data name pipe: commands, which run on this machine"
-    )
-    p.add_argument("--label-key", metavar="KEY", help="read labels from this key of .json members, not from .cls")
-    p.add_argument("--caption-key", metavar="KEY", help="read captions from this key of .json members, not from .txt")
-    p.add_argument("--datasets", nargs="+", metavar="NAME", help="of those in ROOT; default: all")
-    p.add_argument("--index", type=path_text, metavar="FILE", help="default: beside the shards")
-    p.add_argument(
+    group.add_argument("--datasets", nargs="+", metavar="NAME", help="of those in ROOT; default: all")
+    group.add_argument("--index", type=path_text, metavar="FILE", help="default: beside the shards")
+    group.add_argument(
         "--classnames", type=path_text, metavar="FILE", help="default: classnames.txt beside the shards or above them"
     )
-    p.add_argument(
+    group.add_argument(
         "--templates",
         type=path_text,
         metavar="FILE",
         help="prompts, one a line, with {} or {c} for the name, or one prompt; `dataset`: each dataset's own; "
         "default: those that a run was trained with, else the dataset's own",
     )
-    p.add_argument("--norm", choices=("linf", "l2"))
-    p.add_argument("--eps", type=fraction, nargs="+", metavar="E", help="radii in units of [0,1], such as 2/255 4/255")
-    p.add_argument(
+    group.add_argument("--label-key", metavar="KEY", help="read labels from this key of .json members, not from .cls")
+    group.add_argument(
+        "--caption-key", metavar="KEY", help="read captions from this key of .json members, not from .txt"
+    )
+    group.add_argument(
+        "--allow-pipe", action="store_true", help="let --data name pipe: commands, which run on this machine"
+    )
+
+
+def _attack_arguments(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("the attacks")
+    group.add_argument(
+        "--protocol",
+        metavar="NAME",
+        default="quick",
+        help="fare, tecoa, robustbench, autoattack or quick (default); what follows changes it",
+    )
+    group.add_argument("--norm", choices=("linf", "l2"))
+    group.add_argument(
+        "--eps", type=fraction, nargs="+", metavar="E", help="radii in units of [0,1], such as 2/255 4/255"
+    )
+    group.add_argument(
         "--independent-radii",
         action="store_true",
         help="attack at every radius, also the samples that fell at a smaller one",
     )
-    p.add_argument(
+    group.add_argument(
         "--attacks",
         nargs="+",
         metavar="NAME",
         help="in their order: pgd, apgd-ce, apgd-dlr, apgd-t, fab-t, square, transfer; "
         "autoattack (or aa): the original package, where installed",
     )
-    p.add_argument("--iters", type=positive, metavar="K", help="iterations of each gradient attack")
-    p.add_argument("--restarts", type=positive, metavar="R")
-    p.add_argument(
+    group.add_argument("--iters", type=positive, metavar="K", help="iterations of each gradient attack")
+    group.add_argument("--restarts", type=positive, metavar="R")
+    group.add_argument(
         "--transfer-from",
         type=path_text,
         metavar="MODEL2",
         help="also the `transfer` attack, which follows this model's gradients",
     )
-    p.add_argument("--transfer-arch", type=path_text, metavar="ARCH", help="when MODEL2 is a tag or a file")
-    p.add_argument(
+    group.add_argument("--transfer-arch", type=path_text, metavar="ARCH", help="when MODEL2 is a tag or a file")
+    group.add_argument(
         "--n-samples", type=positive_or("all"), metavar="N|all", help="size of the stratified sample that is attacked"
     )
-    p.add_argument("--seed", type=natural, metavar="S", help="of the sample and the attacks' starts")
-    p.add_argument(
+    group.add_argument("--seed", type=natural, metavar="S", help="of the sample and the attacks' starts")
+    group.add_argument(
         "--perturb-at",
         choices=("native", "input"),
         help="the images' stored size, or the tower's; default: the usual one of each dataset",
     )
-    p.add_argument(
+    group.add_argument(
         "--sanity",
         action="store_true",
         help="also the health checks that need attacks of their own; of what is measured already, these alone",
     )
-    p.add_argument(
+
+
+def _running_arguments(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("how it runs")
+    group.add_argument(
         "--batch-size",
         type=positive_or("auto"),
         metavar="auto|B",
         help="images a rank takes at once (default auto; halved when the GPU's memory is too small)",
     )
-    p.add_argument("--workers", type=natural, default=2, metavar="N", help="loader processes a rank (default 2)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    p.add_argument(
+    group.add_argument("--workers", type=natural, default=2, metavar="N", help="loader processes a rank (default 2)")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument(
         "--out",
         type=path,
         metavar="DIR",
@@ -150,33 +172,31 @@ def _measure(args, interruption: Interruption) -> int:
     sources = datasets.find_datasets(args.data, args.datasets, args.index, args.classnames, reading)
     with heavy_imports():
         from ..attacks import checks
-        from ..data.class_names import templates
         from ..distributed.ranks import process_group
         from ..evaluation import table
         from ..evaluation.evaluate import evaluate
     datasets_prompts = args.templates == "dataset"
     if args.templates and not datasets_prompts:
-        protocol = replace(
-            protocol, templates=tuple(templates(settings.Data(shards=args.data, templates=args.templates)))
-        )
+        protocol = _with_prompts(protocol, args)
     others = {"batch_size": batch_size, "transfer": args.transfer_from}
     others |= {"prompts": "dataset"} if datasets_prompts else {}
+    out = args.out or request.default_out(model, protocol, sources, args.data, **others)
     asked = request.EvaluationRequest(
-        model,
-        sources,
-        protocol,
-        args.out or request.default_out(model, protocol, sources, args.data, **others),
-        transfer,
-        batch_size,
-        args.workers,
-        args.sanity,
-        datasets_prompts,
+        model, sources, protocol, out, transfer, batch_size, args.workers, args.sanity, datasets_prompts
     )
     with process_group(args.device) as ranks:
         results = evaluate(asked, ranks, interruption=interruption)
         if ranks.is_first:
             table.show(results)
     return int(any(checks.failed(dataset["health"]) for dataset in results["datasets"]))
+
+
+def _with_prompts(protocol, args):
+    """The protocol with the prompts of --templates in place of the datasets' own."""
+    from ..data.class_names import templates
+
+    prompts = templates(settings.Data(shards=args.data, templates=args.templates))
+    return replace(protocol, templates=tuple(prompts))
 
 
 def _add_compare(commands) -> None:
