@@ -131,6 +131,7 @@ class ARD(MethodSettings):
 
     @property
     def labels(self) -> bool:
+        """Whether cross-entropy has any weight."""
         return self.alpha < 1
 
 
@@ -246,10 +247,12 @@ class MMTARD(MethodSettings):
 
     @property
     def teachers(self) -> tuple[str, ...]:
+        """The names that have a view, in their order."""
         return tuple(self.views)
 
     @property
     def labels(self) -> bool:
+        """Whether the weighting or the trust looks at the samples' labels."""
         return WEIGHTINGS[self.weighting] or TRUSTS[self.trust]
 
     @model_validator(mode="after")

@@ -51,6 +51,7 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
+        """A digest of the index: which samples lie where, and their bytes' checksums."""
         return self.index.fingerprint
 
     @property
@@ -60,9 +61,11 @@ class Dataset:
 
     @cached_property
     def keys(self) -> list[str]:
+        """Every sample's key, in the order of the ids; bytes that are no UTF-8 are shown as marks."""
         return [key.decode("utf-8", "replace") for key in self.index.keys.tolist()]
 
     def shard_of(self, sample: int) -> int:
+        """The place in `paths` of the shard that holds a sample."""
         return int(np.searchsorted(self._starts, sample, side="right")) - 1
 
     def shard_range(self, shard: int) -> range:

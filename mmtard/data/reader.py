@@ -101,6 +101,7 @@ class Reader:
                 os.close(self._open.pop(shard))
 
     def close(self) -> None:
+        """Close every shard's file; a later read opens it again."""
         while self._open:
             os.close(self._open.popitem()[1])
 

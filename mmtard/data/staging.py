@@ -258,6 +258,7 @@ class Stager:
             self._thread.start()
 
     def close(self) -> None:
+        """Let the thread end, after the fetch that it is in."""
         with self._moved:
             self._closed = True
             self._moved.notify()

@@ -38,6 +38,7 @@ class ReplacedTally:
         self.share, self.seen, self.count, self.examples = share, 0, 0, []
 
     def add(self, batch: Batch) -> None:
+        """Count a batch's samples. Raises UserError when too many were replaced."""
         self.seen += len(batch)
         self.count += len(batch.replaced)
         self.examples = (self.examples + batch.replaced)[:3]

@@ -18,6 +18,7 @@ class LastingStream:
         self.closed_by_reader = False
 
     def write(self, text: str) -> int:
+        """Write, in ASCII escapes what the locale cannot; nothing once the reader is gone."""
         try:
             return self._stream.write(text)
         except UnicodeEncodeError:  # such as a folder's name in a locale without its letters
@@ -27,12 +28,14 @@ class LastingStream:
             return len(text)
 
     def flush(self) -> None:
+        """Flush, unless the reader is gone."""
         try:
             self._stream.flush()
         except OSError:
             self._detach()
 
     def writelines(self, lines) -> None:
+        """Write each of the texts."""
         for line in lines:
             self.write(line)
 

@@ -57,6 +57,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
+        """Whether this is rank 0, which alone writes and prints."""
         return self.rank == 0
 
     def sum(self, values: list[float]) -> list[float]:
@@ -116,6 +117,7 @@ class Ranks:
             raise met
 
     def barrier(self) -> None:
+        """Wait until every rank has come here."""
         dist.barrier(group=self.cpu_group)
 
 

@@ -44,10 +44,12 @@ class PartLayout:
 
     @property
     def part_samples(self) -> int:
+        """Samples a part holds; the last one may hold fewer."""
         return max(1, min(PART_ROWS // self.views, max(LEAST_SAMPLES, -(-self.samples // LEAST_PARTS))))
 
     @property
     def parts(self) -> int:
+        """How many parts there are."""
         return -(-self.samples // self.part_samples)
 
     def part(self, number: int) -> range:
@@ -118,6 +120,7 @@ class EmbeddingStore:
 
 
 def part_name(number: int) -> str:
+    """The file of a part in the store's folder."""
     return f"part-{number:06d}.safetensors"
 
 

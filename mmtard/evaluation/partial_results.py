@@ -116,6 +116,7 @@ class PartialResults:
                 pass  # told already, by the write that failed
 
     def close(self) -> None:
+        """Close the file; what it holds stays, for a start that goes on."""
         if self._file is not None:
             self._file.close()
 

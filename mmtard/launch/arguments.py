@@ -37,6 +37,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are UserErrors, which the program prints in its own way."""
 
     def error(self, message: str):
+        """Raise UserError in place of printing the usage and ending the process."""
         raise UserError(f"{message} (--help lists the flags)")
 
 

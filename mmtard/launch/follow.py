@@ -27,6 +27,8 @@ ENDED = (
 
 @dataclass
 class Followed:
+    """A job whose log is shown: `read` bytes of it so far, and the job's last known Slurm state."""
+
     name: str
     job: str
     log: Path

@@ -29,6 +29,7 @@ class Work:
 
     @property
     def name(self) -> str:
+        """What the job is called: a training after its run folder, other work with its command in front."""
         return self.run_dir.name if self.words[0] == "train" else f"{self.words[0]}-{self.run_dir.name}"
 
 
@@ -43,6 +44,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
+    """What is submitted: stages in their order, where it is kept, and what is told of stages left out."""
+
     folder: Path  # the run folder that the submission is kept in
     stages: list[Stage]
     notes: list[str]

@@ -38,6 +38,7 @@ class JobRequest:
 
     @property
     def world(self) -> int:
+        """Ranks of the whole job."""
         return self.nodes * self.tasks_per_node
 
 

@@ -60,6 +60,7 @@ class Snapshot:
             ) from None
 
     def remove(self) -> None:
+        """Remove the folder of a submission that came to nothing."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _yaml(self, work: Work) -> Path:

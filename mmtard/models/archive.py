@@ -57,6 +57,7 @@ class Inert:
         pass
 
     def append(self, *_) -> None:
+        """Drop what the pickle would put in."""
         pass
 
     extend = append

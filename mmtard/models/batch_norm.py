@@ -28,6 +28,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         self.seen: tuple[Tensor, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [V*B,C,H,W] -> the same shape; collective in training, where the ranks' statistics meet."""
         if not self.training:
             return super().forward(x)
         y, *self.seen = _Normalise.apply(x, self.weight, self.bias, self.running_mean, self.eps, self.layout.groups)

@@ -36,6 +36,7 @@ class TextTower(nn.Module):
 
     @torch.no_grad()
     def forward(self, texts: list[str], batch_size: int = 256) -> Tensor:
+        """N texts -> normalised embeddings float32 [N,D], on the tower's device."""
         device = next(self.parameters()).device
         chunks = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
         return torch.cat(
@@ -65,10 +66,12 @@ class Clip:
         return digest.hexdigest()
 
     def tower(self) -> ImageTower:
+        """The image tower with the model's own normalisation inside; it shares the weights."""
         cfg = self.config["preprocess_cfg"]
         return ImageTower(self.model.visual, cfg["mean"], cfg["std"])
 
     def text_tower(self) -> TextTower:
+        """The text side with the model's own tokenizer; it shares the weights."""
         return TextTower(self.model, self.tokenizer())
 
     def tokenizer(self) -> Callable[[list[str]], Tensor]:

@@ -41,6 +41,10 @@ class ImageTower(nn.Module):
             visual.register_forward_hook(_project_tokens)
 
     def forward(self, images: Tensor, tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """images [B,3,H,W] float32 in [0,1] -> embeddings [B,D], at least float32; `tokens`: also the patches [B,P,D].
+
+        Images of another size than the tower's are resized first (bicubic).
+        """
         if images.shape[-2:] != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", align_corners=False)
         x = ((images - self.mean) / self.std).to(self.dtype)

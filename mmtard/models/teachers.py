@@ -46,6 +46,7 @@ class FrozenTeacher:
 
     @property
     def placement(self) -> str:
+        """`replicated` or `sharded`: whether each rank holds the whole tower or its share."""
         return self.settings.placement
 
     @torch.no_grad()
@@ -78,6 +79,7 @@ class FrozenTeacher:
 
     @property
     def bytes_whole(self) -> int:
+        """Bytes of the whole tower's weights."""
         return sum(p.numel() * p.element_size() for p in self.tower.parameters())
 
 

@@ -108,6 +108,7 @@ class ZeroShotClassifier(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
+        """Zero-shot logits [B,C] float32. Raises UserError for what are no such images."""
         if (
             not isinstance(images, Tensor)
             or images.dim() != 4

@@ -44,6 +44,7 @@ class Group:
 
     @property
     def datasets(self) -> list[str]:
+        """The rows, in the order in which the models have them."""
         return list(dict.fromkeys(name for model in self.models for name in model))
 
     @property

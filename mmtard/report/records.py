@@ -191,10 +191,12 @@ class Evaluation(Record):
 
     @property
     def zeroshot(self) -> list[Zeroshot]:
+        """The datasets that were measured by classification."""
         return [d for d in self.datasets if isinstance(d, Zeroshot)]
 
     @property
     def retrieval(self) -> list[Retrieval]:
+        """The datasets that were measured by retrieval."""
         return [d for d in self.datasets if isinstance(d, Retrieval)]
 
 

@@ -33,6 +33,7 @@ class ReportSource:
 
     @property
     def is_run(self) -> bool:
+        """Whether a run's files were found, not evaluations alone."""
         return self.config is not None or bool(self.starts)
 
 

@@ -50,6 +50,7 @@ class RunFolder:
 
     @property
     def step(self) -> int:
+        """Steps that are done; 0 from the start."""
         return self.state.get("step", 0)
 
     @property

@@ -86,12 +86,14 @@ class TensorBoard:
         self._writer = SummaryWriter(str(run / TENSORBOARD), purge_step=start + 1)
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
+        """Add the numbers of a step, each to the curve of its tag."""
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
     log_probe = log
 
     def close(self) -> None:
+        """Write what is pending."""
         self._writer.close()
 
 
@@ -120,13 +122,16 @@ class WandB:
         self._newest = 0
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
+        """Send the numbers of a step."""
         self._newest = step
         self._run.log(numbers, step=step)
 
     def log_probe(self, step: int, numbers: dict[str, float]) -> None:
+        """Send the accuracies of a checkpoint, which belong to `step` though later steps were sent already."""
         self._run.log({**numbers, "accuracy/step": step}, step=max(self._newest, step))
 
     def close(self) -> None:
+        """Send what is pending and end the run's session."""
         self._run.finish()
 
 

@@ -28,16 +28,22 @@ from ...zero_shot import Prediction
 
 
 class Pass(NamedTuple):
+    """A forward that an objective needs: `model` ("student" or a teacher's name) on `image` ("clean" or "adv")."""
+
     model: str
     image: str
 
 
 class Method(Protocol):
-    def passes(self, settings) -> set[Pass]: ...
+    """What a file of an objective defines; the head of this page has the meanings."""
+
+    def passes(self, settings) -> set[Pass]:
+        """The passes that the loss reads."""
 
     def loss(
         self, settings, predictions: dict[Pass, Prediction], labels: Tensor, state: dict[str, float]
-    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss [B], {name: term [B]}) of a batch."""
 
 
 def find_method(name: str) -> Method:

@@ -11,11 +11,13 @@ from . import Pass
 
 
 def passes(settings) -> set[Pass]:
+    """Student and robust teacher on both images, where their terms have weight."""
     views = ["adv"] * (settings.alpha > 0) + ["clean"] * (settings.alpha < 1)
     return {Pass(model, view) for view in views for model in ("student", "robust")}
 
 
 def loss(settings, predictions, labels, state):
+    """a * KL on x' + (1 - a) * KL on x: ([B], terms). Reads no labels."""
     weights = {"adv": settings.alpha, "clean": 1 - settings.alpha}
     terms = {
         f"kl_{view}": kl(predictions["robust", view].logits, predictions["student", view].logits)

@@ -11,11 +11,13 @@ from . import Pass
 
 
 def passes(settings) -> set[Pass]:
+    """The student on x', the robust teacher on its view, and the student on x where cross-entropy has weight."""
     student_clean = {Pass("student", "clean")} if settings.alpha < 1 else set()
     return {Pass("student", "adv"), Pass("robust", settings.teacher_view)} | student_clean
 
 
 def loss(settings, predictions, labels, state):
+    """The teacher's softened distribution against cross-entropy: ([B], terms)."""
     a, T = settings.alpha, settings.temperature
     teacher, student = predictions["robust", settings.teacher_view], predictions["student", "adv"]
     terms = {"kl_robust": T**2 * kl(teacher.logits, student.logits, T)}

@@ -7,9 +7,11 @@ STUDENT = Pass("student", "clean")
 
 
 def passes(settings) -> set[Pass]:
+    """The student on x alone."""
     return {STUDENT}
 
 
 def loss(settings, predictions, labels, state):
+    """Cross-entropy on x: ([B], terms)."""
     ce = cross_entropy(predictions[STUDENT].logits, labels)
     return ce, {"ce": ce}

@@ -13,9 +13,11 @@ STUDENT, START = Pass("student", "adv"), Pass("start", "clean")
 
 
 def passes(settings) -> set[Pass]:
+    """The student on x' and the start on x."""
     return {STUDENT, START}
 
 
 def loss(settings, predictions, labels, state):
+    """Squared distance of the embeddings: ([B], terms). Reads no labels."""
     distance = squared_distance(predictions[STUDENT].embeddings, predictions[START].embeddings)
     return distance, {"distance": distance}

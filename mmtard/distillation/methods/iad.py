@@ -15,10 +15,12 @@ TEACHER, TEACHER_ADV = Pass("robust", "clean"), Pass("robust", "adv")
 
 
 def passes(settings) -> set[Pass]:
+    """Student and robust teacher, each on x and on x'."""
     return {ADV, CLEAN, TEACHER, TEACHER_ADV}
 
 
 def loss(settings, predictions, labels, state):
+    """The teacher's and the student's own distribution, by the teacher's trust: ([B], terms)."""
     adv = predictions[ADV].logits
     trust = true_class(predictions[TEACHER_ADV].logits.softmax(-1), labels).detach() ** settings.beta
     terms = {"kl_robust": kl(predictions[TEACHER].logits, adv), "kl_self": kl(predictions[CLEAN].logits, adv)}

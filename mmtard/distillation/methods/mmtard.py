@@ -24,12 +24,14 @@ TAUGHT = {"clean": "clean", "adv": "adv", "clean_for_adv": "adv"}  # and the stu
 
 
 def passes(settings) -> set[Pass]:
+    """Each teacher on the image of its view, and the student on every image it is taught on."""
     return {Pass(name, SEEN[view]) for name, view in settings.views.items()} | {
         Pass("student", TAUGHT[view]) for view in settings.views.values()
     }
 
 
 def loss(settings, predictions, labels, state):
+    """The weighted sum over the teachers, sample by sample: ([B], terms with each teacher's weight)."""
     views = settings.views
     teachers = {name: predictions[name, SEEN[view]] for name, view in views.items()}
     students = {name: predictions["student", TAUGHT[view]] for name, view in views.items()}
@@ -54,10 +56,12 @@ def _kl(settings, name, teacher, student, log_target):
 
 
 def first_state(settings) -> dict[str, float]:
+    """Equal weights of the teachers under the weighting `mtard`; none under the others."""
     return weighting.balanced_start(settings.views) if settings.weighting == "mtard" else {}
 
 
 def next_state(settings, state, means) -> dict[str, float]:
+    """The state after a step whose terms had these means: the weights of `mtard`, the medians of `uncertainty`."""
     if settings.trust == "uncertainty":
         state = trust.next_medians(settings, state, means)
     if settings.weighting != "mtard":

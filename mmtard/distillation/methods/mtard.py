@@ -16,10 +16,12 @@ VIEWS = {"robust": "adv", "clean": "clean"}
 
 
 def passes(settings) -> set[Pass]:
+    """The robust teacher on x' and the clean one on x, and the student on both."""
     return {Pass(model, view) for name, view in VIEWS.items() for model in ("student", name)}
 
 
 def loss(settings, predictions, labels, state):
+    """The balanced sum of the two teachers' KL: ([B], terms with the weights). Reads no labels."""
     terms = {
         f"kl_{name}": kl(predictions[name, view].logits, predictions["student", view].logits)
         for name, view in VIEWS.items()
@@ -29,8 +31,10 @@ def loss(settings, predictions, labels, state):
 
 
 def first_state(settings) -> dict[str, float]:
+    """Equal weights of both teachers."""
     return weighting.balanced_start(VIEWS)
 
 
 def next_state(settings, state, means) -> dict[str, float]:
+    """The weights after a step whose terms had these means."""
     return weighting.balanced_next(settings.rate, state, {name: means[f"kl_{name}"] for name in VIEWS})

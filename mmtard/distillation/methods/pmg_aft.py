@@ -15,10 +15,12 @@ ADV, CLEAN, START = Pass("student", "adv"), Pass("student", "clean"), Pass("star
 
 
 def passes(settings) -> set[Pass]:
+    """The student on x' and x, and the start on x'."""
     return {ADV, CLEAN, START}
 
 
 def loss(settings, predictions, labels, state):
+    """Cross-entropy, the start's term and the student's own: ([B], terms)."""
     adv = predictions[ADV].logits
     terms = {
         "ce": cross_entropy(adv, labels),

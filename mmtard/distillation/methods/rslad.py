@@ -13,10 +13,12 @@ ADV, CLEAN, TEACHER = Pass("student", "adv"), Pass("student", "clean"), Pass("ro
 
 
 def passes(settings) -> set[Pass]:
+    """The student on x' and x, and the robust teacher on x."""
     return {ADV, CLEAN, TEACHER}
 
 
 def loss(settings, predictions, labels, state):
+    """The teacher's soft labels for both images: ([B], terms). Reads no labels."""
     target = predictions[TEACHER].logits
     terms = {"kl_adv": kl(target, predictions[ADV].logits), "kl_clean": kl(target, predictions[CLEAN].logits)}
     return settings.alpha * terms["kl_adv"] + (1 - settings.alpha) * terms["kl_clean"], terms

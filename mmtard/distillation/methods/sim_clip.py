@@ -16,9 +16,11 @@ STUDENT, START = Pass("student", "adv"), Pass("start", "clean")
 
 
 def passes(settings) -> set[Pass]:
+    """The student on x' and the start on x."""
     return {STUDENT, START}
 
 
 def loss(settings, predictions, labels, state):
+    """Minus the cosine of the embeddings: ([B], terms). Reads no labels."""
     cosine = F.cosine_similarity(predictions[STUDENT].embeddings, predictions[START].embeddings.detach(), dim=-1)
     return -cosine, {"cosine": cosine}

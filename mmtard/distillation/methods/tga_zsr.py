@@ -21,10 +21,12 @@ ADV, CLEAN, START = Pass("student", "adv"), Pass("student", "clean"), Pass("star
 
 
 def passes(settings) -> set[Pass]:
+    """The student on x' and x, and the start on x."""
     return {ADV, CLEAN, START}
 
 
 def loss(settings, predictions, labels, state):
+    """Cross-entropy and the two distances of attention: ([B], terms)."""
     kept = attention(predictions[START], labels).detach()
     terms = {
         "ce": cross_entropy(predictions[ADV].logits, labels),

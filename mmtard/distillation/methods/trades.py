@@ -13,10 +13,12 @@ CLEAN, ADV = Pass("student", "clean"), Pass("student", "adv")
 
 
 def passes(settings) -> set[Pass]:
+    """The student on x and x'."""
     return {CLEAN, ADV}
 
 
 def loss(settings, predictions, labels, state):
+    """Cross-entropy on x and the KL to x': ([B], terms)."""
     clean = predictions[CLEAN].logits
     terms = {"ce": cross_entropy(clean, labels), "kl_self": kl(clean, predictions[ADV].logits)}
     return terms["ce"] + settings.beta * terms["kl_self"], terms

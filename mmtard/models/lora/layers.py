@@ -31,6 +31,7 @@ class AdaptedAttention(MultiheadAttention):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
     ):
+        """query [B,L,D] -> (mixed [B,L,D], None); key and value are the query again."""
         base = self.base_layer
         update = self.lora_B[NAME](self.lora_A[NAME](self.lora_dropout[NAME](query)))
         qkv = F.linear(query, base.in_proj_weight, base.in_proj_bias) + self.scaling[NAME] * update
