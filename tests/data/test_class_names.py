@@ -50,3 +50,19 @@ def test_what_is_no_list_of_names_is_refused_in_one_line(tmp_path, data, words):
 def test_prompts_are_read_by_the_same_rules(tmp_path):
     (tmp_path / "t.txt").write_bytes("\ufeffa photo of a {c}.\r\n\r\nthe\u2028{}\r\n".encode())
     assert templates(Data(shards="x", templates=str(tmp_path / "t.txt"))) == ["a photo of a {}.", "the\u2028{}"]
+
+
+def test_templates(tmp_path):
+    (tmp_path / "t.txt").write_text("a photo of a {c}.\n\na {}\n")
+    assert templates(Data(shards="x", templates=str(tmp_path / "t.txt"))) == ["a photo of a {}.", "a {}"]
+    assert templates(Data(shards="x")) == ["This is a photo of a {}"]
+    for bad in (["a photo"], ["a {name}"], ["a {} {x}"], [], str(tmp_path / "none.txt")):
+        with pytest.raises(UserError, match="data.templates"):
+            templates(Data(shards="x", templates=bad))
+
+
+def test_classnames_that_are_not_there(folder):
+    with pytest.raises(UserError, match="no classnames.txt beside"):
+        classnames(Data(shards=str(folder)), None)
+    with pytest.raises(UserError, match="cannot read"):
+        classnames(Data(shards=str(folder), classnames="/nowhere/names.txt"), None)

@@ -2,10 +2,13 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
 from PIL import Image
+
+from mmtard.models import clip
 
 COLOURS = {"red": 0, "green": 1, "blue": 2, "grey": None}
 
@@ -38,3 +41,17 @@ def write(
 def strip_seconds(entry):
     """A part of results without the times, by which equal ones differ."""
     return json.loads(json.dumps(entry), object_hook=lambda d: {k: v for k, v in d.items() if k != "seconds"})
+
+
+def flags(found, eps="4/255"):
+    (entry,) = found["datasets"]
+    return entry["samples"]["clean"], entry["samples"]["eps"][eps]["robust"]
+
+
+def edited(folder, to, **preprocess):
+    """A copy of an exported folder, over an earlier one, with other settings of its preprocessing."""
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    cfg = json.loads((to / clip.CONFIG_FILE).read_text())
+    cfg["preprocess_cfg"] |= preprocess
+    (to / clip.CONFIG_FILE).write_text(json.dumps(cfg))
+    return to
