@@ -87,11 +87,7 @@ def attack_tensors(
         raise UserError("source: 'transfer' follows the gradients of another model; give it: source=MODEL")
     if isinstance(model, nn.Module):
         _check_module(model, images)
-    if settings.norm == "l2" and settings.eps >= 0.5 * images[0].numel() ** 0.5:
-        raise UserError(
-            f"eps: {settings.eps:g} in L2 turns any image of {'x'.join(map(str, images.shape[1:]))} pixels grey; "
-            "write a size such as 0.5 or 128/255"
-        )
+    _check_l2_radius(settings, images)
     seeds = torch.from_numpy(sample_seeds(seed, 0, np.arange(len(images))).view(np.int64)).to(images.device)
 
     def run(x: Tensor, y: Tensor, s: Tensor) -> ensemble.Outcome:
@@ -101,6 +97,11 @@ def attack_tensors(
         # Tensors of an inference mode cannot take a gradient: their copies can.
         tensors = [images.detach().clone(), labels.clone(), seeds.clone()]
         outcomes: list[ensemble.Outcome] = AdaptiveBatchSize(batch_size)(run, tensors)
+    return _joined(outcomes, settings, images.device)
+
+
+def _joined(outcomes: list[ensemble.Outcome], settings: AttackSettings, device: torch.device) -> AttackResult:
+    """The batches' outcomes as one. Raises UserError where no attack could run."""
     facts = ensemble.merge([outcome.facts for outcome in outcomes])
     if not facts.broken:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in facts.skipped.items())
@@ -111,11 +112,19 @@ def attack_tensors(
         clean_prediction=torch.cat([outcome.clean_prediction for outcome in outcomes]),
         prediction=torch.cat([outcome.prediction for outcome in outcomes]),
         correct=torch.cat([outcome.clean for outcome in outcomes]),
-        fell=torch.tensor([name is not None for name in broken_by], device=images.device),
+        fell=torch.tensor([name is not None for name in broken_by], device=device),
         broken_by=broken_by,
         health=[*checks.check([(settings, facts)]), *checks.nothing_attacked(facts)],
         facts=facts,
     )
+
+
+def _check_l2_radius(settings: AttackSettings, images: Tensor) -> None:
+    if settings.norm == "l2" and settings.eps >= 0.5 * images[0].numel() ** 0.5:
+        raise UserError(
+            f"eps: {settings.eps:g} in L2 turns any image of {'x'.join(map(str, images.shape[1:]))} pixels grey; "
+            "write a size such as 0.5 or 128/255"
+        )
 
 
 def _check_module(model: nn.Module, images: Tensor) -> None:

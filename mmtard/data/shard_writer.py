@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..files import exclusive, publish, write_text
 from ..seeding import permutation
 from .class_names import read_names
-from .image_folder import Source, survey
+from .image_folder import ImageFolder, Source, survey
 from .images import DecodeError, decode
 from .index import Index
 from .indexing import build_index
@@ -90,14 +90,7 @@ def write_shards(
     images, out = Path(images), Path(out)
     if samples_per_shard < 1:
         raise UserError(f"samples per shard: {samples_per_shard} is not a number of samples; use 1 or more")
-    if out.resolve().is_relative_to(images.resolve()):
-        raise UserError(
-            f"'{out}' lies inside the image folder '{images}', where it would count as a class; write elsewhere"
-        )
-    try:
-        folder = survey(images, nested)
-    except OSError as error:
-        raise UserError(f"'{error.filename or images}' cannot be read ({error.strerror}); mend or remove it") from None
+    folder = _survey(images, out, nested)
     names = _names(classnames, folder.classes)
     recipe = Recipe(samples_per_shard, resize, quality, shuffle_seed, folder.digest)
     plan = _plan(folder.sources, recipe, out)
@@ -116,6 +109,17 @@ def write_shards(
             f"cannot write shards: {error.strerror}: '{error.filename or out}'; free space or choose another folder"
         ) from None
     return Written(len(plan), len(index), len(names), skipped, folder.left_out)
+
+
+def _survey(images: Path, out: Path, nested: bool) -> ImageFolder:
+    if out.resolve().is_relative_to(images.resolve()):
+        raise UserError(
+            f"'{out}' lies inside the image folder '{images}', where it would count as a class; write elsewhere"
+        )
+    try:
+        return survey(images, nested)
+    except OSError as error:
+        raise UserError(f"'{error.filename or images}' cannot be read ({error.strerror}); mend or remove it") from None
 
 
 Part = tuple[Path, list[Source]]  # a shard and the images that go into it

@@ -133,7 +133,6 @@ def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> R
     warnings.filterwarnings(
         "ignore", r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated", FutureWarning
     )
-    env = os.environ
     launch = launch_from_env()
     rank, world, local = launch.rank, launch.world_size, launch.local_rank
     if launch.tasks_left_out:
@@ -149,29 +148,35 @@ def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> R
     if on_gpu:
         torch.cuda.set_device(where)
     if not dist.is_initialized():
-        if world > 1 and "MMTARD_INIT_FILE" not in env and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-            raise UserError(
-                f"{world} ranks but no MASTER_ADDR and MASTER_PORT; export both; in a batch script: "
-                'eval "$(python -m mmtard.launch.environment)"'
-            )
-        meet = _meeting_point(world)
-        try:
-            dist.init_process_group(
-                "nccl" if on_gpu else "gloo",
-                init_method=meet,
-                rank=rank,
-                world_size=world,
-                timeout=timeout,
-                device_id=where if on_gpu else None,
-            )
-        except dist.DistError as error:
-            place = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}" if meet == "env://" else meet
-            raise RunError(
-                f"rank {rank} of {world} did not meet the others at {place}: {' '.join(str(error).split())[:300]}"
-            ) from None
+        _meet(rank, world, where, timeout)
     # DeepSpeed reads these, and takes the GPU that LOCAL_RANK numbers.
-    env.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(where.index if on_gpu else local))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(where.index if on_gpu else local))
     return Ranks(rank, world, local, where, _cpu_group(rank, world, timeout))
+
+
+def _meet(rank: int, world: int, device: torch.device, timeout: timedelta) -> None:
+    """Join the default group, NCCL's on GPUs, else gloo's. Raises UserError without an address to meet at."""
+    env, on_gpu = os.environ, device.type == "cuda"
+    if world > 1 and "MMTARD_INIT_FILE" not in env and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        raise UserError(
+            f"{world} ranks but no MASTER_ADDR and MASTER_PORT; export both; in a batch script: "
+            'eval "$(python -m mmtard.launch.environment)"'
+        )
+    meet = _meeting_point(world)
+    try:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            init_method=meet,
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
+            device_id=device if on_gpu else None,
+        )
+    except dist.DistError as error:
+        place = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}" if meet == "env://" else meet
+        raise RunError(
+            f"rank {rank} of {world} did not meet the others at {place}: {' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 def _cpu_group(rank: int, world: int, timeout: timedelta) -> Any:

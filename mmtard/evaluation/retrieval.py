@@ -83,6 +83,11 @@ def measure(task: RetrievalTask) -> dict:
     sample = Sample(read[chosen], own, texts[theirs])
     clean = ranks_of(images[torch.from_numpy(chosen)], sample.texts, own.image)
     at_radius = {show_pixels(eps): attack_at(task, sample, eps) for eps in task.protocol.radii(task.name)}
+    health = [
+        *results.unread(left_out, len(dataset)),
+        *_not_finite(dataset, read, images, texts),
+        *caption_lines(alike, len(captions.texts)),
+    ]
     return {
         "n_total": len(read),
         "captions": len(captions.texts),
@@ -90,20 +95,22 @@ def measure(task: RetrievalTask) -> dict:
         "left_out": len(left_out),
         "not_used": not_used(dataset, left_out, labels=False),
         "clean_all": recalls(*ranks_of(images, texts, captions.image)),
+        **_of_the_sample(sample, [dataset.keys[i] for i in sample.ids.tolist()], clean, at_radius),
+        "health": [*health, *(line for found in at_radius.values() for line in found["health"])],
+    }
+
+
+def _of_the_sample(sample: Sample, keys: list[str], clean: tuple, at_radius: dict[str, dict]) -> dict:
+    """What results.json holds of the images that were attacked, before and at each radius."""
+    return {
         "clean": recalls(*clean),
         "eps": {eps: found["recall"] for eps, found in at_radius.items()},
         "samples": {
             "ids": sample.ids.tolist(),
-            "keys": [dataset.keys[i] for i in sample.ids.tolist()],
+            "keys": keys,
             "clean": per_sample(*clean),
             "eps": {eps: per_sample(*found["ranks"]) for eps, found in at_radius.items()},
         },
-        "health": [
-            *results.unread(left_out, len(dataset)),
-            *_not_finite(dataset, read, images, texts),
-            *caption_lines(alike, len(captions.texts)),
-            *(line for found in at_radius.values() for line in found["health"]),
-        ],
     }
 
 

@@ -78,32 +78,12 @@ def open_clip_config(folder: Path, where: str) -> tuple[dict, dict]:
     Raises UserError that begins with `where`, for models that open_clip does not have or that are no CLIP.
     """
     content = read_json(folder / CONFIG, where)
-    kind = content.get("model_type")
-    if kind in ("siglip", "siglip2"):
-        raise UserError(
-            f"{where}: '{folder}' is a SigLIP of transformers, which is not converted; take open_clip's copy of it,"
-            " e.g."
-            " weights: hf-hub:timm/ViT-B-16-SigLIP"
-        )
-    if kind != "clip":
-        raise UserError(
-            f"{where}: '{folder}' is a {kind} of transformers; CLIP models are read, or an open_clip folder"
-        )
+    _check_kind(content.get("model_type"), folder, where)
     vision = _VISION | _section(content, "vision_config", folder, where)
     text = _TEXT | _section(content, "text_config", folder, where)
-    width = content.get("projection_dim", 512)
-    for sizes, default in ((vision, _VISION), (text, _TEXT)):
-        wrong = [key for key, value in default.items() if type(sizes[key]) is not type(value) or not sizes[key]]
-        if wrong:
-            raise UserError(f"{where}: {wrong[0]} is {sizes[wrong[0]]!r:.60} in '{folder / CONFIG}'; correct the file")
-    if vision["hidden_act"] != text["hidden_act"] or vision["hidden_act"] not in ACTIVATIONS:
-        raise UserError(f"{where}: '{folder}' has the activation {vision['hidden_act']}; quick_gelu and gelu are known")
-    if text["vocab_size"] != VOCABULARY:
-        raise UserError(
-            f"{where}: '{folder}' has a tokenizer of {text['vocab_size']} tokens; CLIP's of {VOCABULARY} is known"
-        )
+    _check_sizes(vision, text, folder, where)
     model = {
-        "embed_dim": width,
+        "embed_dim": content.get("projection_dim", 512),
         "quick_gelu": ACTIVATIONS[vision["hidden_act"]],
         "vision_cfg": {
             "image_size": vision["image_size"],
@@ -125,6 +105,32 @@ def open_clip_config(folder: Path, where: str) -> tuple[dict, dict]:
         },
     }
     return model, _preprocess(folder, where)
+
+
+def _check_kind(kind: object, folder: Path, where: str) -> None:
+    if kind in ("siglip", "siglip2"):
+        raise UserError(
+            f"{where}: '{folder}' is a SigLIP of transformers, which is not converted; take open_clip's copy of it,"
+            " e.g. weights: hf-hub:timm/ViT-B-16-SigLIP"
+        )
+    if kind != "clip":
+        raise UserError(
+            f"{where}: '{folder}' is a {kind} of transformers; CLIP models are read, or an open_clip folder"
+        )
+
+
+def _check_sizes(vision: dict, text: dict, folder: Path, where: str) -> None:
+    """Raises UserError for sizes that are none, and for an activation or a tokenizer that open_clip's CLIP has not."""
+    for sizes, default in ((vision, _VISION), (text, _TEXT)):
+        wrong = [key for key, value in default.items() if type(sizes[key]) is not type(value) or not sizes[key]]
+        if wrong:
+            raise UserError(f"{where}: {wrong[0]} is {sizes[wrong[0]]!r:.60} in '{folder / CONFIG}'; correct the file")
+    if vision["hidden_act"] != text["hidden_act"] or vision["hidden_act"] not in ACTIVATIONS:
+        raise UserError(f"{where}: '{folder}' has the activation {vision['hidden_act']}; quick_gelu and gelu are known")
+    if text["vocab_size"] != VOCABULARY:
+        raise UserError(
+            f"{where}: '{folder}' has a tokenizer of {text['vocab_size']} tokens; CLIP's of {VOCABULARY} is known"
+        )
 
 
 def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
