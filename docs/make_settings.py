@@ -32,7 +32,9 @@ def page(settings: list[Setting]) -> str:
 
 def _row(setting: Setting) -> str:
     default = "must be given" if setting.default is None else f"`{setting.default}`"
-    cells = (f"`{setting.key}`", setting.values, default, setting.meaning)
+    # The page of methods says what each of them is; here they would make one row of a thousand columns.
+    meaning = "the training objective: [Methods](methods.md)" if setting.key == "method.name" else setting.meaning
+    cells = (f"`{setting.key}`", setting.values, default, meaning)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
