@@ -1,8 +1,7 @@
-"""What a model's configuration may say, and the open_clip model that it describes.
+"""A model's configuration, read and checked, and the open_clip model that it describes.
 
-The configuration of a folder, a repository or a `.json` file was written by others, and open_clip passes parts of it
-on to other libraries, some of which run code on request. So only the keys below pass; any other is refused by its
-name.
+The configuration of a folder, a repository or a `.json` file was written by others: only the keys of `known_keys`
+pass, and no name in it that would fetch or run code.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import copy
 import difflib
 import importlib.util
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,87 +18,8 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import nn
 
 from ..errors import UserError
+from .known_keys import MODEL, PREPROCESS, check_keys
 
-Known = dict[str, "tuple[type, ...] | Known"]
-
-_COUNT, _NUMBER, _FLAG, _NAME = (int,), (int, float), (bool,), (str,)
-LARGEST = 20_000_000  # of any number: larger ones are damage, and would take the machine's memory
-_BLOCKS: Known = {
-    "width": _COUNT,
-    "layers": _COUNT,
-    "mlp_ratio": _NUMBER,
-    "ls_init_value": _NUMBER,
-    "pool_type": _NAME,
-    "final_ln_after_pool": _FLAG,
-    "output_tokens": _FLAG,
-    "act_kwargs": {"approximate": _NAME},
-    "norm_kwargs": {"eps": _NUMBER},
-    "block_type": _NAME,
-    "qk_norm": _FLAG,
-    "scaled_cosine_attn": _FLAG,
-    "scale_heads": _FLAG,
-    "scale_attn_inner": _FLAG,
-    "scale_attn": _FLAG,
-    "scale_fc": _FLAG,
-}
-_VISION: Known = _BLOCKS | {
-    "layers": (int, list),
-    "head_width": _COUNT,
-    "patch_size": (int, list),
-    "image_size": (int, list),
-    "patch_dropout": _NUMBER,
-    "attentional_pool": (bool, str),
-    "attn_pooler_queries": _COUNT,
-    "attn_pooler_heads": _COUNT,
-    "no_ln_pre": _FLAG,
-    "pos_embed_type": _NAME,
-    "timm_model_name": _NAME,
-    "timm_model_pretrained": _FLAG,
-    "timm_pool": _NAME,
-    "timm_proj": _NAME,
-    "timm_proj_bias": _FLAG,
-    "timm_drop": _NUMBER,
-    "timm_drop_path": _NUMBER,
-}
-TOKENIZER_KEYS: Known = {"clean": _NAME, "strip_sep_token": _FLAG, "language": _NAME}
-_TEXT: Known = _BLOCKS | {
-    "context_length": _COUNT,
-    "vocab_size": _COUNT,
-    "heads": _COUNT,
-    "hf_tokenizer_name": _NAME,
-    "tokenizer_mode": _NAME,
-    "tokenizer_kwargs": TOKENIZER_KEYS,
-    "embed_cls": _FLAG,
-    "pad_id": _COUNT,
-    "eos_id": _COUNT,
-    "no_causal_mask": _FLAG,
-    "proj_bias": _FLAG,
-    "proj_type": _NAME,
-    "hf_model_name": _NAME,
-    "hf_model_pretrained": _FLAG,
-    "hf_proj_type": _NAME,
-    "hf_pooler_type": _NAME,
-}
-_MODEL: Known = {
-    "embed_dim": _COUNT,
-    "vision_cfg": _VISION,
-    "text_cfg": _TEXT,
-    "multimodal_cfg": _TEXT | {"dim_head": _COUNT, "n_queries": _COUNT, "attn_pooler_heads": _COUNT},
-    "custom_text": _FLAG,
-    "quick_gelu": _FLAG,
-    "init_logit_scale": _NUMBER,
-    "init_logit_bias": _NUMBER,
-    "nonscalar_logit_scale": _FLAG,
-}
-_PREPROCESS: Known = {
-    "size": (int, list),
-    "mode": _NAME,
-    "mean": (list,),
-    "std": (list,),
-    "interpolation": _NAME,
-    "resize_mode": _NAME,
-    "fill_color": (int, list),
-}
 REQUIRED = ("embed_dim", "vision_cfg", "text_cfg")
 
 
@@ -125,7 +44,7 @@ def check_model_config(cfg: object, where: str, path: str) -> dict:
         raise UserError(
             f"{where}: '{path}' is no open_clip model config; it needs {', '.join(REQUIRED[:2])} and text_cfg"
         )
-    _check(cfg, _MODEL, "", where, path)
+    check_keys(cfg, MODEL, "", where, path)
     timm_name = cfg["vision_cfg"].get("timm_model_name")
     if timm_name:
         _check_timm(timm_name, where, path)
@@ -141,7 +60,7 @@ def check_preprocess(cfg: object, where: str, path: str) -> dict:
     """
     if not isinstance(cfg, dict):
         raise UserError(f"{where}: preprocess_cfg in '{path}' is no object of names and values; correct the file")
-    _check(cfg, _PREPROCESS, "preprocess_cfg.", where, path)
+    check_keys(cfg, PREPROCESS, "preprocess_cfg.", where, path)
     for key in ("mean", "std"):
         if cfg.get(key) is not None and (len(cfg[key]) != 3 or (key == "std" and min(cfg[key]) <= 0)):
             raise UserError(
@@ -180,37 +99,6 @@ def build(cfg: dict, preprocess: dict | None = None, quick_gelu: bool | None = N
     final["size"] = getattr(model.visual, "image_size", final["size"])
     open_clip.model.set_model_preprocess_cfg(model, final)
     return model
-
-
-def _check(cfg: dict, known: Known, prefix: str, where: str, path: str) -> None:
-    for key, value in cfg.items():
-        kinds = known.get(key)
-        if kinds is None:
-            raise UserError(
-                f"{where}: '{path}' sets {prefix}{key}, which mmtard does not pass on to any library; remove it from"
-                " the file"
-            )
-        if value is None:
-            continue
-        if isinstance(kinds, dict):
-            if not isinstance(value, dict):
-                raise UserError(
-                    f"{where}: {prefix}{key} in '{path}' is no object of names and values; correct the file"
-                )
-            _check(value, kinds, f"{prefix}{key}.", where, path)
-        elif not _fits(value, kinds):
-            shown = json.dumps(value)[:80]
-            raise UserError(f"{where}: {prefix}{key} is {shown} in '{path}', which it cannot be; correct the file")
-
-
-def _fits(value: object, kinds: tuple[type, ...]) -> bool:
-    if isinstance(value, list):
-        return list in kinds and all(_fits(item, (int, float)) for item in value)
-    if isinstance(value, bool):
-        return bool in kinds
-    if isinstance(value, (int, float)):
-        return type(value) in kinds and math.isfinite(value) and abs(value) <= LARGEST
-    return type(value) in kinds
 
 
 def _check_timm(name: str, where: str, path: str) -> None:
