@@ -17,7 +17,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -244,9 +244,13 @@ def read_json_lines(path: Path) -> list[dict]:
     A line that is not JSON is left out: the last one of a process that was killed, or one that was damaged since.
     """
     try:
-        lines = Path(path).read_bytes().splitlines()
+        return json_objects(Path(path).read_bytes().splitlines())
     except FileNotFoundError:
         return []
+
+
+def json_objects(lines: Iterable[bytes]) -> list[dict]:
+    """The objects that the lines are, in order; a line that is none is left out."""
     rows = []
     for line in lines:
         try:

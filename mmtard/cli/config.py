@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from .. import config as settings
-from ..config import Config, Data, Model
+from ..config import Config, Data, Model, model_errors
 from ..config.argument_types import positive
 from ..config.open_clip_names import architectures, weight_tags
 from ..config.world import check_world
@@ -115,25 +114,16 @@ def _model_faults(model: Model, where: str) -> Iterator[str]:
             yield f"{where}.arch: '{model.arch}' does not exist; correct the path of the model config"
             return
     elif arch and known and arch not in known:
-        near = difflib.get_close_matches(arch, known, n=3)
-        hint = f"near: {', '.join(near)}" if near else "open_clip.list_models() has them all"
-        yield f"{where}.arch: open_clip has no architecture '{model.arch}'; {hint}"
+        yield str(model_errors.unknown_architecture(f"{where}.arch", model.arch, known))
         return
     if model.weights == "random" or model.weights.startswith("hf-hub:") or source.exists():
         return
     if "/" in model.weights:
-        yield (
-            f"{where}.weights: '{model.weights}' does not exist; correct the path, "
-            "or make it first if it is a run's folder"
-        )
+        yield str(model_errors.absent_weights(where, model.weights))
     elif arch is None:
-        yield f"{where}.arch: weights '{model.weights}' do not name their architecture; set it, e.g. arch: ViT-B-32"
-    elif weight_tags() and model.weights not in weight_tags().get(arch, ()):
-        tags = ", ".join(sorted(weight_tags().get(arch, ()))) or "none"
-        yield (
-            f"{where}.weights: '{model.weights}' is neither a file, a folder, hf-hub:..., 'random' "
-            f"nor a tag of {model.arch} (tags: {tags})"
-        )
+        yield str(model_errors.no_architecture(f"{where}.arch", model.weights))
+    elif weight_tags() and model.weights not in (tags := weight_tags().get(arch, ())):
+        yield str(model_errors.unknown_weights(where, model.weights, model.arch, sorted(tags)))
 
 
 def _world_faults(config: Config, world: int | None) -> Iterator[str]:

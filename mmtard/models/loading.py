@@ -11,21 +11,22 @@ from pathlib import Path
 import huggingface_hub
 import open_clip
 import torch
-from open_clip.convert import convert_state_dict
-from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.pretrained import download_pretrained_from_hf
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import config as settings
 from ..config import Model
+from ..config.model_errors import absent_weights, unknown_weights
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from ..files import refuse_special
 from ..runs import checksums
 from ..runs.checkpoints import read_resolved, read_weights
 from . import lora
-from .clip import CONFIG_FILE, START_FOLDER, WEIGHTS_FILE, Clip
-from .model_config import architecture, build, check_model_config, check_preprocess, read_json
+from .activation import trained_gelu, wanted_gelu
+from .clip import CONFIG_FILE, START_FOLDER, Clip
+from .model_config import architecture, build, check_model_config, check_preprocess
+from .model_folder import as_clip, exported_folder, folder_config, in_names_of, read_folder
 from .transformers_clip import (
     WEIGHTS as TRANSFORMERS_WEIGHTS,
     from_transformers,
@@ -36,17 +37,6 @@ from .unfilled import unfilled
 from .weights import load_strictly, load_trained, read_state_dict, require_finite
 
 HUB = "hf-hub:"
-# The names of weights in a model folder, the preferred first, as open_clip looks for them.
-FOLDER_WEIGHTS = (
-    WEIGHTS_FILE,
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "open_clip_pytorch_model.pth",
-    "model.safetensors",
-    "pytorch_model.bin",
-    "pytorch_model.pth",
-    "model.pth",
-)
 
 
 def load_clip(spec: Model, seed: int = 0, where: str = "student") -> Clip:
@@ -86,25 +76,20 @@ def load_skeleton(spec: Model, where: str) -> Clip:
     if spec.arch is None and folder is None:
         raise UserError(
             f"{where}: '{spec.weights}' is not here and does not say its architecture; for this table, give"
-            f" {where}.arch=ViT-L-14"
-            " or another"
+            f" {where}.arch=ViT-L-14 or another"
         )
     if spec.arch is None:
-        cfg, preprocess = _folder_config(folder / CONFIG_FILE, where, str(folder))
+        cfg, preprocess = folder_config(folder / CONFIG_FILE, where, str(folder))
         with torch.device("meta"):
-            return _clip(build(cfg, preprocess), f"local-dir:{folder}", cfg)
+            return as_clip(build(cfg, preprocess), f"local-dir:{folder}", cfg)
     name = architecture(spec.arch, f"{where}.arch")
     tagged = spec.weights in open_clip.list_pretrained_tags_by_model(name)
-    quick_gelu = _wanted_gelu(name, spec, _trained_gelu(name, spec.weights) if tagged else None, where)
+    quick_gelu = wanted_gelu(name, spec, trained_gelu(name, spec.weights) if tagged else None, where)
     with torch.device("meta"):
         return _of_architecture(name, quick_gelu)
 
 
 # ---------------------------------------------------------------- the sources
-
-
-def _is_hub(spec: Model) -> bool:
-    return spec.weights.startswith(HUB)
 
 
 def _is_exported(spec: Model) -> bool:
@@ -117,22 +102,6 @@ def _is_transformers(spec: Model) -> bool:
 
 def _is_run(spec: Model) -> bool:
     return Path(spec.weights).is_dir() and not _is_exported(spec) and not _is_transformers(spec)
-
-
-def _is_absent(spec: Model) -> bool:
-    return "/" in spec.weights and not Path(spec.weights).exists()
-
-
-def _is_random(spec: Model) -> bool:
-    return spec.weights == "random"
-
-
-def _is_file(spec: Model) -> bool:
-    return Path(spec.weights).is_file()
-
-
-def _is_tag(spec: Model) -> bool:
-    return True  # whatever is nothing else
 
 
 def _is_fetched(spec: Model) -> bool:
@@ -148,11 +117,11 @@ def _from_hub(spec: Model, seed: int, where: str) -> Clip:
         weights = Path(download_pretrained_from_hf(repository))
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f"{where}.weights: cannot load '{spec.weights}': {' '.join(str(error).split())}") from None
-    return _no_arch(spec, where, _from_folder(config, weights, spec.weights, where))
+    return _no_arch(spec, where, read_folder(config, weights, spec.weights, where))
 
 
 def _from_exported(spec: Model, seed: int, where: str) -> Clip:
-    return _no_arch(spec, where, _exported_folder(Path(spec.weights), where))
+    return _no_arch(spec, where, exported_folder(Path(spec.weights), where))
 
 
 def _from_transformers(spec: Model, seed: int, where: str) -> Clip:
@@ -161,10 +130,10 @@ def _from_transformers(spec: Model, seed: int, where: str) -> Clip:
     check_model_config(cfg, where_weights, spec.weights)
     check_preprocess(preprocess, where_weights, spec.weights)
     with unfilled():
-        clip = _clip(build(cfg, preprocess), f"transformers:{folder}", cfg)
+        clip = as_clip(build(cfg, preprocess), f"transformers:{folder}", cfg)
     weights = next(folder / name for name in TRANSFORMERS_WEIGHTS if (folder / name).is_file())
     state = from_transformers(read_state_dict(weights, where))
-    load_strictly(clip.model, _in_names_of(clip.model, state), f"{where_weights} '{weights}'", "check the folder")
+    load_strictly(clip.model, in_names_of(clip.model, state), f"{where_weights} '{weights}'", "check the folder")
     return _no_arch(spec, where, clip)
 
 
@@ -174,7 +143,7 @@ def _from_run(spec: Model, seed: int, where: str) -> Clip:
 
     run, checkpoint, weights = read_resolved(Path(spec.weights), read)
     checksums.verify(run, START_FOLDER, "restore it from a copy, or train the run anew")
-    clip = _exported_folder(run / START_FOLDER, "weights")
+    clip = exported_folder(run / START_FOLDER, where)
     tower = clip.tower()
     if lora.is_adapter(weights):
         lora.attach(tower.visual, settings.load(run / "config.yaml").student.lora, tower.layout)
@@ -186,9 +155,7 @@ def _from_run(spec: Model, seed: int, where: str) -> Clip:
 
 
 def _absent(spec: Model, seed: int, where: str) -> Clip:
-    raise UserError(
-        f"{where}.weights: '{spec.weights}' does not exist; correct the path, or make it first if it is a run's folder"
-    )
+    raise absent_weights(where, spec.weights)
 
 
 def _from_seed(spec: Model, seed: int, where: str) -> Clip:
@@ -196,7 +163,7 @@ def _from_seed(spec: Model, seed: int, where: str) -> Clip:
     with torch.random.fork_rng(devices=[]):
         # The setting's name is part of the seed, so that a random teacher differs from a random student.
         torch.manual_seed(zlib.crc32(f"{seed} {where}".encode()))
-        return _of_architecture(name, _wanted_gelu(name, spec, None, where))
+        return _of_architecture(name, wanted_gelu(name, spec, None, where))
 
 
 def _from_file(spec: Model, seed: int, where: str) -> Clip:
@@ -210,13 +177,12 @@ def _from_file(spec: Model, seed: int, where: str) -> Clip:
     if spec.quick_gelu is None and not spec.arch.endswith(".json") and not name.endswith("quickgelu"):
         raise UserError(
             f"{where}.quick_gelu: the file '{path}' does not say which activation it was trained with; set quick_gelu"
-            " to true"
-            " (OpenAI's) or false"
+            " to true (OpenAI's) or false"
         )
-    quick_gelu = _wanted_gelu(name, spec, None, where)
+    quick_gelu = wanted_gelu(name, spec, None, where)
     with unfilled():
         clip = _of_architecture(name, quick_gelu)
-    load_strictly(clip.model, _in_names_of(clip.model, state), f"{where}.weights '{path}'")
+    load_strictly(clip.model, in_names_of(clip.model, state), f"{where}.weights '{path}'")
     return clip
 
 
@@ -224,29 +190,22 @@ def _from_tag(spec: Model, seed: int, where: str) -> Clip:
     name = architecture(spec.arch, f"{where}.arch", spec.weights)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if spec.weights not in tags:
-        raise UserError(
-            f"{where}.weights: '{spec.weights}' is neither a file, a folder, hf-hub:..., 'random' nor a tag of"
-            f" {spec.arch}"
-            f" (tags: {', '.join(tags) or 'none'})"
-        )
-    gelu = _wanted_gelu(name, spec, _trained_gelu(name, spec.weights), where)
+        raise unknown_weights(where, spec.weights, spec.arch, tags)
+    gelu = wanted_gelu(name, spec, trained_gelu(name, spec.weights), where)
     return _pretrained(name, spec.weights, gelu, where)
 
 
 # The first row that matches a `Model` setting loads it.
 SOURCES: tuple[tuple[Callable[[Model], bool], Callable[[Model, int, str], Clip]], ...] = (
-    (_is_hub, _from_hub),
+    (lambda spec: spec.weights.startswith(HUB), _from_hub),
     (_is_exported, _from_exported),
     (_is_transformers, _from_transformers),
     (_is_run, _from_run),
-    (_is_absent, _absent),
-    (_is_random, _from_seed),
-    (_is_file, _from_file),
-    (_is_tag, _from_tag),
+    (lambda spec: "/" in spec.weights and not Path(spec.weights).exists(), _absent),
+    (lambda spec: spec.weights == "random", _from_seed),
+    (lambda spec: Path(spec.weights).is_file(), _from_file),
+    (lambda spec: True, _from_tag),  # whatever is nothing else
 )
-
-
-# ---------------------------------------------------------------- architectures and configurations
 
 
 def _no_arch(spec: Model, where: str, clip: Clip) -> Clip:
@@ -256,45 +215,9 @@ def _no_arch(spec: Model, where: str, clip: Clip) -> Clip:
     if spec.quick_gelu is not None and spec.quick_gelu != bool(clip.config["model_cfg"].get("quick_gelu", False)):
         raise UserError(
             f"{where}.quick_gelu: {spec.quick_gelu}, but '{spec.weights}' was trained with quick_gelu"
-            f" {not spec.quick_gelu};"
-            " leave it out"
+            f" {not spec.quick_gelu}; leave it out"
         )
     return clip
-
-
-def _trained_gelu(name: str, tag: str) -> bool:
-    """Whether the weights of a tag were trained with QuickGELU."""
-    return bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False))
-
-
-def _wanted_gelu(name: str, spec: Model, trained: bool | None, where: str) -> bool:
-    """Whether the model is to run with QuickGELU. trained: whether its weights were; None where nothing says so.
-
-    Raises UserError when the weights were trained with the other activation.
-    """
-    architecture_default = bool(open_clip.get_model_config(name).get("quick_gelu", False))
-    if spec.quick_gelu is not None:
-        quick_gelu = spec.quick_gelu
-    elif trained is not None and not architecture_default:
-        quick_gelu = trained
-    else:
-        quick_gelu = architecture_default
-    if trained is not None and quick_gelu != trained:
-        asked = "quick_gelu" if spec.quick_gelu is not None else f"arch {name}"
-        raise UserError(
-            f"{where}: weights '{spec.weights}' were trained with quick_gelu {str(trained).lower()}, but {asked} asks"
-            " for"
-            f" {str(quick_gelu).lower()}; leave quick_gelu out and name the plain architecture"
-        )
-    return quick_gelu
-
-
-def _folder_config(path: Path, where: str, source: str) -> tuple[dict, dict]:
-    """(model_cfg, preprocess_cfg) of an open_clip_config.json, every key of them known."""
-    where = f"{where}.weights"
-    content = read_json(path, where)
-    cfg = check_model_config(content.get("model_cfg"), where, str(path))
-    return cfg, check_preprocess(content.get("preprocess_cfg") or {}, where, str(path))
 
 
 # ---------------------------------------------------------------- models
@@ -303,13 +226,13 @@ def _folder_config(path: Path, where: str, source: str) -> tuple[dict, dict]:
 def _of_architecture(name: str, quick_gelu: bool) -> Clip:
     """An architecture of open_clip's list with random weights."""
     cfg = {**open_clip.get_model_config(name), "quick_gelu": quick_gelu}
-    return _clip(build(cfg), name, cfg)
+    return as_clip(build(cfg), name, cfg)
 
 
 def _pretrained(name: str, tag: str, quick_gelu: bool, where: str) -> Clip:
     """An architecture with the weights of one of open_clip's own tags."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # decided by _wanted_gelu
+        warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # decided by wanted_gelu
         logging.disable(logging.ERROR)  # what open_clip logs it also raises
         try:
             with unfilled():  # open_clip loads strictly, too
@@ -323,32 +246,7 @@ def _pretrained(name: str, tag: str, quick_gelu: bool, where: str) -> Clip:
         finally:
             logging.disable(logging.NOTSET)
     require_finite(model.state_dict(), f"weights '{tag}' of {name}")
-    return _clip(model, name, {**open_clip.get_model_config(name), "quick_gelu": quick_gelu})
-
-
-def _exported_folder(folder: Path, where: str) -> Clip:
-    found = [folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()]
-    if not found:
-        raise UserError(
-            f"{where}.weights: cannot load 'local-dir:{folder}': it holds no weights (such as {WEIGHTS_FILE}); copy"
-            " them there"
-        )
-    return _from_folder(folder / CONFIG_FILE, found[0], f"local-dir:{folder}", where)
-
-
-def _from_folder(config: Path, weights: Path, name: str, where: str) -> Clip:
-    """A model from its open_clip_config.json and its weights.
-
-    open_clip's own reader would pass on every key of the config, and
-    stretch positional embeddings of another size to fit, without a word."""
-    cfg, preprocess = _folder_config(config, where, name)
-    with unfilled():
-        clip = _clip(build(cfg, preprocess), name, cfg)
-    state = _in_names_of(clip.model, read_state_dict(weights, where))
-    load_strictly(
-        clip.model, state, f"{where}.weights: cannot load '{name}': {weights.name}", "check that the folder is whole"
-    )
-    return clip
+    return as_clip(model, name, {**open_clip.get_model_config(name), "quick_gelu": quick_gelu})
 
 
 def _with_text_of(spec: Model, tower: dict[str, Tensor], where: str) -> Clip:
@@ -362,24 +260,3 @@ def _with_text_of(spec: Model, tower: dict[str, Tensor], where: str) -> Clip:
     state = {k.removeprefix("visual."): v for k, v in tower.items()}
     load_strictly(clip.model.visual, state, f"{where}.weights '{spec.weights}'")
     return clip
-
-
-def _in_names_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A whole model's weights in the names and shapes of `model`, by open_clip's own conversions of older files."""
-    state = dict(convert_state_dict(model, state))
-    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
-        state = convert_to_custom_text_state_dict(state)
-    for name in ("logit_scale", "logit_bias"):
-        own = getattr(model, name, None)
-        if own is not None and name in state and state[name].numel() == own.numel():
-            state[name] = state[name].reshape(own.shape)
-    positions = "text.transformer.embeddings.position_ids"
-    if positions not in model.state_dict():
-        state.pop(positions, None)  # newer transformers keep no such buffer
-    return state
-
-
-def _clip(model: nn.Module, name: str, cfg: dict) -> Clip:
-    preprocess = dict(open_clip.model.get_model_preprocess_cfg(model))
-    preprocess = {k: list(v) if isinstance(v, tuple) else v for k, v in preprocess.items()}
-    return Clip(model, name, {"model_cfg": cfg, "preprocess_cfg": preprocess})

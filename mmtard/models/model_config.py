@@ -7,7 +7,6 @@ pass, and no name in it that would fetch or run code.
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib.util
 import json
 from dataclasses import asdict
@@ -17,6 +16,7 @@ import open_clip
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import nn
 
+from ..config.model_errors import no_architecture, unknown_architecture
 from ..errors import UserError
 from .known_keys import MODEL, PREPROCESS, check_keys
 
@@ -144,13 +144,11 @@ def architecture(arch: str | None, key: str, weights: str = "") -> str:
     key: what the errors call it. Raises UserError for an unknown name, and for a file that describes no model.
     """
     if arch is None:
-        raise UserError(f"{key}: weights '{weights}' do not name their architecture; set it, e.g. arch: ViT-B-32")
+        raise no_architecture(key, weights)
     if not arch.endswith(".json"):
         name = arch.replace("/", "-")
         if name not in open_clip.list_models():
-            near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
-            hint = f"near: {', '.join(near)}" if near else "open_clip.list_models() has them all"
-            raise UserError(f"{key}: open_clip has no architecture '{arch}'; {hint}")
+            raise unknown_architecture(key, arch, open_clip.list_models())
         return name
     path = Path(arch)
     cfg = check_model_config(read_json(path, key), key, arch)

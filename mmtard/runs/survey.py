@@ -12,7 +12,7 @@ from pathlib import Path
 from .. import config as settings
 from ..distributed import slurm
 from ..errors import UserError
-from ..files import opened, refuse_special
+from ..files import json_objects, opened, refuse_special
 from . import history, lock
 from .layout import CHECKPOINTS, CONFIG, EVALUATIONS, HISTORY, METRICS, RESULTS
 
@@ -138,15 +138,11 @@ def _tail(path: Path) -> list[dict]:
             lines = file.read().splitlines()[cut:]
     except FileNotFoundError:
         return []
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-            if isinstance(row["step"], int) and math.isfinite(row["seconds"]):
-                rows.append(row)
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            pass  # being written, or damaged
-    return rows
+    return [row for row in json_objects(lines) if isinstance(row.get("step"), int) and _is_finite(row.get("seconds"))]
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < math.inf
 
 
 def _robust(run: Path) -> tuple[str | None, tuple[str, ...]]:
