@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from .. import config as settings
+from .. import config as settings, resources
 from ..config import Config, Data, Model, model_errors
 from ..config.argument_types import positive
 from ..config.open_clip_names import architectures, weight_tags
@@ -119,11 +120,19 @@ def _model_faults(model: Model, where: str) -> Iterator[str]:
     if model.weights == "random" or model.weights.startswith("hf-hub:") or source.exists():
         return
     if "/" in model.weights:
-        yield str(model_errors.absent_weights(where, model.weights))
+        made_by = f"; `mmtard train {name}` makes it" if (name := _makes(model.weights)) else ""
+        yield f"{model_errors.absent_weights(where, model.weights)}{made_by}"
     elif arch is None:
         yield str(model_errors.no_architecture(f"{where}.arch", model.weights))
     elif weight_tags() and model.weights not in (tags := weight_tags().get(arch, ())):
         yield str(model_errors.unknown_weights(where, model.weights, model.arch, sorted(tags)))
+
+
+def _makes(folder: str) -> str | None:
+    """The configuration of mmtard's own whose run is kept in this folder."""
+    kept_in = re.compile(rf"^run_dir: {re.escape(folder)}$", re.MULTILINE)
+    own = resources.configurations().items()
+    return next((name for name, file in own if kept_in.search(file.read_text(encoding="utf-8"))), None)
 
 
 def _world_faults(config: Config, world: int | None) -> Iterator[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
+import textwrap
 
 from .. import resources
 from ..config.argument_types import path
@@ -53,8 +55,10 @@ def _add_configs(commands) -> None:
 def _configs(args) -> None:
     own = resources.configurations()
     width = max(map(len, own))
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
     for name, file in own.items():
-        print(f"{name:<{width}}  {resources.first_line(file)}")
+        line = f"{name:<{width}}  {resources.first_line(file)}"
+        print(textwrap.fill(line, columns, subsequent_indent=" " * (width + 2)) if len(line) > columns else line)
 
 
 def _add_init(commands) -> None:

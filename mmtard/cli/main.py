@@ -12,7 +12,7 @@ import sys
 
 from ..config.argument_types import check_words
 from ..distributed.console import say
-from ..errors import RunError, UserError
+from ..errors import RunError, UserError, unknown_name
 from ..resources import VERSION
 from . import benchmarks, config, data, evaluation, launch, runs, study, training
 from .command import name_flags
@@ -84,8 +84,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments of a command line; ends the process with status 2 and the usage where they do not fit."""
+    """The arguments of a command line; ends the process with status 2 and the usage where they do not fit.
+
+    Raises UserError for an unknown command.
+    """
     top = parser()
+    names = next(action.choices for action in top._actions if action.choices)
+    if not argv[0].startswith("-") and argv[0] not in names:
+        raise unknown_name("command", argv[0], names)
     args, left = top.parse_known_args(argv)
     if hasattr(args, "words"):  # a command with a parser of its own takes them as they are
         args.words = left

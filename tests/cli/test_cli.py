@@ -62,6 +62,11 @@ def test_the_name_alone_shows_every_command_and_where_to_read_on(mmtard):
     assert "`mmtard COMMAND --help`" in done.stderr and "error" not in done.stderr
 
 
+def test_a_command_that_is_not_there_is_answered_with_the_known_ones(mmtard):
+    done = mmtard("trian", "run.yaml")
+    assert done.returncode == 2 and done.stderr.startswith("mmtard: unknown command 'trian'; known: cache, compare, ")
+
+
 @pytest.mark.parametrize("override, words", WRONG, ids=[o for o, _ in WRONG])
 def test_a_wrong_setting_ends_train_with_one_line_before_torch(mmtard, override, words):
     done = mmtard("train", "run.yaml", override)

@@ -75,6 +75,12 @@ def test_the_page_of_methods_names_every_objective_weighting_and_attack_objectiv
     assert not missing, "docs/methods.md lacks them"
 
 
+def test_the_page_of_commands_has_every_command():
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    known = next(action.choices for action in main.parser()._actions if action.dest == "command" or action.choices)
+    assert [name for name in known if not re.search(rf"`mmtard {name}\b", text)] == []
+
+
 @named
 def test_every_command_is_one_that_the_program_takes(page):
     for words in commands(page):
