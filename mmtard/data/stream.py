@@ -3,29 +3,22 @@
 Which samples a batch holds, and what they look like, is a function of the step alone.
 """
 
-import atexit
-import multiprocessing
-import signal
-import threading
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from fractions import Fraction
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
 
 from ..config import Config, Data
 from ..distributed.ranks import Ranks
-from ..errors import ProcessLostError, UserError
+from ..errors import UserError
 from ..seeding import sample_seeds
 from .dataset import Dataset
 from .images import Transform
-from .limits import prepare_for_workers
+from .loader import load_batches
 from .order import Order
 from .samples import Batch, EmbeddingRows, SampleReader, SampleRequest
-from .staging import SHIELDED, Stager, staging_for
+from .stager import Stager
+from .staging import staging_for
 
 
 class ReplacedTally:
@@ -84,7 +77,7 @@ class TrainStream:
             stager.check(self.steps.start * self.batch_size)
         try:
             for step, batch in enumerate(
-                _load(self.samples, self._requests(), self.settings.workers, self.batch_size // self.world),
+                load_batches(self.samples, self._requests(), self.settings.workers, self.batch_size // self.world),
                 self.steps.start,
             ):
                 if stager:
@@ -158,112 +151,6 @@ def eval_batches(
         for c in chunks
     )
     tally = ReplacedTally(max_replaced)
-    for batch in _load(samples, requests, workers, min(batch_size, len(ids))):
+    for batch in load_batches(samples, requests, workers, min(batch_size, len(ids))):
         tally.add(batch)
         yield batch
-
-
-def _load(samples: SampleReader, requests: Iterator, workers: int, batch_size: int) -> Iterator[Batch]:
-    height, width = samples.transform.shape
-    prepare_for_workers(workers, batch_bytes=batch_size * 3 * height * width)
-    loader = DataLoader(
-        samples,
-        sampler=requests,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        pin_memory=torch.cuda.is_initialized(),  # by a run on GPUs; one on the CPU leaves them alone
-        worker_init_fn=_start_worker,
-        multiprocessing_context="fork" if workers else None,
-        generator=torch.Generator(),
-    )
-    others = set(multiprocessing.active_children())
-    with _signals_held():
-        batches = iter(loader)
-    processes = [p for p in multiprocessing.active_children() if p not in others]
-    _raise_lost_wherever_told(workers)
-
-    def end() -> None:
-        if workers:
-            batches._shutdown_workers()  # public only as garbage collection, which a kept traceback would put off
-        for process in processes:
-            if process.is_alive():  # in the middle of a long fetch, it ignores the signal that ends it
-                process.kill()
-
-    # Before multiprocessing's own exit, which would wait for workers that ignore its SIGTERM.
-    atexit.register(end)
-    try:
-        for batch in batches:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-    except (RuntimeError, OSError, EOFError) as error:
-        # A worker killed while it hands a batch over ends in an error of the connection to it.
-        gone = None if "DataLoader worker" in str(error) else _killed(processes)
-        if gone is None and "DataLoader worker" not in str(error):
-            raise
-        error = error if gone is None else RuntimeError(f"DataLoader worker (pid {gone}) was killed")
-        raise _lost(error, workers) from None
-    finally:
-        end()
-        atexit.unregister(end)
-
-
-def _killed(processes: list) -> int | None:
-    """The pid of a worker that has ended, given a moment to be known as dead; None where all live."""
-    until = time.monotonic() + 1
-    while True:
-        dead = [p.pid for p in processes if not p.is_alive()]
-        if dead or time.monotonic() > until or not processes:
-            return dead[0] if dead else None
-        time.sleep(0.02)
-
-
-def _lost(error: RuntimeError, workers: int) -> ProcessLostError:
-    return ProcessLostError(
-        f"a loader process was lost: {' '.join(str(error).split())}; "
-        f"if its memory ran out, lower data.workers (now {workers})"
-    )
-
-
-def _raise_lost_wherever_told(workers: int) -> None:
-    """Make torch's handler of SIGCHLD raise ProcessLostError in place of RuntimeError.
-
-    The handler runs when a worker dies, wherever the main thread then is: often inside a model's forward, where nobody
-    could tell its RuntimeError from a fault of the model, and a run that may go on would end for good.
-    """
-    if not workers or threading.current_thread() is not threading.main_thread():
-        return
-    torchs = signal.getsignal(signal.SIGCHLD)
-    torchs = getattr(torchs, "wrapped", torchs)
-    if not callable(torchs):
-        return
-
-    def handler(number, frame):
-        try:
-            torchs(number, frame)
-        except RuntimeError as error:
-            raise _lost(error, workers) from None
-
-    handler.wrapped = torchs
-    signal.signal(signal.SIGCHLD, handler)
-
-
-def _as_it_is(batch):
-    return batch
-
-
-def _start_worker(_: int) -> None:
-    for number in SHIELDED:
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-@contextmanager
-def _signals_held():
-    """Keep the shielded signals pending while workers are forked: until they ignore them, one would end them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -22,24 +22,11 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from ..errors import RunError, UserError
-from .gpu_driver import driver_version, why_too_old
+from .devices import rank_device
 from .launcher import launch_from_env
 from .processes import raise_descriptor_limit
 
 LEAVE_S = 60.0  # for NCCL to take its groups down
-# What a CUDA error says that no other GPU would mend: the program's fault, or a setting's.
-NO_GPU_FAULT = (
-    "out of memory",
-    "device-side assert",
-    "illegal memory access",
-    "misaligned address",
-    "invalid argument",
-    "invalid configuration",
-    "invalid device",
-    "no kernel image",
-    "driver version is insufficient",
-)
-GIVEN = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")  # set where Slurm gave GPUs
 
 
 @dataclass(frozen=True)
@@ -143,7 +130,7 @@ def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> R
             flush=True,
         )
     raise_descriptor_limit()
-    where = _device(device, local)
+    where = rank_device(device, local)
     on_gpu = where.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(where)
@@ -201,19 +188,6 @@ def set_timeouts(limit: timedelta) -> None:
         setter(limit, group)
 
 
-def gpu_fault(error: BaseException | None) -> str | None:
-    """What a GPU that fails says (ECC, a launch failure, off the bus); None for any other error.
-
-    An index beyond a table or too little memory is no fault of the GPU.
-    """
-    if not isinstance(error, getattr(torch, "AcceleratorError", ())) or isinstance(error, torch.OutOfMemoryError):
-        return None
-    text = " ".join(str(error).split())
-    return (
-        None if any(words in text for words in NO_GPU_FAULT) else text.partition(" CUDA kernel errors might")[0][:300]
-    )
-
-
 def peer_is_gone(error: BaseException | None) -> bool:
     """Whether an error comes from another rank that ended, or did not answer in time, rather than from this one."""
     # gloo has no exception of its own, and names the file of its transport.
@@ -267,34 +241,6 @@ def stop(ranks: Ranks | None = None) -> None:
     leaving = threading.Thread(target=destroy, name="leave", daemon=True)
     leaving.start()
     leaving.join(LEAVE_S)
-
-
-def _device(device: str, local: int) -> torch.device:
-    """Where this rank computes: on the GPU of its local rank, or on the only one that Slurm lets this task see."""
-    available, env = torch.cuda.is_available(), os.environ
-    too_old = None if available else why_too_old(torch.version.cuda, driver_version())
-    if device == "cuda" and not available:
-        remedy = too_old or "set engine.device=cpu or run where one is"
-        raise UserError(f"engine.device: 'cuda', but torch sees no GPU here; {remedy}")
-    if device == "auto" and not available:
-        given = next((f"{name}={env[name]}" for name in GIVEN if env.get(name)), None)
-        if given and env.get("SLURM_GPUS_ON_NODE") != "0":
-            build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-            remedy = too_old or "install a torch for the node's driver (nvidia-smi tells its CUDA version)"
-            raise UserError(
-                f"engine.device: 'auto' finds no GPU on {platform.node()}, though Slurm gave this job some ({given}): "
-                f"torch {torch.__version__}, {build}, sees none; {remedy}, or set engine.device=cpu "
-                "(evaluate: --device cpu)"
-            )
-    if device == "cpu" or not available:
-        return torch.device("cpu")
-    seen = torch.cuda.device_count()
-    if local < seen:
-        return torch.device("cuda", local)
-    # --gpus-per-task=1 and --gpu-bind=single:1 show each task one GPU. These differ when the step has one for each.
-    if seen == 1 and env.get("SLURM_LOCALID") == str(local) and local < int(env.get("SLURM_GPUS_ON_NODE") or 0):
-        return torch.device("cuda", 0)
-    raise UserError(f"local rank {local} has no GPU of its own: torch sees {seen}; start one process a GPU")
 
 
 def _meeting_point(world: int) -> str:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from ..config import Config
 from ..distributed.console import say
+from ..distributed.devices import gpu_fault
 from ..distributed.interruption import EXIT_REQUEUE
-from ..distributed.ranks import Ranks, gpu_fault, peer_is_gone
+from ..distributed.ranks import Ranks, peer_is_gone
 from ..errors import ProcessLostError, RunError, UserError
 from ..runs import history
 from ..runs.layout import HISTORY

@@ -13,7 +13,8 @@ from mmtard.data.indexing import build_index
 from mmtard.data.order import Order
 from mmtard.data.reader import Reader
 from mmtard.data.samples import SampleReader
-from mmtard.data.staging import Stager, Staging
+from mmtard.data.stager import Stager
+from mmtard.data.staging import Staging
 from mmtard.data.stream import TrainStream
 from mmtard.errors import UserError
 from mmtard.files import exclusive

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mmtard.data import stream
-from mmtard.distributed import ranks
+from mmtard.data import loader as data_loader
+from mmtard.distributed import devices, ranks
 from mmtard.errors import RunError, UserError
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MMTARD_INIT_FILE", "MASTER_ADDR", "MASTER_PORT")
@@ -119,7 +119,7 @@ def test_gpus_that_slurm_gave_and_torch_does_not_see_are_not_passed_over(start, 
 
 @pytest.mark.parametrize("device, env", [("cuda", {}), ("auto", {"SLURM_JOB_GPUS": "0"})])
 def test_where_the_driver_is_too_old_the_remedy_is_that(start, monkeypatch, device, env):
-    monkeypatch.setattr(ranks, "driver_version", lambda: "535.104.05")
+    monkeypatch.setattr(devices, "driver_version", lambda: "535.104.05")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(
         UserError, match="the driver 535.104.05 is older than 580, which CUDA 13.0 needs; update it, or"
@@ -213,8 +213,8 @@ def test_a_run_on_the_cpu_leaves_a_gpu_that_is_there_alone(monkeypatch):
         return []
 
     samples = SimpleNamespace(transform=SimpleNamespace(shape=(8, 8)))
-    monkeypatch.setattr(stream, "DataLoader", loader)
-    assert list(stream._load(samples, iter([]), 0, 4)) == [] and asked["pin_memory"] is False
+    monkeypatch.setattr(data_loader, "DataLoader", loader)
+    assert list(data_loader.load_batches(samples, iter([]), 0, 4)) == [] and asked["pin_memory"] is False
 
 
 @pytest.mark.parametrize("name", ["nowhere/meet", "."])
