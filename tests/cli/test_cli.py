@@ -183,8 +183,6 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ([], "required: COMMAND"),
-        (["trian"], "invalid choice: 'trian'"),
         (["train"], "required: CONFIG"),
         (["evaluate", "m"], "required: --data"),
         (
