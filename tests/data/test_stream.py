@@ -318,7 +318,7 @@ def test_signal_while_workers_start_is_kept_for_the_parent(launch):
     body = """
 got = []
 signal.signal(signal.SIGUSR2, lambda *_: got.append(len(multiprocessing.active_children())))
-import mmtard.data.stream as module
+import mmtard.data.loader as module
 start = module._start_worker
 def slow(i):
     os.kill(os.getppid(), signal.SIGUSR2)
