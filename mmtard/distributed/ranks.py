@@ -26,6 +26,7 @@ from .devices import rank_device
 from .launcher import launch_from_env
 from .processes import raise_descriptor_limit
 
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
 LEAVE_S = 60.0  # for NCCL to take its groups down
 
 
@@ -69,7 +70,7 @@ class Ranks:
         The host does not wait for the device. `n` must be the same on all ranks.
         """
         gathered = numbers.new_empty(self.world_size * numbers.numel())
-        dist.all_gather_into_tensor(gathered, numbers.contiguous())
+        ALL_GATHER(gathered, numbers.contiguous())
         return gathered.view(self.world_size, numbers.numel())
 
     def ranks_a_node(self) -> int:

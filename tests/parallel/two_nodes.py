@@ -19,7 +19,8 @@ from mmtard.zero_shot import ZeroShotHead
 
 ranks = process_group.start("cpu")
 gathered = {"all": 0, "of other nodes": 0}
-all_gather = dist.all_gather_into_tensor
+NAME = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # as FSDP2 calls it
+all_gather = getattr(dist, NAME)
 
 
 def counted(output_tensor, input_tensor, group=None, async_op=False):
@@ -49,7 +50,7 @@ def asked(made: FrozenTeacher) -> dict:
     return {"logits": logits, "gradient": gradient, "held": made.bytes_here / made.bytes_whole, **counts}
 
 
-dist.all_gather_into_tensor = counted
+setattr(dist, NAME, counted)
 found = {"a node": ranks.ranks_a_node(), "replicated": asked(teacher("replicated")), "nodes": asked(teacher("sharded"))}
 own = Ranks.ranks_a_node
 Ranks.ranks_a_node = lambda self: self.world_size

@@ -1,0 +1,222 @@
+"""`mmtard bench data`: images/s that a core reads from shards, what the step takes, and how long the loop waits."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..config import Config, Data
+from ..data.dataset import Dataset, open_dataset, open_dataset_on_all_ranks
+from ..data.images import Transform, decode
+from ..data.samples import SampleReader, SampleRequest
+from ..data.shard_writer import write_shards
+from ..data.staging import staging_for
+from ..data.stream import train_stream
+from ..distributed.ranks import Ranks, process_group
+from ..models.loading import load_skeleton
+from ..training.numerics import numerics
+from ..training.step import optimizer_step
+from .models import ResidentParts, resident_parts
+from .pictures import draw_pictures
+from .report import BenchmarkReport, BenchmarkTable
+from .timing import Spread, timed, wait_for_device
+
+STORED = "as stored"
+STAGES = ("read", "decode", "resize and crop", "batch")
+
+
+@dataclass(frozen=True)
+class CoreRate:
+    """How fast one core makes images for the student from shards."""
+
+    images_per_s: list[float]  # round by round
+    milliseconds: dict[str, float]  # an image, stage by stage: the best round's
+    kilobytes: float  # an encoded image
+
+
+@dataclass
+class DataBenchmark:
+    """What is to be measured of a configuration's shards and of its loop.
+
+    drawn: so many images are drawn and written as shards, in place of those of `data.shards`. images: read in each of
+    `rounds` rounds, on one core. resize, quality: of the pre-resized shards that the same images are written to.
+    steps: of the training loop, after a first one; 0: the loop is left out.
+    """
+
+    config: Config
+    drawn: int | None = None
+    images: int = 256
+    rounds: int = 3
+    resize: int = 256
+    quality: int = 90
+    steps: int = 10
+
+    def run(self, out: Path) -> None:
+        """Measure, print the tables, and write them to `out`. UserError for what the configuration lacks."""
+        with ExitStack() as stack:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mmtard-bench-")))
+            stack.enter_context(numerics(self.config.engine))
+            ranks = stack.enter_context(process_group(self.config.engine.device))
+            config = ranks.run_on_first(lambda: self._with_drawn(scratch)) if self.drawn else self.config
+            report = BenchmarkReport(numbers={"config": config.model_dump(mode="json")})
+            if ranks.is_first:
+                self._measure_core(config, scratch, report)
+            ranks.barrier()
+            if self.steps:
+                self._measure_loop(config, ranks, report)
+            if ranks.is_first:
+                report.publish(out, ranks.device)
+
+    def _with_drawn(self, scratch: Path) -> Config:
+        draw_pictures(scratch / "drawn", self.drawn or 0)
+        write_shards(scratch / "drawn", scratch / "drawn-shards", samples_per_shard=128, progress=False)
+        own = {"shards": str(scratch / "drawn-shards"), "index": None, "classnames": None}
+        return self.config.model_copy(update={"data": self.config.data.model_copy(update=own)})
+
+    # ---------------------------------------------------------------- one core
+
+    def _measure_core(self, config: Config, scratch: Path, report: BenchmarkReport) -> None:
+        dataset = open_dataset(config.data)
+        size = load_skeleton(config.student, "student").tower().image_size
+        transform = Transform(size, config.data.resize, config.data.crop_scale, config.data.flip)
+        kinds = {
+            STORED: SampleReader(dataset, transform, need_labels=False, staging=staging_for(dataset, config.data.cache))
+        }
+        resized = self._pre_resized(kinds[STORED], scratch)
+        kinds[f"pre-resized: {self.resize} px, quality {self.quality}"] = SampleReader(
+            resized, transform, need_labels=False
+        )
+        rates = core_rates(kinds, self.images, self.rounds)
+        table = BenchmarkTable(
+            f"One core: images for a student of {size} px from shards",
+            ["shards", "images/s", *(f"ms {stage}" for stage in STAGES), "kB an image"],
+        )
+        for name, rate in rates.items():
+            stages = [f"{rate.milliseconds[stage]:.2f}" for stage in STAGES]
+            table.rows.append([name, str(Spread.of(rate.images_per_s)), *stages, f"{rate.kilobytes:.3g}"])
+        report.tables.append(table)
+        report.numbers["core"] = {name: vars(rate) for name, rate in rates.items()}
+        report.notes.append(f"Images/s: median (smallest-largest) of {self.rounds} rounds of {self.images} images.")
+
+    def _pre_resized(self, samples: SampleReader, scratch: Path) -> Dataset:
+        """The first images of a data set, written as `mmtard shards --resize` does."""
+        dataset, images = samples.dataset, scratch / "images" / "0"
+        images.mkdir(parents=True)
+        for sample in range(min(self.images, len(dataset))):
+            extension = Path(dataset.file_name(sample)).suffix
+            (images / f"{sample:06d}{extension}").write_bytes(samples.reader.image(sample))
+        write_shards(
+            images.parent, scratch / "resized", resize=self.resize, quality=self.quality, jobs=1, progress=False
+        )
+        shutil.rmtree(images.parent)
+        return open_dataset(Data(shards=str(scratch / "resized")))
+
+    # ---------------------------------------------------------------- the loop
+
+    def _measure_loop(self, config: Config, ranks: Ranks, report: BenchmarkReport) -> None:
+        dataset = open_dataset_on_all_ranks(config.data, ranks)
+        parts = resident_parts(config, ranks, max(int(dataset.labels.max()) + 1, 2), published=False)
+        waits, steps = loop_times(config, dataset, ranks, parts, self.steps)
+        waits, steps = ([*map(max, zip(*ranks.all_gather(times)))] for times in (waits, steps))
+        share = sum(waits) / (sum(waits) + sum(steps))
+        needed = config.train.batch_size / ranks.world_size / Spread.of(steps).median
+        per_core = report.numbers["core"][STORED]["images_per_s"] if ranks.is_first else [1.0]
+        rate = Spread.of(per_core).median
+        table = BenchmarkTable(
+            f"The loop: {config.train.batch_size} images a step, {ranks.world_size} x {ranks.device.type}, "
+            f"data.workers={config.data.workers} a rank",
+            ["s a step", "images/s a rank takes", "cores it takes", "s waited a step", "waited"],
+            [
+                [
+                    str(Spread.of(steps)),
+                    f"{needed:.4g}",
+                    f"{needed / rate:.2g}",
+                    str(Spread.of(waits)),
+                    f"{100 * share:.2f} %",
+                ]
+            ],
+        )
+        report.tables.append(table)
+        report.numbers["loop"] = {
+            "seconds": steps,
+            "waited": waits,
+            "waited_share": share,
+            "images_per_s_needed_a_rank": needed,
+            "cores_needed_a_rank": needed / rate,
+        }
+        report.notes.append(
+            f"Waited: of {self.steps} steps after the first, whose wait for the workers' start does not count; of all "
+            "ranks, the one that waited longest."
+        )
+
+
+def core_rates(kinds: dict[str, SampleReader], images: int, rounds: int) -> dict[str, CoreRate]:
+    """How fast this process alone makes batches of each kind's first `images` samples, in turn."""
+    found = {name: ([], [], []) for name in kinds}
+    for _ in range(rounds):
+        for name, samples in kinds.items():
+            seconds, stages, size = _read_once(samples, images)
+            count = min(images, len(samples.dataset))
+            rates, times, sizes = found[name]
+            rates.append(count / seconds)
+            times.append({stage: 1e3 * taken / count for stage, taken in stages.items()})
+            sizes.append(size / count / 1e3)
+    return {
+        name: CoreRate(rates, {stage: min(t[stage] for t in times) for stage in STAGES}, sizes[0])
+        for name, (rates, times, sizes) in found.items()
+    }
+
+
+def _read_once(samples: SampleReader, images: int) -> tuple[float, dict[str, float], int]:
+    """(seconds of the images as batches, seconds of each stage alone, bytes read)."""
+    ids = np.arange(min(images, len(samples.dataset)), dtype=np.int64)
+    seeds = ids.astype(np.uint64)
+    cpu, stages, made = torch.device("cpu"), {}, {}
+
+    def stage(name: str, work) -> None:
+        stages[name] = timed(lambda: made.update({name: [work(i) for i in range(len(ids))]}), cpu)
+
+    stage("read", lambda i: samples.reader.image(int(ids[i])))
+    stage("decode", lambda i: decode(made["read"][i]))
+    stage("resize and crop", lambda i: samples.transform(made["decode"][i], int(seeds[i])))
+    size = sum(map(len, made["read"]))
+    made.clear()
+    chunks = [slice(at, at + 32) for at in range(0, len(ids), 32)]
+    seconds = timed(lambda: [samples[SampleRequest(ids[c], seeds[c], None)] for c in chunks], cpu)
+    stages["batch"] = max(0.0, seconds - sum(stages.values()))
+    return seconds, stages, size
+
+
+def loop_times(
+    config: Config, dataset: Dataset, ranks: Ranks, parts: ResidentParts, steps: int
+) -> tuple[list[float], list[float]]:
+    """(seconds that the loop waited for each batch, seconds of each step), after a first step. Collective."""
+    train = config.train.model_copy(update={"steps": steps + 1})
+    stored = parts.stored()
+    waits, took = [], []
+    batches = iter(
+        train_stream(config.model_copy(update={"train": train}), dataset, ranks, parts.engine.ds.module.image_size)
+    )
+    for _ in range(steps + 1):
+        began = time.perf_counter()
+        batch = next(batches)
+        had = time.perf_counter()
+        labels = batch.labels.clamp_min(0)
+        batch = replace(batch, labels=labels, teacher_embeddings=stored if _uses_stored(config) else {})
+        optimizer_step(parts.task, parts.engine, batch, config.train.lr, ranks.device)
+        wait_for_device(ranks.device)
+        waits.append(had - began)
+        took.append(time.perf_counter() - had)
+    batches.close()
+    return waits[1:], took[1:]
+
+
+def _uses_stored(config: Config) -> bool:
+    return any(teacher.stored for teacher in config.teachers.values())

@@ -1,0 +1,81 @@
+"""What a cluster is assumed to do: the numbers of the cost model that are not counted from the configuration."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import UserError
+from .timing import Spread
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A cluster of equal nodes, and how fast it does each kind of work; by default of eight A100 SXM4 a node.
+
+    Rates are FLOP/s of one GPU, bandwidths bytes/s. Only what NVIDIA's data sheets say is known (bf16 peak 312 TFLOP/s;
+    NVLink 300 GB/s each way; a DGX A100's eight 200 Gbit/s network cards); all else is assumed, and replaced by what a
+    measurement says. No A100 was at hand.
+    """
+
+    name: str = "A100, assumed"
+    gpus_a_node: int = 8
+    # Shares of the peak: large matrices, small ones between many elementwise kernels, forward and backward.
+    teachers: float = 0.45 * 312e12
+    attack: float = 0.30 * 312e12
+    student: float = 0.33 * 312e12
+    kernel_s: float = 10e-6  # the host needs so long to launch one: small batches take no less
+    kernels: tuple[int, int, int] = (250, 500, 800)  # of a teacher's forward, an attack step, the student's step
+    memory_bandwidth: float = 1.5e12 * 0.8  # the optimizer's update is bound by it
+    within: float = 0.75 * 300e9  # of a collective among the GPUs of a node
+    between: float = 0.75 * 8 * 25e9  # of a node to the others, all its cards together
+    hop_s: float = 8e-6  # a small message from one GPU to the next
+    loaders: int = 12  # cores that decode, a GPU: those of slurm/train_vitb32.sh
+    images_a_core: float = 120.0  # images/s from shards of ImageNet as it is
+    host_s: float = 5e-3  # a step: what the loop does while the GPU has nothing to do
+
+
+def measured(machine: Machine, train: Path | None, data: Path | None, flops: dict[str, float]) -> Machine:
+    """The machine with what `mmtard bench train` and `mmtard bench data` found (their JSON) in place of assumptions.
+
+    flops: of one image, by phase: teachers, attack, student. Raises UserError for a file that holds no such results.
+    """
+    if train is not None:
+        machine = replace(
+            machine, name=f"as measured in {train.name}", **_rates(_read(train, "variants"), train, flops)
+        )
+    if data is not None:
+        rates = _read(data, "core")["core"]["as stored"]["images_per_s"]
+        machine = replace(machine, images_a_core=Spread.of(rates).median)
+    return machine
+
+
+def _rates(content: dict, path: Path, flops: dict[str, float]) -> dict[str, float]:
+    variants = content["variants"]
+    try:
+        phases = variants["mmtard"]["phases"]
+        images = content["config"]["train"]["batch_size"] / content.get("world_size", 1)
+        seconds = {name: Spread.of([p.get(name, 0.0) for p in phases]).median for name in phases[0]}
+    except (KeyError, IndexError, TypeError):
+        raise UserError(
+            f"--train: '{path}' holds no phases of the variant 'mmtard'; run mmtard bench train again"
+        ) from None
+    student = seconds.get("student forward", 0.0) + seconds.get("student backward", 0.0)
+    taken = {"teachers": seconds.get("teachers", 0.0), "attack": seconds.get("attack", 0.0), "student": student}
+    # The file's own models may be others than those predicted for: its FLOPs an image scale ours.
+    scale = variants["mmtard"]["flops_an_image"] / sum(flops.values())
+    return {name: images * flops[name] * scale / taken[name] for name in taken if taken[name] and flops[name]}
+
+
+def _read(path: Path, key: str) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no JSON"
+        raise UserError(f"'{path}' cannot be read: {reason}; give the --out of mmtard bench") from None
+    if not isinstance(content, dict) or key not in content:
+        raise UserError(
+            f"'{path}' holds no '{key}'; give the --out of mmtard bench {'train' if key == 'variants' else 'data'}"
+        )
+    return content

@@ -1,0 +1,212 @@
+"""`mmtard bench scale`: a prediction of a step on many GPUs, part by part, and which part binds first."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..config import Config, check_world
+from ..distillation import attack_objectives, methods
+from ..errors import UserError
+from ..models.image_tower import DTYPES
+from ..models.loading import load_skeleton
+from ..training.throughput import forward_flops, sample_flops
+from .machine import Machine, measured
+from .report import BenchmarkReport, BenchmarkTable
+
+PARTS = (
+    "teachers",
+    "attack",
+    "student",
+    "optimiser",
+    "ZeRO traffic",
+    "teacher gathers",
+    "agreement",
+    "host",
+    "loading",
+)
+COMPUTE = ("teachers", "attack", "student")
+GRADIENT_BYTES = 4  # of a weight: float32, whatever the precision of the forwards
+UPDATE_BYTES = 7 * 4  # a weight's update reads weight, gradient and two moments, and writes three of them
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a configuration asks for: counted, not assumed."""
+
+    images: int  # of the global batch
+    flops: dict[str, float]  # of one image, by phase
+    attack_steps: int
+    teacher_forwards: int  # of all teachers that run
+    trained: int  # weights
+    zero_stage: int
+    gathered: float  # bytes of sharded teachers, times the gathers of a step
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of each part of a step, by PARTS; `loading` is what it takes beyond all others, which it runs beside."""
+
+    world: int
+    parts: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def compute(self) -> float:
+        return sum(self.parts[name] for name in COMPUTE)
+
+
+def work_of(config: Config) -> Work:
+    """Count a configuration's work. Raises UserError for a model whose architecture is not known here."""
+    models = {"student": load_skeleton(config.student, "student").tower()}
+    for name in config.ensemble:
+        models[name] = load_skeleton(config.model_of(name), f"teachers.{name}").tower()
+    running = [name for name, teacher in config.ensemble.items() if not teacher.stored]
+    forward = {name: forward_flops(tower) for name, tower in models.items()}
+    if not all(map(math.isfinite, forward.values())):
+        raise UserError("bench scale: the arithmetic of one of these architectures cannot be counted; take another")
+    passes = methods.find_method(config.method.name).passes(config.method)
+    named = config.attack_objective
+    objective = attack_objectives.find_objective(named, config.fusion) if named else None
+    asked = {*passes, *(objective.reference_passes if objective else ())}
+    adapters = bool(config.student.lora)
+    # Phase by phase: the same count with the other phases' models at nothing.
+    own = {**dict.fromkeys(models, 0.0), "student": forward["student"]}
+    flops = {
+        "teachers": sum(forward[p.model] for p in asked if p.model in running),
+        "student": sample_flops(own, passes, None, config.attack, adapters),
+    }
+    whole = sample_flops(
+        {name: flop if name == "student" or name in running else 0.0 for name, flop in forward.items()},
+        passes,
+        objective,
+        config.attack,
+        adapters,
+    )
+    flops["attack"] = whole - sum(flops.values())
+    steps = config.attack.steps * config.attack.restarts if objective else 0
+    dtype = DTYPES[config.engine.precision]
+    gathered = 0.0
+    for name in running:
+        if config.ensemble[name].placement == "sharded":
+            through = steps * 2 if objective and objective.through_teacher == name else 0
+            size = sum(p.numel() for p in models[name].parameters()) * dtype.itemsize
+            gathered += size * (sum(p.model == name for p in asked) + through)
+    return Work(
+        images=config.train.batch_size,
+        flops=flops,
+        attack_steps=steps,
+        teacher_forwards=sum(p.model in running for p in asked),
+        trained=sum(p.numel() for p in models["student"].parameters()),
+        zero_stage=config.engine.zero_stage,
+        gathered=gathered,
+    )
+
+
+def predict(work: Work, machine: Machine, world: int) -> Prediction:
+    """Seconds of each part of a step on `world` GPUs. Nothing overlaps but the loading, which runs beside all else."""
+    images, local = work.images / world, min(world, machine.gpus_a_node)
+    nodes = math.ceil(world / machine.gpus_a_node)
+    kernels = dict(zip(COMPUTE, machine.kernels))
+    times = {"teachers": work.teacher_forwards, "attack": work.attack_steps, "student": 1}
+    parts = {
+        phase: max(
+            images * work.flops[phase] / getattr(machine, phase), times[phase] * kernels[phase] * machine.kernel_s
+        )
+        for phase in kernels
+    }
+    shared = world if work.zero_stage else 1
+    parts["optimiser"] = work.trained * UPDATE_BYTES / shared / machine.memory_bandwidth
+    ring = machine.within if nodes == 1 else min(machine.within, machine.between)
+    share = (world - 1) / world
+    # Reduce-scatter of gradients, all-gather of weights; stage 3 gathers for each forward and backward instead.
+    volumes = 2 if work.zero_stage < 3 else 1 + 2 * work.attack_steps + 2
+    parts["ZeRO traffic"] = volumes * share * work.trained * GRADIENT_BYTES / ring
+    parts["teacher gathers"] = work.gathered * (local - 1) / local / machine.within
+    parts["agreement"] = (world - 1) * machine.hop_s
+    parts["host"] = machine.host_s
+    loading = images / (machine.loaders * machine.images_a_core)
+    parts["loading"] = max(0.0, loading - sum(parts.values()))
+    return Prediction(world, {name: parts[name] for name in PARTS})
+
+
+def binds_first(predictions: list[Prediction], work: Work, machine: Machine) -> str:
+    """Which part keeps the largest of these worlds furthest from one GPU's arithmetic, shared out."""
+    last = max(predictions, key=lambda p: p.world)
+    one = predict(work, machine, 1)
+    lost = {name: last.parts[name] - (one.parts[name] / last.world if name in COMPUTE else 0) for name in PARTS}
+    name = max(lost, key=lambda part: lost[part])
+    return f"{name}: {1e3 * lost[name]:.3g} ms of a step of {1e3 * last.seconds:.4g} ms on {last.world} GPUs"
+
+
+@dataclass
+class ScaleBenchmark:
+    """The prediction of a configuration's step on each of `worlds` GPUs.
+
+    train, data: JSON of `mmtard bench train` and `mmtard bench data`, measured on one GPU of the cluster; without them
+    the A100's defaults are taken.
+    """
+
+    config: Config
+    worlds: list[int]
+    train: Path | None = None
+    data: Path | None = None
+    machine: Machine = Machine()
+
+    def run(self, out: Path) -> None:
+        """Print the table and write it to `out`. UserError for worlds that the batch does not divide over."""
+        for world in self.worlds:
+            check_world(self.config, world)
+        work = work_of(self.config)
+        machine = measured(self.machine, self.train, self.data, work.flops)
+        self.report(work, machine).publish(out, torch.device("cpu"))
+
+    def report(self, work: Work, machine: Machine) -> BenchmarkReport:
+        """The table, its numbers and its assumptions."""
+        predictions = [predict(work, machine, world) for world in self.worlds]
+        one = predict(work, machine, 1)
+        shown = [name for name in PARTS if any(p.parts[name] for p in predictions)]
+        table = BenchmarkTable(
+            f"PREDICTION, no measurement: {work.images} images a step on {machine.name}, {machine.gpus_a_node} a node",
+            ["GPUs", "images a GPU", *(f"ms {name}" for name in shown), "ms a step", "images/s", "of ideal"],
+        )
+        for p in predictions:
+            cells = [f"{1e3 * p.parts[name]:.3g}" for name in shown]
+            ideal = one.seconds / p.world / p.seconds
+            table.rows.append(
+                [
+                    str(p.world),
+                    f"{work.images / p.world:.3g}",
+                    *cells,
+                    f"{1e3 * p.seconds:.4g}",
+                    f"{work.images / p.seconds:.4g}",
+                    f"{100 * ideal:.0f} %",
+                ]
+            )
+        numbers = {
+            "config": self.config.model_dump(mode="json"),
+            "machine": vars(machine),
+            "work": vars(work),
+            "prediction": {p.world: p.parts for p in predictions},
+        }
+        return BenchmarkReport([table], numbers, _notes(predictions, work, machine))
+
+
+def _notes(predictions: list[Prediction], work: Work, machine: Machine) -> list[str]:
+    tera = {name: getattr(machine, name) / 1e12 for name in COMPUTE}
+    return [
+        f"Binds first: {binds_first(predictions, work, machine)}. Of ideal: one GPU's time for all images, shared out.",
+        f"Counted: {sum(work.flops.values()) / 1e9:.4g} GFLOP an image, {work.trained / 1e6:.4g} M trained weights, "
+        f"{work.attack_steps} attack steps, {work.teacher_forwards} teacher forwards, ZeRO {work.zero_stage}.",
+        f"Assumed, {machine.name}: teachers {tera['teachers']:.3g}, attack {tera['attack']:.3g}, student "
+        f"{tera['student']:.3g} TFLOP/s a GPU; {1e6 * machine.kernel_s:.3g} us a kernel at least; "
+        f"{machine.within / 1e9:.4g} GB/s in a node, {machine.between / 1e9:.4g} GB/s a node to others; "
+        f"{1e6 * machine.hop_s:.3g} us a hop; {machine.loaders} cores a GPU of {machine.images_a_core:.4g} images/s; "
+        f"{1e3 * machine.host_s:.3g} ms of the host a step. Traffic does not overlap with arithmetic.",
+    ]

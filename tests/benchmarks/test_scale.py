@@ -1,0 +1,111 @@
+"""The cost model of `mmtard bench scale`: its counts and sums by hand, and what it says of the main run."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from mmtard import config as settings, resources
+from mmtard.benchmarks.machine import Machine, measured
+from mmtard.benchmarks.scale import PARTS, ScaleBenchmark, Work, binds_first, predict, work_of
+from mmtard.errors import UserError
+
+TEACHERS = ["teachers.clean.arch=ViT-L-14", "teachers.robust.arch=ViT-L-14"]
+
+
+@pytest.fixture(scope="module")
+def main_run():
+    path = resources.find_config("vitb32_mmtard")
+    return settings.load(path, [*TEACHERS, "teachers.clean.stored=false"])
+
+
+@pytest.fixture(scope="module")
+def work(main_run):
+    return work_of(main_run)
+
+
+def test_the_main_runs_arithmetic_is_that_of_its_models(work):
+    """ViT-B/32 at 224: 8.8 GFLOP a forward, ViT-L/14: 162. 2 teacher forwards, 20 and 6 of the student."""
+    assert work.flops["teachers"] == pytest.approx(2 * 162e9, rel=0.01)
+    assert work.flops["attack"] == pytest.approx(20 * 8.8e9, rel=0.02)
+    assert work.flops["student"] == pytest.approx(6 * 8.8e9, rel=0.02)
+    assert (work.attack_steps, work.teacher_forwards, work.trained) == (10, 2, 87849216)
+
+
+def test_a_stored_teacher_costs_nothing(main_run):
+    stored = main_run.model_copy(
+        update={
+            "teachers": main_run.teachers | {"clean": main_run.teachers["clean"].model_copy(update={"stored": True})}
+        }
+    )
+    assert work_of(stored).flops["teachers"] == pytest.approx(162e9, rel=0.01) and work_of(stored).teacher_forwards == 1
+
+
+SMALL = Work(
+    images=64, flops={"teachers": 4e9, "attack": 20e9, "student": 6e9}, attack_steps=10, teacher_forwards=1,
+    trained=1_000_000, zero_stage=2, gathered=8e6,
+)  # fmt: skip
+PLAIN = Machine(
+    gpus_a_node=4, teachers=1e12, attack=1e12, student=1e12, kernel_s=0, memory_bandwidth=28e9, within=8e9, between=4e9,
+    hop_s=1e-3, loaders=1, images_a_core=100, host_s=0.002,
+)  # fmt: skip
+
+
+def test_the_parts_are_those_worked_out_by_hand():
+    eight = predict(SMALL, PLAIN, 8).parts  # two nodes, 8 images a GPU
+    assert eight == pytest.approx({
+        "teachers": 0.032, "attack": 0.16, "student": 0.048,
+        "optimiser": 1e6 * 28 / 8 / 28e9,
+        "ZeRO traffic": 2 * 7 / 8 * 4e6 / 4e9,  # gradients and weights, between nodes
+        "teacher gathers": 8e6 * 3 / 4 / 8e9,  # within a node alone
+        "agreement": 0.007, "host": 0.002,
+        "loading": 0.0,  # 0.08 s beside the rest
+    })  # fmt: skip
+    one = predict(SMALL, PLAIN, 1)
+    assert one.parts["ZeRO traffic"] == one.parts["teacher gathers"] == one.parts["agreement"] == 0
+    assert one.compute == pytest.approx(64 * 30e9 / 1e12)
+
+
+def test_stage_3_gathers_the_weights_for_every_forward_and_backward():
+    stage3 = predict(replace(SMALL, zero_stage=3), PLAIN, 4).parts["ZeRO traffic"]
+    assert stage3 == pytest.approx((1 + 20 + 2) * 3 / 4 * 4e6 / 8e9)
+
+
+def test_slow_loaders_and_launches_bind_where_they_are_slowest():
+    starved = predict(SMALL, replace(PLAIN, images_a_core=1), 8)
+    assert starved.parts["loading"] == pytest.approx(8 - sum(starved.parts[n] for n in PARTS if n != "loading"))
+    assert "loading" in binds_first([starved], SMALL, replace(PLAIN, images_a_core=1))
+    launched = replace(PLAIN, kernel_s=1e-3)
+    assert predict(SMALL, launched, 64).parts["attack"] == pytest.approx(10 * 500 * 1e-3)
+
+
+def test_a_measurement_takes_the_place_of_an_assumption(tmp_path):
+    flops = {"teachers": 4e9, "attack": 20e9, "student": 6e9}
+    phases = {"teachers": 0.1, "attack": 0.5, "student forward": 0.05, "student backward": 0.1}
+    train = tmp_path / "train.json"
+    train.write_text(json.dumps({
+        "config": {"train": {"batch_size": 8}},
+        "variants": {"mmtard": {"phases": [phases], "flops_an_image": 30e9}},
+    }))  # fmt: skip
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps({"core": {"as stored": {"images_per_s": [90.0, 100.0, 300.0]}}}))
+    found = measured(Machine(), train, data, flops)
+    assert (found.teachers, found.attack, found.student) == pytest.approx((320e9, 320e9, 320e9))
+    assert found.images_a_core == 100 and found.within == Machine().within
+    with pytest.raises(UserError, match="holds no 'variants'; give the --out of mmtard bench train"):
+        measured(Machine(), data, None, flops)
+
+
+def test_the_table_says_that_it_is_a_prediction_and_what_it_assumes(main_run, tmp_path, capsys):
+    ScaleBenchmark(main_run, [1, 8, 64]).run(tmp_path / "scale.json")
+    printed = capsys.readouterr().out
+    assert "PREDICTION, no measurement" in printed and "Binds first: " in printed and "Assumed, A100" in printed
+    content = json.loads((tmp_path / "scale.json").read_text())
+    assert content["prediction"].keys() == {"1", "8", "64"}
+    speeds = [512 / sum(parts.values()) for parts in content["prediction"].values()]
+    assert speeds == sorted(speeds)
+
+
+def test_a_world_that_the_batch_does_not_divide_over_is_refused(main_run, tmp_path):
+    with pytest.raises(UserError, match="64 lanes cannot be shared by 7 ranks"):
+        ScaleBenchmark(main_run, [7]).run(tmp_path / "scale.json")
