@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from rich.markup import escape
 from .. import resources
 from ..config import load
 from ..errors import RunError, UserError
+from ..launch import local
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -51,11 +51,13 @@ def train(config: Path, *settings: str) -> None:
     Raises RunError with the training's status unless it completes.
     """
     ranks = 2 if load(config, settings).engine.device == "cpu" else min(2, torch.cuda.device_count() or 2)
-    launcher = ["--standalone", "--nproc_per_node", str(ranks)]
-    command = [*launcher, "-m", "mmtard", "train", str(config), *settings]
-    console.print(f"$ torchrun {' '.join(command)}", style="dim", markup=False)
-    as_module = [sys.executable, "-m", "torch.distributed.run", *command]
-    status = subprocess.run(as_module, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    words = ("train", str(config), *settings)
+    console.print(
+        f"$ torchrun --standalone --nproc_per_node {ranks} -m mmtard {' '.join(words)}", style="dim", markup=False
+    )
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the ranks: more would share these cores
+    # The same without torchrun, which would import torch itself before any rank may begin to.
+    status = local.run(sys.executable, words, resources.PACKAGE.parent, ranks)
     if status:
         raise RunError(
             f"training {config} ended with status {status}; its lines above say why. "
