@@ -1,13 +1,14 @@
 """Random kills, again and again: the end has the bits of an undisturbed one. `bash tests/soak.sh [KILLS] [SEED]` for
 long.
 
-Six in ten kills meet a training: one rank, all of them, a loader process, a rank within a checkpoint's write, a start
+Four in ten kills meet a training: one rank, all of them, a loader process, a rank within a checkpoint's write, a start
 in its set-up, the probe, the launcher of the ranks; or the run is told to stop. The others meet evaluate, cache, export
 and shards. The seed is printed, so that a failure can be repeated as far as time itself can be.
 """
 
 import os
 import random
+import re
 import signal
 import time
 from collections import Counter
@@ -27,11 +28,13 @@ from .test_probing import background
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("MMTARD_SOAK_KILLS", 3))
 SEED = int(os.environ.get("MMTARD_SOAK_SEED", time.time_ns() % 10**6))
-OF_COMMANDS = KILLS // 10  # kills that meet each command which is no training
+OF_COMMANDS = 15 * KILLS // 100  # kills that meet each command which is no training
 COMMANDS = ("evaluate", "cache", "export", "shards")
 # As often as it takes; a rank that waits for one that is gone is not waited for.
 RESUME = {"max_losses": None, "max_preemptions": None, "max_starts_without_progress": 10**6, "watchdog_minutes": 5}
 PATIENCE_S = 120.0 if KILLS < 10 else 900.0  # a long soak goes on beside other work
+# Of a traceback. Python's own threads in a loader may print one when the process they work for is killed.
+OURS = re.compile(r'File ".*/mmtard/\w+/\w+\.py", line')
 KINDS = ("rank", "all", "loader", "write", "set-up", "stop", "probe", "launcher")
 LAUNCHER = """
 import sys
@@ -131,7 +134,7 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(job, 
                 plan.append(kind)  # the moment did not come in this start
         statuses = end(ranks)
         printed = (tmp_path / "log.0").read_text()
-        assert not set(statuses) & {2} and "Traceback" not in printed, printed
+        assert not set(statuses) & {2} and not OURS.search(printed), printed
         if set(statuses) == {0}:
             assert digest(run) == digest(undisturbed) and metrics(run) == metrics(undisturbed), f"seed {SEED}"
             if not plan:
