@@ -2,7 +2,7 @@
 
 from .attack import ATTACK_OBJECTIVES, Attack
 from .data import UNSTORABLE, Cache, Data
-from .loading import differences, dump, load, validate
+from .loading import differences, dump, load, section, validate
 from .methods import ARD, METHODS, MMTARD, START, TRUSTS, WEIGHTINGS, Clean, TeCoA
 from .models import Lora, Model, Student, Teacher
 from .schema import Config
@@ -13,5 +13,6 @@ from .world import check_world
 __all__ = [
     "ARD", "ATTACK_OBJECTIVES", "Attack", "Cache", "Clean", "Config", "Data", "Log", "Lora", "METHODS", "MMTARD",
     "Model", "Resume", "START", "Student", "TRUSTS", "TeCoA", "Teacher", "Train", "UNSTORABLE", "WEIGHTINGS",
-    "check_world", "differences", "dump", "expand_path", "load", "parse_fraction", "show_pixels", "validate",
+    "check_world", "differences", "dump", "expand_path", "load", "parse_fraction", "section", "show_pixels",
+    "validate",
 ]  # fmt: skip

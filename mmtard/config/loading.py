@@ -8,10 +8,10 @@ from __future__ import annotations
 import difflib
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ..errors import UserError
 from .methods import METHODS
@@ -20,6 +20,7 @@ from .schema import Config
 from .values import shorten
 from .yaml_tree import check_tree, override, read_tree
 
+T = TypeVar("T", bound=BaseModel)
 MOST_FAULTS = 10  # that one message lists
 
 
@@ -49,6 +50,17 @@ def validate(tree: dict) -> Config:
         faults = [_explain(e) for e in error.errors()]
     more = f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
     raise UserError("; ".join(faults[:MOST_FAULTS]) + more)
+
+
+def section(kind: type[T], **values) -> T:
+    """A section of a configuration (`Data`, `Model`) from values that were found, such as paths of a folder's files.
+
+    Raises UserError that names each bad key.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(e) for e in error.errors()[:1])) from None
 
 
 def dump(config: Config) -> str:

@@ -33,14 +33,22 @@ def shard_name(shard: str) -> str:
 
 
 class _Counted:
-    """A stream that knows how many bytes it has given."""
+    """A stream that knows how many bytes it has given.
+
+    It ends the walk over a tar whose header speaks of more: tarfile would go on asking for ever.
+    """
+
+    MOST_AT_END = 100  # how often it may be asked when it has no more
 
     def __init__(self, stream: BinaryIO):
-        self.stream, self.given = stream, 0
+        self.stream, self.given, self.asked_at_end = stream, 0, 0
 
     def read(self, size: int) -> bytes:
         data = self.stream.read(size)
         self.given += len(data)
+        self.asked_at_end += not data
+        if self.asked_at_end > self.MOST_AT_END:
+            raise EOFError("a member is longer than the file")
         return data
 
 

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..config import Data
+from ..config import Data, section
 from ..data.paths import expand_shards, is_remote
 from ..errors import UserError, unknown_name
 from .corruptions import corruption_folders
@@ -174,7 +174,7 @@ def _source(where: str, index: str | None = None, classnames: str | None = None)
         name = _remote_name(where, index)
         kind = known(name)
         return DatasetSource(
-            kind.name if kind else name, Data(shards=where, index=index, classnames=classnames), kind or PLAIN
+            kind.name if kind else name, section(Data, shards=where, index=index, classnames=classnames), kind or PLAIN
         )
     shards, folder, top = where, None, Path(where)
     if top.is_dir():
@@ -193,13 +193,15 @@ def _source(where: str, index: str | None = None, classnames: str | None = None)
     kind = known(name)
     beside = [at, at.parent] if at.name in SPLITS else [at]
     prompts, described = _first(beside, "zeroshot_classification_templates.txt"), _first(beside, "dataset_type.txt")
-    data = Data(
+    data = section(
+        Data,
         shards=shards,
         index=index,
         classnames=classnames or _first(beside, "classnames.txt"),
         **({"templates": prompts} if prompts else {}),
     )
-    retrieves = described is not None and Path(described).read_text().strip().lower() == "retrieval"
+    kind_of_data = Path(described).read_bytes().decode("utf-8", "replace").strip().lower() if described else ""
+    retrieves = kind_of_data == "retrieval"
     return DatasetSource(kind.name if kind else name, data, kind or PLAIN, folder, retrieves)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..attacks import ensemble
 from ..attacks.state import AttackSettings
-from ..config import Data, Model, parse_fraction
+from ..config import Data, Model, parse_fraction, section
 from ..data.dataset import open_dataset
 from ..data.images import Native, Transform
 from ..data.paths import is_remote
@@ -148,7 +148,7 @@ def _images(dataset: Zeroshot, places: list[int], clip: Clip, bases: list[Path])
             "the command of its evaluation writes them again"
         )
     index = dataset.index if dataset.index and Path(dataset.index).is_file() else None
-    found = open_dataset(Data(shards=shards, index=index))
+    found = open_dataset(section(Data, shards=shards, index=index))
     if found.fingerprint != dataset.fingerprint:
         raise UserError(f"'{dataset.data}' no longer holds the data that were measured")
     height, width = dataset.perturbed_size

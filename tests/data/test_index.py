@@ -381,3 +381,15 @@ def test_names_in_a_shard_move_no_terminals_cursor(tmp_path, capsys):
     assert cli.main(["index", str(tmp_path / "0.tar")]) == 2
     printed = capsys.readouterr().err
     assert "key 'a?[2J' occurs twice" in printed and "\x1b" not in printed
+
+
+def test_a_header_that_speaks_of_terabytes_ends_at_the_end_of_the_file(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, headers in (("a.jpg", {}), ("b.jpg", {"size": "99999999999999"})):
+            member = tarfile.TarInfo(name)
+            member.size, member.pax_headers = len(IMAGE), headers
+            tar.addfile(member, io.BytesIO(IMAGE))
+    with pytest.raises(UserError, match="is truncated or damaged"):
+        scan_shard(str(tmp_path / "0.tar"))
+    with pytest.raises(UserError, match="is truncated or damaged"):
+        scan_shard(f"file:{tmp_path / '0.tar'}")

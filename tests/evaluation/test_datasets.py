@@ -383,3 +383,16 @@ def test_datasets_are_read_as_the_flags_say(tmp_path):
         str(folder), reading={"label_key": "label", "caption_key": None, "allow_pipe": True}
     )
     assert (source.data.label_key, source.data.caption_key, source.data.allow_pipe) == ("label", None, True)
+
+
+def test_a_folder_with_a_control_character_in_its_name_is_one_line(tmp_path):
+    write(tmp_path / "root" / "ev\x1b[31mil", 4, size=(8, 8))
+    with pytest.raises(UserError, match=r"shards: '.*ev.x1b.31mil' holds the control character"):
+        datasets.find_datasets(str(tmp_path / "root"))
+
+
+def test_a_note_on_the_kind_of_data_that_is_no_text_is_none(tmp_path):
+    folder = write(tmp_path / "plain", 4, size=(8, 8))
+    (folder / "dataset_type.txt").write_bytes(b"\xff\xfe\x00")
+    (source,) = datasets.find_datasets(str(folder))
+    assert not source.captions
