@@ -387,7 +387,7 @@ def test_datasets_are_read_as_the_flags_say(tmp_path):
 
 def test_a_folder_with_a_control_character_in_its_name_is_one_line(tmp_path):
     write(tmp_path / "root" / "ev\x1b[31mil", 4, size=(8, 8))
-    with pytest.raises(UserError, match=r"shards: '.*ev.x1b.31mil' holds the control character"):
+    with pytest.raises(UserError, match=r"shards: '.*ev.*31mil.*' holds the control character"):
         datasets.find_datasets(str(tmp_path / "root"))
 
 
