@@ -130,6 +130,7 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(job, 
             plan.pop(0)
             if disturb(kind, ranks, rng, run, steps_done(run)):
                 done[kind] += 1
+                print(f"soak: {sum(done.values())}: {kind}, at step {steps_done(run)} of training {runs}", flush=True)
             else:
                 plan.append(kind)  # the moment did not come in this start
         statuses = end(ranks)
@@ -137,6 +138,7 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(job, 
         assert not set(statuses) & {2} and not OURS.search(printed), printed
         if set(statuses) == {0}:
             assert digest(run) == digest(undisturbed) and metrics(run) == metrics(undisturbed), f"seed {SEED}"
+            print(f"soak: training {runs} ended with the same bits", flush=True)
             if not plan:
                 print(f"soak: {sum(done.values())} kills of {runs} trainings: {dict(done)}; each with the same bits")
                 return
