@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -75,9 +74,11 @@ def _study(args) -> int:
     if args.page:
         print(run.write_page(study, command))
         return 0
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with Interruption() as interruption:
         page = run.run_here(study, _make, interruption, command)
+    from ..study import findings, summary
+
+    summary.show(findings.collect(study))
     print(f"Look at it in a browser: {page.resolve().as_uri()}")
     return 0
 

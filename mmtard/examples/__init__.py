@@ -1,1 +1,1 @@
-"""The quickstart and the comparison on CIFAR-10."""
+"""The quickstart, and what studies are made of: rendered images, CIFAR in splits, tiny CLIPs."""

@@ -1,99 +1,61 @@
 """The main job from nothing: renders images, pretrains a tiny CLIP, trains teachers, distils, compares, reports.
 
-`python -m mmtard.examples.quickstart` works below the current folder and skips what is done.
+`python -m mmtard.examples.quickstart` runs the study configs/studies/quickstart.yaml below the current folder, and skips
+what is done.
 """
 
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
-from fractions import Fraction
+import sys
+import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from ..config import Model, show_pixels
+from .. import resources
+from ..distributed.interruption import Interruption
 from ..distributed.processes import exit_process
-from ..distributed.ranks import start, stop
-from ..evaluation import datasets
-from ..evaluation.evaluate import evaluate
-from ..evaluation.protocols import PROTOCOLS
-from ..evaluation.request import EvaluationRequest
+from ..errors import RunError, UserError
 from ..report.page import report
-from .pretrain import PROMPT, pretrain
-from .shapes import make_data
-from .stages import cell, configuration, console, main, title, train
+from ..study import loading, run, summary
+from ..study.findings import Findings, collect
+from ..study.runs import model_folder, run_folder
+from .materials import make
 
-ROOT = Path("runs/quickstart")
-EPS = Fraction(6, 255)
-TRAINED = ("clean_teacher", "robust_teacher", "single_teacher", "mmtard")
-COMPARED = {
-    "start": ROOT / "mmtard" / "start",
-    "one teacher (ARD)": ROOT / "single_teacher",
-    "MMT-ARD": ROOT / "mmtard",
-}
-PROTOCOL = replace(PROTOCOLS["quick"], attacks=("pgd",), eps=(EPS,), n_samples=None, templates=(PROMPT,))
-SPLITS = {"": "test", "zero-shot ": "zeroshot"}
+NAME = "quickstart"
 
 
-def _run() -> None:
-    stages = 3 + len(TRAINED)
-    configurations = [configuration("quickstart", name) for name in TRAINED]  # told now where they are not installed
-    title(1, stages, "rendering captioned images")
-    make_data(ROOT / "shapes")
-    title(2, stages, "pretraining a tiny CLIP on the captions")
-    pretrain(ROOT / "shapes", ROOT / "clip")
-    for i, config in enumerate(configurations, 3):
-        title(i, stages, f"training {config.stem} on 2 ranks")
-        train(config)
-    title(stages, stages, f"measuring, PGD-20 at eps {show_pixels(EPS)}")
-    _table(_measure())
-    _report()
-
-
-def _measure() -> dict[str, dict[str, dict]]:
-    """{model: {split: its part of the results}}; what is measured already is taken over."""
-    ranks = start("cpu")
-    sources = [source for split in SPLITS.values() for source in datasets.find_datasets(str(ROOT / "shapes" / split))]
-    measured = {}
-    for name, model in COMPARED.items():
-        out = ROOT / "results" / f"{model.parent.name}-{model.name}"
-        request = EvaluationRequest(Model(weights=str(model)), sources, PROTOCOL, out, batch_size=128)
-        results = evaluate(request, ranks, console.print)
-        measured[name] = dict(zip(SPLITS.values(), results["datasets"]))
-    stop()
-    return measured
-
-
-def _table(measured: dict[str, dict[str, dict]]) -> None:
-    table = Table(title=f"accuracy in % (95 % interval), eps {show_pixels(EPS)}")
-    table.add_column("model")
-    for prefix in SPLITS:
-        table.add_column(f"{prefix}clean", justify="right")
-        table.add_column(f"{prefix}robust" if prefix else "PGD-20", justify="right")
-    for name, by_split in measured.items():
-        cells = []
-        for split in SPLITS.values():
-            for found in (by_split[split]["clean"], by_split[split]["eps"][show_pixels(EPS)]["robust"]):
-                cells.append(cell(found))
-        table.add_row(name, *cells)
-    Console(width=max(100, console.width)).print(table)
-    chance = ", ".join(f"{split} {100 * measured['start'][split]['chance']:.1f}" for split in SPLITS.values())
-    console.print(
-        f"chance level: {chance}. The zero-shot classes are colour-shape combinations that no training image shows."
+def main() -> int:
+    """Run it, say what was found and how long it took; return the exit status, that of the error which ended it or 0."""
+    began = time.monotonic()
+    try:
+        study = loading.load(resources.studies()[NAME])
+        with Interruption() as interruption:
+            page = run.run_here(study, make, interruption, f"mmtard {NAME}")
+        found = collect(study)
+        summary.show(found)
+        runs = report_of_runs(found)
+    except (UserError, RunError) as error:
+        print(f"{NAME}: {error}", file=sys.stderr)
+        return getattr(error, "status", 2)
+    print(
+        "The zero-shot classes are colour-shape combinations that no training image shows.\n"
+        f"Look at it in a browser: {page.resolve().as_uri()}\n"
+        f"Curves, and attacked images: {runs.resolve().as_uri()}\n"
+        f"{time.monotonic() - began:.0f} s. The runs are in {study.out}"
     )
+    return 0
 
 
-def _report() -> None:
-    """Write the page of the runs and the student's start, and say where it lies."""
-    teachers = {name: ROOT / name for name in TRAINED if ROOT / name not in COMPARED.values()}
-    shown = COMPARED | teachers
+def report_of_runs(found: Findings) -> Path:
+    """Write the report of the runs and their teachers, with attacked images and curves; its path."""
+    study = found.study
+    shown = {study.labels[method]: run_folder(study, state.runs[0]) for method, state in found.main.items()}
+    shown |= {f"{name} teacher": model_folder(study, name) for name in study.models}
+    out = Path(study.out) / "runs-report"
     words = [str(path) for path in shown.values()]
-    command = shlex.join(["mmtard", "report", *words, "--labels", *shown, "--out", str(ROOT / "report")])
-    page = report(list(shown.values()), ROOT / "report", command=command, labels=list(shown))
-    console.print(f"Look at it in a browser: {page.resolve().as_uri()}", markup=False)
+    command = shlex.join(["mmtard", "report", *words, "--labels", *shown, "--out", str(out)])
+    return report(list(shown.values()), out, images=2, command=command, labels=list(shown))
 
 
 if __name__ == "__main__":
-    exit_process(main("quickstart", _run, ROOT))
+    exit_process(main())

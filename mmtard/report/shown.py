@@ -64,7 +64,7 @@ def block(text: object, language: str = "") -> Safe:
 
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-_LATEX |= {"–": "--", "Δ": r"$\Delta$", "±": r"$\pm$", **{c: f"\\{c}" for c in "&%$#_{}"}}
+_LATEX |= {"–": "--", "≥": r"$\ge$", "Δ": r"$\Delta$", "±": r"$\pm$", **{c: f"\\{c}" for c in "&%$#_{}"}}
 
 
 def latex(text: object) -> str:

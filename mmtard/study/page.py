@@ -1,4 +1,4 @@
-"""A study's page and files: OUT/report/study.html, figures, tables as CSV and LaTeX, and the numbers behind them."""
+"""A study's page and files: STUDY/page/study.html, figures, tables as CSV and LaTeX, and the numbers behind them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .loading import dump
 from .schema import Study
 from .verdict import verdict
 
-FOLDER, PAGE, TEMPLATE = "report", "study.html", "page.html.j2"
+FOLDER, PAGE, TEMPLATE = "page", "study.html", "page.html.j2"
 KIND = "study"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..report.tables import NONE
 from .collect import KINDS
 from .findings import Findings
 from .tables import front_estimates, speed
@@ -77,8 +78,8 @@ def _speed_sentences(found: Findings) -> list[str]:
         return []
     against = found.study.curve.against or found.baseline
     return [
-        f"{name} reaches the final robust accuracy of {found.study.labels[against]} in 1/{cells[0].text} of its seconds "
-        f"({cells[0].below})."
+        f"{name} reaches the final robust accuracy of {found.study.labels[against]} in 1/k of its seconds, "
+        f"k = {cells[0].text} ({cells[0].below})."
         for name, cells in table.rows
-        if name != found.study.labels[against] and cells[0].text not in ("never", "–")
+        if name != found.study.labels[against] and cells[0].text not in ("never", NONE.text)
     ]

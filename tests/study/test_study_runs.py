@@ -14,7 +14,8 @@ from tiny_study import tree, write
 
 from mmtard.cli.main import main
 from mmtard.distributed.interruption import EXIT_REQUEUE
-from mmtard.study import findings, loading
+from mmtard.examples import quickstart
+from mmtard.study import findings, loading, summary
 
 pytestmark = pytest.mark.slow
 TIMES = ("seconds",)
@@ -35,7 +36,7 @@ RSLAD_LESS = {"name": "rslad", "alpha": 1.0}
 
 
 def rows(folder, name):
-    with (folder / "report" / name).open() as file:
+    with (folder / "page" / name).open() as file:
         return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
 
 
@@ -82,16 +83,34 @@ def test_the_numbers_on_the_page_are_those_of_the_evaluations(whole):
 
 def test_the_page_says_it_in_words_tables_and_figures(whole):
     _, out = whole
-    page = (out / "report" / "study.html").read_text()
+    page = (out / "page" / "study.html").read_text()
     assert "The best with one teacher or none, by validation data, is TeCoA" in page
     assert re.search(r"teacher (gains|trades|loses|is level) at the tuned settings", page)
     for heading in ("Accuracy and differences", "The front", "Robustness over time", "Ablations", "Cost", "Tuning"):
         assert f">{heading}</h2>" in page, heading
     assert page.count("<img") == 4 and "less minus teacher" in page and "At the edge of its grid" in page
-    names = {p.name for p in (out / "report").iterdir()}
+    names = {p.name for p in (out / "page").iterdir()}
     assert {"front-test.svg", "curve-seconds.pdf", "table-differences.tex", "table-accuracy.csv"} <= names
-    made = json.loads((out / "report" / "made_with.json").read_text())
+    made = json.loads((out / "page" / "made_with.json").read_text())
     assert made["command"].startswith("mmtard ") and made["versions"]["torch"] and made["missing"] == []
+
+
+def test_the_console_shows_the_same_accuracies_and_sentences(whole, capsys):
+    file, _ = whole
+    found = findings.collect(loading.load(file))
+    summary.show(found)
+    printed = capsys.readouterr().out
+    shown = re.search(r"TeCoA \(baseline\).*", printed)[0]
+    mean = sum(found.outcomes["test", run.name].accuracy("clean") for run in found.main["tecoa"].runs) / 2
+    assert f"{100 * mean:.1f} ±" in shown and "The best with one teacher or none, by validation data, is" in printed
+
+
+def test_the_report_of_its_runs_shows_each_and_its_teachers(whole):
+    """As the quickstart writes it."""
+    file, out = whole
+    page = quickstart.report_of_runs(findings.collect(loading.load(file))).read_text()
+    assert page.count("attacked image: said to be") >= 1 and "robust teacher" in page and "TeCoA" in page
+    assert (out / "runs-report" / "report.html").is_file()
 
 
 def test_a_second_call_trains_nothing_and_writes_the_same(whole, capsys):
@@ -119,7 +138,7 @@ def test_killed_and_stopped_on_the_way_it_ends_with_the_same_numbers(whole, tmp_
         process.send_signal(number)
         statuses.append(process.wait(timeout=120))
     assert statuses == [-signal.SIGKILL, EXIT_REQUEUE]
-    assert not (tmp_path / "again" / "report").exists()
+    assert not (tmp_path / "again" / "page").exists()
     assert main(["study", str(again)]) == 0
     for name in ("runs.csv", "differences.csv", "fronts.csv", "tuning.csv", "curves.csv"):
         assert rows(tmp_path / "again", name) == rows(out, name), name
@@ -133,4 +152,4 @@ def test_a_run_that_fails_is_named_with_its_log_and_the_others_stay(tmp_path, vi
     told = capsys.readouterr().err
     assert "teacher, lr 0.001, seed 0: " in told and f"{tmp_path}/gone" in told and ".log'. The same command" in told
     assert main(["study", str(file), "--page"]) == 0  # of what is there
-    assert "1 runs are not there yet" in (tmp_path / "out" / "report" / "study.html").read_text()
+    assert "1 runs are not there yet" in (tmp_path / "out" / "page" / "study.html").read_text()
