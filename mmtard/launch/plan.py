@@ -65,7 +65,7 @@ def plan(path: Path, overrides: list[str], sweeps: list[str], pipeline: bool, ev
 
     to_train = [c for c in students if steps_done(Path(c.run_dir)) < c.train.steps]
     notes += [f"complete: {c.run_dir}" for c in students if c not in to_train]
-    storing, more_notes = _storing(to_train, needed)
+    storing, more_notes = storing_works(to_train, needed)
     notes += more_notes
     if storing:
         stages.append(Stage("stored embeddings", tuple(storing), needed))
@@ -192,7 +192,7 @@ def _evaluation_stages(
     return stages, notes
 
 
-def _storing(students: list[Config], teachers: tuple[Path, ...]) -> tuple[list[Work], list[str]]:
+def storing_works(students: list[Config], teachers: tuple[Path, ...]) -> tuple[list[Work], list[str]]:
     """(one work for each set of embeddings that is not stored, notes about those that are).
 
     teachers: run folders that are still to be trained.

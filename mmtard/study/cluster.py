@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..config import check_world
 from ..data.paths import shards_of
-from ..launch.plan import Plan, Stage, Work
+from ..launch.plan import Plan, Stage, Work, storing_works
 from ..launch.request import JobRequest
 from ..launch.snapshot import Snapshot
 from ..launch.submit import show_plan, submit_plan
@@ -71,6 +71,10 @@ def _stages(study: Study, title: str, items: list[Item], world: int, after: tupl
         item.check_settings()
     found = []
     if training:
+        storing, _ = storing_works([item.config for item in training if item.reads_stored], after)
+        if storing:
+            found.append(Stage(f"{title}: stored embeddings", tuple(storing), after))
+            after = (*after, *(work.run_dir for work in storing))
         works = tuple(Work(Path(item.config.run_dir), item.config, ("train",)) for item in training)
         found.append(Stage(f"{title}: training", works, after))
     measuring = [item for item in items if item.to_measure]
@@ -78,7 +82,7 @@ def _stages(study: Study, title: str, items: list[Item], world: int, after: tupl
         file = str((Path(study.out) / loading.FILE).absolute())
         works = tuple(Work(_folder(study, item), None, ("study", file, "--measure", item.key)) for item in measuring)
         found.append(
-            Stage(f"{title}: measuring", works, tuple(work.run_dir for work in (found[0].works if found else ())))
+            Stage(f"{title}: measuring", works, tuple(work.run_dir for work in (found[-1].works if found else ())))
         )
     return found
 

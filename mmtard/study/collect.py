@@ -36,12 +36,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a training. seconds: of all its steps; by_step: until each of them. gflop: of one image, NaN if unknown."""
+    """Of a training. seconds: of all its steps; by_step: until each of them. gflop: of one image, NaN if unknown.
+
+    stored: seconds that it took, once, to store the teachers' embeddings which the method reads; in none of the others.
+    """
 
     seconds: float
     by_step: dict[int, float]
     images: int
     gflop: float
+    stored: float = 0.0
 
 
 def outcome(one: Measurement) -> Outcome | None:
@@ -70,7 +74,7 @@ def same_samples(outcomes: dict[str, Outcome]) -> None:
             )
 
 
-def cost(run: Path, batch_size: int) -> Cost:
+def cost(run: Path, batch_size: int, stored: float = 0.0) -> Cost:
     """What a training took, by its own metrics; a step that was lost and done again counts once."""
     rows = read_json_lines(run / METRICS)
     total, by_step = 0.0, {}
@@ -85,4 +89,4 @@ def cost(run: Path, batch_size: int) -> Cost:
         for row in rows
         if row.get("tflops_a_rank") and row.get("images_per_s")
     ]
-    return Cost(total, by_step, len(rows) * batch_size, float(np.median(flop)) if flop else float("nan"))
+    return Cost(total, by_step, len(rows) * batch_size, float(np.median(flop)) if flop else float("nan"), stored)

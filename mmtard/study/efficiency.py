@@ -11,10 +11,11 @@ from .front import Estimate, Resampling, estimate
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A method on the way. costs [S,T]: seconds or images until each state; flags [S,T,N]: right under attack."""
+    """A method on the way. costs [S,T]: seconds or images until each state; flags [S,T,N]: right under attack; of these seeds."""
 
     costs: np.ndarray
     flags: np.ndarray
+    seeds: tuple[int, ...] = ()
 
 
 def reached(costs: np.ndarray, accuracies: np.ndarray, target: float) -> float:

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
+from ..config import Config
 from .choose import Tuned, best_baseline, chosen
 from .collect import Cost, Outcome, cost, outcome, same_samples
 from .crossed import Difference, holm, paired_difference
@@ -15,6 +16,7 @@ from .front import Resampling
 from .measures import START, evaluation, of_model, on_the_way
 from .runs import Run, configuration, points, run_folder, tuning_runs
 from .schema import Study
+from .worker import stored_seconds
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,25 @@ class Findings:
         return {m: (d, p) for (m, d), p in zip(found.items(), adjusted)}
 
     def cost(self, run: Run) -> Cost:
-        return cost(run_folder(self.study, run), configuration(self.study, run).train.batch_size)
+        """What a run took."""
+        config = configuration(self.study, run)
+        return cost(run_folder(self.study, run), config.train.batch_size, self._storing(_stored(config)))
+
+    def _storing(self, read: set[tuple[str, str]]) -> float:
+        """Seconds that it took to store what a method reads: of the first run that read as much, or more."""
+        if not read:
+            return 0.0
+        alike = [
+            run
+            for state in self.states
+            if read <= _stored(configuration(self.study, state.runs[0]))
+            for run in state.runs
+        ]
+        return max((stored_seconds(self.study, run.name) for run in alike), default=0.0)
 
     def trajectory(self, state: State, over: str, kind: str = "robust") -> Trajectory | None:
         """A method's way over `seconds` or `images`, over the seeds that have all of it; None where none has."""
-        costs, flags = [], []
+        costs, flags, seeds = [], [], []
         for run in state.runs:
             way = on_the_way(self.study, run)
             found = [outcome(one) for one in way]
@@ -90,10 +106,14 @@ class Findings:
             spent, batch = self.cost(run), configuration(self.study, run).train.batch_size
             steps = [int(one.out.name.split("-")[1]) for one in way]
             costs.append(
-                [spent.by_step.get(step, spent.seconds) if over == "seconds" else step * batch for step in steps]
+                [
+                    spent.stored + spent.by_step.get(step, spent.seconds) if over == "seconds" else step * batch
+                    for step in steps
+                ]
             )
             flags.append([one.flags(kind) for one in found])
-        return Trajectory(np.array(costs, dtype=float), np.array(flags)) if costs else None
+            seeds.append(run.seed)
+        return Trajectory(np.array(costs, dtype=float), np.array(flags), tuple(seeds)) if costs else None
 
     def resampling(self, seeds: int, samples: int) -> Resampling:
         """The draws for so many seeds and samples, the same whenever it is asked."""
@@ -129,6 +149,11 @@ def collect(study: Study) -> Findings:
         of_this = {run: one for (n, run), one in {**found.outcomes, **found.models}.items() if n == name}
         same_samples(of_this)
     return found
+
+
+def _stored(config: Config) -> set[tuple[str, str]]:
+    """The teachers whose embeddings a run reads, by name and weights."""
+    return {(name, teacher.weights) for name, teacher in config.teachers.items() if teacher.stored}
 
 
 def _runs(study: Study, tuned: dict[tuple[str, int], Tuned]) -> list[Run]:

@@ -16,7 +16,7 @@ from ..runs.layout import CONFIG
 from .measures import START, Measurement, of_model, of_run
 from .runs import Run, all_runs, configuration, model_configuration, points, tuning_runs
 from .schema import Study
-from .worker import MEASURE, OF_MODEL, TRAIN
+from .worker import MEASURE, OF_MODEL, STORE, TRAIN
 
 TUNING, SEEDS, TEACHERS, STARTS = "tuning", "seeds", "models", "start"
 
@@ -78,8 +78,14 @@ class Item:
     @property
     def works(self) -> list[dict]:
         """What is missing of it, in order."""
-        kinds = ([] if self.trained else [TRAIN]) + ([MEASURE] if self.to_measure or not self.trained else [])
-        return [self.work(kind) for kind in kinds if kind == TRAIN or self.measured]
+        kinds = [] if self.trained else [*([STORE] if self.reads_stored else []), TRAIN]
+        kinds += [MEASURE] if self.measured and (self.to_measure or not self.trained) else []
+        return [self.work(kind) for kind in kinds]
+
+    @property
+    def reads_stored(self) -> bool:
+        """Whether it reads embeddings of teachers, which are stored before it is trained."""
+        return self.config is not None and any(teacher.stored for teacher in self.config.teachers.values())
 
 
 def model_items(study: Study) -> list[Item]:

@@ -87,7 +87,7 @@ def _curves(found: Findings) -> str:
             for t in range(states):
                 spent = {"seconds": f"{ways['seconds'].costs[s, t]:.1f}", "images": int(ways["images"].costs[s, t])}
                 found_there = {"clean": clean.flags[s, t].mean(), "robust": ways["images"].flags[s, t].mean()}
-                rows.append({"method": method, "seed": state.runs[s].seed, **spent, **found_there})
+                rows.append({"method": method, "seed": clean.seeds[s], **spent, **found_there})
     return _csv(rows)
 
 

@@ -126,7 +126,7 @@ def speed(found: Findings) -> Table | None:
         cells = []
         for over in ("seconds", "images"):
             ours, theirs = found.trajectory(state, over), found.trajectory(found.main[against], over)
-            if ours is None or theirs is None or ours.flags.shape != theirs.flags.shape:
+            if ours is None or theirs is None or ours.seeds != theirs.seeds:
                 cells.append(NONE)
             elif method == against:
                 cells.append(Cell(f"{own_speed_up(theirs):.2f}", "itself, by its own curve"))
@@ -157,11 +157,14 @@ def costs(found: Findings) -> Table:
         gflop = spent[0].gflop
         cells = [Cell("–" if np.isnan(gflop) else f"{gflop:.3g}"), Cell(str(spent[0].images)), _mean(seconds, "{:.0f}")]
         cells.append(_mean([one.images / one.seconds for one in spent if one.seconds], "{:.0f}"))
+        cells.append(Cell(f"{spent[0].stored:.0f}" if spent[0].stored else "–"))
         rows.append((found.study.labels[method], cells))
-    head = [[("method", 1), ("GFLOP an image", 1), ("images", 1), ("seconds", 1), ("images/s", 1)]]
+    columns = ("method", "GFLOP an image", "images", "seconds", "images/s", "storing, once, s")
+    head = [[(column, 1) for column in columns]]
     notes = [
         "GFLOP an image: attack, teachers and student, a multiply-add counted as two. Seconds are those of the "
-        f"training steps, {found.study.at_once} run(s) side by side. {SEVERAL}."
+        f"training steps, {found.study.at_once} run(s) side by side. {SEVERAL}.",
+        "storing: of the teachers' embeddings that it reads, made once for all of its runs; in the curves over seconds.",
     ]
     return Table(head, rows, "Cost of a training", notes, "cost")
 

@@ -8,18 +8,22 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
+from ..config import Config
 from ..distributed.interruption import EXIT_REQUEUE, Interruption
 from ..distributed.processes import die_with_parent, exit_process
 from ..errors import RunError, UserError
+from ..files import slug, write_text
 from . import loading
 from .measures import Measurement, of_model, of_run, start_configuration
 from .runs import all_runs, configuration, model_configuration
 from .schema import Study
 
-TRAIN, MEASURE, OF_MODEL = "train", "measure", "model"
+STORE, TRAIN, MEASURE, OF_MODEL = "store", "train", "measure", "model"
+STORED = "stored"  # folder of a study: how long it took to store the teachers' embeddings that a run reads
 
 
 def main(argv: list[str]) -> int:
@@ -48,6 +52,9 @@ def carry_out(study: Study, asked: dict, interruption: Interruption) -> tuple[in
     try:
         if asked["work"] == TRAIN:
             return train(study, asked, interruption), "stopped"
+        if asked["work"] == STORE:
+            store(study, asked, interruption)
+            return 0, ""
         measure(measurements(study, asked), interruption, start_configuration(study).engine.device)
         return 0, ""
     except UserError as error:
@@ -63,11 +70,39 @@ def train(study: Study, asked: dict, interruption: Interruption) -> int:
     """Train, or go on training; the exit status."""
     from ..training.train import train as train_run
 
-    name = asked["name"]
-    config = model_configuration(study, name) if asked.get(OF_MODEL) else configuration(study, all_runs(study)[name])
+    config = _configuration(study, asked)
     if config.engine.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return train_run(config, interruption)
+
+
+def store(study: Study, asked: dict, interruption: Interruption) -> None:
+    """Store the embeddings of the teachers that a run reads, and note how long that took; what is stored stays."""
+    from ..embeddings.build import cache
+
+    began = time.monotonic()
+    cache(_configuration(study, asked), interruption)
+    note = stored_note(study, asked["name"])
+    seconds = max(stored_seconds(study, asked["name"]), time.monotonic() - began)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_text(note, json.dumps({"seconds": seconds}) + "\n")
+
+
+def stored_note(study: Study, name: str) -> Path:
+    return Path(study.out) / STORED / f"{slug(name)}.json"
+
+
+def stored_seconds(study: Study, name: str) -> float:
+    """How long the storing took that a run waited for; 0 where it reads none, or found them stored."""
+    try:
+        return float(json.loads(stored_note(study, name).read_text())["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+def _configuration(study: Study, asked: dict) -> Config:
+    name = asked["name"]
+    return model_configuration(study, name) if asked.get(OF_MODEL) else configuration(study, all_runs(study)[name])
 
 
 def measurements(study: Study, asked: dict) -> list[Measurement]:

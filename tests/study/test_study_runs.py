@@ -27,6 +27,7 @@ def whole(tmp_path_factory, vit):
     folder = tmp_path_factory.mktemp("whole")
     methods = tree(folder, vit)["methods"]
     methods["less"] = {"ablates": "teacher", "settings": {**methods["teacher"]["settings"], "method": RSLAD_LESS}}
+    methods["less"]["settings"]["teachers"] = {"robust": {"weights": "{study}/models/robust", "stored": True}}
     file = write(folder / "tiny.yaml", tree(folder / "out", vit, methods=methods))
     assert main(["study", str(file)]) == 0
     return file, folder / "out"
@@ -54,6 +55,9 @@ def test_every_method_is_trained_at_every_seed_and_setting_and_measured(whole):
         ]  # fmt: skip  (the other learning rate, the other point at two seeds, the main table at two seeds)
         assert {r["images"] for r in mine} == {"32"} and all(0 <= float(r["robust"]) <= float(r["clean"]) for r in mine)
     assert {r["method"] for r in runs} == {"tecoa", "teacher", "less", "robust", "start"}
+    costs = (out / "page" / "table-cost.csv").read_text()
+    stored = re.findall(r"(\w+),\"storing, once, s\",(.*?),", costs)
+    assert dict(stored)["teacher"] == "–" and float(dict(stored)["less"]) >= 0  # it reads its teacher's embeddings
     assert len({r["gflop_an_image"] for r in runs if r["method"] == "tecoa"}) == 2  # one and two steps of attack
 
 
