@@ -7,7 +7,7 @@ import numpy as np
 from ..report import style
 from ..report.style import Figure, file_name
 from .findings import Findings
-from .front import front
+from .front import staircase
 
 LEAST = 0.5  # points: the smallest spread over seeds that is drawn
 
@@ -26,9 +26,9 @@ def _front(found: Findings, name: str) -> Figure:
             if not states:
                 continue
             points = 100 * np.array([[found.accuracy(name, s, kind) for kind in ("clean", "robust")] for s in states])
-            kept = points[front(points)]
+            border = staircase(points)
             look = style.marker(i)
-            axes.step(kept[:, 0], kept[:, 1], where="post", color=look["color"], linewidth=0.9, alpha=0.7)
+            axes.plot(*border.T, color=look["color"], linewidth=0.9, alpha=0.7)
             axes.plot(points[:, 0], points[:, 1], linestyle="", markersize=4, alpha=0.5, **look)
             main = [p for p, state in zip(points, states) if state.main]
             label = style.label(found.study.labels[method])

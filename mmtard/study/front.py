@@ -25,6 +25,15 @@ def front(points: Points) -> list[int]:
     return kept
 
 
+def staircase(points: Points) -> np.ndarray:
+    """The border [Q,2] of what the front dominates, from its cleanest point to its most robust one."""
+    kept = points[front(points)]
+    corners = np.stack([kept[1:, 0], kept[:-1, 1]], axis=1)  # as clean as the next point, as robust as this one
+    steps = np.empty((2 * len(kept) - 1, 2))
+    steps[::2], steps[1::2] = kept, corners
+    return steps
+
+
 def area(points: Points, reference: tuple[float, float] = (0.0, 0.0)) -> float:
     """The area between the reference corner and the front; points below the corner add nothing."""
     total, below = 0.0, reference[1]

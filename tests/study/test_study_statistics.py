@@ -7,7 +7,7 @@ import pytest
 
 from mmtard.study.crossed import holm, paired_difference, t_quantile, two_sided_p
 from mmtard.study.efficiency import Trajectory, own_speed_up, reached, speed_up
-from mmtard.study.front import Resampling, area, clean_at, front
+from mmtard.study.front import Resampling, area, clean_at, front, staircase
 
 SEEDS, SAMPLES = 3, 200
 
@@ -137,6 +137,15 @@ def test_the_front_holds_exactly_the_points_that_none_dominates():
         kept = {tuple(points[i]) for i in front(points)}
         assert kept == {tuple(p) for p, is_beaten in zip(points, beaten) if not is_beaten}
         assert len(front(points)) == len(kept)
+
+
+def test_the_line_that_is_drawn_is_the_border_of_the_dominated_area():
+    rng = np.random.default_rng(8)
+    for _ in range(20):
+        points = rng.uniform(0, 1, (6, 2))
+        border = staircase(points)[::-1]  # by rising clean accuracy
+        under = border[0, 0] * border[0, 1] + np.sum(np.diff(border[:, 0]) * (border[1:, 1] + border[:-1, 1]) / 2)
+        assert under == pytest.approx(area(points))
 
 
 def test_a_point_of_trade_adds_only_its_corner_and_a_dominated_one_nothing():
