@@ -239,7 +239,11 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
         for name in ("autocast", "amp.autocast"):
             owner, _, last = f"torch.{name}".rpartition(".")
             stack.enter_context(mock.patch(f"{owner}.{last}", _Autocast))
-        # Its random state is that of the CPU.
+        # It has one stream, and its random state is that of the CPU.
+        for name in ("Stream", "current_stream"):
+            stack.enter_context(mock.patch.object(torch.cuda, name, lambda device=None: mock.MagicMock()))
+        stack.enter_context(mock.patch.object(torch.cuda, "stream", lambda stream: contextlib.nullcontext()))
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", lambda tensor, stream: None))
         stack.enter_context(mock.patch("torch.cuda.get_rng_state", lambda device=None: None))
         stack.enter_context(mock.patch("torch.cuda.set_rng_state", lambda state, device=None: None))
         stack.enter_context(_Rules(gpu))

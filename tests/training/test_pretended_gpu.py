@@ -20,6 +20,7 @@ from mmtard.attacks.state import AttackSettings
 from mmtard.config import METHODS, Model, validate
 from mmtard.config.methods import WEIGHTINGS
 from mmtard.data.samples import Batch
+from mmtard.distillation.added_terms import learned_parts
 from mmtard.distillation.task import DistillationTask
 from mmtard.distributed.interruption import Interruption
 from mmtard.evaluation import retrieval
@@ -186,7 +187,8 @@ def a_task(config, ranks, tower=None, teacher_pixels=PIXELS):
         name: FrozenTeacher(name, teacher, vit(seed, teacher_pixels), a_head(), ranks, torch.bfloat16)
         for seed, (name, teacher) in enumerate(config.ensemble.items(), 1)
     }
-    return DistillationTask(config, engine, a_head(), teachers)
+    learned = learned_parts(config, dict.fromkeys(("student", *teachers), 8), CUDA)
+    return DistillationTask(config, engine, a_head(), teachers, learned)
 
 
 def assert_a_step_waits_for_nothing(gpu, task, batch=None, stored=None):
@@ -208,8 +210,9 @@ def assert_a_step_waits_for_nothing(gpu, task, batch=None, stored=None):
     [
         *({"name": name} for name in METHODS if name != "mmtard"),
         *({"name": "mmtard", "weighting": name, "cross_modal_weight": 1.0} for name in WEIGHTINGS),
+        *({"name": "mmtard", "trust": trust} for trust in ("label", "clean", "uncertainty")),
     ],
-    ids=lambda method: "-".join(str(method[key]) for key in ("name", "weighting") if key in method),
+    ids=lambda method: "-".join(str(method[key]) for key in ("name", "weighting", "trust") if key in method),
 )
 def test_no_training_objective_mixes_devices_or_waits(gpu, ranks, method):
     assert_a_step_waits_for_nothing(gpu, a_task(settings(method), ranks))
@@ -231,6 +234,20 @@ def test_no_training_objective_mixes_devices_or_waits(gpu, ranks, method):
 )
 def test_no_attack_of_the_training_mixes_devices_or_waits(gpu, ranks, attack):
     assert_a_step_waits_for_nothing(gpu, a_task(settings({"name": "mmtard"}, attack), ranks))
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"anchor": {"teacher": "clean", "projection": True}},
+        {"feature": {"teacher": "robust", "teacher_view": "adv"}},
+        {"feature": {"teacher": "robust", "of": "tokens", "projection": True}},
+        {"bound": {}},
+    ],
+    ids=lambda terms: "-".join(terms),
+)
+def test_no_added_term_mixes_devices_or_waits(gpu, ranks, terms):
+    assert_a_step_waits_for_nothing(gpu, a_task(settings({"name": "mmtard"}, terms=terms), ranks, teacher_pixels=24))
 
 
 def test_a_teacher_of_another_size_is_resized_to_on_the_gpu(gpu, ranks):
@@ -271,7 +288,7 @@ def test_synced_batch_norm_lies_on_the_gpu(gpu, ranks, resnet):
 def test_captions_become_classes_on_the_gpu(gpu, ranks, vit):
     clips = {"student": loading.load_clip(Model(arch=vit, weights="random"))}
     targets = CaptionTargets(clips, replace(ranks, device=CUDA))
-    batch = targets(a_batch()).to(CUDA)
+    (batch,) = (batch.to(CUDA) for batch in targets([a_batch()]))
     logits = targets.heads["student"](torch.rand(B, 16).to(CUDA)).logits
     assert logits.device == CUDA and F.cross_entropy(logits, batch.labels).isfinite()
 
