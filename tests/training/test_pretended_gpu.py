@@ -222,6 +222,7 @@ def test_no_training_objective_mixes_devices_or_waits(gpu, ranks, method):
     "attack",
     [
         {"algorithm": "apgd"},
+        {"algorithm": "nfgsm", "steps": 1},
         {"norm": "l2", "eps": 1.0, "step_size": 0.5},
         {"algorithm": "apgd", "norm": "l2", "eps": 1.0, "restarts": 2},
         {"restarts": 2},
