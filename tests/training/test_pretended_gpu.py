@@ -139,11 +139,15 @@ def vit(seed, pixels=PIXELS, embedding=8):
     return ImageTower(visual, (0.5,) * 3, (0.25,) * 3)
 
 
-def an_engine(tower, ranks, precision=torch.bfloat16):
+def an_engine(config, tower, ranks):
     """The engine around a tower that DeepSpeed was not asked to partition."""
     engine = Engine.__new__(Engine)
-    tower.autocast = precision
-    engine.ds, engine.ranks = Undistributed(tower.to(ranks.device)), ranks
+    tower.autocast = torch.bfloat16
+    engine.ds, engine.ranks, engine.stage = Undistributed(tower.to(ranks.device)), ranks, 0
+    engine.checkpoint_attack, engine._copy_is_old = config.engine.checkpoint_attack, True
+    engine.attack_copy = engine._attack_copy(config, tower)
+    if engine.attack_copy:
+        engine.attack_copy.follow(tower, whole=True)
     return engine
 
 
@@ -182,7 +186,7 @@ def a_batch():
 
 def a_task(config, ranks, tower=None, teacher_pixels=PIXELS):
     ranks = replace(ranks, device=CUDA)
-    engine = an_engine(vit(0) if tower is None else tower, ranks)
+    engine = an_engine(config, vit(0) if tower is None else tower, ranks)
     teachers = {
         name: FrozenTeacher(name, teacher, vit(seed, teacher_pixels), a_head(), ranks, torch.bfloat16)
         for seed, (name, teacher) in enumerate(config.ensemble.items(), 1)
@@ -196,6 +200,7 @@ def assert_a_step_waits_for_nothing(gpu, task, batch=None, stored=None):
     batch = (batch or a_batch()).to(CUDA)
     for _ in range(2):
         gpu.waits.clear()
+        task.student._copy_is_old = True  # as after an update
         loss, terms = task(batch.pixels(CUDA), batch.labels, batch.seeds, stored or {})
         loss.mean().backward()
     assert not gpu.waits
@@ -255,14 +260,20 @@ def test_a_teacher_of_another_size_is_resized_to_on_the_gpu(gpu, ranks):
     assert_a_step_waits_for_nothing(gpu, a_task(settings({"name": "adaad"}), ranks, teacher_pixels=24))
 
 
-def test_activations_that_are_computed_again_lie_on_the_gpu(gpu, ranks):
+@pytest.mark.parametrize("engine", [{"checkpoint_attack": True}, {"checkpoint_attack": False}, {"attack_copy": False}])
+def test_activations_that_are_computed_again_lie_on_the_gpu(gpu, ranks, engine):
     tower = vit(0)
     student.checkpoint_activations(tower)
-    assert_a_step_waits_for_nothing(gpu, a_task(settings({"name": "trades"}), ranks, tower))
+    assert_a_step_waits_for_nothing(gpu, a_task(settings({"name": "trades"}, engine=engine), ranks, tower))
 
 
-def test_adapters_and_their_dropout_lie_on_the_gpu(gpu, ranks):
-    pytest.importorskip("peft")
+@pytest.fixture(scope="module")
+def peft():
+    """Imported before anything is pretended."""
+    return pytest.importorskip("peft.tuners.lora")
+
+
+def test_adapters_and_their_dropout_lie_on_the_gpu(peft, gpu, ranks):
     config = settings({"name": "tecoa"}, student={"weights": "random", "lora": {"r": 2, "dropout": 0.5}})
     tower = vit(0)
     lora.attach(tower.visual, config.student.lora, tower.layout)
@@ -279,7 +290,7 @@ def test_synced_batch_norm_lies_on_the_gpu(gpu, ranks, resnet):
     tower = loading.load_clip(Model(arch=resnet, weights="random")).tower()
     batch_norm.synchronise(tower.visual, tower.layout)
     tower.frozen_batch_norm = False
-    engine = an_engine(tower, replace(ranks, device=CUDA))
+    engine = an_engine(settings({"name": "clean"}), tower, replace(ranks, device=CUDA))
     images = torch.rand(2 * B, 3, 32, 32).to(CUDA)
     engine(images, torch.arange(B).to(CUDA)).square().mean().backward()
     batch_norm.update_running(tower)
