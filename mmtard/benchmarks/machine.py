@@ -46,7 +46,7 @@ def measured(machine: Machine, train: Path | None, data: Path | None, flops: dic
             machine, name=f"as measured in {train.name}", **_rates(_read(train, "variants"), train, flops)
         )
     if data is not None:
-        rates = _read(data, "core")["core"]["as stored"]["images_per_s"]
+        rates = _read(data, "core")["core"]["as stored"]["images_per_cpu_s"]
         machine = replace(machine, images_a_core=Spread.of(rates).median)
     return machine
 

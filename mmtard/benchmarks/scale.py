@@ -171,24 +171,18 @@ class ScaleBenchmark:
         """The table, its numbers and its assumptions."""
         predictions = [predict(work, machine, world) for world in self.worlds]
         one = predict(work, machine, 1)
-        shown = [name for name in PARTS if any(p.parts[name] for p in predictions)]
         table = BenchmarkTable(
             f"PREDICTION, no measurement: {work.images} images a step on {machine.name}, {machine.gpus_a_node} a node",
-            ["GPUs", "images a GPU", *(f"ms {name}" for name in shown), "ms a step", "images/s", "of ideal"],
+            ["GPUs", *(str(p.world) for p in predictions)],
         )
-        for p in predictions:
-            cells = [f"{1e3 * p.parts[name]:.3g}" for name in shown]
-            ideal = one.seconds / p.world / p.seconds
-            table.rows.append(
-                [
-                    str(p.world),
-                    f"{work.images / p.world:.3g}",
-                    *cells,
-                    f"{1e3 * p.seconds:.4g}",
-                    f"{work.images / p.seconds:.4g}",
-                    f"{100 * ideal:.0f} %",
-                ]
-            )
+        rows = {"images a GPU": [f"{work.images / p.world:.3g}" for p in predictions]}
+        for name in PARTS:
+            if any(p.parts[name] for p in predictions):
+                rows[f"ms {name}"] = [f"{1e3 * p.parts[name]:.3g}" for p in predictions]
+        rows["ms a step"] = [f"{1e3 * p.seconds:.4g}" for p in predictions]
+        rows["images/s"] = [f"{work.images / p.seconds:.4g}" for p in predictions]
+        rows["of ideal"] = [f"{100 * one.seconds / p.world / p.seconds:.0f} %" for p in predictions]
+        table.rows = [[name, *cells] for name, cells in rows.items()]
         numbers = {
             "config": self.config.model_dump(mode="json"),
             "machine": vars(machine),
