@@ -74,8 +74,7 @@ def _study(args) -> int:
     if args.page:
         print(run.write_page(study, command))
         return 0
-    with Interruption() as interruption:
-        page = run.run_here(study, _make, interruption, command)
+    page = run.run_here(study, _make, command)
     from ..study import findings, summary
 
     summary.show(findings.collect(study))

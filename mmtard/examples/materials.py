@@ -1,4 +1,4 @@
-"""What a study is made of: rendered or converted images in splits of their own, and CLIPs pretrained on their captions."""
+"""What a study is made of: rendered or converted images in splits, and CLIPs pretrained on their captions."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The main job from nothing: renders images, pretrains a tiny CLIP, trains teachers, distils, compares, reports.
 
-`python -m mmtard.examples.quickstart` runs the study configs/studies/quickstart.yaml below the current folder, and skips
-what is done.
+`python -m mmtard.examples.quickstart` runs the study configs/studies/quickstart.yaml below the current folder, and
+skips what is done.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 from .. import resources
-from ..distributed.interruption import Interruption
 from ..distributed.processes import exit_process
 from ..errors import RunError, UserError
 from ..report.page import report
@@ -25,12 +24,11 @@ NAME = "quickstart"
 
 
 def main() -> int:
-    """Run it, say what was found and how long it took; return the exit status, that of the error which ended it or 0."""
+    """Run it, say what was found and how long it took; return the exit status, that of an error or 0."""
     began = time.monotonic()
     try:
         study = loading.load(resources.studies()[NAME])
-        with Interruption() as interruption:
-            page = run.run_here(study, make, interruption, f"mmtard {NAME}")
+        page = run.run_here(study, make, f"mmtard {NAME}")
         found = collect(study)
         summary.show(found)
         runs = report_of_runs(found)

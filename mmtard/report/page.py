@@ -183,7 +183,7 @@ def _render(content: Content, command: str) -> str:
 
 
 def environment(*packages: str) -> Environment:
-    """Return what pages are made with: the templates of `packages`, then the report's, and filters for what is shown."""
+    """Return what pages are made with: the templates of `packages`, then the report's, and filters."""
     made = Environment(
         loader=ChoiceLoader([PackageLoader(package, ".") for package in (*packages, "mmtard.report")]),
         autoescape=True,

@@ -3,8 +3,8 @@
 Two methods are measured on the same N samples with the same S seeds. The difference of seed s on sample i is
 d[s,i] = mu + u[s] + v[i] + e[s,i]: a seed that suits one method, a sample that suits one method, and the rest, each
 drawn at random. The variance of the mean difference is var(u)/S + var(v)/N + var(e)/(S N). A test over samples alone
-(McNemar's) leaves var(u) out: it says that these trained models differ, not that the methods do. A test over seeds alone
-leaves var(v) out.
+(McNemar's) leaves var(u) out: it says that these trained models differ, not that the methods do. A test over seeds
+alone leaves var(v) out.
 
 The three variances come from the analysis of variance (method of moments; a negative one counts as 0), the degrees of
 freedom from Satterthwaite's approximation (Biometrics Bulletin 2, 1946), as for Clark's quasi F (Journal of Verbal
@@ -87,7 +87,7 @@ def _variance_of_mean(d: np.ndarray) -> tuple[float, float]:
 
 
 def holm(p: list[float]) -> list[float]:
-    """p-values for several comparisons at once (Holm, Scandinavian Journal of Statistics 6, 1979), in the same order."""
+    """p-values for several comparisons at once (Holm, Scandinavian Journal of Statistics 6, 1979), in their order."""
     adjusted, largest = [1.0] * len(p), 0.0
     for place, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
         largest = max(largest, min(1.0, (len(p) - place) * p[i]))

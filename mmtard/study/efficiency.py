@@ -11,7 +11,10 @@ from .front import Estimate, Resampling, estimate
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A method on the way. costs [S,T]: seconds or images until each state; flags [S,T,N]: right under attack; of these seeds."""
+    """A method on the way, of these seeds.
+
+    costs [S,T]: seconds or images until each state; flags [S,T,N]: right under attack.
+    """
 
     costs: np.ndarray
     flags: np.ndarray

@@ -1,4 +1,4 @@
-"""The works of a study on this machine, some side by side, each by a team of worker processes that takes one after another."""
+"""The works of a study on this machine: some side by side, each by a team of processes that takes one after another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from queue import SimpleQueue
 from ..distributed.interruption import EXIT_REQUEUE, Interruption
 from ..errors import RunError
 from ..files import slug
+from .loading import FILE
 from .plan import Item
+from .schema import Study
 from .team import Team
 
 LOGS = "logs"
@@ -22,16 +24,14 @@ LOGS = "logs"
 class Crew:
     """The workers of a study. with Crew(...) as crew: crew.do(items) returns when all is done."""
 
-    file: Path  # of the study, as a worker reads it
+    study: Study
     out: Path
-    at_once: int
-    ranks: int
-    threads: int
     interruption: Interruption
     say: Callable[[str], None] = print
 
     def __enter__(self) -> Crew:
-        self.teams = [Team(self.file, self.ranks, self.threads) for _ in range(self.at_once)]
+        study, file = self.study, self.out / FILE
+        self.teams = [Team(file, study.ranks, study.threads) for _ in range(study.at_once)]
         self.failed = False
         return self
 

@@ -43,7 +43,7 @@ class Measurement:
 
 
 def of_run(study: Study, run: Run, tuning: bool, chosen: bool) -> list[Measurement]:
-    """What is measured of a run: all evaluations; on validation data where it is for tuning, on the way where chosen."""
+    """All evaluations of a run; on validation data where it is for tuning, on the way where it was chosen."""
     config, folder = configuration(study, run), run_folder(study, run)
     named = dict(study.evaluations)
     if tuning:

@@ -77,9 +77,10 @@ def _sections(found: Findings) -> list[Section]:
 def _render(found: Findings, sections: list[Section], command: str, made_with: str) -> str:
     study = found.study
     runs = sum(len(state.runs) for state in found.states)
+    seeds, tuned = ", ".join(map(str, study.seeds)), ", ".join(study.grid.tune)
     counts = (
-        f"{len(study.methods)} methods, {runs} trainings, seeds {', '.join(map(str, study.seeds))}; every method was tuned "
-        f"on the same grid ({', '.join(study.grid.tune)}) by the same score on validation data, and trained at one budget."
+        f"{len(study.methods)} methods, {runs} trainings, seeds {seeds}. Each method was tuned on one grid ({tuned}) by one "
+        "score on validation data, and trained at one budget."
     )
     return (
         environment("mmtard.study")

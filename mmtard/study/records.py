@@ -9,8 +9,8 @@ import json
 from ..runs.environment import environment
 from .collect import KINDS
 from .findings import Findings
+from .gains import front_estimates
 from .runs import Run
-from .tables import front_estimates
 
 
 def files(found: Findings, command: str) -> dict[str, str]:

@@ -39,7 +39,7 @@ def dry_run(study: Study) -> None:
         print(f"after tuning, up to {more} trainings more: the other seeds and settings of {', '.join(waiting)}")
 
 
-def run_here(study: Study, make: Maker, interruption: Interruption, command: str, say: Callable = print) -> Path:
+def run_here(study: Study, make: Maker, command: str, say: Callable = print) -> Path:
     """Do on this machine what is missing, and write the page; its path.
 
     Raises UserError for what the user can mend, before anything is trained where it can be seen then; RunError where a
@@ -53,9 +53,8 @@ def run_here(study: Study, make: Maker, interruption: Interruption, command: str
     if held(folder / LOCK):
         raise UserError(f"'{folder}': another process works on this study; wait for it, or name another --out")
     with exclusive(folder / LOCK):
-        make(study)
-        crew = Crew(folder / loading.FILE, folder, study.at_once, study.ranks, study.threads, interruption, say)
-        with crew:
+        make(study)  # a signal ends it at once: what is half made is not there
+        with Interruption() as interruption, Crew(study, folder, interruption, say) as crew:
             crew.do(_checked(model_items(study)), in_order=True)
             crew.do(_checked(tuning_items(study)))
             crew.do(_checked(seed_items(study, {key: tuned.run for key, tuned in chosen(study).items()})))

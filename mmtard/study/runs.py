@@ -1,4 +1,4 @@
-"""The runs of a study: each method at each setting with each seed, as configurations in folders of their own. No torch."""
+"""The runs of a study: each method at each setting with each seed, a configuration and a folder each. No torch."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def model_configuration(study: Study, name: str) -> Config:
 
 
 def check(study: Study) -> None:
-    """Raise UserError where a configuration does not fit, or the methods are not compared at one budget and one grid."""
+    """Raise UserError where a configuration does not fit, or methods are not compared at one budget and one grid."""
     for name in study.models:
         model_configuration(study, name)
     fixed = {*study.grid.tune, *(key for axis in study.grid.vary for one in axis for key in one)}

@@ -11,7 +11,8 @@ from .collect import KINDS
 from .crossed import Difference
 from .efficiency import own_speed_up, speed_up
 from .findings import Findings, State
-from .front import Estimate, area, clean_at, estimate
+from .front import Estimate
+from .gains import front_estimates
 from .measures import START
 
 SEVERAL = "±: standard deviation of a run over seeds, n - 1 in its denominator"
@@ -96,26 +97,6 @@ def fronts(found: Findings) -> Table | None:
     return Table(head, rows, "The front of clean and robust accuracy", notes, "front")
 
 
-def front_estimates(found: Findings, name: str, method: str) -> tuple[float, Estimate | None, Estimate | None]:
-    """(dominated area, its difference from the baseline's, clean accuracy at its robustness less the baseline's)."""
-    ours = _points(found, name, method)
-    dominated = area(ours[0], found.study.front.reference)
-    if found.baseline is None or method == found.baseline:
-        return dominated, None, None
-    theirs = _points(found, name, found.baseline)
-    reference = found.study.front.reference
-    gains = np.array([area(a, reference) - area(b, reference) for a, b in zip(ours[1], theirs[1])])
-    gain = estimate(dominated - area(theirs[0], reference), gains)
-    main = next(i for i, s in enumerate(_states(found, found.baseline)) if s.main)
-
-    def at_equal(a: np.ndarray, b: np.ndarray) -> float:
-        return clean_at(a, b[main][1]) - clean_at(b, b[main][1])
-
-    value = at_equal(ours[0], theirs[0])
-    equal = None if np.isnan(value) else estimate(value, np.array([at_equal(a, b) for a, b in zip(ours[1], theirs[1])]))
-    return dominated, gain, equal
-
-
 def speed(found: Findings) -> Table | None:
     """How much sooner each method is as robust as one of them ends."""
     against = found.study.curve and (found.study.curve.against or found.baseline)
@@ -140,7 +121,8 @@ def speed(found: Findings) -> Table | None:
     label = found.study.labels[against]
     notes = [
         f"k: the whole cost of {label}, divided by the cost at which the method's curve first reaches the robust "
-        f"accuracy that {label} ends with; small: 95 % interval over resampled seeds and samples, 0: not reached. ≥: it was as robust at its first state.",
+        f"accuracy that {label} ends with; small: 95 % interval over resampled seeds and samples.",
+        "0: not reached. ≥: it was as robust at its first state already.",
         "A curve's early states are of a learning-rate schedule that is not over: a run planned shorter may do better.",
         f"Seconds are those of the training steps, {found.study.at_once} run(s) side by side.",
     ]
@@ -164,7 +146,7 @@ def costs(found: Findings) -> Table:
     notes = [
         "GFLOP an image: attack, teachers and student, a multiply-add counted as two. Seconds are those of the "
         f"training steps, {found.study.at_once} run(s) side by side. {SEVERAL}.",
-        "storing: of the teachers' embeddings that it reads, made once for all of its runs; in the curves over seconds.",
+        "storing: of the teachers' embeddings that it reads, once for all of its runs; counted in the curves.",
     ]
     return Table(head, rows, "Cost of a training", notes, "cost")
 
@@ -225,21 +207,6 @@ def _estimate(one: Estimate | None) -> Cell:
         return NONE
     unknown = f", {100 * one.unknown:.0f} % not as robust" if one.unknown > 0.005 else ""
     return Cell(f"{100 * one.value:+.2f}", f"{100 * one.low:+.2f} to {100 * one.high:+.2f}{unknown}")
-
-
-def _states(found: Findings, method: str) -> list[State]:
-    return [state for state in found.states if state.method == method]
-
-
-def _points(found: Findings, name: str, method: str) -> tuple[np.ndarray, np.ndarray]:
-    """(clean and robust accuracy [P,2] of a method's settings, the same of each resample [R,P,2])."""
-    states = _states(found, method)
-    means = np.array([[found.accuracy(name, state, kind) for kind in KINDS] for state in states])
-    resampled = []
-    for state in states:
-        flags = np.stack([found.flags(name, state, kind) for kind in KINDS], axis=1)  # [S,2,N]
-        resampled.append(found.resampling(flags.shape[0], flags.shape[2]).means(flags))
-    return means, np.stack(resampled, axis=1)
 
 
 def _one_seed(found: Findings) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..report.tables import NONE
 from .collect import KINDS
 from .findings import Findings
-from .tables import front_estimates, speed
+from .gains import front_estimates
+from .tables import speed
 
 SURE = 0.05
 

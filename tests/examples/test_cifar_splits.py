@@ -1,4 +1,4 @@
-"""CIFAR as the splits of a study: nothing is in two of them, captions name both sets' classes, foreign folders are told."""
+"""CIFAR as the splits of a study: no image is in two of them, captions name the classes of both."""
 
 import io
 
