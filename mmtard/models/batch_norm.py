@@ -59,7 +59,7 @@ class _Normalise(torch.autograd.Function):
         values = _by_view(x, count)
         off = values - shift[:, None, None]  # near the mean already: their squares lose no digits
         sums = torch.stack([off.sum((1, 3, 4)), off.square().sum((1, 3, 4))])
-        total = torch.cat([sums.flatten(), sums.new_tensor([values[0, :, 0].numel()])])
+        total = torch.cat([sums.flatten(), sums.new_full((1,), values[0, :, 0].numel())])
         ranks.reduce(total)
         n = total[-1]
         first, second = total[:-1].view_as(sums) / n

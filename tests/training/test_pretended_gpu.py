@@ -286,15 +286,16 @@ def test_stored_embeddings_come_with_the_batch(gpu, ranks):
     assert_a_step_waits_for_nothing(gpu, a_task(config, ranks), batch, batch.to(CUDA).teacher_embeddings)
 
 
-def test_synced_batch_norm_lies_on_the_gpu(gpu, ranks, resnet):
+def test_synced_batch_norm_lies_on_the_gpu_and_waits_for_nothing(gpu, ranks, resnet):
     tower = loading.load_clip(Model(arch=resnet, weights="random")).tower()
     batch_norm.synchronise(tower.visual, tower.layout)
     tower.frozen_batch_norm = False
     engine = an_engine(settings({"name": "clean"}), tower, replace(ranks, device=CUDA))
-    images = torch.rand(2 * B, 3, 32, 32).to(CUDA)
-    engine(images, torch.arange(B).to(CUDA)).square().mean().backward()
+    images, seeds = torch.rand(2 * B, 3, 32, 32).to(CUDA), torch.arange(B).to(CUDA)
+    gpu.waits.clear()
+    engine(images, seeds).square().mean().backward()
     batch_norm.update_running(tower)
-    assert tower.visual.bn1.running_mean.device == CUDA
+    assert not gpu.waits and tower.visual.bn1.running_mean.device == CUDA
 
 
 def test_captions_become_classes_on_the_gpu(gpu, ranks, vit):
