@@ -84,6 +84,17 @@ class StepRecord:
                 "lower train.lr or look at events.jsonl for the samples"
             )
 
+    def raise_if_ruined(self, step: int, agreed: Agreed) -> None:
+        """RunError where no sample of the step had a finite loss: such weights are neither saved nor called complete.
+
+        They may be finite themselves, and give no finite number for any image.
+        """
+        if agreed.bad == self.batch_size:
+            raise RunError(
+                f"step {step}: no sample of the batch has a finite loss, so the weights are not saved; "
+                "lower train.lr, then go on from the last checkpoint"
+            )
+
 
 def batch_digest(seeds: Tensor) -> float:
     """A number for which samples of which epoch these are: seeds int64 [b].

@@ -125,6 +125,7 @@ class Trainer:
 
             if agreed.stop or self.step == train.steps or self.step % self.config.checkpoint.every == 0:
                 self.watchdog.at(self.step, "checkpoint")
+                self.record.raise_if_ruined(self.step, agreed)
                 self._save_checkpoint()
             if agreed.stop and self.step < train.steps:
                 return False

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from mmtard.errors import RunError
+
 from .launch import start_ranks
 
 pytestmark = pytest.mark.slow
@@ -60,3 +62,14 @@ def test_a_run_of_non_finite_steps_ends_with_the_reason(ended):
     assert "3 steps in a row were not finite" in printed and "Traceback" not in printed
     rows = lines(runs["diverged"] / "metrics.jsonl")
     assert rows[-1]["skipped"] == 3 and len(rows) < 24
+
+
+def test_weights_that_give_no_finite_loss_are_neither_saved_nor_called_complete(job, train_here):
+    """They are finite themselves: 1e30."""
+    path, run = job("ruined", train={"steps": 3, "batch_size": 16, "lr": 1e30, "max_bad_steps": 9, "warmup_steps": 0})
+    with pytest.raises(
+        RunError, match="step 3: no sample of the batch has a finite loss, so the weights are not saved"
+    ):
+        train_here(path)
+    assert not list((run / "checkpoints").glob("step-*"))
+    assert lines(run / "resume.jsonl")[-1]["end"]["kind"] == "failed"
