@@ -53,6 +53,11 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error), error.status)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or "MemoryError"
+        return _fail(f"this machine has too little memory for what was asked ({reason}); ask for less", 1)
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise

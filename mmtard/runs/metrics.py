@@ -22,6 +22,7 @@ from .trackers import Tracker, curves
 
 # The columns that differ between equal runs.
 TIMINGS = ("seconds", "images_per_s", "tflops_a_rank", "mfu", "memory_gib", "reserved_gib")
+LONGEST_S = 10**9 * 3600  # that is shown as the time left
 # What a console line leaves out of a row, beside the quantiles.
 NOT_SHOWN = ("step", "batch", "skipped", "replaced", *(name for name in TIMINGS if name != "mfu"))
 
@@ -191,7 +192,7 @@ class MetricLogger(SilentLogger):
         seconds = (time.monotonic() - self._began) / max(1, done - self._start) * (self.steps - done)
         shown = {k: v for k, v in row.items() if k not in NOT_SHOWN and not re.search(r"_p\d\d$", k)}
         numbers = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
-        speed = f"{row['images_per_s']:.4g} images/s  left {timedelta(seconds=round(seconds))}"
+        speed = f"{row['images_per_s']:.4g} images/s  left {timedelta(seconds=round(min(seconds, LONGEST_S)))}"
         return f"step {done:{width}d}/{self.steps}  {numbers}  {speed}"
 
 

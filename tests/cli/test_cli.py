@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from mmtard import __version__, config
-from mmtard.cli import config as config_command, main
+from mmtard.cli import config as config_command, main, runs as runs_command
 from mmtard.errors import RunError, UserError
 
 COMMANDS = next(action.choices for action in main.parser()._actions if getattr(action, "choices", None))
@@ -338,3 +338,22 @@ def test_a_reader_that_goes_away_ends_a_listing_without_a_traceback(tmp_path):
 def test_a_name_that_no_file_system_takes_is_one_line(words, capsys):
     assert main.main(words) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 51 GB")])
+def test_too_little_memory_is_one_line(error, monkeypatch, capsys):
+    def too_much(args):
+        raise error
+
+    monkeypatch.setattr(runs_command, "_runs", too_much)
+    assert main.main(["runs", "."]) == 1
+    assert capsys.readouterr().err.startswith("mmtard: this machine has too little memory for what was asked (")
+
+
+def test_another_error_within_the_program_is_not_hidden(monkeypatch):
+    def broken(args):
+        raise RuntimeError("a fault of mmtard")
+
+    monkeypatch.setattr(runs_command, "_runs", broken)
+    with pytest.raises(RuntimeError, match="a fault of mmtard"):
+        main.main(["runs", "."])

@@ -169,3 +169,8 @@ def test_a_console_that_is_closed_is_noted_and_the_run_goes_on(tmp_path, opened,
 def test_a_run_name_is_no_markup_and_no_control_characters_reach_the_terminal(tmp_path, opened, capsys):
     opened(tmp_path).event(1, "replaced", samples=["a[red]b", "c\x1b[2Jd"])
     assert capsys.readouterr().out == "step 1: replaced  samples a[red]b, c?[2Jd\n"
+
+
+def test_a_run_of_more_steps_than_any_time_shows_the_longest_time(tmp_path, opened, capsys):
+    opened(tmp_path, steps=10**18, log_every=1).write_row(row(1))
+    assert "left 41666666 days" in capsys.readouterr().out
