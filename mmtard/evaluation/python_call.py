@@ -32,6 +32,7 @@ def pixels(value: object, name: str) -> Fraction:
 # What stands in quotes is the user's own.
 _FLAG = re.compile(r"(?<!\w)'[^']*'|--([a-z][a-z-]*)")
 _SETTING = re.compile(r"^(source|model|transfer_from)(?:\.text)*\.(weights|arch|text|quick_gelu|ema)(?=:)")
+_DATA = re.compile(r"^(?:data|engine)\.(shards|index|classnames|templates|device)(?=:)")
 _EXAMPLE = re.compile(r"e\.g\. (arch|text): ([\w./-]+)")
 
 
@@ -58,6 +59,7 @@ def in_arguments(message: str) -> str:
         return key if model == "source" else f"{model} ({key} of mmtard.load)"
 
     text = _SETTING.sub(argument, text)
+    text = _DATA.sub(lambda setting: "data" if setting[1] == "shards" else setting[1], text)
     return _EXAMPLE.sub(lambda example: f'e.g. {arch if example[1] == "arch" else "text"}="{example[2]}"', text)
 
 

@@ -98,6 +98,8 @@ def test_wrong_use_is_answered_before_anything_is_measured(change, message, mode
         ("--transfer-from.weights: '--x/y-z' is not here", "transfer_from: '--x/y-z' is not here$"),
         ("source.text: name it, e.g. text: openai", 'text: name it, e.g. text="openai"$'),
         ("model.text: name it, e.g. text: openai", r"model \(text of mmtard.load\): name it, e.g. text=\"openai\"$"),
+        ("data.shards: missing shard 'a'", "data: missing shard 'a'$"),
+        ("engine.device: 'cuda', but torch sees no GPU", "device: 'cuda', but torch sees no GPU$"),
         ("--out: 'a' is another set's; give --n-samples", "out: 'a' is another set's; give n_samples$"),
     ],
 )
