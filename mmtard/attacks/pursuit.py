@@ -19,6 +19,7 @@ RowLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits [R,C], labels [R]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+    """The cross-entropy of each sample, as a RowLoss: the places are not asked for."""
     return losses.cross_entropy(logits, labels)
 
 
@@ -114,6 +115,7 @@ class Tries(AttackState):
         self.of.memory.at_step()
 
     def pursued(self, rows: Tensor) -> Tensor:
+        """Whether each try is still pursued, bool [R]: no earlier start of its sample has fallen. rows: places of tries."""
         first = torch.full_like(self.of_rows, self.n)  # the start that each sample fell to
         first.scatter_reduce_(0, self._sample[self.broken], self._start[self.broken], "amin")
         return self._start[rows] < first[self._sample[rows]]

@@ -161,7 +161,7 @@ class AttackState:
         self.broken[at], self._loss[at] = wrong[better], loss[better].to(self._loss.dtype)
 
     def take_over(self, other: AttackState, part: slice, rows: Tensor) -> None:
-        """Show what another state has found of the samples that stand: its places `part` are the samples `rows` here."""
+        """Show what another state has found of samples that stand: its places `part` are the samples `rows` here."""
         adv, broken, loss = other.adv[part], other.broken[part], other._loss[part]
         stands = ~self.broken[rows]
         better = stands & (broken | (loss > self._loss[rows]))

@@ -1,4 +1,4 @@
-"""How long each phase of a step takes: marks on the host's clock, or events on a GPU's stream that nothing waits for."""
+"""How long each phase of a step takes: marks on the host's clock, or events on a GPU that nothing waits for."""
 
 from __future__ import annotations
 

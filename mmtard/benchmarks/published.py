@@ -1,8 +1,9 @@
 """The training step of the published MMT-ARD code in plain PyTorch, with what makes it slow; and a lean one without.
 
 Rendered from a description of the public code: float32 and eager; the attack differentiates a student whose weights ask
-for gradients; the towers are open_clip's as they come; a third teacher is asked and thrown away; the clean teacher is asked again every epoch; AdamW over all
-weights. Its loss and its attack are those of mmtard's `official` weighting with momentum 0, which a test compares.
+for gradients; the towers are open_clip's as they come; a third teacher is asked and thrown away; the clean teacher is
+asked again every epoch; AdamW over all weights. Its loss and its attack are those of mmtard's `official` weighting with
+momentum 0, which a test compares.
 Kinder than the original in two things: teachers run without a graph, and nothing empties the allocator's cache.
 """
 
@@ -59,8 +60,8 @@ class PublishedStep:
         settings = config.method
         if settings.name != "mmtard" or settings.weighting != "official" or set(settings.views) != {"clean", "robust"}:
             raise UserError(
-                f"method.name: the published step is that of 'mmtard' with weighting 'official' and the teachers 'clean' "
-                f"and 'robust', not of '{settings.name}'; take configs/vitb32_mmtard.yaml, or leave --against out"
+                f"method.name: the published step is that of 'mmtard' with weighting 'official' and the teachers "
+                f"'clean' and 'robust', not of '{settings.name}'; take vitb32_mmtard, or leave out --against"
             )
         self.settings, self.attack, self.models, self.clock = settings, config.attack.at(0), models, clock
         train = config.train

@@ -55,10 +55,12 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
+        """The whole step."""
         return sum(self.parts.values())
 
     @property
     def compute(self) -> float:
+        """What of the step is computation."""
         return sum(self.parts[name] for name in COMPUTE)
 
 

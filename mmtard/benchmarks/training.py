@@ -1,4 +1,4 @@
-"""`mmtard bench train`: the training step phase by phase, what each of its options buys, and the published step beside."""
+"""`mmtard bench train`: the training step phase by phase, what each option buys, and the published step beside."""
 
 from __future__ import annotations
 
@@ -172,8 +172,8 @@ class TrainingBenchmark:
                 "memory_gib": v.memory,
             }
         report.notes.append(
-            f"Median (smallest-largest) of {self.rounds} rounds of {self.steps} steps each, all variants in every round. "
-            f"The matrix product reaches {rate / 1e9:.4g} GFLOP/s."
+            f"Median (smallest-largest) of {self.rounds} rounds of {self.steps} steps each, all variants in every "
+            f"round. The matrix product reaches {rate / 1e9:.4g} GFLOP/s."
         )
         return report
 

@@ -18,7 +18,8 @@ def add(parts) -> None:
         _run,
         "Time the training step of a configuration: each of its phases, and what each of its options buys.",
         "mmtard bench train benchmarks/vitb32_vitl14 --against published",
-        more="Random images and classes stay on the device; no data is needed. Variants run alternately, in one process.",
+        more="Random images and classes stay on the device; no data is needed. Variants run alternately, in one "
+        "process.",
     )
     add_config_arguments(p)
     p.add_argument(

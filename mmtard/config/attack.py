@@ -78,7 +78,8 @@ class Attack(Section):
     step_size: Pixels | None = Field(
         Fraction(1, 255),
         gt=0,
-        description="pgd's step; null: 1.25 eps for one step and 2.5 eps / steps for more. apgd and nfgsm set their own",
+        description="pgd's step; null: 1.25 eps for one step and 2.5 eps / steps for more. apgd and nfgsm set "
+        "their own",
     )
     noise: Number = Field(2.0, ge=0, description="nfgsm: its start is uniform within so many eps")
     ramp: Ramp | None = Field(None, description="begin with a weaker attack; null: full strength from the start")

@@ -39,7 +39,7 @@ def perturb(attack: Attack, loss_fn: LossFn, images: Tensor, seeds: Tensor) -> T
 
 
 def nfgsm(loss_fn: LossFn, images: Tensor, seeds: Tensor, eps: float, noise: float) -> Tensor:
-    """One step of eps along the gradient's sign from a start uniform within noise * eps, cut to [0,1] and not to a ball:
+    """One step of eps along the gradient's sign from a start uniform within noise * eps, cut to [0,1], not to a ball:
     x' = x + n + eps * sign(grad l(x + n)), n ~ U(-noise * eps, noise * eps).
 
     images [B,C,H,W] in [0,1], seeds int64 [B]. N-FGSM; de Jorge et al., "Make Some Noise: Reliable and Efficient

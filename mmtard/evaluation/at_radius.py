@@ -1,4 +1,4 @@
-"""The attacks of one radius on a dataset: attack by attack, each on full chunks of what the one before left standing."""
+"""The attacks of one radius on a dataset: attack by attack, each on full chunks of what those before left."""
 
 from __future__ import annotations
 

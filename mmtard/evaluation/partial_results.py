@@ -27,8 +27,9 @@ _OWN_FILE = re.compile(rf".+-[0-9a-f]{{16}}\.(\d+-.+-\d+\.jsonl|.+\.\d+{re.escap
 class PartialResults:
     """The chunks of one dataset that are done, whichever ranks of whichever start did them.
 
-    A part is the clean pass, or one attack at one radius. A chunk's result is a line of JSON in a file of the process that made it, `OUT/partial/NAME-KEY.*.jsonl`, with a
-    checksum: a line that is cut off or damaged is measured again. `key` stands for the model, the data and the
+    A part is the clean pass, or one attack at one radius. A chunk's result is a line of JSON in a file of the
+    process that made it, `OUT/partial/NAME-KEY.*.jsonl`, with a checksum: a line that is cut off or damaged is measured
+    again. `key` stands for the model, the data and the
     settings: results of another key are removed, with a line. Collective.
     """
 

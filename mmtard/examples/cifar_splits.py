@@ -29,6 +29,7 @@ class Images:
     classes: list[str]
 
     def take(self, ids: np.ndarray) -> Images:
+        """The images at these places, in this order."""
         return Images([self.encoded[i] for i in ids], self.kind, self.labels[ids], self.classes)
 
 

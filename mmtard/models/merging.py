@@ -24,9 +24,9 @@ def merge(first: Model, second: Model, weight: float, out: Path) -> Path:
     """Write (1 - weight) * first + weight * second as a folder that open_clip and every command here load.
 
     As WiSE-FT does of a model before and after fine-tuning (Wortsman et al., "Robust fine-tuning of zero-shot models",
-    CVPR 2022); the text tower, which training leaves alone, is that of both. Whole or not at all, in place of an earlier
-    one. Raises UserError for a weight outside [0,1], models that do not fit each other, and a folder that mmtard did
-    not make.
+    CVPR 2022); the text tower, which training leaves alone, is that of both. Whole or not at all, in place of an
+    earlier one. Raises UserError for a weight outside [0,1], models that do not fit each other, and a folder that
+    mmtard did not make.
     """
     for name, spec in (("A", first), ("B", second)):
         if out.exists() and out.resolve() == Path(spec.weights).resolve():

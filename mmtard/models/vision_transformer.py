@@ -21,6 +21,7 @@ class PatchEmbedding(nn.Conv2d):
     """A convolution whose patches touch and do not overlap: images [B,C,H,W] -> [B,D,H/p,W/q], as a matrix product."""
 
     def forward(self, images: Tensor) -> Tensor:
+        """images [B,C,H,W] -> [B,D,H/p,W/q]."""
         p, q = self.kernel_size
         batch, channels, height, width = images.shape
         rows, columns = height // p, width // q
@@ -35,6 +36,7 @@ class SelfAttention(nn.MultiheadAttention):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
+        """query [B,Q,D], key [B,L,D] -> ([B,Q,D], None); open_clip's own way where values differ from keys."""
         if need_weights or key is not value:
             return super().forward(query, key, value, need_weights=need_weights, attn_mask=attn_mask)
         weight, bias, width = self.in_proj_weight, self.in_proj_bias, self.embed_dim
@@ -56,6 +58,7 @@ class ClassTokenBlock(ResidualAttentionBlock):
     def forward(
         self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
     ) -> Tensor:
+        """x [B,L,D] -> [B,1,D]; all tokens [B,L,D] where they are wanted, or with a mask."""
         if self.all_tokens or k_x is not None or v_x is not None or attn_mask is not None:
             return super().forward(q_x, k_x, v_x, attn_mask)
         x = self.ln_1(q_x)

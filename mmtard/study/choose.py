@@ -24,6 +24,7 @@ class Tuned:
 
     @property
     def score(self) -> float:
+        """The score of the chosen values; 0 where they have none."""
         return self.scores.get(self.run.choice.label, 0.0)
 
 

@@ -28,9 +28,11 @@ class Outcome:
     chance: float
 
     def flags(self, kind: str) -> np.ndarray:
+        """Which samples it is right on, bool [N]. kind: clean or robust."""
         return self.clean if kind == "clean" else self.robust
 
     def accuracy(self, kind: str) -> float:
+        """The share of samples it is right on. kind: clean or robust."""
         return float(self.flags(kind).mean())
 
 

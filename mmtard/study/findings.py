@@ -58,6 +58,7 @@ class Findings:
         return np.stack([self.outcomes[name, run.name].flags(kind) for run in runs or state.runs])
 
     def accuracy(self, name: str, state: State, kind: str) -> float:
+        """The mean accuracy of a method's state over its seeds and samples. kind: clean or robust."""
         return float(self.flags(name, state, kind).mean())
 
     def difference(self, name: str, kind: str, method: str, other: str) -> Difference | None:

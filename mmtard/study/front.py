@@ -89,6 +89,7 @@ class Resampling:
     @classmethod
     def draw(cls, resamples: int, seeds: int, samples: int, seed: int = 0) -> Resampling:
         # Generators of their own, so that the same samples are drawn whatever the number of seeds.
+        """Draw `resamples` times how often each of the seeds and samples counts; the same draws for the same `seed`."""
         of_seeds, of_samples = (np.random.Generator(np.random.Philox([seed, part])) for part in (0, 1))
         return cls(
             of_seeds.multinomial(seeds, np.full(seeds, 1 / seeds), resamples),

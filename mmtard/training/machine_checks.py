@@ -1,4 +1,4 @@
-"""The checks of a preflight that concern the machines: their software, GPUs, network, and what loaders need of a node."""
+"""The checks of a preflight that concern the machines: software, GPUs, network, and what loaders need of a node."""
 
 from __future__ import annotations
 

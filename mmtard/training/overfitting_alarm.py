@@ -41,8 +41,8 @@ class OverfittingAlarm:
     def after_step(self, step: int, batch: Batch) -> dict | None:
         """Report the alarm as an event where it goes off after `step`, and let the task fall back to more steps.
 
-        Returns what it reported, the same on every rank; None when it does not go off, or is not due. Collective. The student is in evaluation mode, and neither it nor
-        any random state changes.
+        Returns what it reported, the same on every rank; None when it does not go off, or is not due.
+        Collective. The student is in evaluation mode, and neither it nor any random state changes.
         """
         if self.every is None or step % self.every or self.task.attack.steps > 1:
             return None

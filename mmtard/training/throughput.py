@@ -105,8 +105,8 @@ def cost(
 def memory(device: torch.device) -> dict[str, float]:
     """GiB this process takes.
 
-    On CUDA the peaks since the last call: `memory_gib` of its tensors, `reserved_gib` of what torch's allocator held for
-    them, which is what the GPU must have beside the CUDA context. On the CPU the resident set.
+    On CUDA the peaks since the last call: `memory_gib` of its tensors, `reserved_gib` of what torch's allocator held
+    for them, which is what the GPU must have beside the CUDA context. On the CPU the resident set.
     """
     if device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)

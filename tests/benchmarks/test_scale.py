@@ -35,7 +35,7 @@ def test_the_main_runs_arithmetic_is_that_of_its_models(work):
 
 
 def forward_by_hand(tokens, width, layers, pixels, out):
-    """FLOPs of a ViT's forward: patches, and a block's four projections, two of attention, and an MLP of four widths."""
+    """FLOPs of a ViT's forward: patches, and a block's four projections, two of attention, an MLP of four widths."""
     block = 2 * tokens * width * (4 * width + 8 * width) + 2 * 2 * tokens**2 * width
     return 2 * (tokens - 1) * pixels * width + layers * block + 2 * width * out
 

@@ -1,4 +1,4 @@
-"""Five MMT-ARD steps on one GPU: those of plain PyTorch on the CPU, at every ZeRO stage, and what the host waits for."""
+"""Five MMT-ARD steps on one GPU: those of plain PyTorch on the CPU, at each ZeRO stage, and what the host waits for."""
 
 import warnings
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""The attack's copy of a tower: the same numbers, no gradient, no cast at a pass, and no memory where none is needed."""
+"""The attack's copy of a tower: the same numbers, no gradient, no cast at a pass, no memory where none is needed."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""A rank whose run folder's disk is full from a step on: full_disk.py WHERE STEP CONFIG. Otherwise `mmtard train CONFIG`.
+"""A rank whose run folder's disk is full from a step: full_disk.py WHERE STEP CONFIG. Otherwise `mmtard train CONFIG`.
 
 WHERE: "metrics", where no new file is made and no row is added, or "checkpoint", where only checkpoints have no room.
 """

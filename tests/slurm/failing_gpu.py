@@ -11,8 +11,8 @@ import sys
 
 WHERE, STEP = "mmtard.training.engine", 2
 SAID = (
-    "CUDA error: uncorrectable ECC error encountered\nSearch for `cudaErrorECCUncorrectable' in NVIDIA's documentation. "
-    "CUDA kernel errors might be asynchronously reported at some other API call"
+    "CUDA error: uncorrectable ECC error encountered\nSearch for `cudaErrorECCUncorrectable' in NVIDIA's "
+    "documentation. CUDA kernel errors might be asynchronously reported at some other API call"
 )
 
 

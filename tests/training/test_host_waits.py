@@ -1,7 +1,7 @@
 """How often the host waits for the device in a step: what is read of the device, by where it is read.
 
-The published step waits 23 times (PGD-10, one micro-batch): DeepSpeed's timer in each forward of the module, the losses,
-and each term alone. Counted on the CPU: `mmtard` on a pretended GPU, DeepSpeed by the numbers that it reads.
+The published step waits 23 times (PGD-10, one micro-batch): DeepSpeed's timer in each forward of the module, the
+losses, and each term alone. Counted on the CPU: `mmtard` on a pretended GPU, DeepSpeed by the numbers that it reads.
 """
 
 import traceback

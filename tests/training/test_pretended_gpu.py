@@ -1,4 +1,4 @@
-"""What would fail or crawl on a GPU, without one: no operation mixes devices, and neither the attack nor the loss waits.
+"""What would fail or crawl on a GPU, without one: no operation mixes devices, neither the attack nor the loss waits.
 
 Tensors of the CPU pretend to lie on a GPU (`pretended_gpu`). What an evaluation waits for is nothing beside a model in
 float32; there, mixed devices alone are looked for.

@@ -112,7 +112,7 @@ def test_three_unlike_teachers_and_all_that_a_recipe_carries_survive_an_interrup
     train, settings, vit, resnet, tmp_path, monkeypatch
 ):
     """A ViT, a ResNet of another resolution, and a ViT of another width, embedding and context length; balanced
-    weights, medians of entropies, a learned map and its moments, a ramp, and the alarm's fall back after the first step.
+    weights, medians of entropies, a learned map and its moments, a ramp, and the alarm's fallback after the first step.
     """
     monkeypatch.setattr(overfitting_alarm, "overfitted", lambda single, multi, n, ratio: True)
     wide = tmp_path / "tests-wide-trained.json"

@@ -15,10 +15,12 @@ STUDENT, START = Pass("student", "adv"), Pass("start", "clean")
 
 
 def passes(settings) -> set[Pass]:
+    """The student on x' and the start on x."""
     return {STUDENT, START}
 
 
 def loss(settings, predictions, labels, state):
+    """Cross-entropy to the start's softened prediction: ([B], terms). Reads no labels."""
     target = F.softmax(settings.gamma * settings.sharpness * predictions[START].logits.detach(), dim=-1)
     ce = -(target * F.log_softmax(settings.sharpness * predictions[STUDENT].logits, dim=-1)).sum(-1)
     return ce, {"ce": ce}
