@@ -61,7 +61,7 @@ class PublishedStep:
         if settings.name != "mmtard" or settings.weighting != "official" or set(settings.views) != {"clean", "robust"}:
             raise UserError(
                 f"method.name: the published step is that of 'mmtard' with weighting 'official' and the teachers "
-                f"'clean' and 'robust', not of '{settings.name}'; take vitb32_mmtard, or leave out --against"
+                f"'clean' and 'robust', not of '{settings.name}'; take vitb32_mmtard, or leave --against out"
             )
         self.settings, self.attack, self.models, self.clock = settings, config.attack.at(0), models, clock
         train = config.train
