@@ -21,7 +21,8 @@ class AttackMemory:
 
     def __init__(self, kept: dict[str, Tensor] | None = None, at_step: Callable[[], object] = lambda: None):
         self.at_step = at_step
-        self._kept, self._state = kept, None
+        self._kept = kept
+        self._state: AttackState | None = None
 
     def attach(self, state: AttackState) -> None:
         """Remember this state; put it where the kept snapshot was, if that is of the same samples."""
@@ -36,10 +37,12 @@ class AttackMemory:
 
 
 def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each name with `prefix` before it."""
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def of_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
