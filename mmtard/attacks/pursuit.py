@@ -115,7 +115,7 @@ class Tries(AttackState):
         self.of.memory.at_step()
 
     def pursued(self, rows: Tensor) -> Tensor:
-        """Whether each try is still pursued, bool [R]: no earlier start of its sample has fallen. rows: places of tries."""
+        """Whether each try is still pursued, bool [R]: no earlier start of its sample has fallen. rows: int64 [R]."""
         first = torch.full_like(self.of_rows, self.n)  # the start that each sample fell to
         first.scatter_reduce_(0, self._sample[self.broken], self._start[self.broken], "amin")
         return self._start[rows] < first[self._sample[rows]]

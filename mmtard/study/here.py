@@ -85,6 +85,7 @@ class Crew:
             )
 
     def log(self, item: Item) -> Path:
+        """The file that keeps what an item's processes print."""
         return self.out / LOGS / f"{slug(item.asked['name'])}.log"
 
     def _one(self, item: Item, free: SimpleQueue) -> tuple[int, str, float | None]:

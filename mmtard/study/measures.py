@@ -31,6 +31,7 @@ class Measurement:
 
     @property
     def done(self) -> bool:
+        """Whether its results are there."""
         return (self.out / RESULTS).is_file()
 
     def request(self) -> EvaluationRequest:

@@ -79,7 +79,8 @@ def _render(found: Findings, sections: list[Section], command: str, made_with: s
     runs = sum(len(state.runs) for state in found.states)
     seeds, tuned = ", ".join(map(str, study.seeds)), ", ".join(study.grid.tune)
     counts = (
-        f"{len(study.methods)} methods, {runs} trainings, seeds {seeds}. Each method was tuned on one grid ({tuned}) by one "
+        f"{len(study.methods)} methods, {runs} trainings, seeds {seeds}. Each method was tuned on one grid "
+        f"({tuned}) by one "
         "score on validation data, and trained at one budget."
     )
     return (

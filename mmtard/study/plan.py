@@ -33,14 +33,17 @@ class Item:
 
     @property
     def trained(self) -> bool:
+        """Whether all its steps are done, or there are none."""
         return self.config is None or steps_done(Path(self.config.run_dir)) >= self.config.train.steps
 
     @property
     def to_measure(self) -> int:
+        """Measurements that are not done."""
         return sum(not one.done for one in self.measured)
 
     @property
     def done(self) -> bool:
+        """Whether it is trained and measured."""
         return self.trained and not self.to_measure
 
     @property

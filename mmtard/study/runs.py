@@ -35,6 +35,7 @@ class Point:
 
     @property
     def label(self) -> str:
+        """What differs from other points, in words."""
         return _label(self.settings)
 
 
@@ -46,10 +47,12 @@ class Choice:
 
     @property
     def name(self) -> str:
+        """The values, as a part of a path."""
         return _slug(self.settings)
 
     @property
     def label(self) -> str:
+        """The values, in words."""
         return _label(self.settings)
 
 
@@ -103,10 +106,12 @@ def all_runs(study: Study) -> dict[str, Run]:
 
 
 def run_folder(study: Study, run: Run) -> Path:
+    """The folder of a run, in that of the study."""
     return Path(study.out) / RUNS / run.name
 
 
 def model_folder(study: Study, name: str) -> Path:
+    """The folder of a model that is measured as it is, in that of the study."""
     return Path(study.out) / MODELS / name
 
 

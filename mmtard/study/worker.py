@@ -89,6 +89,7 @@ def store(study: Study, asked: dict, interruption: Interruption) -> None:
 
 
 def stored_note(study: Study, name: str) -> Path:
+    """The file that says how long the storing took that a run waited for."""
     return Path(study.out) / STORED / f"{slug(name)}.json"
 
 

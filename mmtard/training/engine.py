@@ -101,6 +101,7 @@ class Engine:
 
     @property
     def micro_batch_size(self) -> int:
+        """Samples of a rank that one forward takes."""
         return self.ds.train_micro_batch_size_per_gpu()
 
     def __call__(self, images: Tensor, seeds: Tensor, tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:

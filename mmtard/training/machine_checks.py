@@ -40,12 +40,15 @@ class Check:
     name: str
 
     def applies(self, config: Config) -> bool:
+        """Whether there is anything to check for this configuration."""
         return True
 
     def measure(self, bench: Bench) -> Any:
+        """What this rank finds."""
         raise NotImplementedError
 
     def verdict(self, bench: Bench, found: list) -> str:
+        """The words of the PASS line. found: what `measure` gave, rank by rank."""
         raise NotImplementedError
 
 
@@ -55,10 +58,12 @@ class Versions(Check):
     name = "versions"
 
     def measure(self, bench: Bench) -> dict:
+        """The versions here."""
         packages = {name: installed_version(name) for name in PACKAGES}
         return {"python": platform.python_version(), "cuda": torch.version.cuda, **packages}
 
     def verdict(self, bench: Bench, found: list[dict]) -> str:
+        """The versions, which must be the same on all ranks."""
         first = found[0]
         other = {
             f"{k} is {own[k]} on rank {r} and {first[k]} on rank 0"
@@ -115,6 +120,7 @@ class Devices(Check):
             )
 
     def verdict(self, bench: Bench, found: list[tuple[str, str | None]]) -> str:
+        """The devices and their drivers."""
         names = [name for name, _ in found]
         devices = "; ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
         drivers = sorted({driver for _, driver in found if driver})
@@ -137,6 +143,7 @@ class Limits(Check):
         return platform.node(), raise_file_limit(), free_shared_memory(), taken
 
     def verdict(self, bench: Bench, found: list[tuple[str, int, int | None, int]]) -> str:
+        """The least of what the nodes allow; no node's loaders may take more than it has."""
         taken: Counter[str] = Counter()
         for node, _, _, of_rank in found:
             taken[node] += of_rank
@@ -171,6 +178,7 @@ class Network(Check):
         return right, (time.monotonic() - began) / REDUCED_TIMES
 
     def verdict(self, bench: Bench, found: list[tuple[bool, float]]) -> str:
+        """How fast a sum over the ranks is, which must be right on each of them."""
         world = len(found)
         wrong = [r for r, (right, _) in enumerate(found) if not right]
         if wrong:

@@ -117,6 +117,7 @@ class Models(Check):
         return seconds
 
     def verdict(self, bench: Bench, found: list[float]) -> str:
+        """The models, and how many images a second their passes allow."""
         bench.most_images_per_s = sum(found)
         names = [name for name, teacher in bench.config.ensemble.items() if not teacher.stored]
         return f"{', '.join(['student', *names])} load; their passes alone allow {sum(found):.4g} images/s at most"
@@ -128,9 +129,11 @@ class StoredEmbeddings(Check):
     name = "embeddings"
 
     def applies(self, config: Config) -> bool:
+        """Whether any teacher's embeddings are read."""
         return any(teacher.stored for teacher in config.teachers.values())
 
     def measure(self, bench: Bench) -> dict[str, Path]:
+        """Teacher -> the folder of its stored embeddings."""
         config, ranks = bench.config, bench.ranks
         dataset = open_dataset_on_all_ranks(config.data, ranks)
         stored = [name for name, teacher in config.teachers.items() if teacher.stored]
@@ -139,6 +142,7 @@ class StoredEmbeddings(Check):
         return {name: store.folder for name, store in stores.items()}
 
     def verdict(self, bench: Bench, found: list[dict[str, Path]]) -> str:
+        """Where the embeddings are stored that match."""
         return "; ".join(
             f"those of teacher {name} are stored in {folder} and match" for name, folder in found[0].items()
         )
@@ -173,6 +177,7 @@ class Folder(Check):
         return shutil.disk_usage(run).free
 
     def verdict(self, bench: Bench, found: list[int]) -> str:
+        """The room on the disk beside what the checkpoints take."""
         config, free = bench.config, min(found)
         keep, run = config.checkpoint, config.run_dir
         count = keep.keep_last + 1 + (config.train.steps // keep.keep_every if keep.keep_every else 0)
@@ -211,6 +216,7 @@ class Shards(Check):
         return len(dataset), len(dataset.paths), images / max(time.monotonic() - began, 1e-9)
 
     def verdict(self, bench: Bench, found: list[tuple[int, int, float]]) -> str:
+        """How fast the shards are read beside what the models take."""
         samples, count, _ = found[0]
         rate = min(rate for _, _, rate in found) * len(found)  # the slowest rank sets the pace
         line = f"{samples} samples in {count} shards, read at {rate:.4g} images/s"
