@@ -81,9 +81,8 @@ def check_replaceable(folder: Path, kind: str, earlier: Callable[[Path], bool] =
         raise UserError(f"'{folder}' exists and is not a folder; choose another name")
     if not any(folder.iterdir()):
         return
-    refuse_special(folder)
     try:
-        made = json.loads((folder / MANIFEST).read_bytes())
+        made = json.loads((folder / MANIFEST).read_bytes() if (folder / MANIFEST).is_file() else "null")
         known = dict(made["files"]) if made["kind"] == kind and made["made_by"] == "mmtard" else None
     except (OSError, ValueError, KeyError, TypeError):
         known = None
@@ -91,6 +90,7 @@ def check_replaceable(folder: Path, kind: str, earlier: Callable[[Path], bool] =
         if (folder / MANIFEST).exists() or not earlier(folder):
             raise UserError(f"'{folder}' exists and is not a {kind} that mmtard made; {remedy}")
         return
+    refuse_special(folder)
     foreign = sorted(set(_files_of(folder)) - known.keys() - {MANIFEST})
     if foreign:
         raise UserError(f"'{folder}' holds '{foreign[0]}', which mmtard did not write there; {remedy}")

@@ -182,5 +182,16 @@ def test_what_is_no_file_is_refused_by_name_before_it_is_opened(tmp_path, make):
     make(tmp_path / "run" / "deep" / "results.json")
     with pytest.raises(UserError, match="'.*run/deep/results.json' is a pipe or a device"):
         files.refuse_special(tmp_path / "run")
+    (tmp_path / "run" / folders.MANIFEST).write_text('{"made_by": "mmtard", "kind": "report", "files": {}}')
     with pytest.raises(UserError, match="'.*run/deep/results.json' is a pipe or a device"):
         folders.check_replaceable(tmp_path / "run", "report")
+
+
+def test_a_folder_of_someone_elses_is_refused_as_such_whatever_lies_in_it(tmp_path):
+    (tmp_path / "mine").mkdir()
+    os.mkfifo(tmp_path / "mine" / "pipe")
+    with pytest.raises(UserError, match="mine' exists and is not a report that mmtard made"):
+        folders.check_replaceable(tmp_path / "mine", "report")
+    os.mkfifo(tmp_path / "mine" / folders.MANIFEST)
+    with pytest.raises(UserError, match="mine' exists and is not a report that mmtard made"):
+        folders.check_replaceable(tmp_path / "mine", "report")

@@ -11,6 +11,7 @@ import yaml
 from ..errors import UserError
 from .values import plain_text, shorten
 
+MOST_BYTES = 10 * 2**20
 DEEPEST, LARGEST = 20, 100_000  # levels and values of a tree: more are no configuration, and would take for ever
 
 
@@ -19,7 +20,7 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     if path.resolve() in seen:
         raise UserError(f"{path}: its `base:` leads back to itself")
     try:
-        tree = _parse(path.read_text(encoding="utf-8"))
+        tree = _parse(_text(path))
     except OSError as error:
         raise UserError(f"cannot read configuration '{path}': {error.strerror}{_siblings(path)}") from None
     except ValueError as error:
@@ -34,6 +35,15 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     if not isinstance(base, str):
         raise UserError(f"{path}: base: {shorten(base)} is no path; name one YAML file")
     return merge(read_tree(path.parent / base, (*seen, path.resolve())), tree)
+
+
+def _text(path: Path) -> str:
+    """The text of a file. Raises OSError, ValueError, and UserError for more than any configuration is long."""
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise UserError(f"cannot read configuration '{path}': it is longer than 10 MiB")
+    return content.decode("utf-8")
 
 
 def override(tree: dict, text: str) -> None:

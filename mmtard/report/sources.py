@@ -79,6 +79,8 @@ def _longer_names(source: ReportSource) -> Iterator[str]:
 def _read(path: Path, pool: Pool) -> list[ReportSource]:
     if not path.exists():
         raise UserError(f"'{path}' does not exist; give a run's folder, or a results.json or its folder")
+    if not (path.is_file() or path.is_dir()):
+        raise UserError(f"'{path}' is neither a file nor a folder; give a run's folder, or a results.json")
     if path.is_file():
         return [ReportSource(_stem(path), path, evaluations=[read_results(path)], missing=[RESULTS_ALONE])]
     if is_run_folder(path):

@@ -401,3 +401,8 @@ def test_every_configuration_is_valid_and_opens_with_its_command(path, tmp_path)
 def test_every_method_but_the_main_one_has_its_baseline():
     written = {p.stem for p in (CONFIGS / "baselines").glob("*.yaml")}
     assert written == set(config.METHODS) - {"mmtard", "clean"}, "each needs its configs/baselines/NAME.yaml"
+
+
+def test_a_configuration_without_end_is_one_line():
+    with pytest.raises(UserError, match="cannot read configuration '/dev/zero': it is longer than 10 MiB"):
+        config.load("/dev/zero")

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 from written import dataset, results, save, write_run
@@ -133,3 +134,8 @@ def test_what_is_neither_is_refused(tmp_path, content, words):
         (path / "results.json").write_text(content)
     with pytest.raises(UserError, match=words):
         sources.read([path])
+
+
+def test_what_is_neither_a_file_nor_a_folder_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="'/dev/null' is neither a file nor a folder; give a run's folder"):
+        sources.read([Path("/dev/null")])
