@@ -81,7 +81,9 @@ def resident_parts(config: Config, ranks: Ranks, classes: int, published: bool) 
         for name, settings in config.ensemble.items()
     }
     widths = {name: clip.config["model_cfg"]["embed_dim"] for name, clip in clips.items()}
-    task = DistillationTask(config, engine, heads["student"], teachers, learned_parts(config, widths, device))
+    task = DistillationTask(
+        config, engine, heads["student"], teachers, learned_parts(config, widths, device, config.train.batch_size)
+    )
     share = config.train.batch_size // ranks.world_size
     check_world(config, ranks.world_size)
     batch = random_batch(share, student.size, classes, ranks.rank).to(device)

@@ -12,12 +12,24 @@ START = "start"  # the teacher that is the student before training; also the fol
 
 
 class Bound(Section):
-    """The clean embedding bound to the untouched student's, by a multiplier for each sample that a network learns."""
+    """The clean embedding bound to the untouched student's, by a multiplier for each sample."""
 
     rho: Number = Field(0.1, gt=0, description="bound of ||z_S(x) - z_start(x)||^2 in parts of ||z_start(x)||^2")
-    dual_every: Int = Field(5, ge=1, description="updates of the student for each of the multipliers' network")
-    dual_lr: Number = Field(5e-4, gt=0, description="learning rate of that network")
-    hidden: Int = Field(512, ge=1, description="width of its hidden layer")
+    multipliers: Literal["network", "sample"] = Field(
+        "network",
+        description="a network of the untouched student's embedding, as published, or a variable of each sample's own, "
+        "for data that is seen many times",
+    )
+    dual_every: Int = Field(5, ge=1, description="network: updates of the student for each of its own")
+    dual_lr: Number | None = Field(
+        None, gt=0, description="learning rate of the multipliers; null: 5e-4 of a network, 1 of variables"
+    )
+    hidden: Int = Field(512, ge=1, description="network: width of its hidden layer")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the multipliers."""
+        return self.dual_lr or (5e-4 if self.multipliers == "network" else 1.0)
 
 
 class MethodSettings(Section):

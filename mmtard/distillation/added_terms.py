@@ -17,7 +17,7 @@ from ..config import Config
 from ..errors import UserError
 from ..losses import squared_distance
 from ..zero_shot import Prediction
-from .learned import LearnedPart, LearnedParts, multipliers, projection
+from .learned import LearnedPart, LearnedParts, SampleMultipliers, multipliers, projection
 from .methods import Pass, find_method
 
 Predictions = dict[Pass, Prediction]
@@ -36,9 +36,12 @@ def run_passes(config: Config) -> set[Pass]:
     return passes
 
 
-def learned_parts(config: Config, widths: dict[str, int], device: torch.device | str = "cpu") -> LearnedParts:
-    """The modules that the added terms learn. widths: model -> the width of its embeddings."""
-    parts, terms = {}, config.terms
+def learned_parts(
+    config: Config, widths: dict[str, int], device: torch.device | str = "cpu", samples: int = 0
+) -> LearnedParts:
+    """What the added terms learn. widths: model -> the width of its embeddings; samples: of the whole data."""
+    parts, terms, bound = {}, config.terms, config.bound
+    table = None
     for name, term in (("anchor", terms.anchor), ("feature", terms.feature)):
         if term is None:
             continue
@@ -50,14 +53,21 @@ def learned_parts(config: Config, widths: dict[str, int], device: torch.device |
             )
         if term.projection or source != target:
             parts[name] = LearnedPart(projection(source, target, config.seed, name).to(device), terms.projection_lr)
-    if config.bound is not None:
-        network = multipliers(widths["start"], config.bound.hidden, config.seed).to(device)
-        parts["bound"] = LearnedPart(network, config.bound.dual_lr, scheduled=False, every=config.bound.dual_every)
-    return LearnedParts(parts)
+    if bound is not None and bound.multipliers == "sample":
+        table = SampleMultipliers(samples, bound.rate, device)
+    elif bound is not None:
+        network = multipliers(widths["start"], bound.hidden, config.seed).to(device)
+        parts["bound"] = LearnedPart(network, bound.rate, scheduled=False, every=bound.dual_every)
+    return LearnedParts(parts, table)
 
 
-def added_loss(config: Config, predictions: Predictions, learned: LearnedParts) -> tuple[Tensor | float, Named]:
-    """(what is added to the loss [B], each term without its weight); 0.0 and no term where none is set."""
+def added_loss(
+    config: Config, predictions: Predictions, learned: LearnedParts, samples: Tensor | None = None
+) -> tuple[Tensor | float, Named]:
+    """(what is added to the loss [B], each term without its weight); 0.0 and no term where none is set.
+
+    samples: int64 [B], which of the data these are, for multipliers of their own.
+    """
     total, named, terms = 0.0, {}, config.terms
     if terms.anchor is not None:
         named["anchor"] = anchor(terms.anchor, predictions, learned)
@@ -66,7 +76,7 @@ def added_loss(config: Config, predictions: Predictions, learned: LearnedParts) 
         named["feature"] = feature(terms.feature, predictions, learned)
         total = total + terms.feature.weight * named["feature"]
     if config.bound is not None:
-        added, of_bound = bound(config.bound, predictions, learned)
+        added, of_bound = bound(config.bound, predictions, learned, samples)
         total, named = total + added, named | of_bound
     return total, named
 
@@ -101,17 +111,22 @@ def on_grid_of(tokens: Tensor, patches: int) -> Tensor:
     return F.interpolate(grid, (new, new), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
 
 
-def bound(settings, predictions: Predictions, learned: LearnedParts) -> tuple[Tensor, Named]:
-    """lambda(x) (||z_S(x) - z_0(x)||^2 - rho ||z_0(x)||^2), not normalised, lambda(x) = F(z_0(x)) >= 0.
+def bound(settings, predictions: Predictions, learned: LearnedParts, samples: Tensor | None) -> tuple[Tensor, Named]:
+    """lambda(x) (||z_S(x) - z_0(x)||^2 - rho ||z_0(x)||^2), not normalised, lambda(x) >= 0.
 
-    The student descends it and the network F of the multipliers climbs it, from one backward: the added loss [B] has
-    the value above. Khodabandeh et al., "LORE: Lagrangian-Optimized Robust Embeddings for Visual Encoders", arXiv
-    2505.18884, equation 7: rho .1, F two layers of hidden width 512, one step of it for every 5 of the student. There
-    these 5 are on one batch; here each has its own, so that all methods see as many images.
+    The student descends it and the multipliers lambda climb it. Khodabandeh et al., "LORE: Lagrangian-Optimized Robust
+    Embeddings for Visual Encoders", arXiv 2505.18884, equations 5 and 7: lambda(x) = F(z_0(x)), F two layers of hidden
+    width 512, rho .1, one step of F for every 5 of the student. There these 5 are on one batch; here each has its own,
+    so that all methods see as many images. `multipliers: sample`, ours, is the problem before F stands in: a variable
+    of each sample's own, which climbs by its excess in parts of ||z_0(x)||^2.
     """
     student, start = predictions["student", "clean"].embeddings, predictions["start", "clean"].embeddings.detach()
     distance, size = squared_distance(student, start), start.square().sum(-1)
     excess = distance - settings.rho * size
+    if settings.multipliers == "sample":
+        fixed = learned.samples(samples)
+        learned.samples.note(samples, (excess / size).detach())
+        return fixed * excess, {"bound_distance": distance / size, "w_bound": fixed}
     multiplier = learned("bound", start).squeeze(-1)
     fixed = multiplier.detach()
     climbs = (multiplier - fixed) * excess.detach()  # 0, with the network's gradient

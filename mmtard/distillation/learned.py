@@ -1,4 +1,4 @@
-"""Small modules that learn beside the student: linear maps between embeddings of two models, LORE's multipliers.
+"""What learns beside the student: linear maps between embeddings of two models, the multipliers of a bound.
 
 They lie outside DeepSpeed, whole on every rank, and take their gradients from the same backward as the student. Their
 weights and moments go into the checkpoint's optimizer file, as `learned.<module>.<parameter>`.
@@ -6,6 +6,7 @@ weights and moments go into the checkpoint's optimizer file, as `learned.<module
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 PREFIX = "learned"
+MULTIPLIERS = f"{PREFIX}.bound.samples"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -27,11 +29,37 @@ class LearnedPart:
     every: int = 1
 
 
-class LearnedParts:
-    """The modules of a run by name, each with its own AdamW without decay."""
+class SampleMultipliers:
+    """A multiplier >= 0 for each sample of the data, whole on every rank: it climbs by `lr` times the sample's excess.
 
-    def __init__(self, parts: dict[str, LearnedPart] | None = None):
-        self.parts = parts or {}
+    It starts at log 2, as a Softplus of 0 does.
+    """
+
+    def __init__(self, samples: int, lr: float, device: torch.device | str):
+        self.values, self.lr = torch.full((samples,), math.log(2), device=device), lr
+        self._excess = torch.zeros_like(self.values)
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        """The multipliers of samples int64 [B] -> [B]."""
+        return self.values[samples]
+
+    def note(self, samples: Tensor, excess: Tensor) -> None:
+        """Keep what each sample int64 [B] exceeds its bound by, [B], until the update."""
+        self._excess.index_add_(0, samples, excess.to(self._excess.dtype))
+
+    def update(self, applied: bool, reduce: Callable[[Tensor], None]) -> None:
+        """Climb by what was noted on all ranks since the last update; not after a skipped one. Collective."""
+        if applied:
+            reduce(self._excess)
+            self.values.add_(self._excess, alpha=self.lr).clamp_(min=0)
+        self._excess.zero_()
+
+
+class LearnedParts:
+    """The modules of a run by name, each with its own AdamW without decay, and the samples' multipliers."""
+
+    def __init__(self, parts: dict[str, LearnedPart] | None = None, samples: SampleMultipliers | None = None):
+        self.parts, self.samples = parts or {}, samples
         self._optimizers = {
             name: torch.optim.AdamW(part.module.parameters(), lr=part.lr, weight_decay=0.0)
             for name, part in self.parts.items()
@@ -54,6 +82,8 @@ class LearnedParts:
                 optimizer.param_groups[0]["lr"] = part.lr * (share if part.scheduled else 1.0)
                 optimizer.step()
             optimizer.zero_grad()
+        if self.samples is not None:
+            self.samples.update(applied, reduce)
 
     def tensors(self) -> dict[str, Tensor]:
         """CPU copies of weights and moments, by name."""
@@ -61,11 +91,15 @@ class LearnedParts:
         for key, parameter, state in self._parameters():
             found[key] = parameter
             found |= {f"{key}.{moment}": state[moment] for moment in MOMENTS if moment in state}
+        if self.samples is not None:
+            found[MULTIPLIERS] = self.samples.values
         return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in found.items()}
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from the `tensors` of a checkpoint; a module that was not there begins anew."""
+        """Go on from the `tensors` of a checkpoint; what was not there begins anew."""
+        if self.samples is not None and MULTIPLIERS in tensors:
+            self.samples.values.copy_(tensors[MULTIPLIERS])
         for key, parameter, state in self._parameters():
             if key not in tensors:
                 continue

@@ -76,12 +76,18 @@ class DistillationTask:
         self.state: dict[str, float] = methods.first_state(self.method, config.method)
 
     def __call__(
-        self, images: Tensor, labels: Tensor, seeds: Tensor, stored: Mapping[str, Tensor] = MappingProxyType({})
+        self,
+        images: Tensor,
+        labels: Tensor,
+        seeds: Tensor,
+        stored: Mapping[str, Tensor] = MappingProxyType({}),
+        samples: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """images [B,3,H,W] float32 in [0,1], labels and seeds int64 [B] -> (loss [B], {term: [B]}).
 
-        stored: teacher -> its embeddings [B,D] of these images, read instead of running the teacher on them. The
-        caller runs one backward of the loss: there has been one forward of the student that is differentiated.
+        stored: teacher -> its embeddings [B,D] of these images, read instead of running the teacher on them.
+        samples: int64 [B], which of the data these are; read for multipliers of the samples' own alone. The caller runs
+        one backward of the loss: there has been one forward of the student that is differentiated.
         """
         inputs = {"clean": images}
         predictions = self._teacher_predictions(inputs, stored)
@@ -90,9 +96,13 @@ class DistillationTask:
             predictions |= self._teacher_predictions({"adv": inputs["adv"]})
         predictions |= self._student_predictions(inputs, seeds)
         loss, terms = self.method.loss(self.settings, predictions, labels, self.state)
-        added, added_terms = added_loss(self.config, predictions, self.learned)
+        added, added_terms = added_loss(self.config, predictions, self.learned, self._on_device(samples, images))
         detached = {name: term.detach() for name, term in (terms | added_terms).items()}
         return loss + added, detached | batch_hits(predictions, labels)
+
+    def _on_device(self, samples: Tensor | None, images: Tensor) -> Tensor | None:
+        """The samples where the multipliers lie: they are on the CPU, and copied for who needs them alone."""
+        return None if samples is None or self.learned.samples is None else samples.to(images.device)
 
     def begin_step(self, update: int) -> None:
         """Take the attack of update `update` (0-based): its ramp, and the fall back after an alarm."""

@@ -69,7 +69,7 @@ def build_training(
     engine = Engine(config, tower, ranks)
     set_timeouts(group_timeout(config))  # of DeepSpeed's own process groups, too
     widths = {name: clip.config["model_cfg"]["embed_dim"] for name, clip in clips.items()}
-    learned = learned_parts(config, widths, ranks.device)
+    learned = learned_parts(config, widths, ranks.device, len(dataset))
     if folder.checkpoint:
         tensors = read_optimizer(folder.checkpoint)
         engine.restore(tensors, folder.updates)

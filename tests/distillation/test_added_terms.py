@@ -132,6 +132,33 @@ def test_a_bound_that_is_exceeded_raises_its_multiplier():
         assert ((after - before) * direction > 0).all()
 
 
+def test_a_multiplier_of_each_samples_own_climbs_by_its_excess_and_stays_above_zero():
+    config = setting("fare", bound={"multipliers": "sample", "rho": 0.5, "dual_lr": 0.25})
+    learned = learned_parts(config, WIDTHS, samples=9)
+    ids = torch.tensor([3, 0, 8, 5, 1])
+    given = predictions(config, grad=[Pass("student", "clean")])
+    total, terms = added_loss(config, given, learned, ids)
+    z, z0 = Z["student", "clean"], Z["start", "clean"]
+    size = (z0**2).sum(1)
+    excess = ((z - z0) ** 2).sum(1) - 0.5 * size
+    np.testing.assert_allclose(total.detach().numpy(), np.log(2) * excess, rtol=1e-6)
+    total.sum().backward()
+    np.testing.assert_allclose(given["student", "clean"].embeddings.grad.numpy(), 2 * np.log(2) * (z - z0), rtol=1e-6)
+    # Noted twice before the update, as by two micro-batches, and again by a second rank.
+    added_loss(config, given, learned, ids)
+    learned.update(0, True, 1.0, lambda excess: excess.mul_(2), 2)
+    expected = np.full(9, np.log(2))
+    expected[ids.numpy()] = np.maximum(np.log(2) + 4 * 0.25 * excess / size, 0)
+    np.testing.assert_allclose(learned.samples.values.numpy(), expected, rtol=1e-5)
+    assert added_loss(config, given, learned, ids)[1]["w_bound"].equal(learned.samples.values[ids])
+    learned.update(1, False, 1.0, lambda excess: excess, 1)
+    learned.update(2, True, 1.0, lambda excess: excess, 1)
+    np.testing.assert_allclose(learned.samples.values.numpy(), expected, rtol=1e-5, err_msg="of a skipped update")
+    again = learned_parts(config, WIDTHS, samples=9)
+    again.restore(learned.tensors())
+    assert again.samples.values.equal(learned.samples.values)
+
+
 def parts():
     return LearnedParts(
         {

@@ -34,7 +34,13 @@ TOWERS = {  # seed, width, embedding, pixels
 CASES = {  # method, attack, ZeRO stage, placement of the teachers[, terms]
     "clean": ({"name": "clean"}, {}, 1, None),
     "tecoa": ({"name": "tecoa"}, {"objective": "ce_targeted", "restarts": 2}, 2, None),
-    "fare": ({"name": "fare"}, {}, 2, "sharded"),
+    "fare": (
+        {"name": "fare"},
+        {},
+        2,
+        "sharded",
+        {"bound": {"multipliers": "sample", "rho": 1e-4, "dual_lr": 50.0}},
+    ),
     "sim_clip": ({"name": "sim_clip"}, {}, 3, "replicated"),
     "lore": ({"name": "lore", "bound": {"rho": 1e-3, "dual_every": 2, "hidden": 8}}, {}, 3, "replicated"),
     "agft": ({"name": "agft"}, {"steps": 1, "algorithm": "nfgsm"}, 1, "replicated"),
@@ -102,7 +108,7 @@ def head(name: str) -> ZeroShotHead:
 def settings(case: str) -> config.Config:
     method, attack, stage, placement, *terms = CASES[case]
     terms = terms[0] if terms else {}
-    named = {term["teacher"] if "teacher" in term else "robust" for term in terms.values() if isinstance(term, dict)}
+    named = set(config.Config.model_fields["terms"].annotation(**terms).teachers.values()) - {config.START}
     teachers = {
         name: {"placement": placement} | ({} if name == "start" else {"weights": "random"})
         for name in sorted({*config.METHODS[method["name"]](**method).teachers, *named})
@@ -178,7 +184,9 @@ def plain_teacher(name: str) -> PlainTeacher:
 
 def train(case: str, student, teachers: dict, ranks=None) -> dict:
     """Losses, the method's state and the weights after three steps; `ranks` share each batch."""
-    learned = learned_parts(settings(case), {name: embedding for name, (_, _, embedding, _) in TOWERS.items()})
+    learned = learned_parts(
+        settings(case), {name: embedding for name, (_, _, embedding, _) in TOWERS.items()}, samples=BATCH
+    )
     step = DistillationTask(settings(case), student, head("student"), teachers, learned)
     share = (
         slice(None)
@@ -188,7 +196,7 @@ def train(case: str, student, teachers: dict, ranks=None) -> dict:
     losses, spread = [], {}
     for update, batch in enumerate(batches()):
         step.begin_step(update)
-        loss, terms = step(*(part[share] for part in batch))
+        loss, terms = step(*(part[share] for part in batch), samples=torch.arange(BATCH)[share])
         student.backward(loss.mean())
         student.end_micro_batch(LR)
         learned.update(
