@@ -61,7 +61,8 @@ class Written:
             told += f"; {images} left out, listed in skipped.txt beside the shards"
         if self.left_out:
             total = sum(self.left_out.values())
-            told += f"; {total} image{'s' * (total != 1)} left out: " + "; ".join(f"{n} {why}" for why, n in self.left_out.items())
+            reasons = "; ".join(f"{n} {why}" for why, n in self.left_out.items())
+            told += f"; {total} image{'s' * (total != 1)} left out: {reasons}"
         return told
 
 
