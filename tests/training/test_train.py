@@ -112,7 +112,8 @@ def test_three_unlike_teachers_and_all_that_a_recipe_carries_survive_an_interrup
     train, settings, vit, resnet, tmp_path, monkeypatch
 ):
     """A ViT, a ResNet of another resolution, and a ViT of another width, embedding and context length; balanced
-    weights, medians of entropies, a learned map and its moments, a ramp, and the alarm's fallback after the first step.
+    weights, medians of entropies, a learned map and its moments, the samples' multipliers, a ramp, and the
+    alarm's fallback after the first step.
     """
     monkeypatch.setattr(overfitting_alarm, "overfitted", lambda single, multi, n, ratio: True)
     wide = tmp_path / "tests-wide-trained.json"
@@ -139,7 +140,7 @@ def test_three_unlike_teachers_and_all_that_a_recipe_carries_survive_an_interrup
             "views": {"clean": "clean", "robust": "adv", "third": "clean_for_adv"},
             "trust": "uncertainty",
         },
-        "terms": {"anchor": {"teacher": "third"}},
+        "terms": {"anchor": {"teacher": "third"}, "bound": {"multipliers": "sample", "rho": 1e-3}},
         "attack": {
             "algorithm": "nfgsm",
             "eps": "8/255",
@@ -159,6 +160,8 @@ def test_three_unlike_teachers_and_all_that_a_recipe_carries_survive_an_interrup
     )
     assert all(tensors[file][name].equal(value) for file in same for name, value in same[file].items())
     assert "learned.anchor.weight.exp_avg" in same["optimizer.safetensors"]
+    multipliers = same["optimizer.safetensors"]["learned.bound.samples"]
+    assert multipliers.shape == (24,) and multipliers.ne(torch.tensor(2.0).log()).all(), "all samples were seen"
     events = [json.loads(line) for line in (whole / "events.jsonl").read_text().splitlines()]
     assert [(e["step"], e["attack_steps_from_now_on"]) for e in events if "alarm" in e["event"]] == [(1, 3)]
     assert (
