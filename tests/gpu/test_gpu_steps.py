@@ -110,8 +110,8 @@ def test_the_host_waits_for_nothing_in_attack_and_loss(gpu_ranks, stage):
         loss, inside = waits_of(lambda x=images, y=labels, s=seeds: task(x, y, s)[0])
         _, update = waits_of(lambda of=loss: (engine.backward(of.mean()), engine.end_micro_batch(1e-3)))
     # The last of the five steps: in the first, teachers are looked at once, and kernels are loaded.
-    print(f"\nZeRO {stage}: the host waited {len(inside)} times in attack and loss, {len(update)} times in the update")
     only_on_cuda("torch counts what waits for a GPU alone")
+    print(f"\nZeRO {stage}: the host waited {len(inside)} times in attack and loss, {len(update)} times in the update")
     assert inside == [], inside
     assert len(update) <= IN_THE_UPDATE, update
 
