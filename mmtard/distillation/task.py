@@ -102,7 +102,7 @@ class DistillationTask:
 
     def _on_device(self, samples: Tensor | None, images: Tensor) -> Tensor | None:
         """The samples where the multipliers lie: they are on the CPU, and copied for who needs them alone."""
-        return None if samples is None or self.learned.samples is None else samples.to(images.device)
+        return None if samples is None or self.learned.samples is None else samples.to(images.device, non_blocking=True)
 
     def begin_step(self, update: int) -> None:
         """Take the attack of update `update` (0-based): its ramp, and the fall back after an alarm."""

@@ -191,7 +191,7 @@ def a_task(config, ranks, tower=None, teacher_pixels=PIXELS):
         name: FrozenTeacher(name, teacher, vit(seed, teacher_pixels), a_head(), ranks, torch.bfloat16)
         for seed, (name, teacher) in enumerate(config.ensemble.items(), 1)
     }
-    learned = learned_parts(config, dict.fromkeys(("student", *teachers), 8), CUDA)
+    learned = learned_parts(config, dict.fromkeys(("student", *teachers), 8), device=CUDA, samples=B)
     return DistillationTask(config, engine, a_head(), teachers, learned)
 
 
@@ -201,7 +201,7 @@ def assert_a_step_waits_for_nothing(gpu, task, batch=None, stored=None):
     for _ in range(2):
         gpu.waits.clear()
         task.student._copy_is_old = True  # as after an update
-        loss, terms = task(batch.pixels(CUDA), batch.labels, batch.seeds, stored or {})
+        loss, terms = task(batch.pixels(CUDA), batch.labels, batch.seeds, stored or {}, batch.sample_ids)
         loss.mean().backward()
     assert not gpu.waits
     assert all(term.device == CUDA for term in (loss, *terms.values()))
@@ -249,6 +249,7 @@ def test_no_attack_of_the_training_mixes_devices_or_waits(gpu, ranks, attack):
         {"feature": {"teacher": "robust", "teacher_view": "adv"}},
         {"feature": {"teacher": "robust", "of": "tokens", "projection": True}},
         {"bound": {}},
+        {"bound": {"multipliers": "sample"}},
     ],
     ids=lambda terms: "-".join(terms),
 )
