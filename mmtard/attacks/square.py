@@ -32,11 +32,16 @@ def square(state: AttackState) -> None:
             _search(state, rows, restart)
 
 
+_DRAWS = 64  # squares whose random numbers are drawn at once
+
+
 @dataclass(frozen=True)
 class _Walk:
     seeds: Tensor  # int64 [R]: of this restart
     best: Tensor  # [R,3,H,W]: the iterate of the lowest margin
     lowest: Tensor  # [R]
+    corners: Tensor  # [R,_DRAWS,2] in [0,1): where the next squares lie
+    signs: Tensor  # [R,_DRAWS,3], -1 or 1: their colours
 
 
 def _search(state: AttackState, rows: Tensor, restart: int) -> None:
@@ -46,19 +51,29 @@ def _search(state: AttackState, rows: Tensor, restart: int) -> None:
     def begin() -> _Walk:
         seeds = derive_seeds(state.seeds[rows], restart)
         best = (pursuit.images + eps * _signs(seeds, (c, 1, w))).clamp(0, 1)  # vertical stripes
-        return _Walk(seeds, best, -pursuit(best))
+        return _Walk(seeds, best, -pursuit(best), *_draw(seeds, 0, c))
 
     def advance(walk: _Walk, i: int) -> _Walk:
-        draw, clean = derive_seeds(walk.seeds, i + 1), pursuit.images
-        proposal = torch.where(
-            _window(draw, h, w, side(i, h, w)), (clean + eps * _signs(draw, (c, 1, 1))).clamp(0, 1), walk.best
-        )
+        k = i % _DRAWS
+        corners, signs = (walk.corners, walk.signs) if k or not i else _draw(walk.seeds, i, c)
+        colours = (pursuit.images + eps * signs[:, k].view(-1, c, 1, 1)).clamp(0, 1)
+        proposal = torch.where(_window(corners[:, k], h, w, side(i, h, w)), colours, walk.best)
         margin = -pursuit(proposal)
-        better = margin < walk.lowest
-        best = torch.where(better.view(-1, 1, 1, 1), proposal, walk.best)
-        return _Walk(walk.seeds, best, torch.minimum(margin, walk.lowest))
+        better = (margin < walk.lowest).nonzero().flatten()
+        best, lowest = walk.best, walk.lowest
+        if len(better):
+            best = best.index_copy(0, better, proposal[better])
+            lowest = torch.minimum(margin, lowest)
+        return _Walk(walk.seeds, best, lowest, corners, signs)
 
     pursuit.run(_Walk, begin, advance, state.settings.queries - 1)
+
+
+def _draw(seeds: Tensor, i: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Corners [R,_DRAWS,2] and signs [R,_DRAWS,channels] of the i-th square and those after it."""
+    draws = torch.stack([derive_seeds(seeds, k + 1) for k in range(i, i + _DRAWS)], 1).flatten()
+    corners, signs = sample_uniform(draws, (2,)), _signs(draws, (channels,))
+    return corners.view(len(seeds), _DRAWS, 2), signs.view(len(seeds), _DRAWS, channels)
 
 
 def side(i: int, h: int, w: int) -> int:
@@ -67,12 +82,12 @@ def side(i: int, h: int, w: int) -> int:
     return min(max(round((p * h * w) ** 0.5), 1), h, w)
 
 
-def _window(seeds: Tensor, h: int, w: int, side: int) -> Tensor:
-    """Where each sample's square lies, uniform over all that fit: bool [R,1,H,W]."""
-    u = sample_uniform(seeds, (2,))
-    top, left = ((u[:, k] * (n - side + 1)).long().view(-1, 1, 1, 1) for k, n in ((0, h), (1, w)))
-    y, x = torch.arange(h, device=seeds.device).view(1, 1, h, 1), torch.arange(w, device=seeds.device).view(1, 1, 1, w)
-    return (y >= top) & (y < top + side) & (x >= left) & (x < left + side)
+def _window(corners: Tensor, h: int, w: int, side: int) -> Tensor:
+    """Where each sample's square lies, uniform over all that fit: [R,2] in [0,1) -> bool [R,1,H,W]."""
+    top, left = ((corners[:, k] * (n - side + 1)).long().view(-1, 1, 1, 1) for k, n in ((0, h), (1, w)))
+    y = torch.arange(h, device=corners.device).view(1, 1, h, 1)
+    x = torch.arange(w, device=corners.device).view(1, 1, 1, w)
+    return ((y >= top) & (y < top + side)) & ((x >= left) & (x < left + side))
 
 
 def _signs(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -151,14 +151,17 @@ class AttackState:
     def _keep(self, images: Tensor, rows: Tensor, logits: Tensor, loss: Tensor, allowed: Tensor | None) -> None:
         prediction = losses.predicted_class(logits)
         finite = prediction != losses.NO_CLASS  # NaN is an error of the model, not a success of the attack
-        self.not_finite[rows] |= ~finite
         wrong, broken = prediction != self.labels[rows], self.broken[rows]
         better = finite & ((wrong & ~broken) | ((wrong == broken) & (loss > self._loss[rows])))
         if allowed is not None:
             better &= allowed
-        at = rows[better]
-        self.adv[at], self.prediction[at] = images[better], prediction[better]
-        self.broken[at], self._loss[at] = wrong[better], loss[better].to(self._loss.dtype)
+        if not bool(finite.all()):
+            self.not_finite[rows] |= ~finite
+        kept = better.nonzero().flatten()
+        if len(kept):
+            at = rows[kept]
+            self.adv[at], self.prediction[at] = images[kept], prediction[kept]
+            self.broken[at], self._loss[at] = wrong[kept], loss[kept].to(self._loss.dtype)
 
     def take_over(self, other: AttackState, part: slice, rows: Tensor) -> None:
         """Show what another state has found of samples that stand: its places `part` are the samples `rows` here."""

@@ -19,7 +19,7 @@ from mmtard.attacks.registry import ATTACKS, WHITE_BOX
 from mmtard.attacks.square import _window, side
 from mmtard.attacks.state import AttackSettings, AttackState
 from mmtard.errors import UserError
-from mmtard.seeding import derive_seeds
+from mmtard.seeding import derive_seeds, sample_uniform
 
 from .conftest import Double, convolutions
 
@@ -222,11 +222,11 @@ def test_sides_of_the_squares_are_autoattacks():
 
 
 def test_squares_lie_anywhere_they_fit():
-    corners = [tuple(w[0].nonzero()[0].tolist()) for w in _window(torch.arange(4000), 5, 7, 3)]
+    corners = [tuple(w[0].nonzero()[0].tolist()) for w in _window(sample_uniform(torch.arange(4000), (2,)), 5, 7, 3)]
     counts = np.zeros((3, 5), int)
     np.add.at(counts, tuple(np.array(corners).T), 1)
     assert counts.sum() == 4000 and abs(counts - 4000 / 15).max() < 5 * math.sqrt(4000 / 15)
-    assert (_window(torch.arange(100), 5, 7, 3).sum((1, 2, 3)) == 9).all()
+    assert (_window(sample_uniform(torch.arange(100), (2,)), 5, 7, 3).sum((1, 2, 3)) == 9).all()
 
 
 @pytest.mark.parametrize("norm,library", [("linf", projection_linf), ("l2", projection_l2)])
