@@ -26,7 +26,6 @@ from .memory import AttackMemory
 from .state import AttackSettings, AttackState, Classifier, SampleLoss, logits_of
 from .threat_model import perturbation_size
 
-CPU_ROOM = 8  # On a CPU more samples at once are not faster than one after the other.
 Number = TypeVar("Number", int, float)
 
 
@@ -83,7 +82,7 @@ def run_attacks(
     """Set the attacks on a batch. source: the other model of `transfer`, with the same classes.
 
     room: samples that the device takes at once; where fewer stand, starts at several targets share a batch, which
-    changes no outcome. None: as many as there are here on a GPU, some on a CPU. memory: of a single attack, which goes
+    changes no outcome. None: as many as there are here. memory: of a single attack, which goes
     on where an earlier process has left it.
 
     A clean image whose logits are not finite counts as wrong and is not attacked. Raises UserError for images that
@@ -100,8 +99,9 @@ def run_attacks(
     n_classes = logits.shape[1]
     check_label_range(labels, n_classes)
     ran, skipped = defined_attacks(attacks, n_classes)
-    room = room or (len(images) if images.device.type == "cuda" else CPU_ROOM)
-    ensemble = _Ensemble(model, images, labels, seeds, settings, source, losses.predicted_class(logits), room)
+    ensemble = _Ensemble(
+        model, images, labels, seeds, settings, source, losses.predicted_class(logits), room or len(images)
+    )
     ensemble.memory = memory
     for name in ran:
         ensemble.run(name)

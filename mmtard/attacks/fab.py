@@ -85,20 +85,20 @@ def project_to_hyperplane(x: Tensor, normal: Tensor, gap: Tensor, norm: str) -> 
     piecewise linear in t, so that Newton's method from t = 0 never overshoots and ends on the very segment, after
     some four steps, where the authors sort all coordinates.
     """
-    w = normal.flatten(1) * torch.where(gap < 0, -1.0, 1.0)[:, None].to(normal.dtype)
+    # No comparison of large tensors: on a CPU it costs as much as ten products.
     flat, need = x.flatten(1), gap.abs()
-    room = torch.where(w > 0, 1 - flat, flat)
-    pull = w.abs()  # on the gap, for each unit that the coordinate moves
+    direction = normal.flatten(1).sign() * (1 - 2 * (gap < 0).to(normal.dtype))[:, None]
+    room = 0.5 + direction * (0.5 - flat)  # up to 1, or down to 0
+    pull = normal.flatten(1).abs()  # on the gap, for each unit that the coordinate moves
     speed = pull if norm == "l2" else torch.ones_like(pull[:, :1])
     gain = pull * speed
-    t = torch.zeros_like(need)
-    moved = torch.zeros_like(pull)
+    t, moved = torch.zeros_like(need), torch.zeros_like(pull)
     for _ in range(_NEWTON_STEPS):
         short = need - (pull * moved).sum(1)
-        slope = (gain * (room > moved)).sum(1)  # of those that move still
+        slope = (gain * (room - moved).sign()).sum(1)  # of those that move still
         goes_on = (short > _CLOSED * need) & (slope > 0)
         if not bool(goes_on.any()):
             break
         t = torch.where(goes_on, t + short / slope.clamp_min(1e-30), t)
         moved = torch.minimum(t[:, None] * speed, room)
-    return (moved * w.sign()).view_as(x)
+    return (moved * direction).view_as(x)

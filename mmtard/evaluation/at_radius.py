@@ -117,7 +117,7 @@ def _attack_chunk(
 
     def attack(x: Tensor, labels: Tensor, seeds: Tensor) -> dict:
         def run(memory: AttackMemory) -> dict:
-            room = task.work.in_batches.limit if x.is_cuda else None
+            room = task.work.in_batches.limit
             return _row(ensemble.run_attacks(logits, x, labels, seeds, [name], settings, source, room, memory), name)
 
         return kept.batch(seeds, run)
