@@ -6,14 +6,18 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .state import AttackState
+from .state import AttackSettings, AttackState
 
-_NORMS = {"linf": "Linf", "l2": "L2"}  # as the library spells them
+if TYPE_CHECKING:
+    from pyautoattack import AutoAttack
+
+NORMS = {"linf": "Linf", "l2": "L2"}  # as the library spells them
 
 
 def require_library() -> None:
@@ -49,18 +53,22 @@ def autoattack(state: AttackState) -> None:
     device = state.images.device
     # Its random generators take 32 bits.
     seed = int(state.seeds[rows[0]]) & 0x7FFFFFFF
-    library = AutoAttack(model, norm=_NORMS[s.norm], eps=s.eps, seed=seed, version="standard", device=device)
+    library = AutoAttack(model, norm=NORMS[s.norm], eps=s.eps, seed=seed, version="standard", device=device)
     library.verbose = False
-    n_classes = state.logits(state.images[rows[:1]]).shape[1]
-    for part in (library.apgd, library.apgd_targeted, library.fab):
-        part.n_iter, part.n_restarts = s.iters, s.restarts
-    for part in (library.apgd_targeted, library.fab):
-        part.n_target_classes = min(s.targets, n_classes - 1)
-    library.square.n_queries, library.square.n_restarts = s.queries, s.restarts
-    with _undisturbed(device):
+    set_means(library, s, n_classes=state.logits(state.images[rows[:1]]).shape[1])
+    with undisturbed(device):
         adv, _ = library.run_standard_evaluation(state.images[rows], labels, batch_size=len(rows))
     with torch.no_grad():
         state.observe(adv, rows)
+
+
+def set_means(library: AutoAttack, settings: AttackSettings, n_classes: int) -> None:
+    """Give the library's attacks the iterations, restarts, queries and targets of the settings."""
+    for part in (library.apgd, library.apgd_targeted, library.fab):
+        part.n_iter, part.n_restarts = settings.iters, settings.restarts
+    for part in (library.apgd_targeted, library.fab):
+        part.n_target_classes = min(settings.targets, n_classes - 1)
+    library.square.n_queries, library.square.n_restarts = settings.queries, settings.restarts
 
 
 class _Logits(nn.Module):
@@ -75,7 +83,7 @@ class _Logits(nn.Module):
 
 
 @contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
+def undisturbed(device: torch.device) -> Iterator[None]:
     """Puts torch's generators and Python's trace function back: the library seeds the ones and removes the other."""
     trace = sys.gettrace()
     try:

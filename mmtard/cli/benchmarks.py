@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from . import bench_checkpoint, bench_data, bench_scale, bench_train
+from . import bench_checkpoint, bench_data, bench_evaluate, bench_scale, bench_train
 
-PARTS = (bench_train, bench_data, bench_checkpoint, bench_scale)  # as `mmtard bench --help` lists them
+PARTS = (bench_train, bench_evaluate, bench_data, bench_checkpoint, bench_scale)  # as `mmtard bench --help` lists them
 
 
 def add(commands) -> None:

@@ -1,0 +1,149 @@
+"""`mmtard bench evaluate`: mmtard's attacks beside pyautoattack's, on the same samples, in one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks.attack import attack_tensors
+from ..attacks.autoattack import NORMS, require_library, set_means, undisturbed
+from ..attacks.state import AttackSettings, Classifier
+from .report import BenchmarkReport, BenchmarkTable
+
+STANDARD, FARE = ("apgd-ce", "apgd-t", "fab-t", "square"), ("apgd-ce", "apgd-t")
+HIDDEN_RESTARTS = 5  # of APGD-CE under pyautoattack's version `custom`, as RobustVLM's code runs it
+BATCH = 250  # pyautoattack's own default
+
+
+@dataclass
+class Measured:
+    """What one way of attacking did to the samples: bool [B], seconds, and the forward passes that it asked for."""
+
+    fell: Tensor
+    seconds: float
+    passes: int
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Attacks to compare on. their_restarts: of the library's APGD-CE; ours are the settings' own."""
+
+    name: str
+    attacks: tuple[str, ...]
+    their_restarts: int = 1
+
+
+SUITES = {
+    "standard": Suite("standard", STANDARD),
+    "fare": Suite("fare", FARE),
+    "robustvlm": Suite("fare as RobustVLM's code runs it", FARE, HIDDEN_RESTARTS),
+}
+
+
+def compare(
+    model: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    settings: AttackSettings,
+    rounds: int = 1,
+    suites: Sequence[Suite] = tuple(SUITES.values()),
+    say: Callable[[str], object] = print,
+) -> BenchmarkReport:
+    """Attack the same samples by both, alternately, `rounds` times: seconds, passes, and flags that differ.
+
+    model: images [B,3,H,W] in [0,1] -> logits [B,C]. images, labels: on its device. Both take the same iterations,
+    queries, targets and radius, at most 250 samples at once, and each its own random starts. Raises UserError without
+    pyautoattack, and for inputs that `attack_tensors` refuses.
+    """
+    require_library()
+    report = BenchmarkReport(numbers={"settings": vars(settings), "samples": len(images), "suites": {}})
+    columns = [
+        "suite",
+        "mmtard s",
+        "pyautoattack s",
+        "ratio",
+        "ours passes",
+        "their passes",
+        "standing",
+        "flags differ",
+    ]
+    table = BenchmarkTable(
+        f"{len(images)} samples, {settings.norm} {settings.eps:.4g}, {settings.iters} iterations", columns
+    )
+    ours(model, images[:8], labels[:8], replace(settings, iters=1, queries=2), suites[0])  # the first call warms up
+    for suite in suites:
+        pairs = []
+        for _ in range(rounds):
+            pairs.append((ours(model, images, labels, settings, suite), theirs(model, images, labels, settings, suite)))
+            say(f"{suite.name}: mmtard {pairs[-1][0].seconds:.1f} s, pyautoattack {pairs[-1][1].seconds:.1f} s")
+        report.numbers["suites"][suite.name] = found = _found(pairs)
+        seconds = [f"{found[by]['seconds']:.2f}" for by in ("mmtard", "pyautoattack")]
+        passes = [str(found[by]["passes"]) for by in ("mmtard", "pyautoattack")]
+        differ = f"{found['flags_differ']} of {len(images)}"
+        table.rows.append([suite.name, *seconds, f"{found['ratio']:.2f}", *passes, str(found["standing"]), differ])
+    report.tables.append(table)
+    report.notes.append(
+        "passes: samples that the model was asked about. Seconds are the median of the rounds, ratio theirs by ours. "
+        f"RobustVLM's code leaves APGD-CE at {HIDDEN_RESTARTS} restarts; mmtard takes one."
+    )
+    return report
+
+
+def ours(model: Classifier, images: Tensor, labels: Tensor, settings: AttackSettings, suite: Suite) -> Measured:
+    """mmtard's attacks, each on what the earlier ones left standing."""
+    asked, began = _Counted(model), _now(images)
+    result = attack_tensors(asked, images, labels, settings, list(suite.attacks), batch_size=BATCH)
+    return Measured(~result.robust, _now(images) - began, asked.passes)
+
+
+def theirs(model: Classifier, images: Tensor, labels: Tensor, settings: AttackSettings, suite: Suite) -> Measured:
+    """pyautoattack's attacks of the same names and means."""
+    from pyautoattack import AutoAttack
+
+    asked, began = _Counted(model), _now(images)
+    with undisturbed(images.device):
+        library = AutoAttack(
+            asked, norm=NORMS[settings.norm], eps=settings.eps, seed=0, version="standard", device=images.device
+        )
+        library.verbose, library.attacks_to_run = False, list(suite.attacks)
+        set_means(library, settings, asked(images[:1]).shape[1])
+        library.apgd.n_restarts = suite.their_restarts
+        _, predicted = library.run_standard_evaluation(images, labels, batch_size=BATCH)
+    return Measured(predicted != labels, _now(images) - began, asked.passes)
+
+
+class _Counted(nn.Module):
+    """The model; counts the samples that it is asked about."""
+
+    def __init__(self, model: Classifier):
+        super().__init__()
+        self.ask, self.passes = model, 0
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.passes += len(images)
+        return self.ask(images)
+
+
+def _found(pairs: list[tuple[Measured, Measured]]) -> dict:
+    first, other = pairs[0]
+    seconds = [median(measured.seconds for measured in side) for side in zip(*pairs)]
+    return {
+        "mmtard": {"seconds": seconds[0], "passes": first.passes},
+        "pyautoattack": {"seconds": seconds[1], "passes": other.passes},
+        "rounds": [[measured.seconds for measured in pair] for pair in pairs],
+        "ratio": seconds[1] / seconds[0],
+        "standing": int((~first.fell).sum()),
+        "flags_differ": int((first.fell != other.fell).sum()),
+    }
+
+
+def _now(images: Tensor) -> float:
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    return time.perf_counter()

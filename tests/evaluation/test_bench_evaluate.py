@@ -1,0 +1,63 @@
+"""`mmtard bench evaluate`: both libraries on the same samples, counted from outside, as a table and as JSON."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from mmtard.attacks.state import AttackSettings
+from mmtard.benchmarks.evaluate import SUITES, compare
+
+SETTINGS = AttackSettings(eps=0.006, iters=4, queries=6, targets=2)
+
+
+@pytest.fixture(scope="module")
+def found():
+    """(what `compare` found, the sizes of all batches that the model was given, by suite)."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.GELU(), nn.Flatten(), nn.Linear(196, 5)).requires_grad_(False)
+    images = torch.rand(24, 3, 16, 16)
+    labels = net(images).argmax(1)
+    asked = []
+
+    def model(x):
+        asked.append(len(x))
+        return net(x)
+
+    said = []
+    report = compare(model, images, labels, SETTINGS, say=lambda line: said.append((line, sum(asked))))
+    return report, said
+
+
+def test_both_attack_the_same_samples_and_every_pass_is_counted(found):
+    report, said = found
+    suites = report.numbers["suites"]
+    assert list(suites) == [suite.name for suite in SUITES.values()] and report.numbers["samples"] == 24
+    before = None
+    for (line, total), (name, suite) in zip(said, suites.items()):
+        assert line.startswith(f"{name}: mmtard")
+        counted = suite["mmtard"]["passes"] + suite["pyautoattack"]["passes"]
+        if before is not None:
+            assert total - before == counted
+        before = total
+        assert suite["mmtard"]["passes"] < suite["pyautoattack"]["passes"], "what has fallen is asked no more"
+        assert suite["flags_differ"] <= 3 and 0 < suite["standing"] < 24
+        assert suite["ratio"] == suite["pyautoattack"]["seconds"] / suite["mmtard"]["seconds"] > 0
+
+
+def test_robustvlms_restarts_are_theirs_alone(found):
+    fare, robustvlm = (found[0].numbers["suites"][SUITES[name].name] for name in ("fare", "robustvlm"))
+    assert fare["mmtard"]["passes"] == robustvlm["mmtard"]["passes"]
+    assert robustvlm["pyautoattack"]["passes"] > fare["pyautoattack"]["passes"]
+
+
+def test_the_command_prints_a_table_and_writes_it(exported, colours, tmp_path, capsys, command):
+    out = tmp_path / "bench.json"
+    means = ["--n-samples", 8, "--iters", 2, "--suites", "fare", "--eps", "1/255", "--device", "cpu"]
+    assert not command(
+        "bench", "evaluate", exported, "--data", colours, "--against", "pyautoattack", *means, "--out", out
+    )
+    printed, written = capsys.readouterr().out, json.loads(out.read_text())
+    assert "flags differ" in printed and f"written to {out}" in printed.replace("\n", "")
+    assert written["samples"] == 8 and written["suites"].keys() == {"fare"} and written["settings"]["iters"] == 2
