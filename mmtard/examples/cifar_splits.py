@@ -6,6 +6,7 @@ Pretraining sees the captions of both.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import numpy as np
 import webdataset as wds
 
 from ..errors import UserError
-from ..folders import publish_folder, read_settings
+from ..folders import SETTINGS, publish_folder, read_settings
 
 SHARD = 5000
+PRETRAINING = "pretraining"
 NAMES = ("cifar10", "cifar100")
 
 
@@ -66,7 +68,9 @@ def make_splits(
         train = kept[trained][0]
         _write([train], partial / "images" / "train")
         _write([train.take(np.sort(_spread(train.labels, rng)[:few]))], partial / "images" / "few")
-        _write([kept[name][0] for name in NAMES if name in kept], partial / "pretraining" / "train")
+        _write([kept[name][0] for name in NAMES if name in kept], partial / PRETRAINING / "train")
+        # The weights that are pretrained on it depend on them.
+        (partial / PRETRAINING / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def _divide(

@@ -13,6 +13,7 @@ from mmtard.data.reader import Reader
 from mmtard.errors import UserError
 from mmtard.examples import materials
 from mmtard.examples.cifar_splits import make_splits
+from mmtard.examples.pretrain import Pretraining
 from mmtard.study.schema import Material
 
 TEN, HUNDRED = ["cat", "dog"], ["sea_lion", "oak", "rose"]
@@ -67,6 +68,7 @@ def test_each_image_is_in_one_split_with_its_own_class(source, tmp_path):
     pretraining = levels(out / "pretraining" / "train")
     assert set(pretraining) == set(train) | set(range(8)) - set(held_zeroshot)
     assert {n for level, n in pretraining.items() if level < 20} == {"cat", "dog"}
+    assert Pretraining().settings(out / "pretraining")["data"]["trained"] == "cifar100"  # weights depend on it
     few = levels(out / "images" / "few")
     assert len(few) == 3 and few.items() <= train.items() and len(set(few.values())) == 3
 
