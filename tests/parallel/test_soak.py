@@ -33,7 +33,7 @@ COMMANDS = ("evaluate", "cache", "export", "shards")
 # As often as it takes; a rank that waits for one that is gone is not waited for.
 RESUME = {"max_losses": None, "max_preemptions": None, "max_starts_without_progress": 10**6, "watchdog_minutes": 5}
 PATIENCE_S = 120.0 if KILLS < 10 else 900.0  # a long soak goes on beside other work
-OTHERS_TURN_S = 100.0  # after a rank has ended badly; longer than the rest need to notice
+OTHERS_TURN_S = 30.0 if KILLS < 10 else 100.0  # after a rank has ended badly; longer than the rest need to notice
 KINDS = ("rank", "all", "loader", "write", "set-up", "stop", "probe", "launcher")
 LAUNCHER = """
 import sys
