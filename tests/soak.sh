@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A soak: random kills of a tiny training (rank, all ranks, loader, launcher, checkpoint's write, probe, set-up, stop), and
 # of evaluate, cache, export and shards, whose ends must have the bits of undisturbed ones.
-#   bash tests/soak.sh [KILLS] [SEED]     # 100 kills take about 20 minutes on 2 cores
+#   bash tests/soak.sh [KILLS] [SEED]     # 100 kills take about an hour on 2 cores that other work shares
 set -euo pipefail
 export MMTARD_SOAK_KILLS=${1:-100} MMTARD_SOAK_SEED=${2:-$RANDOM}
 exec bash "$(dirname "${BASH_SOURCE[0]}")/run.sh" -q -s tests/parallel/test_soak.py
