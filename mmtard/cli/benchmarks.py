@@ -10,7 +10,12 @@ PARTS = (bench_train, bench_evaluate, bench_data, bench_checkpoint, bench_scale)
 def add(commands) -> None:
     """Add the command of this file, with its parts, to the command line."""
     help = "Measure how fast mmtard is on this machine, beside what it is compared with; a table and JSON."
-    bench = commands.add_parser("bench", help=help, description=help)
+    bench = commands.add_parser(
+        "bench",
+        help=help,
+        description=help,
+        epilog="example: mmtard bench train benchmarks/vitb32_vitl14 --against published",
+    )
     parts = bench.add_subparsers(title="what to measure", metavar="WHAT", required=True)
     for part in PARTS:
         part.add(parts)

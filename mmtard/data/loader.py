@@ -25,17 +25,7 @@ def load_batches(samples: SampleReader, requests: Iterator, workers: int, batch_
     """
     height, width = samples.transform.shape
     prepare_for_workers(workers, batch_bytes=batch_size * 3 * height * width)
-    loader = DataLoader(
-        samples,
-        sampler=requests,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        pin_memory=torch.cuda.is_initialized(),  # by a run on GPUs; one on the CPU leaves them alone
-        worker_init_fn=_start_worker,
-        multiprocessing_context="fork" if workers else None,
-        generator=torch.Generator(),
-    )
+    loader = _loader(samples, requests, workers)
     others = set(multiprocessing.active_children())
     with _signals_held():
         batches = iter(loader)
@@ -66,6 +56,20 @@ def load_batches(samples: SampleReader, requests: Iterator, workers: int, batch_
     finally:
         end()
         atexit.unregister(end)
+
+
+def _loader(samples: SampleReader, requests: Iterator, workers: int) -> DataLoader:
+    return DataLoader(
+        samples,
+        sampler=requests,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=torch.cuda.is_initialized(),  # by a run on GPUs; one on the CPU leaves them alone
+        worker_init_fn=_start_worker,
+        multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),
+    )
 
 
 def _killed(processes: list) -> int | None:
