@@ -219,7 +219,7 @@ def loop_times(
 ) -> tuple[list[float], list[float]]:
     """(seconds that the loop waited for each batch, seconds of each step), after a first step. Collective."""
     train = config.train.model_copy(update={"steps": steps + 1})
-    stored = parts.stored()
+    stored = parts.stored(parts.task)
     waits, took = [], []
     batches = iter(
         train_stream(config.model_copy(update={"train": train}), dataset, ranks, parts.engine.ds.module.image_size)

@@ -20,7 +20,7 @@ from ..models.clip import Clip
 from ..models.image_tower import DTYPES, freeze
 from ..models.loading import load_clip_on_all_ranks
 from ..models.student import trainable_tower
-from ..models.teachers import FrozenTeacher
+from ..models.teachers import FrozenTeacher, compile_teachers
 from ..models.vision_transformer import restore
 from ..seeding import purpose_salt
 from ..training.engine import Engine
@@ -42,15 +42,15 @@ class ResidentParts:
     published_flops: dict[str, float]
     published: PublishedModels | None
 
-    def stored(self) -> dict[str, Tensor]:
-        """The embeddings [b,D] of the batch's clean images, of each teacher that sees no others."""
+    def stored(self, task: DistillationTask) -> dict[str, Tensor]:
+        """The embeddings [b,D] of the batch's clean images, of each teacher that a task shows no others."""
         pixels = self.batch.pixels(self.batch.images.device)
-        asked = self.task.passes | self.task.reference_passes
+        asked = task.passes | task.reference_passes
         return {
             name: teacher(pixels).embeddings
             for name, teacher in self.teachers.items()
             if {p.image for p in asked if p.model == name} == {"clean"}
-            and (self.task.objective is None or self.task.objective.through_teacher != name)
+            and (task.objective is None or task.objective.through_teacher != name)
         }
 
 
@@ -84,6 +84,8 @@ def resident_parts(config: Config, ranks: Ranks, classes: int, published: bool) 
     task = DistillationTask(
         config, engine, heads["student"], teachers, learned_parts(config, widths, device, config.train.batch_size)
     )
+    engine.compile(config.engine.compile, print)
+    compile_teachers(config.engine.compile, teachers, device, print)
     share = config.train.batch_size // ranks.world_size
     check_world(config, ranks.world_size)
     batch = random_batch(share, student.size, classes, ranks.rank).to(device)

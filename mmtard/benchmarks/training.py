@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..config import Config
+from ..distillation.task import DistillationTask
 from ..distributed.ranks import Ranks, process_group
 from ..errors import UserError
+from ..training.engine import Engine
 from ..training.numerics import numerics
 from ..training.step import optimizer_step
 from ..training.throughput import memory, sample_flops
 from .matrix import matrix_rate
 from .models import ResidentParts, resident_parts
+from .options import as_open_clip, every_target_stored, uncompiled, without_attack_copy
 from .phases import PhaseClock
 from .published import PublishedOptions, PublishedStep
 from .report import BenchmarkReport, BenchmarkTable
@@ -62,7 +66,7 @@ class TrainingBenchmark:
             variants = self._chosen(self._published(parts, clock) + self._ours(parts, clock, ranks))
             self._measure(variants, clock, ranks)
             if self.trace:
-                self._write_trace(variants[-1], ranks)
+                self._write_trace(next((v for v in variants if v.name == OURS), variants[-1]), ranks)
             if ranks.is_first:
                 self._report(variants, ranks).publish(out, ranks.device)
 
@@ -94,20 +98,51 @@ class TrainingBenchmark:
         ]
 
     def _ours(self, parts: ResidentParts, clock: PhaseClock, ranks: Ranks) -> list[Variant]:
-        instrument(parts, clock)
-        stored = parts.stored()
-        found = [self._variant(OURS, parts, ranks, {})]
+        compiled = parts.engine.ds.module.graph is not None
+        all_stored = every_target_stored(self.config, parts)
+        instrument(parts.engine, clock)
+        for task in filter(None, (parts.task, all_stored)):
+            instrument_task(task, clock)
+        stored = parts.stored(parts.task)
+        found = [self._variant(OURS, parts, parts.task, ranks)]
         if stored:
-            found.append(self._variant(f"{OURS}, {' and '.join(stored)} stored", parts, ranks, stored))
+            name = f"{OURS}, {' and '.join(stored)} stored"
+            found.append(self._variant(name, parts, parts.task, ranks, stored))
+        if all_stored:
+            name = f"{OURS}, every target stored"
+            found.append(self._variant(name, parts, all_stored, ranks, parts.stored(all_stored)))
+        without = {"open_clip's own towers": as_open_clip}
+        if parts.engine.attack_copy:
+            without["no attack copy"] = without_attack_copy
+        if compiled:
+            without["uncompiled"] = uncompiled
+        for words, option in without.items():
+            found.append(self._variant(f"{OURS}, {words}", parts, parts.task, ranks, option=option))
+        clock.seconds()  # forget what was asked to make them
         return found
 
-    def _variant(self, name: str, parts: ResidentParts, ranks: Ranks, stored: dict[str, torch.Tensor]) -> Variant:
-        batch = replace(parts.batch, teacher_embeddings=stored)
-        flops = {model: 0.0 if model in stored else count for model, count in parts.flops.items()}
+    def _variant(
+        self,
+        name: str,
+        parts: ResidentParts,
+        task: DistillationTask,
+        ranks: Ranks,
+        stored: dict[str, Tensor] | None = None,
+        option: Callable[[ResidentParts], AbstractContextManager] | None = None,
+    ) -> Variant:
+        """A step of `task`. stored: embeddings that come with the batch. option: what is otherwise while it runs."""
+        batch = replace(parts.batch, teacher_embeddings=stored or {})
+        flops = parts.published_flops if option is as_open_clip and parts.published_flops else parts.flops
+        flops = {model: 0.0 if model in batch.teacher_embeddings else count for model, count in flops.items()}
         adapters = bool(self.config.student.lora)
-        of_sample = sample_flops(flops, parts.task.passes, parts.task.objective, parts.task.attack, adapters)
+        of_sample = sample_flops(flops, task.passes, task.objective, task.attack, adapters)
         lr = self.config.train.lr
-        return Variant(name, lambda: optimizer_step(parts.task, parts.engine, batch, lr, ranks.device), of_sample)
+
+        def run() -> None:
+            with option(parts) if option else nullcontext():
+                optimizer_step(task, parts.engine, batch, lr, ranks.device)
+
+        return Variant(name, run, of_sample)
 
     def _measure(self, variants: list[Variant], clock: PhaseClock, ranks: Ranks) -> None:
         by_name = {v.name: v for v in variants}
@@ -188,9 +223,8 @@ def _phase_table(variants: list[Variant]) -> BenchmarkTable:
     return table
 
 
-def instrument(parts: ResidentParts, clock: PhaseClock) -> None:
-    """Let the clock time what the step asks of its engine and its teachers."""
-    engine, task = parts.engine, parts.task
+def instrument(engine: Engine, clock: PhaseClock) -> None:
+    """Let the clock time what a step asks of its engine."""
     attack_forward = engine.attack_forward
 
     @contextmanager
@@ -201,7 +235,11 @@ def instrument(parts: ResidentParts, clock: PhaseClock) -> None:
     engine.attack_forward = attack
     engine.backward = clock.timed("student backward", engine.backward)
     engine.end_micro_batch = clock.timed("optimiser", engine.end_micro_batch)
-    task.student = _Timed(engine, clock, "student forward")
+
+
+def instrument_task(task: DistillationTask, clock: PhaseClock) -> None:
+    """Let the clock time what a task asks of its student and its teachers."""
+    task.student = _Timed(task.student, clock, "student forward")
     task.teachers = {name: _Timed(teacher, clock, "teachers") for name, teacher in task.teachers.items()}
 
 

@@ -63,6 +63,11 @@ class Engine(Section):
     checkpoint_attack: bool = Field(
         False, description="with checkpoint_activations: in the attack, too, which takes half as long again"
     )
+    compile: Literal["auto", "on", "off", "graphs"] = Field(
+        "auto",
+        description="compile the forwards of student, attack and teachers by torch.compile; auto: on GPUs. graphs: on, "
+        "and the attack as CUDA graphs, for some 32 images a GPU or fewer",
+    )
     attack_copy: bool = Field(
         True,
         description="keep a copy of the student without gradients for the attack: in bf16 it is cast, and under "

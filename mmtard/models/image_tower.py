@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
@@ -31,6 +33,7 @@ class ImageTower(nn.Module):
         self.autocast: torch.dtype | None = None
         self.dtype = torch.float32  # of the weights, and so of the tower's input
         self.layout = BatchLayout()
+        self.graph: Callable | None = None  # a compiled `compute`
         self.frozen_batch_norm = True
         self.checkpointed = False  # whether blocks keep their input alone for the backward
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -45,6 +48,10 @@ class ImageTower(nn.Module):
 
         Images of another size than the tower's are resized first (bicubic).
         """
+        return (self.graph or self.compute)(images, tokens)
+
+    def compute(self, images: Tensor, tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The forward itself, of which `graph` is a compiled one."""
         if images.shape[-2:] != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", align_corners=False)
         x = ((images - self.mean) / self.std).to(self.dtype)

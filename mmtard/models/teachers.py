@@ -26,6 +26,7 @@ from ..config import Teacher
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from ..zero_shot import Prediction, ZeroShotHead
+from .compiled import Say, compile_tower, wants_compiling
 from .image_tower import ImageTower, blocks, freeze, why_no_embeddings
 
 
@@ -98,3 +99,13 @@ def shard(tower: ImageTower, ranks: Ranks) -> None:
         mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     for module in (*blocks(tower), tower):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def compile_teachers(setting: str, teachers: dict, device: torch.device, say: Say) -> None:
+    """Let the forwards of replicated teachers be compiled graphs, as `engine.compile` says.
+
+    A sharded one gathers its weights between the blocks and runs uncompiled.
+    """
+    for name, teacher in teachers.items():
+        if wants_compiling(setting, device) and teacher.placement == "replicated":
+            compile_tower(teacher.tower, f"teacher {name}", say)

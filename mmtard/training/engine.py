@@ -23,6 +23,7 @@ from ..config import Config, check_world
 from ..distributed.ranks import Ranks
 from ..models import batch_norm
 from ..models.attack_copy import AttackCopy
+from ..models.compiled import compile_tower, wants_compiling
 from ..models.image_tower import ImageTower
 from ..models.student import keeping_activations
 from .optimizer import bucket_size, parameter_groups
@@ -36,7 +37,7 @@ class UpdateResult:
     """What an optimisation step did."""
 
     applied: bool  # False: the gradient was not finite, and nothing changed
-    grad_norm: float  # global L2 norm before clipping
+    grad_norm: float | Tensor  # global L2 norm before clipping; a tensor is not read yet
 
 
 class Engine:
@@ -62,7 +63,10 @@ class Engine:
         self.ds, *_ = deepspeed.initialize(
             model=tower,
             optimizer=torch.optim.AdamW(
-                parameter_groups(tower, config.train.weight_decay), lr=config.train.lr, betas=config.train.betas
+                parameter_groups(tower, config.train.weight_decay),
+                lr=config.train.lr,
+                betas=config.train.betas,
+                fused=True,  # one pass over the weights: a quarter of the time of the update on a CPU
             ),
             config=self._deepspeed_config(config),
         )
@@ -71,6 +75,17 @@ class Engine:
         self._copy_is_old = True
         if self.attack_copy:
             self.attack_copy.follow(self.ds.module, whole=self.stage < 3)
+
+    def compile(self, setting: str, say: Callable[[str], None]) -> None:
+        """Let the attack, and the trained tower where its weights lie whole, be compiled graphs, as `engine.compile`
+        says. `say` is told of what runs uncompiled.
+        """
+        if not wants_compiling(setting, self.ranks.device):
+            return
+        if self.attack_copy:
+            compile_tower(self.attack_copy.tower, "the attack's student", say, graphs=setting == "graphs")
+        if self.stage < 3:  # stage 3 gathers weights between the layers
+            compile_tower(self.ds.module, "the student", say)
 
     def _attack_copy(self, config: Config, tower: ImageTower) -> AttackCopy | None:
         if not config.engine.attack_copy or not config.attack_objective:
@@ -92,6 +107,8 @@ class Engine:
             "zero_optimization": {
                 "stage": config.engine.zero_stage,
                 "reduce_bucket_size": bucket_size(self.elements),
+                # Reduce while the backward goes on; stage 3 does so by itself, and a CPU has no second stream.
+                "overlap_comm": config.engine.zero_stage == 3 or self.ranks.device.type == "cuda",
                 "memory_efficient_linear": False,  # would replace F.linear for the whole process, the teachers included
             },
             "steps_per_print": 2**31,
@@ -176,7 +193,7 @@ class Engine:
             return UpdateResult(math.isfinite(norm), norm)
         self.ds.step()
         applied = self.ds.was_step_applied()
-        return UpdateResult(applied, float(self.ds.get_global_grad_norm()) if applied else math.inf)
+        return UpdateResult(applied, self.ds.get_global_grad_norm() if applied else math.inf)
 
     def _grad_norm(self) -> float:
         norms = [p.grad.norm() for p in self.ds.module.parameters() if p.grad is not None]

@@ -28,8 +28,8 @@ from .optimizer import bucket_size
 GIB, FLOAT32, INT64 = 2**30, 4, 8
 GPUS_A_NODE = 8  # assumed: a sharded teacher is whole on every node
 ATTACK, TRAINING = "activations, attack step", "activations, training step"
-START, UPDATE = "random start of the attack", "AdamW's working copy"
-ONE_AT_A_TIME = (START, ATTACK, TRAINING, UPDATE)  # each is gone when the next comes
+START = "random start of the attack"
+ONE_AT_A_TIME = (START, ATTACK, TRAINING)  # each is gone when the next comes
 DRAWS = 3  # int64 numbers a pixel that `seeding.sample_uniform` holds at once
 COPY = "the attack's copy of the weights"
 
@@ -131,7 +131,7 @@ def of_run(config: Config, world: int) -> dict[str, list[float]]:
         "weights gathered for use, at most": [0, 0, 0, everything],
         "weights the optimiser holds": [0, share, share, share],
         "gradients": [whole, whole, share, share],
-        "gradients under way": [0, bucket, bucket, bucket],
+        "gradients under way": [0, 2 * bucket, 2 * bucket, 2 * bucket],  # one travels while the next one fills
         "moments of AdamW": [2 * whole, 2 * share, 2 * share, 2 * share],
     }
     if config.train.ema:
@@ -161,7 +161,6 @@ def of_run(config: Config, world: int) -> dict[str, list[float]]:
     rows[TRAINING] = [views * batch * (image + block)] * 4
     starts = config.attack_objective and (config.attack.random_start or config.attack.restarts > 1)
     rows[START] = [DRAWS * INT64 * batch * 3 * math.prod(tower.size) if starts else 0] * 4
-    rows[UPDATE] = [whole, share, share, share]  # the square roots of the second moments, all at once
     return rows
 
 

@@ -8,6 +8,8 @@ import torch
 
 from ..config import Train
 
+BUCKET = 25_000_000  # 100 MB: a ViT-B/32 has four
+
 
 def parameter_groups(tower: torch.nn.Module, weight_decay: float) -> list[dict]:
     """AdamW groups: decay on matrices and larger, none on gains, biases and the class token."""
@@ -17,8 +19,8 @@ def parameter_groups(tower: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 def bucket_size(elements: int) -> int:
-    """Gradients that are reduced together: DeepSpeed's default, whose buffer is 2 GB, or as many as there are."""
-    return min(elements, 500_000_000)
+    """Gradients that are reduced together: few enough that the first ones travel while the backward goes on."""
+    return min(elements, BUCKET)
 
 
 def learning_rate(step: int, train: Train) -> float:

@@ -84,7 +84,7 @@ class PortableState:
             base = zero.optimizer
             flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         for p in flat:
-            base.state[p] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(p) for key in MOMENTS}}
+            base.state[p] = {"step": torch.zeros((), device=p.device), **{key: torch.zeros_like(p) for key in MOMENTS}}
             if self.ema:
                 # In the optimizer state, because ZeRO partitions and gathers every tensor of a parameter's shape there.
                 base.state[p][EMA] = p.detach().clone()

@@ -13,7 +13,8 @@ from ..distributed.ranks import Ranks
 from ..errors import RunError
 from ..runs.metrics import SilentLogger
 from .engine import UpdateResult
-from .step_terms import TermSums
+from .step import StepOutcome
+from .step_terms import BAD, GRAD_NORM
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Agreed:
 
     means: dict[str, float]  # of the loss, its terms, and the student's hits
     quantiles: dict[str, float]  # of the teachers' weights
+    update: UpdateResult  # its norm read
     digest: int  # which samples of which epoch these were
     replaced_now: int  # samples of this batch that could not be used
     bad: int  # samples of this batch without a finite loss
@@ -46,27 +48,40 @@ class StepRecord:
         """What a checkpoint keeps of it."""
         return {"bad_in_a_row": self.bad_in_a_row, "skipped": self.skipped, "replaced": self.replaced}
 
-    def agree(self, terms: TermSums, update: UpdateResult, batch: Batch, bad_samples: list[int], stop: bool) -> Agreed:
-        """Sum a step's numbers over the ranks, in one collective, and count it."""
-        counts = [batch_digest(batch.seeds), len(batch.replaced), len(bad_samples), stop]
-        total = terms.total(counts, self.ranks)
-        digest, replaced, bad, stop_asked = total.counts
+    def agree(self, done: StepOutcome, batch: Batch, stop: bool) -> Agreed:
+        """Sum a step's numbers over the ranks, in one collective, and count it.
+
+        The host waits for the device once: nothing of the step was read before but whether it was applied.
+        """
+        counts = [batch_digest(batch.seeds), len(batch.replaced), stop]
+        total, update = done.terms.total(counts, self.ranks), done.update
+        digest, replaced, stop_asked = total.counts
+        bad = total.sums.pop(BAD)
         means = accuracies({name: sum_ / self.batch_size for name, sum_ in total.sums.items()})
+        update = UpdateResult(update.applied, total.alike.get(GRAD_NORM, update.grad_norm))
         self.replaced += int(replaced)
         self.skipped += not update.applied
         self.bad_in_a_row = 0 if update.applied else self.bad_in_a_row + 1
         return Agreed(
-            means, total.quantiles, int(digest), int(replaced), int(bad), bool(stop_asked), self.skipped, self.replaced
+            means,
+            total.quantiles,
+            update,
+            int(digest),
+            int(replaced),
+            int(bad),
+            bool(stop_asked),
+            self.skipped,
+            self.replaced,
         )
 
-    def report(self, step: int, agreed: Agreed, update: UpdateResult, batch: Batch, bad_samples: list[int]) -> None:
+    def report(self, step: int, agreed: Agreed, done: StepOutcome, batch: Batch) -> None:
         """Name the samples that were replaced, and those that made a step be skipped, as events."""
         if agreed.replaced_now:
             pairs = [pair for rank in self.ranks.all_gather(batch.replaced) for pair in rank]
             names = [f"{wanted} -> {used} ({reason})" for wanted, used, reason in pairs]
             self.logger.event(step, "replaced", samples=names)
-        if not update.applied:
-            self._report_skipped(step, agreed, batch, bad_samples)
+        if not agreed.update.applied:
+            self._report_skipped(step, agreed, batch, done.bad_samples(batch))
 
     def _report_skipped(self, step: int, agreed: Agreed, batch: Batch, bad_samples: list[int]) -> None:
         # All losses are finite but the gradient is not: any sample of the batch may be the cause.

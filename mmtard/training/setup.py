@@ -23,7 +23,7 @@ from ..models.clip import Clip
 from ..models.image_tower import DTYPES, require_tokens
 from ..models.loading import load_clip_on_all_ranks
 from ..models.student import start_model, trainable_tower
-from ..models.teachers import FrozenTeacher
+from ..models.teachers import FrozenTeacher, compile_teachers
 from ..runs.checkpoints import read_optimizer
 from ..runs.folder import RunFolder
 from ..runs.metrics import SilentLogger
@@ -67,6 +67,7 @@ def build_training(
     # Counted before the engine takes the student's weights.
     flops = {name: 0 if name in stores else forward_flops(clip.tower()) for name, clip in clips.items()}
     engine = Engine(config, tower, ranks)
+    engine.compile(config.engine.compile, logger.print)
     set_timeouts(group_timeout(config))  # of DeepSpeed's own process groups, too
     widths = {name: clip.config["model_cfg"]["embed_dim"] for name, clip in clips.items()}
     learned = learned_parts(config, widths, ranks.device, len(dataset))
@@ -75,6 +76,7 @@ def build_training(
         engine.restore(tensors, folder.updates)
         learned.restore(tensors)
     ensemble = build_teachers(config.ensemble, clips, heads, stores, ranks, DTYPES[config.engine.precision])
+    compile_teachers(config.engine.compile, ensemble, ranks.device, logger.print)
     task = DistillationTask(config, engine, heads["student"], ensemble, learned)
     task.state |= folder.state.get("method", {})
     task.fell_back = folder.state.get("fell_back", False)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..data.samples import Batch
 from ..distillation.task import DistillationTask
 from .engine import Engine, UpdateResult
-from .step_terms import TermSums
+from .step_terms import BAD, GRAD_NORM, TermSums
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class StepOutcome:
     finite: Tensor  # bool [b], on the device: whether a sample's loss was
 
     def bad_samples(self, batch: Batch) -> list[int]:
-        """The samples whose loss was not finite. The host waits for the device."""
+        """The samples whose loss was not finite; `terms` has their number. The host waits for the device."""
         return batch.sample_ids[~self.finite.cpu()].tolist()
 
 
@@ -40,4 +40,7 @@ def optimizer_step(
         engine.backward(loss.mean() * torch.where(finite[-1].all(), 1.0, torch.nan))
         update = engine.end_micro_batch(lr)
         terms.add({"loss": loss.detach(), **named_terms})
+        terms.count(BAD, ~finite[-1])
+    if isinstance(update.grad_norm, Tensor):
+        terms.alike[GRAD_NORM] = update.grad_norm
     return StepOutcome(terms, update, torch.cat(finite))

@@ -108,17 +108,16 @@ class Trainer:
             lr = learning_rate(self.step, train)
             self.parts.task.begin_step(self.step)
             done = self._optimizer_step(batch, lr)
-            bad_samples, update = done.bad_samples(batch), done.update
             self.step += 1
 
             # After the agreement, every rank knows the same numbers.
             self.watchdog.at(self.step, "agreement")
             stop = bool(interruption) or self._failure() is not None
-            agreed = self.record.agree(done.terms, update, batch, bad_samples, stop)
-            if update.applied:
+            agreed = self.record.agree(done, batch, stop)
+            if agreed.update.applied:
                 self.parts.task.end_step(agreed.means | agreed.quantiles)
-            self.record.report(self.step, agreed, update, batch, bad_samples)
-            self.logger.step(self.step, agreed, update, lr)
+            self.record.report(self.step, agreed, done, batch)
+            self.logger.step(self.step, agreed, agreed.update, lr)
             self.probe.after_step(self.step)
             self.alarm.after_step(self.step, batch)
             self.record.raise_if_never_finite(self.step, train.max_bad_steps)

@@ -151,3 +151,31 @@ def test_a_variant_that_is_not_there_is_refused_with_those_that_are(command, con
     path = write(config.model_dump(mode="json"))
     assert command("bench", "train", path, "--variants", "fastest") == 2
     assert "those of this configuration: mmtard, mmtard, clean stored" in capsys.readouterr().err
+
+
+def test_the_page_has_the_arithmetic_of_the_main_step():
+    from pathlib import Path
+
+    from mmtard.config import Model
+    from mmtard.models.loading import load_skeleton
+    from mmtard.models.vision_transformer import restore
+    from mmtard.training.throughput import forward_flops
+
+    towers = [load_skeleton(Model(arch=arch, weights="random"), "student").tower() for arch in ("ViT-B-32", "ViT-L-14")]
+    student, teacher = (forward_flops(tower) / 1e9 for tower in towers)
+    for tower in towers:
+        restore(tower.visual)
+    plain_student, plain_teacher = (forward_flops(tower) / 1e9 for tower in towers)
+    published = 26 * plain_student + 3 * plain_teacher
+    expected = {
+        "published: three teacher forwards, one thrown away": published,
+        "published, without its third teacher": published - plain_teacher,
+        "lean loop: clean embeddings given, the attack's weights ask for no gradient": published - 2 * plain_teacher,
+        "mmtard": 26 * student + 2 * teacher,
+        "mmtard, clean teacher stored (`teachers.clean.stored`)": 26 * student + teacher,
+        "mmtard, every target stored (`method.views.robust: clean_for_adv`)": 26 * student,
+    }
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
+    for step, count in expected.items():
+        ratio = f"{published / count:.2f}".replace("1.00", "1")
+        assert f"| {step} | {count:.0f} | {ratio} |" in page, (step, count, ratio)

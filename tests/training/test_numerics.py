@@ -74,3 +74,37 @@ def test_no_forward_of_a_step_waits_for_the_device(ranks, stage, monkeypatch):
         engine.backward(engine(torch.cat([images, adv]), seeds).square().mean())
         engine.end_micro_batch(1e-4)
     assert waits == []
+
+
+@pytest.mark.parametrize("attack_copy", [True, False])
+@pytest.mark.parametrize("checkpoint_attack", [True, False])
+def test_an_attack_step_computes_activations_again_only_where_it_is_asked_to(ranks, attack_copy, checkpoint_attack):
+    from mmtard.models import student
+    from mmtard.training.engine import Engine
+
+    engine = {"attack_copy": attack_copy, "checkpoint_attack": checkpoint_attack, "checkpoint_activations": True}
+    config = validate(
+        {
+            "run_dir": "r",
+            "student": {"weights": "random"},
+            "method": {"name": "tecoa"},
+            "data": {"shards": "s", "lanes": 4},
+            "train": {"steps": 9, "batch_size": 4},
+            "engine": {"precision": "float32", "zero_stage": 0, **engine},
+        }
+    )
+    visual = VisionTransformer(image_size=16, patch_size=8, width=32, layers=2, heads=2, mlp_ratio=2, output_dim=16)
+    tower = ImageTower(visual, [0.5] * 3, [0.5] * 3)
+    student.checkpoint_activations(tower)
+    engine, calls = Engine(config, tower, ranks), []
+    images = torch.rand(2, 3, 16, 16, requires_grad=True)
+    with engine.attack_forward() as forward:
+        attacked = engine.attack_copy.tower if attack_copy else tower
+        attacked.visual.transformer.resblocks[0].mlp.c_fc.register_forward_hook(lambda *_: calls.append(1))
+        torch.autograd.grad(forward(images).sum(), images)
+    assert len(calls) == (2 if checkpoint_attack else 1)
+    assert (engine.attack_copy is not None) == attack_copy
+    calls.clear()
+    tower.visual.transformer.resblocks[0].mlp.c_fc.register_forward_hook(lambda *_: calls.append(1))
+    engine.backward(engine(images.detach(), torch.arange(2)).sum())
+    assert len(calls) >= 2  # in training, it still does

@@ -1,0 +1,130 @@
+"""Compiled forwards: one graph a shape, never a second in silence, and none where it cannot be made."""
+
+import pytest
+import torch
+
+from mmtard.config import Model
+from mmtard.models import compiled, loading
+from mmtard.models.attack_copy import frozen_twin
+
+X = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def tower(vit):
+    return loading.load_clip(Model(arch=vit, weights="random"), seed=3).tower().eval()
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What torch.compile was asked to run, by shape."""
+    ran = []
+
+    def compile(function, **settings):
+        assert settings == {"dynamic": False, "mode": None}
+
+        def run(images, tokens):
+            ran.append(list(images.shape))
+            return function(images, tokens)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    return ran
+
+
+def test_images_of_another_shape_run_uncompiled_and_that_is_said_once(tower, graphs):
+    said, expected = [], tower(X)
+    compiled.compile_tower(tower, "the student", said.append)
+    for batch in (X, X[:3], X[:3], X):
+        assert torch.allclose(tower(batch), expected[: len(batch)], atol=1e-6)
+    assert graphs == [[4, 3, 16, 16]] * 2
+    assert said == ["the student: compiled for images [4, 3, 16, 16]; those of [3, 3, 16, 16] run uncompiled"]
+
+
+def test_with_and_without_gradient_are_two_graphs_each_with_its_shape(tower, graphs):
+    said = []
+    compiled.compile_tower(tower, "the student", said.append)
+    tower(X)
+    with torch.no_grad():
+        tower(X[:2])
+        tower(X[:2], tokens=True)
+    assert len(graphs) == 3 and said == []
+
+
+def test_a_compiler_that_is_missing_is_said_once_and_all_goes_on(tower, monkeypatch):
+    from torch._dynamo.exc import TorchDynamoException
+
+    def broken(*args):
+        raise TorchDynamoException("no C++ compiler\nfound")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: broken)
+    said, expected = [], tower(X)
+    compiled.compile_tower(tower, "teacher clean", said.append)
+    assert tower(X).equal(expected) and tower(X).equal(expected)
+    assert said == ["teacher clean runs uncompiled: TorchDynamoException: no C++ compiler found"]
+
+
+def test_an_error_of_the_model_itself_is_no_compilers(tower, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: full)
+    compiled.compile_tower(tower, "the student", print)
+    with pytest.raises(torch.OutOfMemoryError):
+        tower(X)
+
+
+def test_what_a_replayed_graph_returns_is_copied_out_of_its_memory(tower, monkeypatch):
+    """A CUDA graph writes its outputs, and the gradient to its input, over those of the call before."""
+    memory = torch.zeros(4, 16)
+
+    def replay(images, tokens):
+        memory.copy_(images.detach().flatten(1)[:, :16])
+        return memory.view(4, 16)
+
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: modes.append(settings["mode"]) or replay)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+    compiled.compile_tower(tower, "the attack's student", print, graphs=True)
+    first = tower(X)
+    kept = first.clone()
+    tower(1 - X)
+    assert first.equal(kept) and modes == ["reduce-overhead"]
+
+
+@pytest.mark.parametrize(
+    "setting, device, wanted",
+    [
+        ("auto", "cuda", True),
+        ("auto", "cpu", False),
+        ("on", "cpu", True),
+        ("graphs", "cuda", True),
+        ("off", "cuda", False),
+    ],
+)
+def test_auto_compiles_on_gpus(setting, device, wanted):
+    assert compiled.wants_compiling(setting, torch.device(device)) is wanted
+
+
+@pytest.mark.slow  # it imports the compiler
+def test_a_frozen_towers_graph_gives_its_embeddings_and_the_gradient_to_the_images(tower, monkeypatch):
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    make = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, mode=None, **s: make(function, backend="aot_eager", **s))
+    twin, found = frozen_twin(tower), []
+    for compile in (False, True):
+        if compile:
+            counters.clear()
+            compiled.compile_tower(twin, "the attack's student", found.append)
+        for _ in range(2):
+            x = X.clone().requires_grad_()
+            z = twin(x)
+            found.append((z.detach(), torch.autograd.grad(z.square().sum(), x)[0]))
+    for z, gradient in found[1:]:
+        assert torch.allclose(z, found[0][0], atol=1e-6) and torch.allclose(gradient, found[0][1], atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
