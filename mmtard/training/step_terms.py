@@ -70,7 +70,7 @@ class TermSums:
         device = sums[0].device if sums else None
         numbers = torch.tensor(counts, dtype=torch.float64)
         weights = [term.double() for terms in self._weights.values() for term in terms]
-        alike = [number.double().to(device).view(1) for number in self.alike.values()]
+        alike = [number.double().to(device, non_blocking=True).view(1) for number in self.alike.values()]
         return torch.cat([*(total.view(1) for total in sums), numbers.to(device, non_blocking=True), *alike, *weights])
 
     def unpack(self, gathered: np.ndarray, n_counts: int) -> StepTotals:
