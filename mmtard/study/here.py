@@ -39,14 +39,14 @@ class Crew:
         for team in self.teams:
             team.end(10 if error[0] is None else 1)
 
-    def do(self, items: list[Item], in_order: bool = False) -> None:
-        """Train and measure what is missing. in_order: one after another, since later ones need earlier ones.
+    def do(self, items: list[Item]) -> None:
+        """Train and measure what is missing.
 
         Raises RunError naming the first that fails, when those beside it have ended; with status EXIT_REQUEUE where
         this process was asked to stop.
         """
         todo = [item for item in items if not item.done]
-        teams = self.teams[: 1 if in_order else len(todo)]
+        teams = self.teams[: len(todo)]
         free: SimpleQueue[Team] = SimpleQueue()
         for team in teams:
             team.start()  # by this thread: a process dies with the thread that started it

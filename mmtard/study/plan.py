@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from .. import config as settings
-from ..config import Config
+from ..config import Config, dump
 from ..errors import UserError
 from ..evaluation.table import print_table
 from ..launch.plan import steps_done
@@ -99,6 +99,18 @@ def model_items(study: Study) -> list[Item]:
         found.append(Item(TEACHERS, name, config, of_model(study, name), {"name": name, OF_MODEL: True}))
     found.append(Item(STARTS, START, None, of_model(study, START), {"name": START, OF_MODEL: True}))
     return found
+
+
+def model_groups(study: Study) -> list[list[Item]]:
+    """The models in groups that may be trained side by side: one that another learns from is in an earlier group."""
+    groups: list[list[Item]] = [[]]
+    for item in model_items(study):
+        needed = dump(item.config) if item.config else ""
+        earlier = [one.config.run_dir for one in groups[-1] if one.config]
+        if any(folder in needed for folder in earlier):
+            groups.append([])
+        groups[-1].append(item)
+    return groups
 
 
 def run_item(study: Study, run: Run, phase: str, chosen: bool) -> Item:

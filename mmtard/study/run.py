@@ -13,7 +13,7 @@ from ..files import exclusive, held, why_not_written, write_text
 from . import loading, runs
 from .choose import chosen
 from .here import Crew
-from .plan import Item, model_items, seed_items, show, tuning_items
+from .plan import Item, model_groups, model_items, seed_items, show, tuning_items
 from .schema import Study
 
 LOCK = ".study.lock"
@@ -55,7 +55,8 @@ def run_here(study: Study, make: Maker, command: str, say: Callable = print) -> 
     with exclusive(folder / LOCK):
         make(study)  # a signal ends it at once: what is half made is not there
         with Interruption() as interruption, Crew(study, folder, interruption, say) as crew:
-            crew.do(_checked(model_items(study)), in_order=True)
+            for group in model_groups(study):
+                crew.do(_checked(group))
             crew.do(_checked(tuning_items(study)))
             crew.do(_checked(seed_items(study, {key: tuned.run for key, tuned in chosen(study).items()})))
         return page.write(findings.collect(study), command)

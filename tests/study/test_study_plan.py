@@ -158,6 +158,14 @@ def test_a_method_waits_for_its_whole_tuning(study):
     assert ("tecoa", 0) not in choose.chosen(one) and ("teacher", 0) in choose.chosen(one)
 
 
+def test_models_are_trained_side_by_side_unless_one_learns_from_another(study):
+    robust = {"settings": {"method": {"name": "tecoa"}}}
+    taught = {"settings": {"method": {"name": "rslad"}, "teachers": {"robust": {"weights": "{study}/models/robust"}}}}
+    one = study(models={"robust": robust, "clean": robust, "taught": taught, "other": robust})
+    groups = [[item.words for item in group] for group in plan.model_groups(one)]
+    assert groups == [["robust", "clean"], ["taught", "other", "start"]]
+
+
 def test_a_dry_run_lists_what_is_missing_and_writes_nothing(tmp_path, vit, capsys):
     file = write(tmp_path / "study.yaml", tree(tmp_path / "out", vit))
     assert main(["study", str(file), "--dry-run"]) == 0
