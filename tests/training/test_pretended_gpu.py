@@ -371,6 +371,7 @@ def test_the_library_that_attacks_are_checked_against_takes_the_gpu(victims):
     assert found.adv.device == CUDA
 
 
+@pytest.mark.slow
 def test_the_checks_of_a_models_attacks_mix_no_devices(victims):
     model, images, labels, seeds = victims
     batches = AdaptiveBatchSize(B, lambda line: None)
