@@ -82,7 +82,7 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else f"no GPU, {
 if shutil.which("nvidia-smi"):
     subprocess.run(["nvidia-smi"])
 '
-part tests 270 "$python" -m pytest tests/gpu -v -s -ra -p no:cacheprovider --durations=8
+part tests 290 "$python" -m pytest tests/gpu -v -s -ra -p no:cacheprovider --durations=8
 for images in 32 256; do
     what=(benchmarks/vitb32_vitl14 engine.device=cuda engine.precision=bf16 "train.batch_size=$images")
     # The published step computes in float32: with 256 images it alone would take the time.
