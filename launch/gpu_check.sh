@@ -82,19 +82,22 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else f"no GPU, {
 if shutil.which("nvidia-smi"):
     subprocess.run(["nvidia-smi"])
 '
-part tests 290 "$python" -m pytest tests/gpu -v -s -ra -p no:cacheprovider --durations=8
-for images in 32 256; do
-    what=(benchmarks/vitb32_vitl14 engine.device=cuda engine.precision=bf16 "train.batch_size=$images")
-    # The published step computes in float32: with 256 images it alone would take the time.
-    [ "$images" = 32 ] && how=(--against published --warm-up 2 --rounds 3 --steps 3) || how=(--warm-up 1 --rounds 2 --steps 3)
+part tests 250 "$python" -m pytest tests/gpu -v -s -ra -p no:cacheprovider --durations=8
+# bench IMAGES SECONDS SETTINGS_AND_FLAGS... : the training step at its real shapes, on random images.
+bench() {
+    local images=$1 most=$2
+    shift 2
+    local what=(benchmarks/vitb32_vitl14 engine.device=cuda engine.precision=bf16 "train.batch_size=$images" "$@")
     if [ -n "$rehearse" ]; then
-        tiny=$PWD/mmtard/examples/tiny_clip.json
-        what=(benchmarks/vitb32_vitl14 "train.batch_size=$((images / 8))")
+        local tiny=$PWD/mmtard/examples/tiny_clip.json
+        what=(benchmarks/vitb32_vitl14 "train.batch_size=$((images / 8))" --warm-up 1 --rounds 1 --steps 1 --classes 10)
         what+=("student.arch=$tiny" "teachers.clean.arch=$tiny" "teachers.robust.arch=$tiny")
-        how=("${how[@]}" --warm-up 1 --rounds 1 --steps 1 --classes 10)
     fi
-    part "bench-$images" 110 "$python" -m mmtard bench train "${what[@]}" "${how[@]}" --out "$out/bench-$images.json"
-done
+    part "bench-$images" "$most" "$python" -m mmtard bench train "${what[@]}" --out "$out/bench-$images.json"
+}
+# The published step computes in float32 and is not compiled: with 256 images it alone would take the time.
+bench 32 100 engine.compile=off --against published --warm-up 1 --rounds 3 --steps 2
+bench 256 200 --variants mmtard "mmtard, clean stored" "mmtard, uncompiled" --warm-up 2 --rounds 2 --steps 2
 grep -hE '^(=+ .*(passed|failed|error)|FAILED|ERROR|ZeRO |SKIPPED \[)' "$out/tests.txt" >>"$out/summary.txt"
 echo "== summary, $((limit - $(left))) s in all${rehearse:+, rehearsed on the CPU}"
 cat "$out/summary.txt"

@@ -92,7 +92,8 @@ def job(shards, tmp_path):
         "attack": {"eps": "8/255", "step_size": "4/255", "steps": 3},
         "data": {"shards": str(shards), "lanes": 4, "window": 16, "workers": 1},
         "train": {"steps": 8, "batch_size": 16, "lr": 1e-3, "warmup_steps": 2},
-        "engine": {"precision": "bf16", "device": DEVICE, "deterministic": True},
+        # `mmtard cache` runs a teacher uncompiled: its bits are those of a teacher that is not compiled either.
+        "engine": {"precision": "bf16", "device": DEVICE, "deterministic": True, "compile": "off"},
         "checkpoint": {"every": 4, "keep_last": 2},
         "log": {"tensorboard": False},
         "resume": {"max_preemptions": None},

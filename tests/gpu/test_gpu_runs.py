@@ -133,3 +133,16 @@ def test_a_run_on_the_cpu_leaves_the_gpu_alone(job):
         timeout=120,
     )
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "CUDA False", done.stdout + done.stderr
+
+
+def test_compiled_forwards_train_as_uncompiled_ones_do(job, run_to_the_end, monkeypatch, capfd):
+    only_on_cuda("compiling on a CPU takes minutes, and `engine.compile: auto` leaves it out there")
+    import torch._dynamo
+
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # as all other tests run
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    (off, plain), (on, compiled) = job("plain"), job("compiled", engine={"compile": "on"})
+    assert run_to_the_end(off) == run_to_the_end(on) == 0
+    assert "uncompiled" not in capfd.readouterr().out
+    losses = [[row["loss"] for row in metrics(run)] for run in (plain, compiled)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
