@@ -4,4 +4,4 @@
 #   bash tests/soak.sh [KILLS] [SEED]     # 100 kills take about an hour on 2 cores that other work shares
 set -euo pipefail
 export MMTARD_SOAK_KILLS=${1:-100} MMTARD_SOAK_SEED=${2:-$RANDOM}
-exec bash "$(dirname "${BASH_SOURCE[0]}")/run.sh" -q -s tests/parallel/test_soak.py
+exec bash "$(dirname "${BASH_SOURCE[0]}")/run.sh" -n 0 -q -s tests/parallel/test_soak.py
