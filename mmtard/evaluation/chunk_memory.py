@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..attacks.memory import AttackMemory
 from ..distributed.interruption import StoppedWithin
-from ..files import publish
+from ..runs.checkpoints import save_tensors
 
 SAVE_EVERY_S = 600.0  # what a process that is killed without a warning loses at most
 
@@ -56,10 +55,10 @@ class ChunkMemory:
         if not tensors and not self._done:
             return
         try:
-            with publish(self.path) as temporary:
-                save_file(tensors, temporary, metadata={"done": json.dumps(self._done)})
-        except (OSError, SafetensorError) as error:
-            self.say(f"'{self.path}': cannot write it ({error}); this chunk's attack will begin anew")
+            save_tensors(tensors, self.path, {"done": json.dumps(self._done)})
+        except OSError as error:
+            reason = error.strerror or error
+            self.say(f"'{self.path}': cannot write it ({reason}); this chunk's attack will begin anew")
         self._saved = time.monotonic()
 
     def _read(self) -> tuple[dict[str, dict], dict[str, Tensor] | None]:

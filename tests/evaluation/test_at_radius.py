@@ -1,14 +1,16 @@
 """Attacks one after the other at several radii: what fell is not attacked again, and a stop costs a moment's work."""
 
+import errno
 import json
 import zlib
 
 import pytest
+import torch
 from tiny_datasets import strip_seconds
 
 from mmtard.attacks import ensemble
 from mmtard.config import parse_fraction
-from mmtard.distributed.interruption import Interruption
+from mmtard.distributed.interruption import Interruption, StoppedWithin
 from mmtard.errors import RunError
 from mmtard.evaluation import chunk_memory, model, partial_results
 
@@ -139,10 +141,28 @@ def test_a_damaged_memory_costs_the_chunk_and_a_line(colours, measure, asked, tm
     with pytest.raises(RunError):
         measure(colours, interruption=interruption, **settings)
     (memory,) = (tmp_path / "out" / partial_results.FOLDER).glob(f"*{partial_results.MEMORY}")
+    assert memory.stat().st_mode == next(memory.parent.glob("*.jsonl")).stat().st_mode, "a colleague may go on"
     memory.write_bytes(memory.read_bytes()[:100])
     found = measure(colours, say=said.append, **settings)
     assert [line for line in said if "is damaged" in line and "begins anew" in line]
     assert strip_seconds(found["datasets"]) == strip_seconds(undisturbed["datasets"])
+
+
+def test_a_full_disk_costs_the_chunk_and_a_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(chunk_memory, "save_tensors", full)
+    said, path = [], tmp_path / "memory.safetensors"
+    memory = chunk_memory.ChunkMemory(path, said.append)
+    assert memory.batch(torch.tensor([3, 4]), lambda _: {"row": 1}) == {"row": 1}
+
+    def stopped(_):
+        raise StoppedWithin
+
+    with pytest.raises(StoppedWithin):
+        memory.batch(torch.tensor([5]), stopped)
+    assert said == [f"'{path}': cannot write it (No space left on device); this chunk's attack will begin anew"]
 
 
 def test_partial_results_of_an_earlier_version_are_measured_again_with_a_line(colours, measure, tmp_path):

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,7 +59,7 @@ def jobs(cluster, tiny, undisturbed):
         patch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
         yield {
             story.__name__: lanes.submit(story, cluster, tiny, undisturbed[0])
-            for story in (limited, disturbed, deserted, moved, evaluated)
+            for story in (limited, disturbed, deserted, moved, evaluated, outlasted)
         }
 
 
@@ -195,6 +196,50 @@ def evaluated(cluster, _, run):
     return job
 
 
+# What the ranks of an evaluation run first: every question to the model takes 1.2 s, and an operation of their group
+# times out after 20 s, as after half an hour on a real cluster.
+SLOW = """
+import sys
+from datetime import timedelta
+
+if sys.orig_argv[1:4] == ["-m", "mmtard", "evaluate"]:
+    import time
+    from mmtard.distributed import ranks
+    from mmtard.evaluation import model
+
+    ranks.start.__defaults__ = ("auto", timedelta(seconds=20))
+    logits = model.EvaluatedModel.logits
+
+    def slow(self, head):
+        ask = logits(self, head)
+        return lambda images: time.sleep(1.2) or ask(images)
+
+    model.EvaluatedModel.logits = slow
+"""
+
+
+def outlasted(cluster, _, run):
+    """A job whose only chunk takes as long as its time limit, six times the signal's lead: (id, its results, others).
+
+    All samples stand to the end. One of the two ranks has nothing to do but wait. The others: of the same evaluation,
+    undisturbed.
+    """
+    folder = cluster.folder / "outlasted"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(SLOW)
+    means = ["--attacks", "apgd-ce", "--iters", "90", "--eps", "1/25500", "--device", "cpu", "--workers", "0"]
+    data, python = run.parents[1] / "data" / "test", sys.executable
+    cluster.run(
+        python, "-m", "mmtard", "evaluate", run, "--data", data, *means, "--out", folder / "undisturbed"
+    )  # fmt: skip
+    path = os.pathsep.join(filter(None, [str(folder), str(ROOT), os.environ.get("PYTHONPATH")]))
+    options = ("--array=0", "--nodelist=node[3-4]", "--time=2", "--signal=USR2@20")
+    words = (run, data, "--", *means, "--out", folder / "out")
+    job = cluster.submit(*words, options=options, script=ROOT / "slurm" / "evaluate.sh", PYTHONPATH=path)
+    cluster.ended(job, limit=600)
+    return job, folder / "out", folder / "undisturbed"
+
+
 def measuring(run):
     """The ranks that evaluate a run and have started their loaders."""
     found = []
@@ -296,6 +341,20 @@ def test_an_interrupted_evaluation_goes_on_and_leaves_one_result(cluster, jobs, 
     (result,) = (undisturbed[0] / "evaluations").iterdir()
     (dataset,) = json.loads((result / "results.json").read_text())["datasets"]
     assert dataset["clean"]["n"] == 40 and not (result / "partial").exists()
+
+
+def test_an_evaluation_whose_chunk_outlasts_its_jobs_ends_with_the_numbers_of_an_undisturbed_one(cluster, jobs):
+    """Each start goes on within the chunk; the rank that waits for it is not taken for hung."""
+    job, *outs = jobs["outlasted"].result()
+    fields, log = cluster.job(job), cluster.log(job)
+    assert fields["JobState"] == "COMPLETED" and int(fields["Restarts"]) >= 1, log
+    assert "stopped by SIGUSR2; what is measured is kept in" in log and "lost the connection" not in log
+    ours, theirs = (json.loads((out / "results.json").read_text())["datasets"][0] for out in outs)
+    for entry in (ours, theirs):
+        for at in entry["eps"].values():
+            assert at["robust"]["accuracy"] == entry["clean"]["accuracy"] > 0, "all stood to the end"
+            at["attacks"]["apgd-ce"].pop("seconds")
+    assert ours == theirs and not (outs[0] / "partial").exists()
 
 
 def test_a_hang_ends_the_job_within_the_limit_and_past_its_bound_for_good(cluster, tiny):
