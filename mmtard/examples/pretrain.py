@@ -49,8 +49,8 @@ def pretrain(
 ) -> dict[str, float]:
     """Train a CLIP on `data/train` and write `out/<architecture>.safetensors`, with its model config beside it.
 
-    Returns and prints the clean accuracy, in [0, 1], on the other `splits` of `data`. The same arguments and number of
-    threads give the same weights; work already done with them is not repeated.
+    Returns and prints the clean accuracy, in [0, 1], on the other `splits` of `data`. The same arguments, number of
+    threads and kind of device give the same weights; work already done with them is not repeated.
     """
     data, out, architecture = Path(data), Path(out), how.architecture
     settings, done = how.settings(data), read_settings(out)
@@ -62,12 +62,12 @@ def pretrain(
     images, _, captions, _ = read_split(data / "train")
     with torch.random.fork_rng(devices=[]), _progress_bar(progress) as bar:
         torch.manual_seed(how.seed)
-        model = open_clip.CLIP(**json.loads(architecture.read_text()))
+        model = open_clip.CLIP(**json.loads(architecture.read_text())).to(_device())
         _train(model, images, tokenizer(captions), how, bar)
     model.eval()
     accuracy = {split: _accuracy(model, tokenizer, data / split) for split in splits}
     with publish_folder(out, {"made_with": settings, "accuracy": accuracy}) as partial:
-        weights = {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
+        weights = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
         save_file(weights, partial / f"{architecture.stem}.safetensors")
         shutil.copy(architecture, partial / architecture.name)
     if progress:
@@ -108,7 +108,8 @@ def _train(model: open_clip.CLIP, images: torch.Tensor, texts: torch.Tensor, how
         if len(order) < how.batch_size:
             order = torch.cat([order, torch.randperm(len(images))])
         batch, order = order[: how.batch_size], order[how.batch_size :]
-        z_image, z_text = _embed_images(model, images[batch]), F.normalize(model.encode_text(texts[batch]), dim=-1)
+        z_image = _embed_images(model, images[batch])
+        z_text = F.normalize(model.encode_text(texts[batch].to(z_image.device)), dim=-1)
         loss = loss_fn(z_image, z_text, model.logit_scale.exp())
         optimizer.zero_grad()
         loss.backward()
@@ -133,14 +134,23 @@ def _optimizer(model: open_clip.CLIP, how: Pretraining):
 
 def _embed_images(model: open_clip.CLIP, images: torch.Tensor) -> torch.Tensor:
     """L2-normalised embeddings [B,D] of images [B,3,H,W] uint8."""
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
-    return model.encode_image((images.float() / 255 - mean) / std, normalize=True)
+    device = model.logit_scale.device
+    mean, std = (
+        torch.tensor(value, device=device).view(3, 1, 1) for value in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+    )
+    return model.encode_image((images.to(device).float() / 255 - mean) / std, normalize=True)
+
+
+def _device() -> torch.device:
+    """Where it is trained: on a GPU where there is one. The weights are the same again on the same kind of device."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.no_grad()
 def _accuracy(model: open_clip.CLIP, tokenizer, folder: Path) -> float:
     """The share of a split's images, in [0, 1], that are nearest to the prompt of their own class."""
     images, labels, _, names = read_split(folder)
-    texts = model.encode_text(tokenizer([PROMPT.format(name) for name in names]), normalize=True)
-    predictions = torch.cat([(_embed_images(model, batch) @ texts.T).argmax(1) for batch in images.split(500)])
+    tokens = tokenizer([PROMPT.format(name) for name in names]).to(model.logit_scale.device)
+    texts = model.encode_text(tokens, normalize=True)
+    predictions = torch.cat([(_embed_images(model, batch) @ texts.T).argmax(1).cpu() for batch in images.split(500)])
     return (predictions == labels).float().mean().item()
