@@ -87,7 +87,7 @@ def _attack_arguments(p: argparse.ArgumentParser) -> None:
         default="quick",
         help="fare, tecoa, robustbench, autoattack or quick (default); what follows changes it",
     )
-    group.add_argument("--norm", choices=("linf", "l2"))
+    group.add_argument("--norm", choices=("linf", "l2"), help="of the perturbation; default: the protocol's")
     group.add_argument(
         "--eps", type=fraction, nargs="+", metavar="E", help="radii in units of [0,1], such as 2/255 4/255"
     )
@@ -104,7 +104,7 @@ def _attack_arguments(p: argparse.ArgumentParser) -> None:
         "autoattack (or aa): the original package, where installed",
     )
     group.add_argument("--iters", type=positive, metavar="K", help="iterations of each gradient attack")
-    group.add_argument("--restarts", type=positive, metavar="R")
+    group.add_argument("--restarts", type=positive, metavar="R", help="random starts of each gradient attack")
     group.add_argument(
         "--transfer-from",
         type=path_text,
@@ -137,7 +137,9 @@ def _running_arguments(p: argparse.ArgumentParser) -> None:
         help="images a rank takes at once (default auto; halved when the GPU's memory is too small)",
     )
     group.add_argument("--workers", type=natural, default=2, metavar="N", help="loader processes a rank (default 2)")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where torch sees one"
+    )
     group.add_argument(
         "--out",
         type=path,

@@ -79,7 +79,7 @@ def test_attack_and_loss_read_nothing_and_the_update_the_gradients_norm(ranks, b
 
 
 def test_the_numbers_of_a_step_are_read_in_one_wait_and_bad_samples_where_there_are_any(ranks):
-    """All ranks' sums, counts, weights and the gradient's norm at once; which samples had no finite loss, when asked."""
+    """All ranks' sums, counts, weights and the gradient's norm at once; samples without a finite loss, when asked."""
     update = SimpleNamespace(applied=True, grad_norm=torch.ones(()))
     with pretended_gpu() as gpu:
         task = a_task(settings({"name": "mmtard", "cross_modal_weight": 1.0}), ranks)
