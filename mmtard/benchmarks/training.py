@@ -14,8 +14,10 @@ from ..config import Config
 from ..distillation.task import DistillationTask
 from ..distributed.ranks import Ranks, process_group
 from ..errors import UserError
+from ..runs.metrics import SilentLogger
 from ..training.engine import Engine
 from ..training.numerics import numerics
+from ..training.record import StepRecord
 from ..training.step import optimizer_step
 from ..training.throughput import memory, sample_flops
 from .matrix import matrix_rate
@@ -57,12 +59,14 @@ class TrainingBenchmark:
     classes: int = 1000
     variants: list[str] | None = None
     trace: Path | None = None
+    record: StepRecord = field(init=False, repr=False)  # of the steps' numbers, over the ranks
 
     def run(self, out: Path) -> None:
         """Measure, print the tables, and write them to `out`. UserError for what the configuration lacks."""
         with numerics(self.config.engine), process_group(self.config.engine.device) as ranks:
             parts = resident_parts(self.config, ranks, self.classes, published=self.against is not None)
             clock = PhaseClock(ranks.device)
+            self.record = StepRecord(Nameless(), ranks, SilentLogger(), self.config.train.batch_size, {})
             variants = self._chosen(self._published(parts, clock) + self._ours(parts, clock, ranks))
             self._measure(variants, clock, ranks)
             if self.trace:
@@ -104,20 +108,20 @@ class TrainingBenchmark:
         for task in filter(None, (parts.task, all_stored)):
             instrument_task(task, clock)
         stored = parts.stored(parts.task)
-        found = [self._variant(OURS, parts, parts.task, ranks)]
+        found = [self._variant(OURS, parts, parts.task, ranks, clock)]
         if stored:
             name = f"{OURS}, {' and '.join(stored)} stored"
-            found.append(self._variant(name, parts, parts.task, ranks, stored))
+            found.append(self._variant(name, parts, parts.task, ranks, clock, stored))
         if all_stored:
             name = f"{OURS}, every target stored"
-            found.append(self._variant(name, parts, all_stored, ranks, parts.stored(all_stored)))
+            found.append(self._variant(name, parts, all_stored, ranks, clock, parts.stored(all_stored)))
         without = {"open_clip's own towers": as_open_clip}
         if parts.engine.attack_copy:
             without["no attack copy"] = without_attack_copy
         if compiled:
             without["uncompiled"] = uncompiled
         for words, option in without.items():
-            found.append(self._variant(f"{OURS}, {words}", parts, parts.task, ranks, option=option))
+            found.append(self._variant(f"{OURS}, {words}", parts, parts.task, ranks, clock, option=option))
         clock.seconds()  # forget what was asked to make them
         return found
 
@@ -127,6 +131,7 @@ class TrainingBenchmark:
         parts: ResidentParts,
         task: DistillationTask,
         ranks: Ranks,
+        clock: PhaseClock,
         stored: dict[str, Tensor] | None = None,
         option: Callable[[ResidentParts], AbstractContextManager] | None = None,
     ) -> Variant:
@@ -140,7 +145,9 @@ class TrainingBenchmark:
 
         def run() -> None:
             with option(parts) if option else nullcontext():
-                optimizer_step(task, parts.engine, batch, lr, ranks.device)
+                done = optimizer_step(task, parts.engine, batch, lr, ranks.device)
+            with clock("agreement"):
+                self.record.agree(done, batch, stop=False)
 
         return Variant(name, run, of_sample)
 
@@ -241,6 +248,13 @@ def instrument_task(task: DistillationTask, clock: PhaseClock) -> None:
     """Let the clock time what a task asks of its student and its teachers."""
     task.student = _Timed(task.student, clock, "student forward")
     task.teachers = {name: _Timed(teacher, clock, "teachers") for name, teacher in task.teachers.items()}
+
+
+class Nameless:
+    """A data set whose samples are called by their numbers."""
+
+    def name(self, sample: int) -> str:
+        return str(sample)
 
 
 class _Timed:

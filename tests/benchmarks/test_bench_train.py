@@ -131,6 +131,7 @@ def test_a_benchmark_writes_ratios_of_one_run_with_its_command(command, config, 
         assert len(variant["seconds"]) == len(variant["phases"]) == 2
         for seconds, phases in zip(variant["seconds"], variant["phases"]):
             assert {"attack", "student backward", "optimiser"} <= phases.keys()
+            assert ("agreement" in phases) == name.startswith("mmtard")
             assert 0 < sum(phases.values()) <= seconds, name
     seconds = {name: variant["seconds"] for name, variant in found["variants"].items()}
     expected = sorted(a / b for a, b in zip(seconds["published"], seconds["mmtard"]))

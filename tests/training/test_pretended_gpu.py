@@ -118,6 +118,14 @@ def test_what_the_host_waits_for_is_counted_and_nothing_else(gpu):
         assert gpu.waits.total() == 1, gpu.waits
 
 
+def test_a_resnets_images_are_laid_out_as_tensor_cores_convolve_them(gpu, resnet):
+    tower = loading.load_clip(Model(arch=resnet, weights="random")).tower().eval().to(gpu.device)
+    seen = []
+    tower.visual.conv1.register_forward_hook(lambda _, given, result: seen.append((given[0], result)))
+    tower(torch.rand(2, 3, 32, 32).to(gpu.device, non_blocking=True))
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen[0])
+
+
 # The training step.
 
 
