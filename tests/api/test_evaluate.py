@@ -13,7 +13,7 @@ from PIL import Image
 
 import mmtard
 from mmtard.errors import RunError, UserError
-from mmtard.evaluation import python_call
+from mmtard.evaluation import python_call, results
 
 MEANS = {"protocol": "quick", "eps": "4/255", "iters": 2, "n_samples": "all", "workers": 0, "say": lambda *_: None}
 
@@ -47,7 +47,7 @@ def test_a_wrapped_open_clip_model_is_measured_as_its_exported_folder(open_clip_
     before = dict(os.environ)
     ours = mmtard.evaluate(model, root, out=tmp_path / "a", norm="Linf", attacks="apgd-ce", **MEANS)
     assert not dist.is_initialized() and dict(os.environ) == before
-    assert json.loads((tmp_path / "a" / "results.json").read_text()) == ours
+    assert results.read(tmp_path / "a") == ours
     model.clip.save(tmp_path / "exported")
     folder = mmtard.evaluate(tmp_path / "exported", root, out=tmp_path / "b", attacks=["apgd-ce"], **MEANS)
     assert without_times(ours) == without_times(folder)
@@ -76,7 +76,7 @@ def test_a_group_that_the_program_is_in_already_is_left_as_it_is(vit, root, tmp_
         ({"eps": "x"}, "eps: 'x' is not a fraction"),
         ({"eps": ["2/255", None]}, "eps: None is not a number"),
         ({"norm": "foo"}, "norm: 'foo' is not known"),
-        ({"steps": 3}, "unknown setting of an evaluation 'steps'; known: attacks, iters"),
+        ({"steps": 3}, "unknown setting of an evaluation 'steps'; known: attacks, independent_radii, iters"),
         ({"n_samples": "some"}, "n_samples: 'some' is no number"),
         ({"datasets": ["birds"]}, "unknown dataset in .* 'birds'"),
         ({"model": 3}, r"model: a int; give a source, or wrap an open_clip model with mmtard.load\(model\)"),

@@ -75,7 +75,7 @@ def test_sanity_is_added_to_what_is_measured_and_stays(measure, tmp_path, monkey
     monkeypatch.setattr(zeroshot, "sanity", None)
     for sanity in (True, False):
         before = out.read_bytes(), out.stat().st_mtime_ns
-        assert measure(root, sanity=sanity, say=said.append) == json.loads(before[0]) == json.loads(json.dumps(added))
+        assert measure(root, sanity=sanity, say=said.append) == results.read(out) == json.loads(json.dumps(added))
         assert "holds these results already" in said[-1] and (out.read_bytes(), out.stat().st_mtime_ns) == before
 
 

@@ -62,13 +62,14 @@ def test_a_new_run_starts_at_zero_and_writes_what_it_decided(prepare, tree, writ
     }
 
 
-def test_environment_names_versions_commit_and_hosts(prepare):
+def test_environment_names_versions_commit_and_hosts(prepare, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mmtard", "train", "a run.yaml"])
     about = json.loads((prepare().path / "environment.json").read_text())
     assert about["python"] == platform.python_version()
     assert about["versions"]["torch"] == version("torch") and about["versions"]["open_clip_torch"] == version(
         "open_clip_torch"
     )
-    assert None not in about["versions"].values() and "pytest" in about["command"]
+    assert None not in about["versions"].values() and about["command"] == "mmtard train 'a run.yaml'"
     (host,) = about["hosts"]
     assert host.startswith(f"{socket.gethostname()} rank 0 cpu")
     root = Path(folder.__file__).parents[2]
