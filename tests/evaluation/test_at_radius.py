@@ -181,3 +181,12 @@ def test_partial_results_of_an_earlier_version_are_measured_again_with_a_line(co
     found = measure(colours, say=said.append, **settings)
     told = f"colours 4/255: 1 chunks in '{folder}' are of an earlier version; they are measured again"
     assert told in said and strip_seconds(found["datasets"]) == strip_seconds(undisturbed["datasets"])
+
+
+def test_the_checks_of_sanity_heed_a_signal_and_are_made_when_it_goes_on(colours, measure, asked, tmp_path):
+    settings = {"attacks": ("pgd",), "iters": 1, "n_samples": 8, "sanity": True}
+    undisturbed = measure(colours, tmp_path / "undisturbed", **settings)
+    asked.clear()
+    measure(colours, tmp_path / "without", **settings | {"sanity": False})
+    found, _ = stop_and_go_on(measure, colours, asked, len(asked) + 20, **settings)
+    assert strip_seconds(found["datasets"]) == strip_seconds(undisturbed["datasets"])
