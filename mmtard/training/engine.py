@@ -66,7 +66,9 @@ class Engine:
                 parameter_groups(tower, config.train.weight_decay),
                 lr=config.train.lr,
                 betas=config.train.betas,
-                fused=True,  # one pass over the weights: a quarter of the time of the update on a CPU
+                # One pass over the weights. Not on a CPU, whose vectors and their rests round otherwise, so that a
+                # weight's last bit would depend on where ZeRO cuts.
+                fused=ranks.device.type == "cuda",
             ),
             config=self._deepspeed_config(config),
         )
