@@ -32,7 +32,6 @@ class Crew:
     def __enter__(self) -> Crew:
         study, file = self.study, self.out / FILE
         self.teams = [Team(file, study.ranks, study.threads) for _ in range(study.at_once)]
-        self.failed = False
         return self
 
     def __exit__(self, *error) -> None:
@@ -42,7 +41,7 @@ class Crew:
     def do(self, items: list[Item]) -> None:
         """Train and measure what is missing.
 
-        Raises RunError naming the first that fails, when those beside it have ended; with status EXIT_REQUEUE where
+        Raises RunError naming the first that fails, when all others have ended; with status EXIT_REQUEUE where
         this process was asked to stop.
         """
         todo = [item for item in items if not item.done]
@@ -67,9 +66,10 @@ class Crew:
                     self.say(f"[{done}/{total}] {item.phase}: {item.words}: {seconds:.0f} s")
                 elif status and seconds is not None:
                     errors.append((item, status, message))
-                    self.failed = True
+                if status and not self.interruption:
+                    self.say(f"{item.phase}: {item.words}: failed; its log is '{self.log(item)}'")
             if self.interruption and not told:
-                told = self.failed = True
+                told = True
                 self.say(f"stopped by {self.interruption.name}; the runs under way are being saved")
                 for team in self.teams:
                     team.terminate()
@@ -89,11 +89,11 @@ class Crew:
         return self.out / LOGS / f"{slug(item.asked['name'])}.log"
 
     def _one(self, item: Item, free: SimpleQueue) -> tuple[int, str, float | None]:
-        """(status, message, seconds) of an item; seconds None where it was not begun, since something failed."""
+        """(status, message, seconds) of an item; seconds None where it waits, since this process is to stop."""
         team, began = free.get(), time.monotonic()
         try:
             for work in item.works:
-                if self.failed or self.interruption:
+                if self.interruption:
                     return 0, "", None
                 self.log(item).parent.mkdir(parents=True, exist_ok=True)
                 status, message = team.ask(work | {"log": str(self.log(item))})
