@@ -1,5 +1,6 @@
 """A whole step, its agreement and report included: the host reads of the device twice, whatever was applied."""
 
+import traceback
 from types import SimpleNamespace
 
 import pytest
@@ -18,14 +19,17 @@ from mmtard.zero_shot import ZeroShotHead
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The reads of floating-point and boolean tensors. Seeds and sample ids, which are integers, stay on the host."""
+    """The reads of floating-point and boolean tensors. Seeds and sample ids, which are integers, stay on the host, and
+    so does the count of steps that AdamW reads on a CPU; on a GPU it is fused and reads nothing.
+    """
     found = []
 
     def counted(name):
         original = getattr(torch.Tensor, name)
 
         def read(self, *args, **kwargs):
-            if self.dtype != torch.int64:
+            of_adamw = any("/torch/optim/" in frame.filename for frame in traceback.extract_stack())
+            if self.dtype != torch.int64 and not of_adamw:
                 found.append(name)
             return original(self, *args, **kwargs)
 
