@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .state import AttackState
+
+class Resumable(Protocol):
+    """The state of an attack on the samples of `seeds`, which can be taken to another process."""
+
+    seeds: Tensor
+    memory: AttackMemory
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """All that another process needs to go on."""
+
+    def restore(self, kept: dict[str, Tensor]) -> None:
+        """Go on where the state was when `kept` was taken."""
 
 
 class AttackMemory:
@@ -22,9 +32,9 @@ class AttackMemory:
     def __init__(self, kept: dict[str, Tensor] | None = None, at_step: Callable[[], object] = lambda: None):
         self.at_step = at_step
         self._kept = kept
-        self._state: AttackState | None = None
+        self._state: Resumable | None = None
 
-    def attach(self, state: AttackState) -> None:
+    def attach(self, state: Resumable) -> None:
         """Remember this state; put it where the kept snapshot was, if that is of the same samples."""
         kept, self._kept, self._state = self._kept, None, state
         state.memory = self

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -19,9 +18,7 @@ from ..config import show_pixels
 from ..data.samples import Batch
 from .chunk_memory import ChunkMemory
 from .protocols import Protocol
-
-if TYPE_CHECKING:
-    from .zeroshot import CleanPass, ZeroShotTask
+from .zeroshot_task import CleanPass, ZeroShotTask
 
 
 @dataclass(frozen=True)

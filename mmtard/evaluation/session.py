@@ -25,7 +25,7 @@ from .prompts import names_of, prompts_of
 from .protocols import Protocol
 from .request import EvaluationRequest
 from .trained_with import TrainedWith
-from .zeroshot import ZeroShotTask
+from .zeroshot_task import ZeroShotTask
 
 
 @dataclass(frozen=True)

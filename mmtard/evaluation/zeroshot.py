@@ -6,7 +6,7 @@ The clean pass over all samples, then the attacks on a stratified sample at ever
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,7 +16,6 @@ from torch import Tensor
 from .. import losses
 from ..attacks import checks, ensemble
 from ..attacks.checks import health_line
-from ..attacks.state import Classifier
 from ..config import show_pixels
 from ..data.dataset import Dataset
 from ..data.samples import Batch
@@ -24,40 +23,12 @@ from ..distributed.interruption import StoppedWithin
 from ..errors import UserError
 from . import results
 from .at_radius import AtRadius, attack_at, attack_settings, flat
-from .chunks import ChunkedWork
 from .data_checks import not_used
-from .partial_results import PartialResults
 from .protocols import Protocol
 from .statistics import stratified
+from .zeroshot_task import CleanPass, ZeroShotTask
 
 NOTHING_ATTACKED = health_line("attacks", False, "no sample is classified correctly: nothing to attack")
-
-
-@dataclass(frozen=True)
-class ZeroShotTask:
-    """One dataset to be classified. transfer_from: the model that `transfer` attacks in place of this one."""
-
-    name: str
-    work: ChunkedWork
-    progress: PartialResults
-    logits: Classifier
-    transfer_from: Classifier | None
-    class_names: list[str]
-    protocol: Protocol
-
-
-@dataclass(frozen=True)
-class CleanPass:
-    """What the model says of every readable sample, and which of them are attacked."""
-
-    labelled: int  # samples with a label, readable or not
-    left_out: list[tuple[str, str]]  # (name, reason) of those that could not be read
-    prediction: dict[int, int]  # sample id -> class, or losses.NO_CLASS
-    label: dict[int, int]
-    ids: list[int]  # the stratified sample, in the order of the ids
-
-    def right(self, sample: int) -> bool:
-        return self.prediction[sample] == self.label[sample]
 
 
 def measure(task: ZeroShotTask) -> dict:

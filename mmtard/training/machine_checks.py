@@ -7,49 +7,19 @@ import platform
 import subprocess
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config import Config
 from ..data.images import Transform
 from ..data.limits import SHARED_MEMORY, free_shared_memory, loader_bytes, raise_file_limit
 from ..distributed.gpu_driver import LEAST_DRIVER, driver_version, why_too_old
 from ..distributed.ranks import reduce
 from ..runs.environment import PACKAGES, installed_version
-
-if TYPE_CHECKING:
-    from .preflight import Bench
+from .preflight_check import Bench, Check, CheckFailed
 
 FREE_SHARE = 0.9  # of a GPU's memory: less free, beside what this process takes, and somebody else is on it
 OWN_BYTES = 3 * 2**29  # of the CUDA context, cuBLAS and NCCL, whatever the GPU's size
 REDUCED_MIB, REDUCED_TIMES = 64, 5
-
-
-class CheckFailed(Exception):
-    """What a check found wrong."""
-
-
-class Check:
-    """One thing that is checked.
-
-    `measure` runs on every rank and may fail on some of them only. `verdict` sees what all ranks found, and gives the
-    words of the PASS line. Both raise CheckFailed with the words of the FAIL line.
-    """
-
-    name: str
-
-    def applies(self, config: Config) -> bool:
-        """Whether there is anything to check for this configuration."""
-        return True
-
-    def measure(self, bench: Bench) -> Any:
-        """What this rank finds."""
-        raise NotImplementedError
-
-    def verdict(self, bench: Bench, found: list) -> str:
-        """The words of the PASS line. found: what `measure` gave, rank by rank."""
-        raise NotImplementedError
 
 
 class Versions(Check):

@@ -6,7 +6,6 @@ Each check prints a PASS or FAIL line.
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import time
 from pathlib import Path
@@ -18,13 +17,13 @@ from ..data.class_names import classnames, templates
 from ..data.dataset import open_dataset_on_all_ranks
 from ..data.images import Transform
 from ..data.stream import train_stream
-from ..distributed.ranks import Ranks, peer_is_gone, process_group
+from ..distributed.ranks import process_group
 from ..embeddings import identity
-from ..errors import UserError
 from ..models import loading
 from ..models.image_tower import DTYPES
 from . import probe
-from .machine_checks import Check, CheckFailed, Devices, Limits, Network, Versions
+from .machine_checks import Devices, Limits, Network, Versions
+from .preflight_check import Bench, Check, CheckFailed
 
 READ_S, READ_BATCHES = 10.0, 30
 BYTES_A_WEIGHT = 12  # in a checkpoint: float32 and the two moments of AdamW
@@ -37,42 +36,6 @@ def preflight(config: Config) -> int:
         bench = Bench(config, ranks)
         passed = [bench.run(check) for check in CHECKS if check.applies(config)]
     return 0 if all(passed) else 1
-
-
-class Bench:
-    """What the checks share: the run that is checked, and what earlier checks found out about it."""
-
-    def __init__(self, config: Config, ranks: Ranks):
-        self.config, self.ranks = config, ranks
-        self.image_size, self.parameters = 224, 0  # of the student, known after `Models`
-        self.most_images_per_s = 0.0  # that the models allow, known after `Models`
-
-    def run(self, check: Check) -> bool:
-        """Do a check, print its line on the first rank; the same answer on every rank."""
-        failure = found = None
-        try:
-            found = check.measure(self)
-        except (CheckFailed, UserError, OSError) as error:
-            failure = str(error)
-        except RuntimeError as error:
-            if peer_is_gone(error):
-                raise
-            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"  # such as a GPU's own errors
-        answers = self.ranks.all_gather((platform.node(), found, failure))
-        failures: dict[str, list[str]] = {}
-        for rank, (node, _, reason) in enumerate(answers):
-            if reason:
-                failures.setdefault(reason, []).append(f"rank {rank} ({node})")
-        passed = not failures
-        line = "; ".join(f"{', '.join(where)}: {reason}" for reason, where in failures.items())
-        if passed:
-            try:
-                line = check.verdict(self, [found for _, found, _ in answers])
-            except CheckFailed as error:
-                passed, line = False, str(error)
-        if self.ranks.is_first:
-            print(f"{'PASS' if passed else 'FAIL'} {check.name}: {line}", flush=True)
-        return passed
 
 
 class Models(Check):

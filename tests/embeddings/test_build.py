@@ -27,7 +27,8 @@ from mmtard.embeddings.build import _Storing, cache
 from mmtard.embeddings.store import EmbeddingStore, PartLayout
 from mmtard.errors import RunError, UserError
 from mmtard.models import loading
-from mmtard.training.preflight import Bench, Models, StoredEmbeddings
+from mmtard.training.preflight import Models, StoredEmbeddings
+from mmtard.training.preflight_check import Bench
 from mmtard.training.train import train
 
 SAMPLES, BATCH = 40, 8

@@ -9,7 +9,7 @@ import torch
 from mmtard import config
 from mmtard.data.stream import train_stream
 from mmtard.training import preflight
-from mmtard.training.preflight import Bench, CheckFailed
+from mmtard.training.preflight_check import Bench, CheckFailed
 
 
 @pytest.fixture
