@@ -15,6 +15,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 WORDS = ["a", "photo", "of", "cat", "dog", "cow", "red", "square"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Between several workers (pytest-xdist), the tests of a file stay together with what they share, and those on
     Slurm with its one cluster. These begin, since they mostly wait, then what takes longest.
