@@ -15,18 +15,26 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 WORDS = ["a", "photo", "of", "cat", "dog", "cow", "red", "square"]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
+ON_SLURM = ("tests/slurm/", "tests/launch/test_running.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """Between several workers (pytest-xdist), the tests of a file stay together with what they share, and those on
-    Slurm with its one cluster. These begin, since they mostly wait, then what takes longest.
+    Slurm with its cluster.
     """
+    from xdist.scheduler import LoadScopeScheduling
 
-    def turn(item) -> int:
-        return 0 if "cluster" in item.fixturenames else 1 if item.path.parent.name == "parallel" else 2
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "Slurm" if nodeid.startswith(ON_SLURM) else nodeid.split("::")[0]
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(str(item.path) if turn(item) else "cluster"))
-    items.sort(key=turn)
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """What is on Slurm begins, since it mostly waits, then what takes longest."""
+    items.sort(key=lambda item: 0 if item.nodeid.startswith(ON_SLURM) else 1 if "tests/parallel/" in item.nodeid else 2)
 
 
 @pytest.fixture

@@ -27,4 +27,4 @@ done
 # The tests' tensors are tiny: a thread that waits for another costs more than it computes.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Two workers, since most tests use one core: -n 4 for more, -n 0 for one after the other.
-exec .venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+exec .venv/bin/python -m pytest -n 2 --no-loadscope-reorder "$@"
