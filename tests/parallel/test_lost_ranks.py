@@ -93,7 +93,7 @@ def test_a_second_start_is_refused_and_a_hang_ends_in_time_names_the_rank_and_pa
 
 
 def test_a_rank_that_fails_is_no_loss_and_is_not_started_again(job, tmp_path):
-    """A GPU out of memory, say: the next start would end there, too."""
+    """An error nobody foresaw: the next start would end there, too."""
     path, run = job("failed", train={"steps": 24, "batch_size": 16, "lr": 1e-3})
     script = tmp_path / "fails.py"
     script.write_text(
@@ -103,7 +103,7 @@ def test_a_rank_that_fails_is_no_loss_and_is_not_started_again(job, tmp_path):
         "update = train.Trainer._optimizer_step\n"
         "def fail(self, batch, lr):\n"
         "    if self.step == 3 and os.environ['RANK'] == '1':\n"
-        "        raise MemoryError('out of memory')\n"
+        "        raise LookupError('no kernel image')\n"
         "    return update(self, batch, lr)\n"
         "train.Trainer._optimizer_step = fail\n"
         "raise SystemExit(main.main(['train', sys.argv[1]]))\n"
@@ -111,7 +111,7 @@ def test_a_rank_that_fails_is_no_loss_and_is_not_started_again(job, tmp_path):
     processes = start_ranks([script, path], 2, tmp_path / "meet", tmp_path / "log")
     assert [p.wait(120) for p in processes] == [1, 1]
     (line,) = lines(tmp_path / "log.0")
-    assert line == "mmtard: rank 1: MemoryError: out of memory"
+    assert line == "mmtard: rank 1: LookupError: no kernel image"
     assert starts(run)[0]["end"]["kind"] == history.FAILED and "Traceback" in (tmp_path / "log.1").read_text()
 
 

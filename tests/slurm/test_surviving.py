@@ -383,5 +383,5 @@ def test_preflight_passes_over_two_nodes(cluster, tiny):
     verdicts = [line.split()[1:3] for line in log.splitlines() if " PASS " in line or " FAIL " in line]
     assert fields["JobState"] == "COMPLETED", log
     assert verdicts == [
-        ["PASS", f"{name}:"] for name in ("versions", "devices", "network", "models", "folder", "shards")
+        ["PASS", f"{name}:"] for name in ("versions", "devices", "network", "models", "folder", "limits", "shards")
     ]
