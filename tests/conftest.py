@@ -34,7 +34,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_collection_modifyitems(items):
     """What is on Slurm begins, since it mostly waits, then what takes longest."""
-    items.sort(key=lambda item: 0 if item.nodeid.startswith(ON_SLURM) else 1 if "tests/parallel/" in item.nodeid else 2)
+    long = ("tests/parallel/", "tests/study/", "tests/models/test_architectures.py", "tests/test_lint.py")
+    items.sort(key=lambda item: 0 if item.nodeid.startswith(ON_SLURM) else 1 if item.nodeid.startswith(long) else 2)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils.data import DataLoader
 
+from ..distributed.processes import die_with_parent
 from ..errors import ProcessLostError, UserError
 from .limits import prepare_for_workers
 from .samples import Batch, SampleReader
@@ -117,6 +118,7 @@ def _as_it_is(batch):
 
 
 def _start_worker(_: int) -> None:
+    die_with_parent(multiprocessing.parent_process().pid)  # torch's own look comes late, or never in a full pipe
     for number in SHIELDED:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -29,7 +29,9 @@ def whole(tmp_path_factory, vit):
     methods["less"] = {"ablates": "teacher", "settings": {**methods["teacher"]["settings"], "method": RSLAD_LESS}}
     methods["less"]["settings"]["teachers"] = {"robust": {"weights": "{study}/models/robust", "stored": True}}
     file = write(folder / "tiny.yaml", tree(folder / "out", vit, methods=methods))
-    assert main(["study", str(file)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["mmtard", "study", str(file)])
+        assert main(["study", str(file)]) == 0
     return file, folder / "out"
 
 
@@ -86,7 +88,7 @@ def test_the_numbers_on_the_page_are_those_of_the_evaluations(whole):
 
 
 def test_the_page_says_it_in_words_tables_and_figures(whole):
-    _, out = whole
+    file, out = whole
     page = (out / "page" / "study.html").read_text()
     assert "The best with one teacher or none, by validation data, is TeCoA" in page
     assert re.search(r"teacher (gains|trades|loses|is level) at the tuned settings", page)
@@ -96,7 +98,7 @@ def test_the_page_says_it_in_words_tables_and_figures(whole):
     names = {p.name for p in (out / "page").iterdir()}
     assert {"front-test.svg", "curve-seconds.pdf", "table-differences.tex", "table-accuracy.csv"} <= names
     made = json.loads((out / "page" / "made_with.json").read_text())
-    assert made["command"].startswith("mmtard ") and made["versions"]["torch"] and made["missing"] == []
+    assert made["command"] == f"mmtard study {file}" and made["versions"]["torch"] and made["missing"] == []
 
 
 def test_the_console_shows_the_same_accuracies_and_sentences(whole, capsys):
