@@ -81,6 +81,7 @@ class _Storing:
         self.folder = embeddings_folder(config.data) / settings_digest(self.identity)
 
     def run(self, interruption: Interruption) -> None:
+        """Store what is missing. Collective. Raises RunError when it was asked to stop; what is stored is kept."""
         ranks, parts = self.ranks, self.layout.parts
         ranks.run_on_first(self._make_folder)
         own = missing_parts(self.folder, self.layout, range(ranks.rank, parts, ranks.world_size))

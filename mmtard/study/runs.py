@@ -22,24 +22,6 @@ QUIET = {"log": {"tensorboard": False, "wandb": None}, "probe": None}
 
 
 @dataclass(frozen=True)
-class Point:
-    """A setting of the front, the same for every method. number: its place; 0 is the main table's."""
-
-    number: int
-    settings: Settings
-
-    @property
-    def name(self) -> str:
-        """What differs from other points, as a part of a path; "" where the grid varies nothing."""
-        return _slug(self.settings)
-
-    @property
-    def label(self) -> str:
-        """What differs from other points, in words."""
-        return _label(self.settings)
-
-
-@dataclass(frozen=True)
 class Choice:
     """A combination of the values that are tuned."""
 
@@ -47,13 +29,20 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """The values, as a part of a path."""
+        """What it sets, as a part of a path; "" where it sets nothing."""
         return _slug(self.settings)
 
     @property
     def label(self) -> str:
-        """The values, in words."""
+        """What it sets, in words."""
         return _label(self.settings)
+
+
+@dataclass(frozen=True)
+class Point(Choice):
+    """A setting of the front, the same for every method. number: its place; 0 is the main table's."""
+
+    number: int
 
 
 @dataclass(frozen=True)
@@ -79,7 +68,7 @@ class Run:
 def points(study: Study) -> list[Point]:
     """Every setting that fronts are drawn over; the first is the main table's."""
     merged = [_joined(parts) for parts in itertools.product(*study.grid.vary)]
-    return [Point(i, one) for i, one in enumerate(merged)]
+    return [Point(settings=one, number=i) for i, one in enumerate(merged)]
 
 
 def choices(study: Study) -> list[Choice]:
