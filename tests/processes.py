@@ -1,7 +1,7 @@
 """What tests ask of processes: whether another one lives, and that this one be a rank for a while."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,19 @@ def alive(pid: int | str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def processes_where(holds: Callable[[list[str]], bool]) -> list[int]:
+    """The ids of the processes whose command line, in words, is such, whoever their parents are by now."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode().split("\0")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if holds(words):
+            found.append(int(path.parent.name))
+    return found
 
 
 @contextmanager

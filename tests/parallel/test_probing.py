@@ -3,9 +3,9 @@
 import json
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from processes import processes_where
 
 from mmtard.config import Data, Model, parse_fraction
 from mmtard.evaluation.datasets import find_datasets
@@ -22,15 +22,9 @@ pytestmark = pytest.mark.slow
 
 def background(run):
     """Process ids of the run's probes, whoever their parent is by now."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().decode().split("\0")
-        except OSError:
-            continue
-        if "mmtard.training.probe_process" in words and any(w.startswith(str(run)) for w in words):
-            found.append(int(path.parent.name))
-    return found
+    return processes_where(
+        lambda words: "mmtard.training.probe_process" in words and any(w.startswith(str(run)) for w in words)
+    )
 
 
 def test_a_killed_run_takes_its_probe_along_and_goes_on_as_an_unprobed_one(job, undisturbed, tmp_path, ranks):

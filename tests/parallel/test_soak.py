@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from processes import processes_where
 
 from mmtard.evaluation import results
 
@@ -112,15 +113,7 @@ def end(ranks):
 
 def ranks_of(config):
     """Processes of a training that a launcher started."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().decode().split("\0")
-        except OSError:
-            continue
-        if "train" in words and str(config) in words:
-            found.append(int(path.parent.name))
-    return found
+    return processes_where(lambda words: "train" in words and str(config) in words)
 
 
 def own_tracebacks(printed):
