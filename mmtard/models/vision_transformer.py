@@ -106,4 +106,5 @@ def _tiles(conv: nn.Conv2d) -> bool:
 
 def _is_plain(attention: nn.MultiheadAttention) -> bool:
     same_width = attention.in_proj_weight is not None
-    return same_width and attention.batch_first and attention.bias_k is None and not attention.add_zero_attn
+    extra = attention.bias_k is not None or attention.add_zero_attn or attention.dropout > 0
+    return same_width and attention.batch_first and not extra
