@@ -25,6 +25,7 @@ def test_ruff_finds_nothing(words):
     run("ruff", *words, "--quiet")
 
 
+@pytest.mark.slow
 @needs("mypy")
 def test_the_public_surface_is_typed():
     run("mypy")

@@ -75,6 +75,7 @@ def test_too_many_that_cannot_be_read_end_it(measure, tmp_path, n, truncated):
         measure(folder, attacks=("pgd",), iters=1)
 
 
+@pytest.mark.slow
 def test_a_probe_leaves_out_what_cannot_be_read(damaged, exported, ranks):
     asked = {
         "eps": "4/255",

@@ -129,6 +129,7 @@ def test_a_rank_that_waits_for_a_killed_one_is_ended_within_its_turn_and_the_job
     assert killed.wait(20) == 0 and requeued(tmp_path) == "requeue 7\n"
 
 
+@pytest.mark.slow
 def test_a_run_whose_every_rank_was_ended_by_a_signal_is_requeued_once(task, tmp_path):
     """As NCCL's own watchdog ends those that wait for a lost one: none is left to decide."""
     ranks = [task("os.abort()", SLURM_NTASKS="2", SLURM_PROCID=rank, OTHERS_TURN_S="1") for rank in "01"]
@@ -283,6 +284,7 @@ def test_a_signal_to_a_run_that_has_ended_changes_nothing(task, tmp_path):
     assert process.returncode == 0 and requeued(tmp_path) == ""
 
 
+@pytest.mark.slow
 def test_a_person_who_interrupts_a_job_ends_it_once_and_for_good(task, tmp_path):
     """`scancel --signal=INT`, which reaches both the task and mmtard: a second SIGINT would end mmtard unsaved."""
     body = "signal.signal(signal.SIGINT, lambda *_: open('heard', 'a').write('x')); open('ready', 'w').close()\n"

@@ -49,6 +49,7 @@ def test_a_model_of_the_hub_gives_its_embeddings(base, hub, tmp_path):
     assert torch.equal(embeddings(loading.load_clip(Model(weights=str(tmp_path / "start")))), embeddings(base))
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_brings_its_own_tokenizer(vit, word_tokenizer, hub, tmp_path):
     """In a process of its own: transformers reads the place of its cache once."""
     cfg = json.loads(Path(vit).read_text())

@@ -19,6 +19,7 @@ def simulated(rng, effect=0.0, seed_sd=0.0, sample_sd=0.0, noise=1.0, seeds=SEED
     return np.zeros_like(d), d
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds",
     [
