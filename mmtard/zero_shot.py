@@ -14,7 +14,8 @@ class Prediction(NamedTuple):
     cosines: Tensor  # [B,C]
     logits: Tensor  # [B,C]
     # for methods whose settings ask for tokens
-    tokens: Tensor | None = None  # [B,P,D], of the patches, in the space of the embeddings, not normalised
+    # [B,P,W] of places, not normalised: a ViT's patches in the space of the embeddings, or a convolutional last map
+    tokens: Tensor | None = None
     text: Tensor | None = None  # [C,D], the model's class embeddings
 
 

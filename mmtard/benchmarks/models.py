@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..config import Config, check_world
 from ..data.samples import Batch
-from ..distillation.added_terms import learned_parts
 from ..distillation.task import DistillationTask
 from ..distributed.ranks import Ranks
 from ..errors import UserError
@@ -24,6 +23,7 @@ from ..models.teachers import FrozenTeacher, compile_teachers
 from ..models.vision_transformer import restore
 from ..seeding import purpose_salt
 from ..training.engine import Engine
+from ..training.setup import learned_of
 from ..training.throughput import forward_flops
 from ..zero_shot import ZeroShotHead
 from .published import PublishedModels
@@ -69,6 +69,7 @@ def resident_parts(config: Config, ranks: Ranks, classes: int, published: bool) 
     }
     flops = {name: forward_flops(clip.tower()) for name, clip in clips.items()}
     student = clips["student"].tower()
+    learned = learned_of(config, clips, device, config.train.batch_size)
     # Teachers in float32 serve both sides.
     own = config.engine.precision != "float32"
     originals = _published_models(clips, heads, device, own) if published else None
@@ -80,10 +81,7 @@ def resident_parts(config: Config, ranks: Ranks, classes: int, published: bool) 
         name: FrozenTeacher(name, settings, clips[name].tower(), heads[name], ranks, dtype)
         for name, settings in config.ensemble.items()
     }
-    widths = {name: clip.config["model_cfg"]["embed_dim"] for name, clip in clips.items()}
-    task = DistillationTask(
-        config, engine, heads["student"], teachers, learned_parts(config, widths, device, config.train.batch_size)
-    )
+    task = DistillationTask(config, engine, heads["student"], teachers, learned)
     engine.compile(config.engine.compile, print)
     compile_teachers(config.engine.compile, teachers, device, print)
     share = config.train.batch_size // ranks.world_size

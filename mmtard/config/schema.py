@@ -86,7 +86,7 @@ class Config(Section):
 
     @property
     def token_models(self) -> set[str]:
-        """The models of the run that must give patch tokens beside their image embedding."""
+        """The models of the run that must give patch tokens, or a last map, beside their image embedding."""
         if self.method.tokens:
             return {"student", *self._needed}
         feature = self.terms.feature

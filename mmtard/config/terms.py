@@ -29,7 +29,9 @@ class Feature(Section):
         "clean", description="the image the teacher sees; of the clean one its embeddings can be stored"
     )
     of: Literal["embedding", "tokens"] = Field(
-        "embedding", description="the image embedding, or the patches' tokens of a ViT, each with that of its place"
+        "embedding",
+        description="the image embedding, or features of places, each with the teacher's of its place: a ViT's patch "
+        "tokens, a convolutional tower's last map",
     )
     projection: bool | None = Field(
         None, description="learn a linear map from the student's features to the teacher's; null: where widths differ"

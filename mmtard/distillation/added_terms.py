@@ -1,8 +1,9 @@
 """The terms that a run adds to its method's loss, whichever method that is: anchor, feature, bound.
 
 anchor, ours: weight * (1 - cos(P z_S(x), z_T(x))), which holds the student's clean embedding near a clean teacher's.
-feature, ours: weight * (1 - cos(P z_S(x'), z_T(view))), of the image embedding or the mean over the patches' tokens.
-P is a learned linear map, or none where both embeddings have one width. bound: LORE's constraint, see `bound`.
+feature, ours: weight * (1 - cos(P z_S(x'), z_T(view))), of the image embedding, or the mean over places: the patches'
+tokens of a ViT, the last map of a convolutional tower. P is a learned linear map (of a map, a 1x1 convolution), or none
+where both have one width. bound: LORE's constraint, see `bound`.
 """
 
 from __future__ import annotations
@@ -37,18 +38,27 @@ def run_passes(config: Config) -> set[Pass]:
 
 
 def learned_parts(
-    config: Config, widths: dict[str, int], device: torch.device | str = "cpu", samples: int = 0
+    config: Config,
+    widths: dict[str, int],
+    device: torch.device | str = "cpu",
+    samples: int = 0,
+    places: dict[str, int] | None = None,
 ) -> LearnedParts:
-    """What the added terms learn. widths: model -> the width of its embeddings; samples: of the whole data."""
+    """What the added terms learn. widths: model -> the width of its embeddings; samples: of the whole data.
+
+    places: model -> the width of its features of places; None: that of its embeddings.
+    """
     parts, terms, bound = {}, config.terms, config.bound
+    by_term = {"anchor": widths}
+    by_term["feature"] = (places or widths) if terms.feature and terms.feature.of == "tokens" else widths
     table = None
     for name, term in (("anchor", terms.anchor), ("feature", terms.feature)):
         if term is None:
             continue
-        source, target = widths["student"], widths[term.teacher]
+        source, target = by_term[name]["student"], by_term[name][term.teacher]
         if term.projection is False and source != target:
             raise UserError(
-                f"terms.{name}.projection: false, but the student's embeddings have {source} numbers and those of "
+                f"terms.{name}.projection: false, but the student's features have {source} numbers and those of "
                 f"teacher '{term.teacher}' {target}; leave it out"
             )
         if term.projection or source != target:
@@ -88,23 +98,23 @@ def anchor(settings, predictions: Predictions, learned: LearnedParts) -> Tensor:
 
 
 def feature(settings, predictions: Predictions, learned: LearnedParts) -> Tensor:
-    """1 - cos(P z_S(x'), z_T(view)) of each sample, [B]; of tokens the mean over the student's patches."""
+    """1 - cos(P z_S(x'), z_T(view)) of each sample, [B]; of tokens the mean over the student's places."""
     student, teacher = predictions["student", "adv"], predictions[settings.teacher, settings.teacher_view]
     if settings.of == "embedding":
         return 1 - F.cosine_similarity(learned("feature", student.embeddings), teacher.embeddings.detach(), dim=-1)
-    patches = on_grid_of(teacher.tokens.detach(), student.tokens.shape[1])
-    return 1 - F.cosine_similarity(learned("feature", student.tokens), patches, dim=-1).mean(1)
+    places = on_grid_of(teacher.tokens.detach(), student.tokens.shape[1])
+    return 1 - F.cosine_similarity(learned("feature", student.tokens), places, dim=-1).mean(1)
 
 
-def on_grid_of(tokens: Tensor, patches: int) -> Tensor:
-    """Tokens [B,P,D] of a square grid, brought to a square grid of `patches` by bilinear interpolation."""
+def on_grid_of(tokens: Tensor, places: int) -> Tensor:
+    """Features [B,P,D] of a square grid, brought to a square grid of `places` by bilinear interpolation."""
     own = tokens.shape[1]
-    if own == patches:
+    if own == places:
         return tokens
-    old, new = math.isqrt(own), math.isqrt(patches)
-    if old**2 != own or new**2 != patches:
+    old, new = math.isqrt(own), math.isqrt(places)
+    if old**2 != own or new**2 != places:
         raise UserError(
-            f"terms.feature.of: the student's {patches} patches and the teacher's {own} are not both square grids; "
+            f"terms.feature.of: the student's {places} places and the teacher's {own} are not both square grids; "
             "set terms.feature.of=embedding"
         )
     grid = tokens.transpose(1, 2).unflatten(2, (old, old))

@@ -14,6 +14,7 @@ from ..data.dataset import Dataset
 from ..data.paths import expand_shards
 from ..errors import UserError
 from ..files import refuse_special
+from ..models.merging import merged_from
 from ..runs.checkpoints import published, read_state
 from ..runs.layout import CHECKPOINTS, CONFIG, START
 
@@ -61,7 +62,10 @@ class TrainedWith:
 
 
 def trained_with(spec: Model) -> TrainedWith | None:
-    """What the run of a model says; None for a model that is no run, checkpoint, or start of a run."""
+    """What the run of a model says; None for a model that is no run, checkpoint, or start of a run.
+
+    Of a model that `mmtard merge` made, what the run says that it was made of.
+    """
     path = Path(spec.weights)
     candidates = [path, path.resolve()] if path.is_dir() else []
     for folder in candidates:
@@ -70,7 +74,8 @@ def trained_with(spec: Model) -> TrainedWith | None:
         if (run / CONFIG).is_file() and ((run / CHECKPOINTS).is_dir() or (run / START).is_dir()):
             refuse_special(run)
             return TrainedWith(run, settings.load(run / CONFIG), _fingerprint(run))
-    return None
+    parts = (trained_with(Model(weights=str(part))) for part in merged_from(path) if part != path)
+    return next((found for found in parts if found is not None), None)
 
 
 def _fingerprint(run: Path) -> str | None:

@@ -11,7 +11,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import UserError
-from . import vision_transformer
+from . import last_map, vision_transformer
 from .batch_layout import BatchLayout
 
 LEAST_TO_COMPARE = 8  # so many different images with one embedding are no chance
@@ -21,9 +21,10 @@ DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 class ImageTower(nn.Module):
     """An open_clip image tower that takes pixels: resizing and normalisation live in its forward.
 
-    images [B,3,H,W] float32 in [0,1], any H and W -> embeddings [B,D] float32, not normalised; with `tokens`, also
-    those of the P patches, [B,P,D], brought to the same space. Other sizes than `size` (H, W) are resized inside
-    (bicubic, no antialias). `autocast`: the dtype in which the tower runs while its weights stay float32, or None.
+    images [B,3,H,W] float32 in [0,1], any H and W -> embeddings [B,D] float32, not normalised; with `tokens`, also the
+    features of P places, [B,P,place_width]: a ViT's patch tokens, brought to the embeddings' space, or the last map of
+    a convolutional tower. Other sizes than `size` (H, W) are resized inside (bicubic, no antialias). `autocast`: the
+    dtype in which the tower runs while its weights stay float32, or None.
     """
 
     def __init__(self, visual: nn.Module, mean, std):
@@ -41,12 +42,13 @@ class ImageTower(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         vision_transformer.lighten(visual)
+        last_map.offer(visual)
         if self.has_tokens and _project_tokens not in visual._forward_hooks.values():
             # As a hook, it finds the projection's weight gathered where the tower is sharded.
             visual.register_forward_hook(_project_tokens)
 
     def forward(self, images: Tensor, tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """images [B,3,H,W] float32 in [0,1] -> embeddings [B,D], at least float32; `tokens`: also the patches [B,P,D].
+        """images [B,3,H,W] float32 in [0,1] -> embeddings [B,D], at least float32; `tokens`: also of places [B,P,W].
 
         Images of another size than the tower's are resized first (bicubic).
         """
@@ -63,6 +65,8 @@ class ImageTower(nn.Module):
             if self.has_tokens:
                 self.visual.output_tokens = tokens
                 vision_transformer.ask_for_all_tokens(self.visual, tokens)
+            elif last_map.width(self.visual) is not None:
+                self.visual.output_map = tokens
             z = self.visual(x)
         if isinstance(z, tuple) and not tokens:  # CoCa's tower always gives the tokens of its own decoder, too
             z = z[0]
@@ -75,12 +79,17 @@ class ImageTower(nn.Module):
 
     @property
     def has_tokens(self) -> bool:
-        """Whether the forward can give the patches' tokens.
+        """Whether the forward can give the patches' tokens, in the space of the embeddings.
 
         A ViT can whose embedding is a projected token or the mean of the projected tokens.
         """
         v = self.visual
         return isinstance(v, VisionTransformer) and v.attn_pool is None and v.proj is not None and v.pool_type != "none"
+
+    @property
+    def place_width(self) -> int | None:
+        """The width of the features of a place: of a patch's token, or of the last map; None for a tower of neither."""
+        return self.visual.output_dim if self.has_tokens else last_map.width(self.visual)
 
     def cast(self, dtype: torch.dtype) -> ImageTower:
         """The same tower with its weights (and so its arithmetic) in `dtype`; normalisation stays float32."""
@@ -107,6 +116,15 @@ def require_tokens(tower: ImageTower, where: str) -> None:
         raise UserError(
             f"{where}: the method reads a ViT's patch tokens, which a {type(tower.visual).__name__} does not give;"
             " choose a ViT or another method"
+        )
+
+
+def require_places(tower: ImageTower, where: str) -> None:
+    """UserError when the tower gives features of no places, neither a ViT's patches nor a convolutional last map."""
+    if tower.place_width is None:
+        kind = type(getattr(tower.visual, "trunk", tower.visual)).__name__
+        raise UserError(
+            f"{where}: a {kind} gives no features of places, such as patch tokens; set terms.feature.of=embedding"
         )
 
 

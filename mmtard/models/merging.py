@@ -34,11 +34,7 @@ def merge(first: Model, second: Model, weight: float, out: Path) -> Path:
     check_replaceable(out, KIND)
     a, b = loading.load_clip(first, where="A"), loading.load_clip(second, where="B")
     merged = interpolate(a, b, weight)
-    note = {
-        "a": {"weights": first.weights, "ema": first.ema, "sha256": a.sha256(image=True)},
-        "b": {"weights": second.weights, "ema": second.ema, "sha256": b.sha256(image=True)},
-        "weight": weight,
-    }
+    note = {"a": _said(first, a), "b": _said(second, b), "weight": weight}
     try:
         with replace_folder(out, KIND) as scratch:
             merged.save(scratch / "model")
@@ -50,6 +46,16 @@ def merge(first: Model, second: Model, weight: float, out: Path) -> Path:
         needed = sum(value.nbytes for value in merged.model.state_dict().values())
         raise UserError(why_not_written(out, error, needed)) from None
     return out
+
+
+def merged_from(folder: Path) -> list[Path]:
+    """The folders of the two models that a folder was merged from, the second first; [] for any other folder."""
+    try:
+        note = json.loads((folder / NOTE).read_text())
+        folders = [note[part].get("folder") for part in ("b", "a")]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return []
+    return [Path(one) for one in folders if isinstance(one, str)]
 
 
 def interpolate(a: Clip, b: Clip, weight: float) -> Clip:
@@ -72,6 +78,17 @@ def interpolate(a: Clip, b: Clip, weight: float) -> Clip:
     merged = Clip(copy.deepcopy(a.model), a.name, a.config)
     merged.model.visual.load_state_dict(visual)
     return merged
+
+
+def _said(spec: Model, clip: Clip) -> dict:
+    """What the note says of one of the two; its folder, so that an evaluation finds the prompts of a run's training."""
+    folder = Path(spec.weights)
+    return {
+        "weights": spec.weights,
+        "folder": str(folder.absolute()) if folder.is_dir() else None,
+        "ema": spec.ema,
+        "sha256": clip.sha256(image=True),
+    }
 
 
 def _check_fit(a: Clip, b: Clip) -> None:

@@ -23,7 +23,8 @@ class Cell:
 class Table:
     """head: (text, columns it spans) of each of its rows. rows: a name and its cells. notes: under the table.
 
-    name: of its files beside the page, without an ending; "" for a table that has none.
+    name: of its files beside the page, without an ending; "" for a table that has none. words: its cells hold
+    sentences, not numbers.
     """
 
     head: list[list[tuple[str, int]]]
@@ -31,6 +32,7 @@ class Table:
     caption: str = ""
     notes: list[str] = field(default_factory=list)
     name: str = ""
+    words: bool = False
 
 
 NONE = Cell("–")

@@ -14,7 +14,7 @@ from .crossed import Difference, holm, paired_difference
 from .efficiency import Trajectory
 from .front import Resampling
 from .measures import START, evaluation, of_model, on_the_way
-from .runs import Run, configuration, points, run_folder, tuning_runs
+from .runs import Point, Run, configuration, points, run_folder, tuning_runs
 from .schema import Study
 from .worker import stored_seconds
 
@@ -26,7 +26,13 @@ class State:
     method: str
     label: str
     runs: tuple[Run, ...]
-    main: bool  # of the main table: the first point, at the tuned settings
+    point: Point
+    tuned: bool  # at the settings that were chosen for this point of the front
+
+    @property
+    def main(self) -> bool:
+        """Whether it is of the main table: the first point, at the tuned settings."""
+        return self.tuned and self.point.number == 0
 
 
 @dataclass
@@ -63,7 +69,14 @@ class Findings:
 
     def difference(self, name: str, kind: str, method: str, other: str) -> Difference | None:
         """How a method differs from another in the main table, over the seeds that both have; None without any."""
-        a, b = self.main.get(other), self.main.get(method)
+        return self.between(name, kind, self.main.get(method), self.main.get(other))
+
+    def at_point(self, number: int) -> dict[str, State]:
+        """Method -> its state at a point of the front, at the settings that were chosen for it."""
+        return {state.method: state for state in self.states if state.tuned and state.point.number == number}
+
+    def between(self, name: str, kind: str, b: State | None, a: State | None) -> Difference | None:
+        """How state b differs from state a, over the seeds that both have; None without any."""
         if a is None or b is None:
             return None
         seeds = [run.seed for run in a.runs if run.seed in {r.seed for r in b.runs}]
@@ -143,7 +156,7 @@ def collect(study: Study) -> Findings:
         won = found.tuned.get((method, number))
         at_tuned = won is not None and won.run.choice.name == choice
         label = ", ".join(filter(None, (runs[0].point.label, runs[0].choice.label)))
-        found.states.append(State(method, label, tuple(runs), at_tuned and number == 0))
+        found.states.append(State(method, label, tuple(runs), runs[0].point, at_tuned))
     order = {method: i for i, method in enumerate(study.methods)}
     found.states.sort(key=lambda state: (order[state.method], not state.main))
     for name in study.evaluations:

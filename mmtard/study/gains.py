@@ -1,6 +1,8 @@
-"""What a method's whole front gains over the baseline's."""
+"""What a method's whole front gains over the baseline's, and over the joint front of all baselines."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -9,33 +11,56 @@ from .findings import Findings, State
 from .front import Estimate, area, clean_at, estimate
 
 
-def front_estimates(found: Findings, name: str, method: str) -> tuple[float, Estimate | None, Estimate | None]:
-    """(dominated area, its difference from the baseline's, clean accuracy at its robustness less the baseline's)."""
-    ours = _points(found, name, method)
-    dominated = area(ours[0], found.study.front.reference)
+@dataclass(frozen=True)
+class Gains:
+    """Of a method on an evaluation; None where there is nothing to compare.
+
+    area: that its front dominates, in [0,1]. area_gain: that less the baseline's. at_equal: its front's clean accuracy
+    less the baseline's, where the baseline at its tuned settings is as robust. at_equal_all: the same against the front
+    of all baselines together.
+    """
+
+    area: float
+    area_gain: Estimate | None = None
+    at_equal: Estimate | None = None
+    at_equal_all: Estimate | None = None
+
+
+def front_gains(found: Findings, name: str, method: str) -> Gains:
+    """What the front of a method gains on an evaluation, with intervals over resampled seeds and samples."""
+    ours, reference = _points(found, name, [method]), found.study.front.reference
+    dominated = area(ours[0], reference)
     if found.baseline is None or method == found.baseline:
-        return dominated, None, None
-    theirs = _points(found, name, found.baseline)
-    reference = found.study.front.reference
+        return Gains(dominated)
+    theirs = _points(found, name, [found.baseline])
     gains = np.array([area(a, reference) - area(b, reference) for a, b in zip(ours[1], theirs[1])])
     gain = estimate(dominated - area(theirs[0], reference), gains)
-    main = next(i for i, s in enumerate(_states(found, found.baseline)) if s.main)
-
-    def at_equal(a: np.ndarray, b: np.ndarray) -> float:
-        return clean_at(a, b[main][1]) - clean_at(b, b[main][1])
-
-    value = at_equal(ours[0], theirs[0])
-    equal = None if np.isnan(value) else estimate(value, np.array([at_equal(a, b) for a, b in zip(ours[1], theirs[1])]))
-    return dominated, gain, equal
-
-
-def _states(found: Findings, method: str) -> list[State]:
-    return [state for state in found.states if state.method == method]
+    main = next(i for i, s in enumerate(_states(found, [found.baseline])) if s.main)
+    robust = theirs[0][main][1], theirs[1][:, main, 1]
+    # A baseline is no part of what it is held against.
+    others = [m for m in found.main if found.study.methods[m].baseline and m != method]
+    return Gains(
+        dominated, gain, _at_equal(ours, theirs, robust), _at_equal(ours, _points(found, name, others), robust)
+    )
 
 
-def _points(found: Findings, name: str, method: str) -> tuple[np.ndarray, np.ndarray]:
-    """(clean and robust accuracy [P,2] of a method's settings, the same of each resample [R,P,2])."""
-    states = _states(found, method)
+def _at_equal(ours: tuple, theirs: tuple, robust: tuple[float, np.ndarray]) -> Estimate | None:
+    """The difference of two fronts' clean accuracies at a robust accuracy: its own in each resample."""
+    value = clean_at(ours[0], robust[0]) - clean_at(theirs[0], robust[0])
+    if np.isnan(value):
+        return None
+    return estimate(
+        value, np.array([clean_at(a, r) - clean_at(b, r) for a, b, r in zip(ours[1], theirs[1], robust[1])])
+    )
+
+
+def _states(found: Findings, methods: list[str]) -> list[State]:
+    return [state for state in found.states if state.method in methods]
+
+
+def _points(found: Findings, name: str, methods: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(clean and robust accuracy [P,2] of the methods' settings, the same of each resample [R,P,2])."""
+    states = _states(found, methods)
     means = np.array([[found.accuracy(name, state, kind) for kind in KINDS] for state in states])
     resampled = []
     for state in states:

@@ -49,14 +49,14 @@ def of_run(study: Study, run: Run, tuning: bool, chosen: bool) -> list[Measureme
     named = dict(study.evaluations)
     if tuning:
         named |= {f"validation-{name}": measure for name, measure in study.validation.items()}
-    found = [_measurement(name, m, config, folder, Model(weights=str(folder))) for name, m in named.items()]
+    found = [_measurement(name, m, config, folder, _state_of(study, run, folder)) for name, m in named.items()]
     return found + (on_the_way(study, run) if chosen else [])
 
 
 def evaluation(study: Study, run: Run, name: str, measure: Measure) -> Measurement:
     """One evaluation of a run; validation data have names of their own, `validation-NAME`."""
     folder = run_folder(study, run)
-    return _measurement(name, measure, configuration(study, run), folder, Model(weights=str(folder)))
+    return _measurement(name, measure, configuration(study, run), folder, _state_of(study, run, folder))
 
 
 def on_the_way(study: Study, run: Run) -> list[Measurement]:
@@ -66,7 +66,7 @@ def on_the_way(study: Study, run: Run) -> list[Measurement]:
     config, folder = configuration(study, run), run_folder(study, run)
     found = []
     for step in checkpoints(study, config.train.steps):
-        weights = Model(weights=str(folder / CHECKPOINTS / f"step-{step}"))
+        weights = _state_of(study, run, folder / CHECKPOINTS / f"step-{step}")
         found.append(_measurement(f"{CURVE}-{step}", study.curve.measure, config, folder, weights))
     return found
 
@@ -97,10 +97,15 @@ def protocol_of(measure: Measure, prompts: tuple[str, ...] | None) -> Protocol:
     return request.protocol(measure.protocol, [measure.eps], False, measure.n_samples == "all", **changes)
 
 
+def _state_of(study: Study, run: Run, folder: Path) -> Model:
+    return Model(weights=str(folder), ema=study.methods[run.method].ema)
+
+
 def _measurement(name: str, measure: Measure, config: Config, folder: Path, weights: Model) -> Measurement:
     prompts = config.data.templates
     prompts = [prompts] if isinstance(prompts, str) and "{" in prompts else prompts
     # From a file of prompts, a run knows its own; the dataset's stand in for the student before training.
     protocol = protocol_of(measure, tuple(prompts) if isinstance(prompts, list) else None)
-    digest = settings_digest({"protocol": protocol.settings(), "data": measure.data})[:8]
+    decides = {"protocol": protocol.settings(), "data": measure.data, **({"ema": True} if weights.ema else {})}
+    digest = settings_digest(decides)[:8]
     return Measurement(weights, measure, protocol, folder / EVALUATIONS / slug(f"{name}-{digest}"))

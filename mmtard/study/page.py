@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UserError
@@ -15,7 +15,7 @@ from ..report.style import Figure
 from ..report.table_files import as_csv, as_latex
 from ..report.tables import Table
 from ..resources import VERSION
-from . import figures, records, tables
+from . import figures, records, tables, words
 from .findings import Findings
 from .loading import dump
 from .schema import Study
@@ -23,6 +23,20 @@ from .verdict import verdict
 
 FOLDER, PAGE, TEMPLATE = "page", "study.html", "page.html.j2"
 KIND = "study"
+INTROS = {
+    "compared": "All methods train for the same number of steps, on batches of one size.",
+    "accuracy": "Each method at the settings that its tuning chose. Clean: the share of images that are named right. "
+    "Robust: the share that is still named right under every attack. A difference is one of the methods where its "
+    "interval leaves out 0.",
+    "front": "A method can buy robust accuracy with clean accuracy: by its learning rate, or by a stronger attack in "
+    "training. So a single point says little. A method that only trades moves along the line of another one; a method "
+    "that gains has a line further up and to the right.",
+    "speed": "How early in its training a method is as robust as the one that it is held against is at its end.",
+    "ablations": "The method with one part taken away, against the whole: a part without which nothing is lost does "
+    "nothing.",
+    "cost": "What one training takes.",
+    "tuning": "Every method was tried at the same values, on data that no other table shows, and trained at its best.",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,7 @@ class Section:
 
     anchor: str
     title: str
+    intro: str  # how it is read, for who sees such a page for the first time
     figures: list[Figure]
     tables: list[Table]
 
@@ -53,7 +68,7 @@ def write(found: Findings, command: str) -> Path:
             for figure in (figure for section in sections for figure in section.figures):
                 for kind, data in {"png": figure.png, **figure.vector}.items():
                     (scratch / f"{figure.name}.{kind}").write_bytes(data)
-            for table in (table for section in sections for table in section.tables):
+            for table in (table for section in sections for table in section.tables if table.name):
                 (scratch / f"table-{table.name}.csv").write_text(as_csv(table), encoding="utf-8")
                 (scratch / f"table-{table.name}.tex").write_text(as_latex(table), encoding="utf-8")
     except OSError as error:
@@ -63,14 +78,23 @@ def write(found: Findings, command: str) -> Path:
 
 def _sections(found: Findings) -> list[Section]:
     made = [
-        Section("accuracy", "Accuracy and differences", [], [tables.accuracies(found), tables.differences(found)]),
-        Section("front", "The front", figures.fronts(found), [tables.fronts(found)]),
-        Section("speed", "Robustness over time", figures.curves(found), [tables.speed(found)]),
-        Section("ablations", "Ablations", [], [tables.ablations(found)]),
-        Section("cost", "Cost", [], [tables.costs(found)]),
-        Section("tuning", "Tuning", [], [tables.tuning(found)]),
-    ]
-    made = [Section(s.anchor, s.title, s.figures, [t for t in s.tables if t is not None]) for s in made]
+        Section("compared", "What is compared", INTROS["compared"], [], [words.methods(found), words.measures(found)]),
+        Section(
+            "accuracy", "Accuracy and differences", INTROS["accuracy"], [],
+            [tables.accuracies(found), tables.differences(found)],
+        ),
+        Section(
+            "front", "The front", INTROS["front"], figures.fronts(found),
+            [tables.fronts(found), tables.matched(found)],
+        ),
+        Section(
+            "speed", "Robustness over time", INTROS["speed"], figures.curves(found), [tables.speed(found)]
+        ),
+        Section("ablations", "Ablations", INTROS["ablations"], [], [tables.ablations(found)]),
+        Section("cost", "Cost", INTROS["cost"], [], [tables.costs(found)]),
+        Section("tuning", "Tuning", INTROS["tuning"], [], [tables.tuning(found)]),
+    ]  # fmt: skip
+    made = [replace(s, tables=[t for t in s.tables if t is not None]) for s in made]
     return [s for s in made if s.figures or s.tables]
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 
 from ..runs.environment import environment
 from .collect import KINDS
+from .crossed import Difference
 from .findings import Findings
-from .gains import front_estimates
-from .runs import Run
+from .gains import front_gains
+from .runs import Run, points
 
 
 def files(found: Findings, command: str) -> dict[str, str]:
@@ -18,6 +20,7 @@ def files(found: Findings, command: str) -> dict[str, str]:
     return {
         "runs.csv": _runs(found),
         "differences.csv": _differences(found),
+        "matched.csv": _matched(found),
         "fronts.csv": _fronts(found),
         "curves.csv": _curves(found),
         "tuning.csv": _tuning(found),
@@ -51,22 +54,44 @@ def _differences(found: Findings) -> str:
         for name in found.study.evaluations:
             for kind in KINDS:
                 for method, (d, adjusted) in found.against(other, name, kind).items():
-                    numbers = {"difference": d.mean, "low95": d.low, "high95": d.high, "p": d.p, "holm_p": adjusted}
-                    judged = {"freedom": d.freedom, "seeds": d.seeds, "samples": d.samples}
-                    shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in {**numbers, **judged}.items()}
                     is_best = int(other == found.baseline)
                     of = {"method": method, "minus": other, "best_baseline": is_best, "evaluation": name, "kind": kind}
-                    rows.append({**of, **shown})
+                    rows.append({**of, **_judged(d, adjusted)})
     return _csv(rows)
+
+
+def _matched(found: Findings) -> str:
+    """All pairs at each point of the front, not corrected for their number."""
+    rows = []
+    for point in points(found.study):
+        states = found.at_point(point.number)
+        for other, method in itertools.permutations(states, 2):
+            for name, kind in itertools.product(found.study.evaluations, KINDS):
+                d = found.between(name, kind, states[method], states[other])
+                if d is not None:
+                    of = {"setting": point.label, "method": method, "minus": other, "evaluation": name, "kind": kind}
+                    rows.append({**of, **_judged(d)})
+    return _csv(rows)
+
+
+def _judged(d: Difference, adjusted: float | None = None) -> dict:
+    numbers = {"difference": d.mean, "low95": d.low, "high95": d.high, "p": d.p}
+    numbers |= {} if adjusted is None else {"holm_p": adjusted}
+    numbers |= {"freedom": d.freedom, "seeds": d.seeds, "samples": d.samples}
+    return {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in numbers.items()}
 
 
 def _fronts(found: Findings) -> str:
     rows = []
     for method in dict.fromkeys(state.method for state in found.states):
         for name in found.study.evaluations:
-            dominated, gain, equal = front_estimates(found, name, method)
-            row = {"method": method, "evaluation": name, "area": f"{dominated:.6g}"}
-            for key, one in (("area_minus_baseline", gain), ("clean_at_equal_robustness", equal)):
+            gains = front_gains(found, name, method)
+            row = {"method": method, "evaluation": name, "area": f"{gains.area:.6g}"}
+            for key, one in (
+                ("area_minus_baseline", gains.area_gain),
+                ("clean_at_equal_robustness", gains.at_equal),
+                ("clean_at_equal_robustness_all_baselines", gains.at_equal_all),
+            ):
                 numbers = ("", "", "") if one is None else (one.value, one.low, one.high)
                 row |= {
                     f"{key}{end}": f"{v:.6g}" if v != "" else "" for end, v in zip(("", "_low95", "_high95"), numbers)

@@ -136,6 +136,11 @@ def check(study: Study) -> None:
         budgets: dict[tuple, str] = {}
         for method, choice in itertools.product(study.methods, choices(study)):
             train = configuration(study, Run(method, point, choice, study.seeds[0])).train
+            if study.methods[method].ema and train.ema is None:
+                raise UserError(
+                    f"methods.{method}.ema: its runs keep no moving average of weights; set methods.{method}.settings."
+                    "train.ema, such as 0.99, or leave ema out"
+                )
             budgets.setdefault((train.steps, train.batch_size), method)
         if len(budgets) > 1:
             told = ", ".join(f"methods.{m} trains {s} steps of {b} images" for (s, b), m in list(budgets.items())[:2])

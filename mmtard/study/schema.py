@@ -60,6 +60,7 @@ class Contender(Section):
         False, description="it has one teacher or none; differences are taken from the best of these"
     )
     ablates: str | None = Field(None, description="the method that it is without one part; null: none")
+    ema: bool = Field(False, description="measure its moving average of weights, which its settings.train.ema keeps")
 
 
 class Grid(Section):

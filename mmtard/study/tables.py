@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 
 import numpy as np
@@ -12,8 +13,9 @@ from .crossed import Difference
 from .efficiency import own_speed_up, speed_up
 from .findings import Findings, State
 from .front import Estimate
-from .gains import front_estimates
+from .gains import front_gains
 from .measures import START
+from .runs import points
 
 SEVERAL = "±: standard deviation of a run over seeds, n - 1 in its denominator"
 
@@ -80,21 +82,43 @@ def fronts(found: Findings) -> Table | None:
     for method in dict.fromkeys(state.method for state in found.states):
         cells = []
         for name in names:
-            dominated, gain, at_equal = front_estimates(found, name, method)
-            cells += [Cell(f"{100 * dominated:.2f}"), _estimate(gain), _estimate(at_equal)]
+            gains = front_gains(found, name, method)
+            cells += [Cell(f"{100 * gains.area:.2f}"), _estimate(gains.area_gain)]
+            cells += [_estimate(gains.at_equal), _estimate(gains.at_equal_all)]
         settings = sum(state.method == method for state in found.states)
         rows.append((f"{found.study.labels[method]}, {settings} settings", cells))
-    titles = ["area", "minus baseline's", "clean at equal robustness"]
-    head = [[("", 1), *((n, 3) for n in names)], [("method", 1), *((t, 1) for _ in names for t in titles)]]
+    titles = ["area", "area minus the baseline's", "clean at equal robustness", "the same, to all baselines"]
+    head = [[("", 1), *((n, 4) for n in names)], [("method", 1), *((t, 1) for _ in names for t in titles)]]
     x, y = found.study.front.reference
     notes = [
         f"area: of clean x robust accuracy dominated from the corner ({x:g}, {y:g}), in % of the unit square; all "
         "methods have the same grid of settings, so a wider one is no advantage.",
         "clean at equal robustness: the front's clean accuracy, less that of the baseline's front, where the baseline "
-        "at its tuned settings is as robust; in points; – where the method has no setting as robust.",
+        "at its tuned settings is as robust; in points; – where the method has no setting as robust. To all baselines: "
+        "less the front of all methods with one teacher or none together.",
         "small: 95 % interval over resampled seeds and samples (pigeonhole bootstrap).",
     ]
     return Table(head, rows, "The front of clean and robust accuracy", notes, "front")
+
+
+def matched(found: Findings) -> Table | None:
+    """Every method against the baseline at the same point of the front, each at the settings chosen for that point."""
+    rows = []
+    for point in points(found.study) if found.baseline is not None else []:
+        states = found.at_point(point.number)
+        for method in states:
+            if method != found.baseline and found.study.methods[method].ablates is None:
+                pair = states[method], states.get(found.baseline)
+                cells = []
+                for name, kind in itertools.product(found.study.evaluations, KINDS):
+                    d = found.between(name, kind, *pair)
+                    cells.append(_difference(None if d is None else (d, None)))
+                rows.append((f"{point.label}: {found.study.labels[method]}", cells))
+    if len(points(found.study)) < 2 or not rows:
+        return None
+    notes = ["In points; small: 95 % interval and p over samples and seeds, not corrected for the number of rows."]
+    caption = f"Difference from {found.study.labels[found.baseline]} at the same setting"
+    return Table(_head(found, ""), rows, caption, notes, "matched")
 
 
 def speed(found: Findings) -> Table | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..report.tables import NONE
 from .collect import KINDS
 from .findings import Findings
-from .gains import front_estimates
+from .gains import front_gains
 from .tables import speed
 
 SURE = 0.05
@@ -59,7 +59,8 @@ def _front_sentences(found: Findings, method: str) -> list[str]:
     for name in found.study.evaluations:
         if sum(state.method == method for state in found.states) < 2:
             continue
-        _, gain, equal = front_estimates(found, name, method)
+        gains = front_gains(found, name, method)
+        gain, equal, of_all = gains.area_gain, gains.at_equal, gains.at_equal_all
         if gain is None:
             continue
         reach = "further out than" if gain.low > 0 else "within" if gain.high < 0 else "not told apart from"
@@ -69,8 +70,17 @@ def _front_sentences(found: Findings, method: str) -> list[str]:
                 f"; at the baseline's robustness its front is {100 * equal.value:+.1f} points clean "
                 f"({100 * equal.low:+.1f} to {100 * equal.high:+.1f})"
             )
+            if of_all is not None and _several_baselines(found):
+                at += (
+                    f", and {100 * of_all.value:+.1f} ({100 * of_all.low:+.1f} to {100 * of_all.high:+.1f}) against "
+                    "all baselines together"
+                )
         lines.append(f"{found.study.labels[method]}, front on {name}: {reach} the baseline's{at}.")
     return lines
+
+
+def _several_baselines(found: Findings) -> bool:
+    return sum(found.study.methods[name].baseline for name in found.main) > 1
 
 
 def _speed_sentences(found: Findings) -> list[str]:

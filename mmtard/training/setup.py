@@ -13,6 +13,7 @@ from ..data.dataset import Dataset
 from ..data.samples import Batch
 from ..data.stream import TrainStream, train_stream
 from ..distillation.added_terms import learned_parts
+from ..distillation.learned import LearnedParts
 from ..distillation.task import DistillationTask
 from ..distributed.ranks import Ranks, set_timeouts
 from ..embeddings.identity import open_stores
@@ -20,7 +21,7 @@ from ..embeddings.store import EmbeddingStore
 from ..embeddings.teacher import StoredTeacher
 from ..evaluation.data_checks import class_name_lines
 from ..models.clip import Clip
-from ..models.image_tower import DTYPES, require_tokens
+from ..models.image_tower import DTYPES, require_places, require_tokens
 from ..models.loading import load_clip_on_all_ranks
 from ..models.student import start_model, trainable_tower
 from ..models.teachers import FrozenTeacher, compile_teachers
@@ -59,18 +60,18 @@ def build_training(
         name: load_clip_on_all_ranks(teacher, ranks, config.seed, f"teachers.{name}")
         for name, teacher in config.ensemble.items()
     }
+    require = require_tokens if config.method.tokens else require_places
     for name in sorted(config.token_models):
-        require_tokens(clips[name].tower(), name)
+        require(clips[name].tower(), name)
     heads, class_targets = build_class_targets(config, folder.path, clips, dataset, ranks, logger.print)
     tower = trainable_tower(config, start, folder.checkpoint)
     stores = open_stores(config, clips, tower.image_size, dataset.fingerprint, ranks)
     # Counted before the engine takes the student's weights.
     flops = {name: 0 if name in stores else forward_flops(clip.tower()) for name, clip in clips.items()}
+    learned = learned_of(config, clips, ranks.device, len(dataset))
     engine = Engine(config, tower, ranks)
     engine.compile(config.engine.compile, logger.print)
     set_timeouts(group_timeout(config))  # of DeepSpeed's own process groups, too
-    widths = {name: clip.config["model_cfg"]["embed_dim"] for name, clip in clips.items()}
-    learned = learned_parts(config, widths, ranks.device, len(dataset))
     if folder.checkpoint:
         tensors = read_optimizer(folder.checkpoint)
         engine.restore(tensors, folder.updates)
@@ -97,6 +98,13 @@ def build_training(
             device=ranks.device,
         ),
     )
+
+
+def learned_of(config: Config, clips: dict[str, Clip], device: torch.device, samples: int) -> LearnedParts:
+    """What the added terms learn between these models; samples: of the whole data."""
+    widths = {name: clip.config["model_cfg"]["embed_dim"] for name, clip in clips.items()}
+    places = {name: clips[name].tower().place_width for name in config.token_models}
+    return learned_parts(config, widths, device, samples, places)
 
 
 def build_teachers(

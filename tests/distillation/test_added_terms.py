@@ -82,6 +82,19 @@ def test_the_feature_term_reaches_a_teacher_of_another_width_through_a_learned_m
     assert W.grad.abs().sum() > 0 and reached.grad.abs().sum() > 0
 
 
+def test_features_of_places_have_a_width_of_their_own():
+    """As the channels of a last map: not that of the embeddings."""
+    config = setting(teachers=["robust"], feature={"of": "tokens"})
+    learned = learned_parts(config, {"student": 99, "robust": 99}, places=WIDTHS)
+    W = in_float64(learned).parts["feature"].module.weight
+    assert W.shape == (WIDE, D)
+    _, terms = added_loss(config, predictions(config), learned)
+    apart = 1 - cosine(TOKENS["student", "adv"] @ W.detach().numpy().T, TOKENS["robust", "clean"])
+    np.testing.assert_allclose(terms["feature"].detach().numpy(), apart.mean(1), rtol=1e-12)
+    of_embedding = setting(teachers=["robust"], feature={})
+    assert not learned_parts(of_embedding, {"student": 99, "robust": 99}, places=WIDTHS).parts
+
+
 def test_a_teachers_patches_are_brought_to_the_students_grid():
     rows = torch.arange(16.0).reshape(1, 16, 1)  # a 4 x 4 grid of its row-major numbers
     assert on_grid_of(rows, 16) is rows
@@ -90,7 +103,7 @@ def test_a_teachers_patches_are_brought_to_the_students_grid():
     assert small.mean() == pytest.approx(7.5) and small[0, 1] - small[0, 0] == pytest.approx(
         float(small[1, 1] - small[1, 0]), rel=1e-5
     )
-    with pytest.raises(UserError, match="5 patches and the teacher's 16 are not both square grids"):
+    with pytest.raises(UserError, match="5 places and the teacher's 16 are not both square grids"):
         on_grid_of(rows, 5)
 
 
@@ -222,5 +235,5 @@ def test_terms_that_mean_nothing_are_refused(given, words):
 
 def test_widths_that_differ_need_a_projection():
     config = setting(teachers=["robust"], feature={"projection": False})
-    with pytest.raises(UserError, match="terms.feature.projection: false, but the student's embeddings have 6 numbers"):
+    with pytest.raises(UserError, match="terms.feature.projection: false, but the student's features have 6 numbers"):
         learned_parts(config, WIDTHS)

@@ -10,6 +10,7 @@ from mmtard.errors import UserError
 from mmtard.evaluation import datasets, table
 from mmtard.evaluation.trained_with import trained_with
 from mmtard.models import loading
+from mmtard.models.merging import merge
 from mmtard.runs.checkpoint_writer import Checkpoints
 
 OWN = "a picture, {c}\n"
@@ -66,6 +67,17 @@ def test_the_training_data_of_a_run_is_told_by_what_it_holds_wherever_it_lies(ru
         assert line["status"] == status and ("was trained on" in line["detail"])
     (entry,) = measure(others, tmp_path / "none", model=run / "start", attacks=("pgd",), iters=1)["datasets"]
     assert lines(entry, "not the training data")[0]["status"] == "PASS"
+
+
+def test_a_model_merged_of_a_run_is_evaluated_as_the_run_is(run, others, measure, tmp_path):
+    """So that `mmtard compare` takes the two as they are, from any folder."""
+    out = merge(Model(weights=str(run / "start")), Model(weights=str(run)), 0.5, tmp_path / "merged")
+    (entry,) = measure(others, model=out, attacks=("pgd",), iters=1)["datasets"]
+    assert entry["templates"] == ["the colour {}", "all {}"] and lines(entry, "not the training data")
+    plain = merge(Model(weights=str(run / "start")), Model(weights=str(out)), 0.5, tmp_path / "of start")
+    assert trained_with(Model(weights=str(plain))).run == run
+    (plain / "merged.json").write_text("{}")  # as mmtard wrote it before
+    assert trained_with(Model(weights=str(plain))) is None
 
 
 def test_a_model_that_is_no_run_says_nothing_of_its_training(exported, others, measure):

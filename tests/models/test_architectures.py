@@ -40,6 +40,8 @@ FAMILIES = {
     "swin_base_patch4_window7_224": {"depths": (1, 1, 1, 1), "embed_dim": 16, "num_heads": (1, 2, 2, 2)},
 }
 
+WITH_PLACES = {"ViT-B-32", "ViT-H-14-CLIPA", "RN50", "MobileCLIP2-S0", "convnext_tiny"}
+
 
 def tower_of(name):
     cfg = open_clip.get_model_config(name)
@@ -72,6 +74,12 @@ def test_a_tower_of_each_family_is_counted_and_trained_a_step(monkeypatch, name)
     before = tower.eval()(images)
     (gradient,) = torch.autograd.grad(before.square().sum(), images)
     assert gradient.isfinite().all() and gradient.abs().max() > 0, "the attack's gradient"
+    assert (tower.place_width is not None) == (name in WITH_PLACES)
+    if name in WITH_PLACES:
+        with torch.no_grad():
+            z, places = tower(images, tokens=True)
+        torch.testing.assert_close(z, before, rtol=1e-5, atol=1e-6)
+        assert places.shape[::2] == (2, tower.place_width)
     tower.train()(images.detach()).square().sum().backward()
     with torch.no_grad():
         for parameter in tower.parameters():

@@ -138,6 +138,32 @@ def test_a_resnet_has_no_patch_tokens_and_says_so(resnet, base):
         image_tower.require_tokens(loading.load_clip(Model(arch=resnet, weights="random")).tower(), "student")
 
 
+def test_a_convolutional_tower_gives_its_last_map_place_by_place(tmp_path):
+    vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    text = {"context_length": 10, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    arch = tmp_path / "tests-resnet-64.json"
+    arch.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    tower, seen = loading.load_clip(Model(arch=str(arch), weights="random")).tower().eval(), []
+    image_tower.require_places(tower, "student")
+    tower.visual.layer4.register_forward_hook(lambda module, _, output: seen.append(output))
+    x = images(64)
+    z, places = tower(x, tokens=True)
+    assert places.shape == (len(x), 4, 256) and tower.place_width == 256
+    for place, (row, column) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        assert places[:, place].equal(seen[0][:, :, row, column])
+    assert tower(x).equal(z) and type(tower.visual).__name__ == "ModifiedResNet"
+    places.sum().backward()
+    assert tower.visual.conv1.weight.grad.abs().sum() > 0
+
+
+def test_a_tower_of_neither_patches_nor_a_map_is_refused(base):
+    tower = base.tower()
+    assert tower.place_width == 16
+    tower.visual.attn_pool = torch.nn.Identity()  # as CoCa's
+    with pytest.raises(UserError, match="robust: a VisionTransformer gives no features of places.*of=embedding"):
+        image_tower.require_places(tower, "robust")
+
+
 # ---------------------------------------------------------------- other shapes than squares
 
 

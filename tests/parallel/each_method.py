@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 
 from mmtard import config
@@ -31,6 +32,7 @@ TOWERS = {  # seed, width, embedding, pixels
     "robust": (2, 48, 24, 24),
     "third": (3, 16, 8, 8),
 }
+RESNETS = {"resnet": (4, 4, 16, 64), "wide": (5, 6, 24, 64)}  # their last maps are of 2 x 2 places
 CASES = {  # method, attack, ZeRO stage, placement of the teachers[, terms]
     "clean": ({"name": "clean"}, {}, 1, None),
     "tecoa": ({"name": "tecoa"}, {"objective": "ce_targeted", "restarts": 2}, 2, None),
@@ -50,6 +52,13 @@ CASES = {  # method, attack, ZeRO stage, placement of the teachers[, terms]
         2,
         "replicated",
         {"anchor": {"teacher": "third"}, "feature": {"of": "tokens", "weight": 2.0}, "projection_lr": 1e-2},
+    ),
+    "tecoa, last maps": (
+        {"name": "tecoa"},
+        {"eps_factor": 1.4},
+        3,
+        "sharded",
+        {"feature": {"teacher": "wide", "teacher_view": "adv", "of": "tokens", "weight": 2.0}, "projection_lr": 1e-2},
     ),
     "pmg_aft": ({"name": "pmg_aft"}, {}, 2, "replicated"),
     "tga_zsr": ({"name": "tga_zsr", "alpha": 2.0, "beta": 1.0}, {}, 2, "replicated"),
@@ -88,9 +97,17 @@ CASES = {  # method, attack, ZeRO stage, placement of the teachers[, terms]
 }
 
 
+STUDENTS = {"tecoa, last maps": "resnet"}  # case -> another student than `student`
+
+
 def tower(name: str) -> ImageTower:
-    seed, width, embedding, pixels = TOWERS[name]
+    seed, width, embedding, pixels = {**TOWERS, **RESNETS}[name]
     torch.manual_seed(seed)
+    if name in RESNETS:
+        visual = ModifiedResNet([1, 1, 1, 1], output_dim=embedding, heads=4, image_size=pixels, width=width)
+        for parameter in (p for key, p in visual.named_parameters() if key.endswith("bn3.weight")):
+            torch.nn.init.ones_(parameter)  # open_clip begins with no residual branch
+        return ImageTower(visual, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)).train()
     visual = VisionTransformer(
         image_size=pixels, patch_size=8, width=width, layers=2, heads=2, mlp_ratio=2, output_dim=embedding
     )
@@ -98,7 +115,7 @@ def tower(name: str) -> ImageTower:
 
 
 def head(name: str) -> ZeroShotHead:
-    embedding = TOWERS[name][2]
+    embedding = {**TOWERS, **RESNETS}[name][2]
     return ZeroShotHead(
         F.normalize(torch.randn(CLASSES, embedding, generator=torch.Generator().manual_seed(100 + embedding)), dim=-1),
         20.0,
@@ -184,9 +201,9 @@ def plain_teacher(name: str) -> PlainTeacher:
 
 def train(case: str, student, teachers: dict, ranks=None) -> dict:
     """Losses, the method's state and the weights after three steps; `ranks` share each batch."""
-    learned = learned_parts(
-        settings(case), {name: embedding for name, (_, _, embedding, _) in TOWERS.items()}, samples=BATCH
-    )
+    widths = {name: embedding for name, (_, _, embedding, _) in {**TOWERS, **RESNETS}.items()}
+    places = {name: tower(called(case, name)).place_width for name in settings(case).token_models}
+    learned = learned_parts(settings(case), widths, samples=BATCH, places=places)
     step = DistillationTask(settings(case), student, head("student"), teachers, learned)
     share = (
         slice(None)
@@ -213,8 +230,14 @@ def train(case: str, student, teachers: dict, ranks=None) -> dict:
     return {"losses": losses, "state": step.state, "spread": spread, "weights": weights}
 
 
+def called(case: str, name: str) -> str:
+    return STUDENTS.get(case, name) if name == "student" else name
+
+
 def plain(case: str) -> dict:
-    return train(case, Plain(tower("student"), LR), {name: plain_teacher(name) for name in settings(case).ensemble})
+    return train(
+        case, Plain(tower(called(case, "student")), LR), {name: plain_teacher(name) for name in settings(case).ensemble}
+    )
 
 
 def zero(case: str, ranks: Ranks) -> dict:
@@ -225,7 +248,7 @@ def zero(case: str, ranks: Ranks) -> dict:
     teachers = {
         name: FrozenTeacher(name, t, tower(name), head(name), ranks, torch.float32) for name, t in cfg.ensemble.items()
     }
-    return train(case, Engine(cfg, tower("student"), ranks), teachers, ranks)
+    return train(case, Engine(cfg, tower(called(case, "student")), ranks), teachers, ranks)
 
 
 def through_a_teacher(placement: str, ranks: Ranks) -> dict[str, torch.Tensor]:

@@ -38,7 +38,8 @@ def test_two_zero_ranks_equal_plain_pytorch(two_ranks, case):
     assert len(set(ours["losses"])) == 3 and ours["state"] == pytest.approx(theirs["state"], rel=1e-5)
     assert ours["weights"].keys() == theirs["weights"].keys()
     for name, weight in theirs["weights"].items():
-        if not name.endswith("in_proj_bias"):  # the key's third is rounding noise that AdamW makes steps of
+        # A key's bias is cancelled by softmax: its gradient is rounding noise that AdamW makes steps of.
+        if not name.endswith(("in_proj_bias", "k_proj.bias")):
             assert (ours["weights"][name] - weight).abs().max() < 5e-5, name
 
 

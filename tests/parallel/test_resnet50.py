@@ -14,7 +14,7 @@ from PIL import Image
 from mmtard.cli.main import main
 from mmtard.config import Model
 from mmtard.models import loading
-from mmtard.runs.checkpoints import read_weights
+from mmtard.runs.checkpoints import read_optimizer, read_weights
 
 from .launch import run_ranks
 
@@ -90,8 +90,13 @@ def changes(run):
 
 
 def test_a_resnet_50_trains_with_synced_statistics_and_is_exported(shards, vit, resnet, tmp_path):
-    run_ranks(command("rn50", tmp_path / "run", shards, vit, resnet, batch_norm="synced"), 2, tmp_path, "ranks")
+    """And with a term of its last map, through a learned 1x1 projection to a teacher's of fewer channels."""
+    feature = "terms.feature={teacher: robust, teacher_view: adv, of: tokens}"
+    ranks = [*command("rn50", tmp_path / "run", shards, vit, resnet, batch_norm="synced"), feature]
+    run_ranks(ranks, 2, tmp_path, "ranks")
     end, gone = changes(tmp_path / "run")
+    learned = read_optimizer(tmp_path / "run/checkpoints/step-2")["learned.feature.weight"]
+    assert learned.shape == (256, 2048) and all(0 < row["feature"] < 2 for row in rows(tmp_path / "run").values())
     assert sum("running_" in key for key in gone) == 2 * 55 and all(gone.values())
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     model = open_clip.create_model(f"local-dir:{tmp_path / 'out'}")

@@ -1,10 +1,9 @@
 """A study's file: what it resolves to, what is refused and with which words, what a dry run lists."""
 
-import json
 from fractions import Fraction
 
 import pytest
-from tiny_study import measure, tree, write
+from tiny_study import measure, results, tree, write
 
 from mmtard.cli.main import main
 from mmtard.errors import UserError
@@ -72,6 +71,16 @@ def test_the_protocol_is_what_the_study_says(study):
     assert measures.of_run(other, runs.tuning_runs(one)[0], False, False)[0].out != first.out
 
 
+def test_a_methods_moving_average_is_measured_apart_from_its_weights(study):
+    plain, averaged = study(), study("methods.tecoa.ema=true", "methods.tecoa.settings.train={ema: 0.9}")
+    runs.check(averaged)
+    for run in runs.tuning_runs(averaged):
+        found = measures.of_run(averaged, run, tuning=True, chosen=True)
+        assert all(m.weights.ema == (run.method == "tecoa") for m in found) and len(found) == 5
+        same = [m.out for m in found] == [m.out for m in measures.of_run(plain, run, tuning=True, chosen=True)]
+        assert same == (run.method != "tecoa")
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
@@ -112,6 +121,10 @@ def test_what_does_not_fit_is_named_with_its_place_and_remedy(study, overrides, 
             "methods.tecoa.settings: sets train.lr, which the grid sets for every",
         ),
         (["methods.tecoa.settings.train={steps: 8}"], "compare methods at one budget"),
+        (
+            ["methods.tecoa.ema=true"],
+            "methods.tecoa.ema: its runs keep no moving average of weights; set methods.tecoa.",
+        ),
         (["methods.tecoa.settings.method.name=tecao"], "methods.tecoa: method.name: unknown method 'tecao'"),
         (["models.robust.settings.train.steps=0"], "models.robust: train.steps: "),
         (["grid.vary=[[{attack.stepz: 1}]]"], "methods.tecoa: unknown key 'attack.stepz'; did you mean 'attack.steps'"),
@@ -121,16 +134,6 @@ def test_a_configuration_that_does_not_fit_is_told_before_anything_is_trained(st
     with pytest.raises(UserError) as refused:
         runs.check(study(*overrides))
     assert message in str(refused.value)
-
-
-def results(out, clean, robust, ids=None):
-    """A results.json with these outcomes, as `mmtard evaluate` writes it."""
-    samples = {"ids": ids or list(range(len(clean))), "clean": clean, "eps": {"8/255": {"robust": robust}}}
-    entry = {"name": "x", "kind": "zeroshot", "key": "k", "fingerprint": "f", "eps": {}, "samples": samples}
-    entry |= {"health": [], "chance": 0.1}
-    found = {"format": 2, "protocol": "quick", "model": {}, "settings": {}, "datasets": [entry], "averages": {}}
-    out.mkdir(parents=True)
-    (out / "results.json").write_text(json.dumps(found))
 
 
 def test_settings_are_chosen_by_validation_alone_and_an_edge_is_told(study):

@@ -1,0 +1,83 @@
+"""What a study says of results whose answer is known; nothing is trained."""
+
+import csv
+import io
+
+import numpy as np
+import pytest
+from tiny_study import results, tree, write
+
+from mmtard.study import findings, gains, loading, measures, records, runs, tables, verdict
+
+N = 40  # samples
+# (method, point) -> clean and robust accuracy in 40ths
+ACCURACY = {
+    ("tecoa", 0): (20, 16), ("tecoa", 1): (24, 12),
+    ("other", 0): (26, 14), ("other", 1): (30, 8),
+    ("teacher", 0): (25, 16), ("teacher", 1): (28, 12),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, vit):
+    """Three methods, two of them baselines, at two points of the front with two seeds; one learning rate."""
+    folder = tmp_path_factory.mktemp("findings")
+    content = tree(folder / "out", vit, grid={"tune": {"train.lr": [1e-3]}, "vary": tree("", vit)["grid"]["vary"]})
+    content["methods"]["other"] = {"baseline": True, "settings": {"method": {"name": "trades"}}}
+    study = loading.load(write(folder / "study.yaml", content | {"curve": None}))
+    for run in runs.all_runs(study).values():
+        clean, robust = ([i < n for i in range(N)] for n in ACCURACY[run.method, run.point.number])
+        for m in measures.of_run(study, run, tuning=True, chosen=False):
+            # On validation data, tecoa is the best of the baselines.
+            results(m.out, *([[run.method == "tecoa"] * N] * 2 if "validation" in m.out.name else [clean, robust]))
+    return findings.collect(study)
+
+
+def test_a_front_is_held_against_the_baselines_and_against_all_of_them_together(found):
+    assert found.baseline == "tecoa" and not found.missing
+    of = gains.front_gains(found, "test", "teacher")
+    # Where tecoa is as robust as at its tuned settings, 16 of 40: itself 20 clean; no other baseline is so robust.
+    assert of.at_equal.value == pytest.approx(5 / 40) and of.at_equal_all.value == pytest.approx(5 / 40)
+    # The other baseline is less robust, so alone it has no point there; together with tecoa it has tecoa's.
+    assert gains.front_gains(found, "test", "other").at_equal is None
+    assert gains.front_gains(found, "test", "tecoa") == gains.Gains(gains.front_gains(found, "test", "tecoa").area)
+
+
+def test_the_joint_front_of_baselines_lies_as_far_out_as_the_best_of_them(found):
+    """At a robustness that both have, the better one counts."""
+    states = {m: [s for s in found.states if s.method == m] for m in ("tecoa", "other", "teacher")}
+    joint = [[found.accuracy("test", s, k) for k in ("clean", "robust")] for s in states["tecoa"] + states["other"]]
+    points = gains._points(found, "test", ["tecoa", "other"])[0]
+    assert sorted(map(tuple, points)) == sorted(map(tuple, np.array(joint)))
+    ours = gains._points(found, "test", ["teacher"])
+    at = (14 / 40, np.full(len(ours[1]), 14 / 40))
+    alone = gains._at_equal(ours, gains._points(found, "test", ["tecoa"]), at)
+    together = gains._at_equal(ours, gains._points(found, "test", ["tecoa", "other"]), at)
+    # teacher at 14: between (25, 16) and (28, 12), so 26.5; tecoa 22, and the other one 26.
+    assert (alone.value, together.value) == (pytest.approx(4.5 / 40), pytest.approx(0.5 / 40))
+    assert alone.low <= alone.value <= alone.high
+
+
+def test_methods_are_compared_at_each_setting_of_the_front(found):
+    rows = list(csv.DictReader(io.StringIO(records.files(found, "mmtard study x")["matched.csv"])))
+    assert len(rows) == 2 * 6 * 2 * 2  # points, pairs, evaluations, kinds
+    said = {
+        (r["setting"], r["method"], r["minus"], r["kind"]): float(r["difference"]) * N
+        for r in rows
+        if r["evaluation"] == "test"
+    }
+    assert said["steps 2", "teacher", "tecoa", "clean"] == pytest.approx(4)
+    assert said["steps 2", "teacher", "tecoa", "robust"] == pytest.approx(0)
+    assert said["steps 1", "teacher", "other", "robust"] == pytest.approx(2)
+    assert all(r["seeds"] == "2" and r["samples"] == str(N) for r in rows)
+    shown = tables.matched(found)
+    assert [name for name, _ in shown.rows] == [
+        "steps 1: teacher", "steps 1: other", "steps 2: teacher", "steps 2: other",
+    ]  # fmt: skip
+    assert shown.rows[2][1][0].text == "+10.0" and shown.rows[2][1][0].below.startswith("+")
+
+
+def test_the_sentences_name_the_joint_front(found):
+    (line,) = [line for line in verdict.verdict(found) if line.startswith("teacher, front on test")]
+    assert "at the baseline's robustness its front is +12.5 points clean" in line
+    assert line.endswith("against all baselines together.")
