@@ -58,12 +58,16 @@ def clean_at(points: Points, robust: float) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval over resampled seeds and samples. unknown: share of resamples without one."""
+    """A number with its 95 % interval over resampled seeds and samples. unknown: share of resamples without one.
+
+    p: two-sided, that it is not 0: twice the share of resamples on the other side of 0, or at it.
+    """
 
     value: float
     low: float
     high: float
     unknown: float = 0.0
+    p: float = 1.0
 
 
 def estimate(value: float, resampled: np.ndarray) -> Estimate:
@@ -72,7 +76,9 @@ def estimate(value: float, resampled: np.ndarray) -> Estimate:
     if not len(known):
         return Estimate(value, float("nan"), float("nan"), 1.0)
     low, high = np.quantile(known, [0.025, 0.975], method="nearest")
-    return Estimate(value, float(low), float(high), 1 - len(known) / len(resampled))
+    beyond = min(int((known <= 0).sum()), int((known >= 0).sum()))
+    p = min(1.0, 2 * (beyond + 1) / (len(known) + 1))
+    return Estimate(value, float(low), float(high), 1 - len(known) / len(resampled), p)
 
 
 @dataclass(frozen=True)

@@ -92,10 +92,9 @@ def _fronts(found: Findings) -> str:
                 ("clean_at_equal_robustness", gains.at_equal),
                 ("clean_at_equal_robustness_all_baselines", gains.at_equal_all),
             ):
-                numbers = ("", "", "") if one is None else (one.value, one.low, one.high)
-                row |= {
-                    f"{key}{end}": f"{v:.6g}" if v != "" else "" for end, v in zip(("", "_low95", "_high95"), numbers)
-                }
+                numbers = ("",) * 4 if one is None else (one.value, one.low, one.high, one.p)
+                ends = ("", "_low95", "_high95", "_p")
+                row |= {f"{key}{end}": f"{v:.6g}" if v != "" else "" for end, v in zip(ends, numbers)}
             rows.append(row)
     return _csv(rows)
 

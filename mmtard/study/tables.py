@@ -96,7 +96,8 @@ def fronts(found: Findings) -> Table | None:
         "clean at equal robustness: the front's clean accuracy, less that of the baseline's front, where the baseline "
         "at its tuned settings is as robust; in points; – where the method has no setting as robust. To all baselines: "
         "less the front of all methods with one teacher or none together.",
-        "small: 95 % interval over resampled seeds and samples (pigeonhole bootstrap).",
+        "small: 95 % interval and p over resampled seeds and samples (pigeonhole bootstrap), not corrected for the "
+        "number of rows; a few seeds make both too sure, as three seeds by sqrt(2/3).",
     ]
     return Table(head, rows, "The front of clean and robust accuracy", notes, "front")
 
@@ -230,7 +231,7 @@ def _estimate(one: Estimate | None) -> Cell:
     if one is None:
         return NONE
     unknown = f", {100 * one.unknown:.0f} % not as robust" if one.unknown > 0.005 else ""
-    return Cell(f"{100 * one.value:+.2f}", f"{100 * one.low:+.2f} to {100 * one.high:+.2f}{unknown}")
+    return Cell(f"{100 * one.value:+.2f}", f"{100 * one.low:+.2f} to {100 * one.high:+.2f}, p {one.p:.2g}{unknown}")
 
 
 def _one_seed(found: Findings) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 
 from mmtard.study.crossed import holm, paired_difference, t_quantile, two_sided_p
 from mmtard.study.efficiency import Trajectory, own_speed_up, reached, speed_up
-from mmtard.study.front import Resampling, area, clean_at, front, staircase
+from mmtard.study.front import Resampling, area, clean_at, estimate, front, staircase
 
 SEEDS, SAMPLES = 3, 200
 
@@ -164,6 +164,27 @@ def test_clean_accuracy_at_equal_robustness_lies_between_the_fronts_points():
 
 
 # ---------------------------------------------------------------- resampling and speed
+
+
+def test_the_p_of_resamples_is_twice_the_share_beyond_zero():
+    drawn = np.concatenate([np.full(30, -0.1), np.full(969, 0.2)])
+    found = estimate(0.19, drawn)
+    assert found.p == pytest.approx(2 * 31 / 1000) and (found.low, found.high) == (-0.1, 0.2)
+    assert estimate(0.2, np.full(1999, 0.2)).p == pytest.approx(1e-3) and estimate(0.0, np.zeros(10)).p == 1.0
+    half_known = estimate(0.2, np.array([np.nan, 0.2] * 50))
+    assert half_known.unknown == 0.5 and half_known.p == pytest.approx(2 / 51)
+
+
+def test_where_no_fronts_differ_their_p_is_rarely_small():
+    """Twenty seeds, which a bootstrap needs: the share of studies with p < .05 where both methods are one."""
+    rng, found = np.random.default_rng(8), []
+    for _ in range(200):
+        lean = rng.normal(0, 0.15, (2, 20, 1, 1))
+        flags = rng.uniform(size=(2, 20, 1, 150)) < 0.5 + lean
+        draws = Resampling.draw(200, 20, 150)
+        a, b = (draws.means(f)[:, 0] for f in flags)
+        found.append(estimate(flags[0].mean() - flags[1].mean(), a - b).p < 0.05)
+    assert 0 < np.mean(found) < 0.09
 
 
 def test_resampled_means_spread_as_seeds_and_samples_make_them():
