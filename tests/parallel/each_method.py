@@ -7,6 +7,7 @@ embedding.
 import json
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 
 from mmtard import config
+from mmtard.data.samples import Batch
 from mmtard.distillation.added_terms import learned_parts
 from mmtard.distillation.task import DistillationTask
 from mmtard.distributed import ranks as process_group
@@ -21,6 +23,9 @@ from mmtard.distributed.processes import exit_process
 from mmtard.distributed.ranks import Ranks
 from mmtard.losses import kl
 from mmtard.models.image_tower import ImageTower
+from mmtard.runs.metrics import SilentLogger
+from mmtard.training import overfitting_alarm
+from mmtard.training.overfitting_alarm import OverfittingAlarm
 from mmtard.training.step_terms import TermSums
 from mmtard.zero_shot import ZeroShotHead
 
@@ -45,7 +50,7 @@ CASES = {  # method, attack, ZeRO stage, placement of the teachers[, terms]
     ),
     "sim_clip": ({"name": "sim_clip"}, {}, 3, "replicated"),
     "lore": ({"name": "lore", "bound": {"rho": 1e-3, "dual_every": 2, "hidden": 8}}, {}, 3, "replicated"),
-    "agft": ({"name": "agft"}, {"steps": 1, "algorithm": "nfgsm"}, 1, "replicated"),
+    "agft": ({"name": "agft"}, {"steps": 1, "algorithm": "nfgsm", "alarm_every": STEPS}, 3, "replicated"),
     "tecoa, anchor and features": (
         {"name": "tecoa"},
         {"steps": 2, "step_size": None, "ramp": {"until": 2, "eps": "1/4", "steps": 1}},
@@ -69,7 +74,7 @@ CASES = {  # method, attack, ZeRO stage, placement of the teachers[, terms]
     "iad": ({"name": "iad"}, {}, 1, "replicated"),
     "adaad": ({"name": "adaad", "alpha": 0.5}, {}, 3, "sharded"),
     "mtard": ({"name": "mtard", "rate": 0.5}, {"steps": 1}, 2, "replicated"),
-    "mmtard": ({"name": "mmtard"}, {"objective": "kl_fused"}, 2, "sharded"),
+    "mmtard": ({"name": "mmtard", "trust": "label"}, {"objective": "kl_fused"}, 2, "sharded"),
     "mmtard, a teacher of x for x', by the student where it is unsure": (
         {
             "name": "mmtard",
@@ -88,6 +93,7 @@ CASES = {  # method, attack, ZeRO stage, placement of the teachers[, terms]
             "weighting": "mtard",
             "rate": 0.5,
             "cross_modal_weight": 1.0,
+            "trust": "clean",
             "views": {"clean": "clean", "third": "adv", "robust": "adv"},
         },
         {},
@@ -227,7 +233,22 @@ def train(case: str, student, teachers: dict, ranks=None) -> dict:
         step.end_step(means | spread)
         losses.append(means["loss"])
     weights = {**student.full_state()[0], **learned.tensors()}
-    return {"losses": losses, "state": step.state, "spread": spread, "weights": weights}
+    found = {"losses": losses, "state": step.state, "spread": spread, "weights": weights}
+    return found | {"alarm": asked_by_the_alarm(settings(case), step, share, ranks)}
+
+
+def asked_by_the_alarm(config, task: DistillationTask, share: slice, ranks) -> list:
+    """What the alarm decides by after the last step (right under one step, under ten, of how many); [] without one."""
+    asked, decide = [], overfitting_alarm.overfitted
+    alone = SimpleNamespace(device=torch.device("cpu"), sum=lambda numbers: numbers)
+    images, labels, seeds = (part[share] for part in list(batches())[-1])
+    batch = Batch((images * 255).round().byte(), labels, torch.arange(len(labels)), seeds, [""] * len(labels))
+    overfitting_alarm.overfitted = lambda *numbers: asked.append([int(n) for n in numbers[:3]])
+    try:
+        OverfittingAlarm(config, task, ranks or alone, BATCH, SilentLogger()).after_step(STEPS, batch)
+    finally:
+        overfitting_alarm.overfitted = decide
+    return asked
 
 
 def called(case: str, name: str) -> str:

@@ -36,6 +36,7 @@ def test_two_zero_ranks_equal_plain_pytorch(two_ranks, case):
     ours, theirs = two_ranks[case], plain(case)
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=2e-5, abs=1e-6)
     assert len(set(ours["losses"])) == 3 and ours["state"] == pytest.approx(theirs["state"], rel=1e-5)
+    assert ours["alarm"] == theirs["alarm"]
     assert ours["weights"].keys() == theirs["weights"].keys()
     for name, weight in theirs["weights"].items():
         # A key's bias is cancelled by softmax: its gradient is rounding noise that AdamW makes steps of.
@@ -58,6 +59,11 @@ def test_the_gradient_through_a_sharded_teacher_is_that_through_a_replica(two_ra
             replicated, sharded = (two_ranks[placement][name] for placement in ("replicated", "sharded"))
             assert sharded.equal(replicated)
             assert (replicated - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_the_alarm_asks_all_ranks(two_ranks):
+    ((single, multi, n),) = two_ranks["agft"]["alarm"]
+    assert n == 8 and 0 <= multi <= single <= 8 and not any(two_ranks[c]["alarm"] for c in CASES if c != "agft")
 
 
 def test_balanced_weights_move_with_the_losses(two_ranks):

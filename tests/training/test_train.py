@@ -112,8 +112,8 @@ def test_three_unlike_teachers_and_all_that_a_recipe_carries_survive_an_interrup
     train, settings, vit, resnet, tmp_path, monkeypatch
 ):
     """A ViT, a ResNet of another resolution, and a ViT of another width, embedding and context length; balanced
-    weights, medians of entropies, a learned map and its moments, the samples' multipliers, a ramp, and the
-    alarm's fallback after the first step.
+    weights, medians of entropies, a learned map and its moments, the samples' multipliers, a ramp, the moving
+    average of the weights under a one-cycle schedule, and the alarm's fallback after the first step.
     """
     monkeypatch.setattr(overfitting_alarm, "overfitted", lambda single, multi, n, ratio: True)
     wide = tmp_path / "tests-wide-trained.json"
@@ -148,6 +148,7 @@ def test_three_unlike_teachers_and_all_that_a_recipe_carries_survive_an_interrup
             "alarm_every": 1,
             "ramp": {"until": 3, "eps": "1/2"},
         },
+        "train": {"steps": 4, "batch_size": 8, "lr": 1e-3, "schedule": "onecycle", "ema": 0.5},
     }
     undisturbed, whole = settings("whole", **ensemble)
     assert train(undisturbed, Never()) == 0
