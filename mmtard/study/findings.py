@@ -52,6 +52,16 @@ class Findings:
         """Method -> its state of the main table, in the study's order."""
         return {state.method: state for state in self.states if state.main}
 
+    @property
+    def tuned_states(self) -> list[State]:
+        """The state of each method at each point of the front, at the settings chosen there; the main table's first."""
+        return sorted((state for state in self.states if state.tuned), key=lambda state: state.point.number)
+
+    def label(self, state: State) -> str:
+        """How tables call a state: its method, and the point of the front where it is not the main table's."""
+        label = self.study.labels[state.method]
+        return label if state.main else f"{label}, {state.point.label}"
+
     @cached_property
     def baseline(self) -> str | None:
         """The best method with one teacher or none; None where none of them has runs."""

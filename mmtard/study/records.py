@@ -101,7 +101,7 @@ def _fronts(found: Findings) -> str:
 
 def _curves(found: Findings) -> str:
     rows = []
-    for method, state in found.main.items():
+    for state in found.tuned_states:
         ways = {over: found.trajectory(state, over) for over in ("seconds", "images")}
         clean = found.trajectory(state, "images", "clean")
         if ways["images"] is None or clean is None:
@@ -111,7 +111,8 @@ def _curves(found: Findings) -> str:
             for t in range(states):
                 spent = {"seconds": f"{ways['seconds'].costs[s, t]:.1f}", "images": int(ways["images"].costs[s, t])}
                 found_there = {"clean": clean.flags[s, t].mean(), "robust": ways["images"].flags[s, t].mean()}
-                rows.append({"method": method, "seed": clean.seeds[s], **spent, **found_there})
+                of = {"method": state.method, "setting": state.label, "main": int(state.main)}
+                rows.append({**of, "seed": clean.seeds[s], **spent, **found_there})
     return _csv(rows)
 
 

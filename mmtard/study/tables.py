@@ -128,13 +128,13 @@ def speed(found: Findings) -> Table | None:
     if not against or against not in found.main:
         return None
     rows = []
-    for method, state in found.main.items():
+    for state in found.tuned_states:
         cells = []
         for over in ("seconds", "images"):
             ours, theirs = found.trajectory(state, over), found.trajectory(found.main[against], over)
             if ours is None or theirs is None or ours.seeds != theirs.seeds:
                 cells.append(NONE)
-            elif method == against:
+            elif state is found.main[against]:
                 cells.append(Cell(f"{own_speed_up(theirs):.2f}", "itself, by its own curve"))
             else:
                 resampling = found.resampling(ours.flags.shape[0], ours.flags.shape[2])
@@ -142,7 +142,7 @@ def speed(found: Findings) -> Table | None:
                 at_once = ours.flags[:, 0].mean() >= theirs.flags[:, -1].mean()  # when it did before is not known
                 text = f"{'≥ ' * bool(at_once)}{k.value:.2f}" if k.value else "never"
                 cells.append(Cell(text, f"{k.low:.2f} to {k.high:.2f}"))
-        rows.append((found.study.labels[method], cells))
+        rows.append((found.label(state), cells))
     label = found.study.labels[against]
     notes = [
         f"k: the whole cost of {label}, divided by the cost at which the method's curve first reaches the robust "
@@ -156,16 +156,16 @@ def speed(found: Findings) -> Table | None:
 
 
 def costs(found: Findings) -> Table:
-    """GFLOP an image, images and seconds of each method's runs."""
+    """GFLOP an image, images and seconds of each method's runs, at each point of the front."""
     rows = []
-    for method, state in found.main.items():
+    for state in found.tuned_states:
         spent = [found.cost(run) for run in state.runs]
         seconds = [one.seconds for one in spent]
         gflop = spent[0].gflop
         cells = [Cell("–" if np.isnan(gflop) else f"{gflop:.3g}"), Cell(str(spent[0].images)), _mean(seconds, "{:.0f}")]
         cells.append(_mean([one.images / one.seconds for one in spent if one.seconds], "{:.0f}"))
         cells.append(Cell(f"{spent[0].stored:.0f}" if spent[0].stored else "–"))
-        rows.append((found.study.labels[method], cells))
+        rows.append((found.label(state), cells))
     columns = ("method", "GFLOP an image", "images", "seconds", "images/s", "storing, once, s")
     head = [[(column, 1) for column in columns]]
     notes = [

@@ -88,9 +88,10 @@ def _speed_sentences(found: Findings) -> list[str]:
     if table is None:
         return []
     against = found.study.curve.against or found.baseline
+    told = {found.study.labels[m] for m in found.main if m != against and found.study.methods[m].ablates is None}
     return [
         f"{name} reaches the final robust accuracy of {found.study.labels[against]} in 1/k of its seconds, "
         f"k = {cells[0].text} ({cells[0].below})."
         for name, cells in table.rows
-        if name != found.study.labels[against] and cells[0].text not in ("never", NONE.text)
+        if name in told and cells[0].text not in ("never", NONE.text)
     ]

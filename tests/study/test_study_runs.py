@@ -84,7 +84,12 @@ def test_the_numbers_on_the_page_are_those_of_the_evaluations(whole):
     assert float(mine["difference"]) == pytest.approx(means["teacher"] - means["tecoa"], abs=1e-6)
     assert (mine["seeds"], mine["samples"], mine["best_baseline"]) == ("2", "36", "1")
     curves = rows(out, "curves.csv")
-    assert [r["images"] for r in curves if r["method"] == "less" and r["seed"] == "1"] == ["16", "32"]
+    mine = [r for r in curves if r["method"] == "less" and r["seed"] == "1"]
+    assert [(r["main"], r["setting"], r["images"]) for r in mine] == [
+        (main, f"steps {steps}, lr {lr}", images)
+        for main, steps, lr in (("1", 1, mine[0]["setting"].split()[-1]), ("0", 2, mine[0]["setting"].split()[-1]))
+        for images in ("16", "32")
+    ]
 
 
 def test_the_page_says_it_in_words_tables_and_figures(whole):
@@ -92,9 +97,21 @@ def test_the_page_says_it_in_words_tables_and_figures(whole):
     page = (out / "page" / "study.html").read_text()
     assert "The best with one teacher or none, by validation data, is TeCoA" in page
     assert re.search(r"teacher (gains|trades|loses|is level) at the tuned settings", page)
-    for heading in ("Accuracy and differences", "The front", "Robustness over time", "Ablations", "Cost", "Tuning"):
+    for heading in (
+        "What is compared",
+        "Accuracy and differences",
+        "The front",
+        "Robustness over time",
+        "Ablations",
+        "Cost",
+        "Tuning",
+    ):
         assert f">{heading}</h2>" in page, heading
     assert page.count("<img") == 4 and "less minus teacher" in page and "At the edge of its grid" in page
+    assert "less without one part" not in page and "teacher without one part" in page
+    assert "Cross-entropy on adversarial images." in page and "teachers: robust (stored)" in page
+    assert "pgd; eps 8/255, 2 iterations" in page and "Difference from TeCoA at the same setting" in page
+    assert "teacher, steps 2" in (out / "page" / "table-speed.csv").read_text()
     names = {p.name for p in (out / "page").iterdir()}
     assert {"front-test.svg", "curve-seconds.pdf", "table-differences.tex", "table-accuracy.csv"} <= names
     made = json.loads((out / "page" / "made_with.json").read_text())
