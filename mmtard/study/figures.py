@@ -19,7 +19,7 @@ def fronts(found: Findings) -> list[Figure]:
 
 def _front(found: Findings, name: str) -> Figure:
     said = []
-    with style.canvas((5.2, 3.8)) as canvas:
+    with style.canvas((5.2, 4.4)) as canvas:
         axes = canvas.subplots()
         for i, method in enumerate(found.study.methods):
             states = [state for state in found.states if state.method == method]
@@ -38,7 +38,7 @@ def _front(found: Findings, name: str) -> Figure:
             if not main:
                 axes.plot([], [], linestyle="", label=label, **look)
         axes.set(xlabel="clean accuracy, %", ylabel="robust accuracy, %", title=style.label(name))
-        axes.legend(fontsize=7)
+        canvas.legend(loc="outside lower center", ncols=2, fontsize=7)
         alt = f"Clean against robust accuracy on {name}, at the tuned settings: {'; '.join(said)}."
         caption = (
             "Large: the tuned settings, a mean over seeds; small: other settings; lines: the front of each method."
@@ -54,7 +54,7 @@ def curves(found: Findings) -> list[Figure]:
 
 def _curve(found: Findings, over: str) -> Figure | None:
     said = []
-    with style.canvas((5.2, 3.8)) as canvas:
+    with style.canvas((5.2, 4.4)) as canvas:
         axes = canvas.subplots()
         for i, method in enumerate(found.study.methods):
             way = found.trajectory(found.main[method], over) if method in found.main else None
@@ -76,6 +76,6 @@ def _curve(found: Findings, over: str) -> Figure | None:
             return None
         axes.set(xlabel=over, ylabel="robust accuracy on the way, %", title=f"robust accuracy against {over}")
         axes.set_xlim(left=0)
-        axes.legend(fontsize=7)
+        canvas.legend(loc="outside lower center", ncols=2, fontsize=7)
         alt = f"Robust accuracy against {over} of training: {'; '.join(said)}."
         return style.finish(f"curve-{over}", alt, canvas, "Band: standard deviation over seeds.")

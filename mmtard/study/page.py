@@ -85,7 +85,7 @@ def _sections(found: Findings) -> list[Section]:
         ),
         Section(
             "front", "The front", INTROS["front"], figures.fronts(found),
-            [tables.fronts(found), tables.matched(found)],
+            [*tables.fronts(found), tables.matched(found)],
         ),
         Section(
             "speed", "Robustness over time", INTROS["speed"], figures.curves(found), [tables.speed(found)]

@@ -6,9 +6,8 @@ from rich.table import Table
 
 from ..evaluation.table import plain_console, print_table
 from ..report.tables import Cell
-from . import tables
+from . import tables, verdict
 from .findings import Findings
-from .verdict import verdict
 
 
 def show(found: Findings) -> None:
@@ -24,7 +23,7 @@ def show(found: Findings) -> None:
         table.add_row(name, *map(_text, cells))
     print_table(table)
     console = plain_console(soft_wrap=True)
-    for line in (*of.notes, *verdict(found)):
+    for line in (*of.notes, *verdict.lines(found)):
         console.print(line)
 
 

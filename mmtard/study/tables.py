@@ -7,6 +7,7 @@ import statistics
 
 import numpy as np
 
+from ..report.style import file_name
 from ..report.tables import NONE, Cell, Table
 from .collect import KINDS
 from .crossed import Difference
@@ -74,21 +75,20 @@ def ablations(found: Findings) -> Table | None:
     return Table(_head(found, ""), rows, "Ablations: one part off at a time", notes + _one_seed(found), "ablations")
 
 
-def fronts(found: Findings) -> Table | None:
-    """The area that each method's settings dominate, and its clean accuracy at the baseline's robustness."""
-    if not found.states:
-        return None
-    names, rows = list(found.study.evaluations), []
+def fronts(found: Findings) -> list[Table]:
+    """Of each evaluation: the area that each method dominates, and its clean accuracy at equal robustness."""
+    return [_front(found, name) for name in found.study.evaluations] if found.states else []
+
+
+def _front(found: Findings, name: str) -> Table:
+    rows = []
     for method in dict.fromkeys(state.method for state in found.states):
-        cells = []
-        for name in names:
-            gains = front_gains(found, name, method)
-            cells += [Cell(f"{100 * gains.area:.2f}"), _estimate(gains.area_gain)]
-            cells += [_estimate(gains.at_equal), _estimate(gains.at_equal_all)]
+        gains = front_gains(found, name, method)
+        cells = [Cell(f"{100 * gains.area:.2f}"), _estimate(gains.area_gain)]
+        cells += [_estimate(gains.at_equal), _estimate(gains.at_equal_all)]
         settings = sum(state.method == method for state in found.states)
         rows.append((f"{found.study.labels[method]}, {settings} settings", cells))
     titles = ["area", "area minus the baseline's", "clean at equal robustness", "the same, to all baselines"]
-    head = [[("", 1), *((n, 4) for n in names)], [("method", 1), *((t, 1) for _ in names for t in titles)]]
     x, y = found.study.front.reference
     notes = [
         f"area: of clean x robust accuracy dominated from the corner ({x:g}, {y:g}), in % of the unit square; all "
@@ -99,7 +99,9 @@ def fronts(found: Findings) -> Table | None:
         "small: 95 % interval and p over resampled seeds and samples (pigeonhole bootstrap), not corrected for the "
         "number of rows; a few seeds make both too sure, as three seeds by sqrt(2/3).",
     ]
-    return Table(head, rows, "The front of clean and robust accuracy", notes, "front")
+    head = [[("method", 1), *((title, 1) for title in titles)]]
+    caption = f"The front of clean and robust accuracy on {name}"
+    return Table(head, rows, caption, notes, f"front-{file_name(name)}")
 
 
 def matched(found: Findings) -> Table | None:

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from ..report.tables import NONE
 from .collect import KINDS
 from .findings import Findings
+from .front import Estimate
 from .gains import front_gains
 from .tables import speed
 
 SURE = 0.05
 
 
-def verdict(found: Findings) -> list[str]:
-    """A sentence for the baseline, and one for each method that is neither it nor an ablation."""
+@dataclass(frozen=True)
+class Said:
+    """A sentence, and those that belong to it."""
+
+    line: str
+    more: list[str] = field(default_factory=list)
+
+
+def verdict(found: Findings) -> list[Said]:
+    """What is said of the baseline, and of each method that is neither it nor an ablation."""
     if found.baseline is None:
-        return ["No method with one teacher or none has been measured yet, so that nothing is compared."]
-    labels = found.study.labels
+        return [Said("No method with one teacher or none has been measured yet, so that nothing is compared.")]
+    labels, speeds = found.study.labels, _speed_sentences(found)
     baseline = found.main[found.baseline]
     numbers = ", ".join(
         f"{name} {100 * found.accuracy(name, baseline, 'clean'):.1f} clean and "
         f"{100 * found.accuracy(name, baseline, 'robust'):.1f} robust"
         for name in found.study.evaluations
     )
-    lines = [f"The best with one teacher or none, by validation data, is {labels[found.baseline]}: {numbers} (%)."]
+    first = f"The baseline is {labels[found.baseline]}, the best with one teacher or none by validation data: {numbers}"
+    said = [Said(f"{first} (%).", speeds.get(found.baseline, []))]
     for method in found.main:
         if method != found.baseline and found.study.methods[method].ablates is None:
-            lines.append(_sentence(found, method))
-            lines += _front_sentences(found, method)
-    return lines + _speed_sentences(found)
+            said.append(Said(_sentence(found, method), _front_sentences(found, method) + speeds.get(method, [])))
+    return said
+
+
+def lines(found: Findings) -> list[str]:
+    """The same, a line for each sentence: those that belong to another are indented."""
+    return [line for said in verdict(found) for line in (said.line, *(f"  {more}" for more in said.more))]
 
 
 def _sentence(found: Findings, method: str) -> str:
@@ -40,58 +56,58 @@ def _sentence(found: Findings, method: str) -> str:
             text = f"{name} {kind} {100 * difference.mean:+.1f} (p {holm_p:.2g})"
             (level if holm_p >= SURE else gains if difference.mean > 0 else losses).append(text)
     if gains and losses:
-        kind = "trades"
+        kind = "trades one accuracy for another"
     elif gains:
-        kind = "gains"
+        kind = "gains on the baseline"
     elif losses:
-        kind = "loses"
+        kind = "loses to the baseline"
     else:
-        kind = "is level"
+        kind = "is level with the baseline"
     parts = [f"more: {', '.join(gains)}"] if gains else []
     parts += [f"less: {', '.join(losses)}"] if losses else []
     parts += [f"not told apart: {', '.join(level)}"] if level else []
-    return f"{found.study.labels[method]} {kind} at the tuned settings ({'; '.join(parts)})."
+    return f"{found.study.labels[method]} {kind} at the tuned settings. In points, {'; '.join(parts)}."
 
 
 def _front_sentences(found: Findings, method: str) -> list[str]:
     """Whether its whole front lies further out, for each evaluation with several settings."""
-    lines = []
+    told = []
     for name in found.study.evaluations:
         if sum(state.method == method for state in found.states) < 2:
             continue
         gains = front_gains(found, name, method)
-        gain, equal, of_all = gains.area_gain, gains.at_equal, gains.at_equal_all
-        if gain is None:
+        if gains.area_gain is None:
             continue
-        reach = "further out than" if gain.low > 0 else "within" if gain.high < 0 else "not told apart from"
+        low, high = gains.area_gain.low, gains.area_gain.high
+        reach = "lies further out than" if low > 0 else "lies within" if high < 0 else "is not told apart from"
         at = ""
-        if equal is not None:
-            at = (
-                f"; at the baseline's robustness its front is {100 * equal.value:+.1f} points clean "
-                f"({100 * equal.low:+.1f} to {100 * equal.high:+.1f})"
-            )
-            if of_all is not None and _several_baselines(found):
-                at += (
-                    f", and {100 * of_all.value:+.1f} ({100 * of_all.low:+.1f} to {100 * of_all.high:+.1f}) against "
-                    "all baselines together"
-                )
-        lines.append(f"{found.study.labels[method]}, front on {name}: {reach} the baseline's{at}.")
-    return lines
+        if gains.at_equal is not None:
+            at = f"; at the baseline's robust accuracy {_points(gains.at_equal)} of clean accuracy"
+            if gains.at_equal_all is not None and _several_baselines(found):
+                at += f", and {_points(gains.at_equal_all)} against all baselines together"
+        told.append(f"Its front on {name} {reach} the baseline's{at}.")
+    return told
+
+
+def _points(one: Estimate) -> str:
+    return f"{100 * one.value:+.1f} points ({100 * one.low:+.1f} to {100 * one.high:+.1f})"
 
 
 def _several_baselines(found: Findings) -> bool:
     return sum(found.study.methods[name].baseline for name in found.main) > 1
 
 
-def _speed_sentences(found: Findings) -> list[str]:
-    table = speed(found)
+def _speed_sentences(found: Findings) -> dict[str, list[str]]:
+    """Method -> how early it is as robust as the method that it is held against ends, where it comes to be."""
+    table, told = speed(found), {}
     if table is None:
-        return []
+        return told
     against = found.study.curve.against or found.baseline
-    told = {found.study.labels[m] for m in found.main if m != against and found.study.methods[m].ablates is None}
-    return [
-        f"{name} reaches the final robust accuracy of {found.study.labels[against]} in 1/k of its seconds, "
-        f"k = {cells[0].text} ({cells[0].below})."
-        for name, cells in table.rows
-        if name in told and cells[0].text not in ("never", NONE.text)
-    ]
+    methods = {found.study.labels[m]: m for m in found.main if m != against}
+    for name, cells in table.rows:
+        if name in methods and cells[0].text not in ("never", NONE.text):
+            told[methods[name]] = [
+                f"It is as robust as {found.study.labels[against]} ends in 1/k of that method's seconds, "
+                f"k = {cells[0].text} ({cells[0].below})."
+            ]
+    return told
