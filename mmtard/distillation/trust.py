@@ -9,7 +9,8 @@ prediction of the teachers of the clean image and w = 1 - <q, p>, which is the s
 kappa), kappa the median of the teacher's entropies H; Dong et al., "Robust SuperAlignment: Weak-to-Strong Robustness
 Generalization for Vision-Language Models" (Adv-W2S), NeurIPS 2025, equations 6 and 13. There kappa is the median over
 the data set; here it follows the medians of the global batches, and the first step trusts the teacher. Their inverse
-adversarial examples, which refine the teacher, are left out.
+adversarial examples, which refine the teacher, are left out: each takes an attack through the teacher at every step, so
+that no teacher could be stored.
 """
 
 from __future__ import annotations
