@@ -45,6 +45,7 @@ class Findings:
     models: dict[tuple[str, str], Outcome] = field(default_factory=dict)  # (evaluation, model)
     states: list[State] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    gains: dict[tuple[str, str], object] = field(default_factory=dict, repr=False)  # what `gains.py` has computed
     _draws: dict[tuple[int, int], Resampling] = field(default_factory=dict, repr=False)
 
     @property

@@ -28,6 +28,13 @@ class Gains:
 
 def front_gains(found: Findings, name: str, method: str) -> Gains:
     """What the front of a method gains on an evaluation, with intervals over resampled seeds and samples."""
+    key = name, method
+    if key not in found.gains:  # the page, its sentences and its files ask for the same
+        found.gains[key] = _front_gains(found, name, method)
+    return found.gains[key]
+
+
+def _front_gains(found: Findings, name: str, method: str) -> Gains:
     ours, reference = _points(found, name, [method]), found.study.front.reference
     dominated = area(ours[0], reference)
     if found.baseline is None or method == found.baseline:

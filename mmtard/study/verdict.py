@@ -33,7 +33,9 @@ def verdict(found: Findings) -> list[Said]:
         f"{100 * found.accuracy(name, baseline, 'robust'):.1f} robust"
         for name in found.study.evaluations
     )
-    first = f"The baseline is {labels[found.baseline]}, the best with one teacher or none by validation data: {numbers}"
+    first = (
+        f"The baseline is “{labels[found.baseline]}”, the best with one teacher or none by validation data: {numbers}"
+    )
     said = [Said(f"{first} (%).", speeds.get(found.baseline, []))]
     for method in found.main:
         if method != found.baseline and found.study.methods[method].ablates is None:
@@ -66,7 +68,7 @@ def _sentence(found: Findings, method: str) -> str:
     parts = [f"more: {', '.join(gains)}"] if gains else []
     parts += [f"less: {', '.join(losses)}"] if losses else []
     parts += [f"not told apart: {', '.join(level)}"] if level else []
-    return f"{found.study.labels[method]} {kind} at the tuned settings. In points, {'; '.join(parts)}."
+    return f"“{found.study.labels[method]}” {kind} at the tuned settings. In points, {'; '.join(parts)}."
 
 
 def _front_sentences(found: Findings, method: str) -> list[str]:
@@ -107,7 +109,7 @@ def _speed_sentences(found: Findings) -> dict[str, list[str]]:
     for name, cells in table.rows:
         if name in methods and cells[0].text not in ("never", NONE.text):
             told[methods[name]] = [
-                f"It is as robust as {found.study.labels[against]} ends in 1/k of that method's seconds, "
-                f"k = {cells[0].text} ({cells[0].below})."
+                f"It reaches the final robust accuracy of “{found.study.labels[against]}” in 1/k of that method's "
+                f"seconds, k = {cells[0].text} ({cells[0].below})."
             ]
     return told

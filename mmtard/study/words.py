@@ -26,7 +26,7 @@ def methods(found: Findings) -> Table:
         about = (type(config.method).__doc__ or "").strip().partition("\n")[0]
         rows.append((study.labels[name], [Cell(role), Cell(about, _settings(method))]))
     notes = ["Small: what it sets apart from what all share, which the study at the end of the page has in full."]
-    return Table([[("method", 1), ("part", 1), ("what it is", 1)]], rows, "Methods", notes, words=True)
+    return Table([[("method", 1), ("role", 1), ("what it is", 1)]], rows, "Methods", notes, words=True)
 
 
 def measures(found: Findings) -> Table:
@@ -37,8 +37,9 @@ def measures(found: Findings) -> Table:
         purposes.append(("accuracy on the way", {"curve": study.curve.measure}))
     for purpose, of_purpose in purposes:
         for name, measure in of_purpose.items():
+            title = f"validation {name}" if of_purpose is study.validation else name
             one = found.models.get((name, START)) if purpose == "shown" else None
-            rows.append((name, [Cell(purpose), Cell(_number(measure, one and len(one.ids))), Cell(_attacks(measure))]))
+            rows.append((title, [Cell(purpose), Cell(_number(measure, one and len(one.ids))), Cell(_attacks(measure))]))
     notes = [
         f"{KINDS[1]}: right as it is, and under each of the attacks, which may change every pixel by eps (of a range "
         "from 0 to 1). pgd and apgd-ce raise the loss on the label, which flatters students of a teacher; apgd-dlr and "

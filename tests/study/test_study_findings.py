@@ -78,7 +78,7 @@ def test_methods_are_compared_at_each_setting_of_the_front(found):
 
 
 def test_the_sentences_name_the_joint_front(found):
-    (said,) = [said for said in verdict.verdict(found) if said.line.startswith("teacher ")]
+    (said,) = [said for said in verdict.verdict(found) if said.line.startswith("“teacher” ")]
     (line,) = [line for line in said.more if "on test" in line]
     assert "; at the baseline's robust accuracy +12.5 points (" in line
     assert line.endswith(" against all baselines together.")

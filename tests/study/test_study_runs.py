@@ -95,8 +95,8 @@ def test_the_numbers_on_the_page_are_those_of_the_evaluations(whole):
 def test_the_page_says_it_in_words_tables_and_figures(whole):
     file, out = whole
     page = (out / "page" / "study.html").read_text()
-    assert "The baseline is TeCoA, the best with one teacher or none by validation data" in page
-    assert re.search(r"teacher (gains on|trades one|loses to|is level with) .* at the tuned settings", page)
+    assert "The baseline is “TeCoA”, the best with one teacher or none by validation data" in page
+    assert re.search(r"“teacher” (gains on|trades one|loses to|is level with) .* at the tuned settings", page)
     for heading in (
         "What is compared",
         "Accuracy and differences",
@@ -125,7 +125,7 @@ def test_the_console_shows_the_same_accuracies_and_sentences(whole, capsys):
     printed = capsys.readouterr().out
     shown = re.search(r"TeCoA \(baseline\).*", printed)[0]
     mean = sum(found.outcomes["test", run.name].accuracy("clean") for run in found.main["tecoa"].runs) / 2
-    assert f"{100 * mean:.1f} ±" in shown and "The baseline is TeCoA, the best with one teacher or none" in printed
+    assert f"{100 * mean:.1f} ±" in shown and "The baseline is “TeCoA”, the best with one teacher or none" in printed
 
 
 def test_the_report_of_its_runs_shows_each_and_its_teachers(whole):
