@@ -3,7 +3,9 @@
 from .attack import ATTACK_OBJECTIVES, Attack
 from .data import UNSTORABLE, Cache, Data
 from .loading import differences, dump, load, section, validate
-from .methods import ARD, METHODS, MMTARD, START, TRUSTS, WEIGHTINGS, Clean, TeCoA
+from .method_settings import START
+from .methods import ARD, METHODS, Clean, TeCoA
+from .mmtard_method import MMTARD, TRUSTS, WEIGHTINGS
 from .models import Lora, Model, Student, Teacher
 from .schema import Config
 from .training import Log, Resume, Train

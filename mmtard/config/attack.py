@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from .methods import START
+from .method_settings import START
 from .values import Int, Number, Pixels, Ratio, Section, check_unit
 
 

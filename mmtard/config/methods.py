@@ -4,45 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Union, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from .values import Int, Number, Section
-
-START = "start"  # the teacher that is the student before training; also the folder of a run that holds it
-
-
-class Bound(Section):
-    """The clean embedding bound to the untouched student's, by a multiplier for each sample."""
-
-    rho: Number = Field(0.1, gt=0, description="bound of ||z_S(x) - z_start(x)||^2 in parts of ||z_start(x)||^2")
-    multipliers: Literal["network", "sample"] = Field(
-        "network",
-        description="a network of the untouched student's embedding, as published, or a variable of each sample's own, "
-        "for data that is seen many times",
-    )
-    dual_every: Int = Field(5, ge=1, description="network: updates of the student for each of its own")
-    dual_lr: Number | None = Field(
-        None, gt=0, description="learning rate of the multipliers; null: 5e-4 of a network, 1 of variables"
-    )
-    hidden: Int = Field(512, ge=1, description="network: width of its hidden layer")
-
-    @property
-    def rate(self) -> float:
-        """The learning rate of the multipliers."""
-        return self.dual_lr or (5e-4 if self.multipliers == "network" else 1.0)
-
-
-class MethodSettings(Section):
-    """Settings of one objective: what it needs of a run, and its equation's constants.
-
-    `teachers` are the names it asks; `start` among them is the untouched student, which need not be listed.
-    """
-
-    teachers: ClassVar[tuple[str, ...]] = ()
-    attack: ClassVar[str | None] = None  # the objective its attack maximises, unless attack.objective says otherwise
-    labels: ClassVar[bool] = True  # whether its loss reads the samples' labels
-    classes: ClassVar[bool] = True  # whether it reads predictions of classes, not embeddings alone
-    tokens: ClassVar[bool] = False  # whether it reads patch tokens beside the image embedding
+from .method_settings import START, Bound, MethodSettings
+from .mmtard_method import MMTARD
+from .values import Number
 
 
 class Clean(MethodSettings):
@@ -190,102 +156,6 @@ class MTARD(MethodSettings):
     rate: Number = Field(
         0.025, ge=0, le=1, description="rate at which the teachers' weights follow their relative losses"
     )
-
-
-# Weighting -> whether it reads the samples' labels.
-# `FUNCTIONS` in `mmtard/distillation/weighting.py` has the function of each.
-WEIGHTINGS: dict[str, bool] = {
-    "uniform": False,
-    "official": True,
-    "constant": False,
-    "confidence_sigmoid": True,
-    "hardness": True,
-    "entropy": False,
-    "mtard": False,
-}
-
-
-# What the target of a teacher of the adversarial image is mixed with -> whether it reads the samples' labels.
-# `mmtard/distillation/trust.py` has the mathematics of each.
-TRUSTS: dict[str, bool] = {"whole": False, "label": True, "clean": False, "uncertainty": False}
-
-
-class MMTARD(MethodSettings):
-    """Any number of teachers, weighted sample by sample: the method of this project."""
-
-    attack: ClassVar[str | None] = "kl_clean"
-    name: Literal["mmtard"]
-    views: dict[str, Literal["clean", "adv", "clean_for_adv"]] = Field(
-        {"robust": "adv", "clean": "clean"},
-        min_length=1,
-        description="each teacher's image, which is also the student's for its term; clean_for_adv: the teacher sees "
-        "the clean image and teaches the adversarial one, so that its embeddings can be stored",
-    )
-    temperatures: dict[str, Annotated[Number, Field(gt=0)]] = Field(
-        {},
-        description="divides a teacher's and the student's logits in that teacher's term, which is multiplied by "
-        "its square; 1 for a teacher that is not named",
-    )
-    trust: Literal[tuple(TRUSTS)] = Field(
-        "whole",
-        description="what a teacher of the adversarial image hands its target over to, as far as it is unsure: "
-        "whole: nothing; label: the true class; clean: the clean teachers' prediction; uncertainty: the student's own "
-        "class, by the teacher's entropy (Adv-W2S)",
-    )
-    weighting: Literal[tuple(WEIGHTINGS)] = Field(
-        "official", description="how each sample's loss is weighted over the teachers; official: as published"
-    )
-    robust_weight: Number = Field(
-        50.0, ge=0, description="official, constant: factor of a teacher that sees the adversarial image"
-    )
-    clean_weight: Number = Field(
-        5.0, ge=0, description="official, constant: factor of a teacher that sees the clean image"
-    )
-    slope: Number = Field(
-        4.0, description="confidence_sigmoid, entropy, hardness: how strongly the weights follow confidence"
-    )
-    bias: Number = Field(
-        0.0, description="confidence_sigmoid, entropy: added for a teacher that sees the adversarial image"
-    )
-    budget: Number = Field(
-        1.0,
-        gt=0,
-        description="all but official and constant: what a sample's weights add up to (hardness: at confidence 1)",
-    )
-    rate: Number = Field(0.025, ge=0, le=1, description="mtard: rate at which the weights follow the relative losses")
-    cross_modal_weight: Number = Field(
-        0.0, ge=0, description="weight of the term that keeps image-text similarities near the teachers'"
-    )
-
-    @property
-    def teachers(self) -> tuple[str, ...]:
-        """The names that have a view, in their order."""
-        return tuple(self.views)
-
-    @property
-    def labels(self) -> bool:
-        """Whether the weighting or the trust looks at the samples' labels."""
-        return WEIGHTINGS[self.weighting] or TRUSTS[self.trust]
-
-    @model_validator(mode="after")
-    def _parts_fit(self):
-        views = self.views
-        for name in self.temperatures.keys() - views.keys():
-            raise ValueError(
-                f"method.temperatures.{name}: method.views names no such teacher (it has {', '.join(views)}); "
-                "remove it, or correct the name"
-            )
-        if self.trust != "whole" and set(views.values()) == {"clean"}:
-            raise ValueError(
-                f"method.trust: '{self.trust}' is of teachers of the adversarial image, and method.views has none; "
-                "leave it out, or set a view to adv or clean_for_adv"
-            )
-        if self.trust == "clean" and "clean" not in views.values():
-            raise ValueError(
-                "method.trust: 'clean' needs a teacher of the clean image, and method.views has none; add one "
-                "(clean: clean), or set method.trust=label"
-            )
-        return self
 
 
 METHOD_CLASSES = (

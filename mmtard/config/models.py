@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from .methods import START
+from .method_settings import START
 from .values import Int, Number, PathText, Section
 
 

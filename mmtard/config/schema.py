@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 
 from .attack import ATTACK_OBJECTIVES, Attack
 from .data import UNSTORABLE, Data, default_lanes
-from .methods import START, Bound, Method
+from .method_settings import START, Bound
+from .methods import Method
 from .models import Model, Student, Teacher
 from .terms import Terms
 from .training import Checkpoint, Engine, Log, Probe, Resume, Train

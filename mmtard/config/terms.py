@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from .methods import START, Bound
+from .method_settings import START, Bound
 from .values import Number, Section
 
 

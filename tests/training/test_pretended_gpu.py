@@ -17,8 +17,7 @@ from pretended_gpu import CUDA, DevicesMixed, pretended_gpu
 from mmtard.attacks import checks, ensemble
 from mmtard.attacks.batching import AdaptiveBatchSize
 from mmtard.attacks.state import AttackSettings
-from mmtard.config import METHODS, Model, validate
-from mmtard.config.methods import WEIGHTINGS
+from mmtard.config import METHODS, WEIGHTINGS, Model, validate
 from mmtard.data.samples import Batch
 from mmtard.distillation.added_terms import learned_parts
 from mmtard.distillation.task import DistillationTask
