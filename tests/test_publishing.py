@@ -11,6 +11,7 @@ import pytest
 
 from mmtard import files, folders
 from mmtard.errors import UserError
+from mmtard.files import locks, writing
 
 
 @pytest.mark.parametrize("answer", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
@@ -86,7 +87,7 @@ def full_disk(monkeypatch):
     def write_text(path, text, sync=True):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files, "write_text", write_text)
+    monkeypatch.setattr(writing, "write_text", write_text)
 
 
 def test_a_note_of_a_full_disk_is_written_over_the_old_text(tmp_path, full_disk):
@@ -99,7 +100,7 @@ def test_a_note_of_a_full_disk_is_written_over_the_old_text(tmp_path, full_disk)
 
 
 def test_a_note_that_does_not_fit_in_place_leaves_the_old_text(tmp_path, full_disk, monkeypatch):
-    path, overwrite = tmp_path / "note", files._overwrite
+    path, overwrite = tmp_path / "note", writing._overwrite
     path.write_text("the old text\n")
 
     def four_bytes(file, content):
@@ -108,7 +109,7 @@ def test_a_note_that_does_not_fit_in_place_leaves_the_old_text(tmp_path, full_di
             raise OSError(errno.ENOSPC, "No space left on device")
         overwrite(file, content)
 
-    monkeypatch.setattr(files, "_overwrite", four_bytes)
+    monkeypatch.setattr(writing, "_overwrite", four_bytes)
     with pytest.raises(OSError, match="No space left"):
         files.note_text(path, "another text\n")
     assert path.read_text() == "the old text\n"
@@ -125,7 +126,7 @@ def test_a_note_goes_through_no_link(tmp_path, full_disk):
 
 
 def test_a_long_wait_for_another_process_is_told_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(files, "QUIET_S", 0.05)
+    monkeypatch.setattr(locks, "QUIET_S", 0.05)
     held, leave = threading.Event(), threading.Event()
 
     def hold():

@@ -7,13 +7,13 @@ import errno
 import os
 import sys
 
-from mmtard import files
 from mmtard.cli.main import main
 from mmtard.distributed.processes import exit_process
+from mmtard.files import writing
 from mmtard.runs import checkpoints, journal
 
 where, step, config = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-append, write_text, done = journal.Journal.append, files.write_text, 0
+append, write_text, done = journal.Journal.append, writing.write_text, 0
 
 
 def full():
@@ -40,7 +40,7 @@ def no_row(self, row):
 
 if where == "metrics":
     journal.Journal.append = no_row
-    files.write_text = lambda *args, **more: full() if done >= step else write_text(*args, **more)
+    writing.write_text = lambda *args, **more: full() if done >= step else write_text(*args, **more)
 else:
     checkpoints.save_tensors = lambda *_: full()
 exit_process(main(["train", config]))

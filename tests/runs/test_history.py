@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from mmtard import files
 from mmtard.config import Resume
 from mmtard.distributed import slurm
+from mmtard.files import writing
 from mmtard.runs import history
 from mmtard.runs.history import COMPLETE, FAILED, LOST, PREEMPTED, STOPPED, TIMEOUT
 
@@ -201,7 +201,7 @@ def test_how_a_start_ended_is_noted_on_a_full_disk_too(run, monkeypatch):
     def full(path, text, sync=True):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files, "write_text", full)
+    monkeypatch.setattr(writing, "write_text", full)
     history.record_end(folder, FAILED, "cannot write 'metrics.jsonl': No space left on device", 7)
     assert [history.end_kind(start) for start in history.read(folder)] == [LOST, FAILED]
     assert "No space left" in history.end_reason(history.read(folder)[-1])

@@ -1,0 +1,79 @@
+"""Lock files: one process of a node at a time, and whether another one works there."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+# What a file system without locks answers, such as Lustre mounted without flock.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+QUIET_S = 5.0  # how long a process waits for another one without a word
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` against every other process and thread of the node; the file is removed afterwards.
+
+    A wait that takes longer than a few seconds is told. On a file system without locks it guards nothing: what is
+    written under it is published by rename, so that two writers cost work and no more. Raises OSError where the lock
+    file cannot be made or is a link.
+    """
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            _lock(fd, path)
+            current = os.stat(path).st_ino == os.fstat(fd).st_ino
+        except FileNotFoundError:
+            current = False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(fd)
+                raise
+            current = True
+        if current:
+            break
+        os.close(fd)  # The last holder deleted the lock file, so we locked a file nobody else can open. Try again.
+    try:
+        yield
+    finally:
+        Path(path).unlink(missing_ok=True)
+        # Processes forked meanwhile share this lock and would keep it after close alone.
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
+
+
+def _lock(fd: int, path: Path) -> None:
+    """Wait for the lock of an open file, and say so once where it takes long."""
+    until = time.monotonic() + QUIET_S
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.02)
+    print(f"mmtard: another process works at '{path}'; waiting for its end", file=sys.stderr, flush=True)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+
+
+def held(path: Path) -> bool:
+    """Whether someone holds the lock file `path` now; False when a process that was killed left it."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
