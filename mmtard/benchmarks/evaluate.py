@@ -17,6 +17,9 @@ from .report import BenchmarkReport, BenchmarkTable
 
 STANDARD, FARE = ("apgd-ce", "apgd-t", "fab-t", "square"), ("apgd-ce", "apgd-t")
 HIDDEN_RESTARTS = 5  # of APGD-CE under pyautoattack's version `custom`, as RobustVLM's code runs it
+COLUMNS = (
+    "suite", "mmtard s", "pyautoattack s", "ratio", "ours passes", "their passes", "standing", "flags differ",
+)  # fmt: skip
 BATCH = 250  # pyautoattack's own default
 
 
@@ -62,18 +65,8 @@ def compare(
     """
     require_library()
     report = BenchmarkReport(numbers={"settings": vars(settings), "samples": len(images), "suites": {}})
-    columns = [
-        "suite",
-        "mmtard s",
-        "pyautoattack s",
-        "ratio",
-        "ours passes",
-        "their passes",
-        "standing",
-        "flags differ",
-    ]
     table = BenchmarkTable(
-        f"{len(images)} samples, {settings.norm} {settings.eps:.4g}, {settings.iters} iterations", columns
+        f"{len(images)} samples, {settings.norm} {settings.eps:.4g}, {settings.iters} iterations", list(COLUMNS)
     )
     ours(model, images[:8], labels[:8], replace(settings, iters=1, queries=2), suites[0])  # the first call warms up
     for suite in suites:

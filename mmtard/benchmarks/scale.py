@@ -92,14 +92,12 @@ def work_of(config: Config) -> Work:
         adapters,
     )
     flops["attack"] = whole - sum(flops.values())
-    steps = config.attack.steps * config.attack.restarts if objective else 0
-    dtype = DTYPES[config.engine.precision]
-    gathered = 0.0
-    for name in running:
-        if config.ensemble[name].placement == "sharded":
-            through = steps * 2 if objective and objective.through_teacher == name else 0
-            size = sum(p.numel() for p in models[name].parameters()) * dtype.itemsize
-            gathered += size * (sum(p.model == name for p in asked) + through)
+    steps, dtype = (config.attack.steps * config.attack.restarts if objective else 0), DTYPES[config.engine.precision]
+    gathers = {name: sum(p.model == name for p in asked) for name in running}
+    if objective and objective.through_teacher in gathers:
+        gathers[objective.through_teacher] += 2 * steps
+    sizes = {name: sum(p.numel() for p in models[name].parameters()) * dtype.itemsize for name in running}
+    sharded = [name for name in running if config.ensemble[name].placement == "sharded"]
     return Work(
         images=config.train.batch_size,
         flops=flops,
@@ -107,7 +105,7 @@ def work_of(config: Config) -> Work:
         teacher_forwards=sum(p.model in running for p in asked),
         trained=sum(p.numel() for p in models["student"].parameters()),
         zero_stage=config.engine.zero_stage,
-        gathered=gathered,
+        gathered=float(sum(sizes[name] * gathers[name] for name in sharded)),
     )
 
 

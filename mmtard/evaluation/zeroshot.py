@@ -81,14 +81,12 @@ def summary(
     ids, n_all = clean.ids, len(clean.prediction)
     labels, right = [clean.label[i] for i in ids], [clean.right(i) for i in ids]
     broken = {eps: [found.broken_by.get(i) for i in ids] for eps, found in at_radius.items()}
-    by_eps = {
-        eps: results.under_attack(
-            attacks, broken[eps], right, labels, task.class_names, found.facts.seconds if found.facts else {}
-        )
-        | {"skipped": skipped}
-        | ({"fell_at_smaller": len(found.fell_at)} if found.fell_at else {})
-        for eps, found in at_radius.items()
-    }
+    by_eps = {}
+    for eps, found in at_radius.items():
+        seconds = found.facts.seconds if found.facts else {}
+        robust = results.under_attack(attacks, broken[eps], right, labels, task.class_names, seconds)
+        smaller = {"fell_at_smaller": len(found.fell_at)} if found.fell_at else {}
+        by_eps[eps] = robust | {"skipped": skipped} | smaller
     return {
         "n_total": n_all,
         "left_out": len(clean.left_out),
@@ -103,21 +101,24 @@ def summary(
             "labels": labels,
             "clean": right,
             "clean_prediction": [clean.prediction[i] for i in ids],
-            "eps": {
-                eps: {
-                    "broken_by": broken[eps],
-                    "prediction": [found.prediction.get(i, clean.prediction[i]) for i in ids],
-                    "robust": [stands and by is None for stands, by in zip(right, broken[eps])],
-                    **({"fell_at": [found.fell_at.get(i) for i in ids]} if found.fell_at else {}),
-                }
-                for eps, found in at_radius.items()
-            },
+            "eps": {eps: _of_samples(ids, clean, found) for eps, found in at_radius.items()},
         },
         "health": [
             *results.unread(clean.left_out, clean.labelled),
             *attack_lines(at_radius.values(), skipped),
             finite_line(task.work.dataset, clean.prediction),
         ],
+    }
+
+
+def _of_samples(ids: list[int], clean: CleanPass, found: AtRadius) -> dict[str, list]:
+    """Every attacked sample's outcome at a radius, in the order of `ids`."""
+    broken = [found.broken_by.get(i) for i in ids]
+    return {
+        "broken_by": broken,
+        "prediction": [found.prediction.get(i, clean.prediction[i]) for i in ids],
+        "robust": [clean.right(i) and by is None for i, by in zip(ids, broken)],
+        **({"fell_at": [found.fell_at.get(i) for i in ids]} if found.fell_at else {}),
     }
 
 

@@ -136,19 +136,8 @@ def of_run(config: Config, world: int) -> dict[str, list[float]]:
     }
     if config.train.ema:
         rows["average of the weights"] = [whole, share, share, share]
-    dtype, moving = DTYPES[config.engine.precision], 0
-    for name, spec in config.ensemble.items():
-        if spec.stored:
-            continue
-        teacher = _model(config, name).tower()
-        held = sum(p.numel() for p in teacher.parameters()) * dtype.itemsize
-        holders = min(world, GPUS_A_NODE) if spec.placement == "sharded" else 1
-        rows[f"teacher {name}, {spec.placement}"] = [held / holders] * 4
-        if (
-            config.attack_objective
-            and attack_objectives.find_objective(config.attack_objective, config.fusion).through_teacher == name
-        ):
-            moving = per_image(teacher.cast(dtype).requires_grad_(False), through=True)[0]
+    teachers, moving = _of_teachers(config, world)
+    rows |= teachers
     if config.data.targets == "captions":
         rows["text towers"] = [
             FLOAT32 * sum(_text_parameters(_model(config, name)) for name in ("student", *config.ensemble))
@@ -162,6 +151,23 @@ def of_run(config: Config, world: int) -> dict[str, list[float]]:
     starts = config.attack_objective and (config.attack.random_start or config.attack.restarts > 1)
     rows[START] = [DRAWS * INT64 * batch * 3 * math.prod(tower.size) if starts else 0] * 4
     return rows
+
+
+def _of_teachers(config: Config, world: int) -> tuple[dict[str, list[float]], int]:
+    """(the rows of the teachers that run, what an image keeps of one that the attack's gradient goes through)."""
+    rows, moving, dtype = {}, 0, DTYPES[config.engine.precision]
+    named = config.attack_objective
+    through = attack_objectives.find_objective(named, config.fusion).through_teacher if named else None
+    for name, spec in config.ensemble.items():
+        if spec.stored:
+            continue
+        teacher = _model(config, name).tower()
+        held = sum(p.numel() for p in teacher.parameters()) * dtype.itemsize
+        holders = min(world, GPUS_A_NODE) if spec.placement == "sharded" else 1
+        rows[f"teacher {name}, {spec.placement}"] = [held / holders] * 4
+        if name == through:
+            moving = per_image(teacher.cast(dtype).requires_grad_(False), through=True)[0]
+    return rows, moving
 
 
 def _of_attack(config: Config, batch: int, moving: int, trained_image: int) -> dict[str, list[float]]:

@@ -81,22 +81,29 @@ def build_training(
     task = DistillationTask(config, engine, heads["student"], ensemble, learned)
     task.state |= folder.state.get("method", {})
     task.fell_back = folder.state.get("fell_back", False)
-    adapters, peak = bool(config.student.lora), peak_flops(ranks.device, config.engine.precision)
     log_start(config, folder, dataset, tower.image_size, heads["student"], ensemble, ranks, logger)
     return TrainingParts(
         train_stream(config, dataset, ranks, tower.image_size, start=folder.step, embeddings=stores),
         class_targets,
         engine,
         task,
-        lambda seconds: cost(
-            seconds,
-            images=config.train.batch_size,
-            # Of the step that is over: its attack may be weaker, or stronger, than the next one's.
-            flops=sample_flops(flops, task.passes, task.objective, task.attack, adapters=adapters),
-            peak=peak,
-            world_size=ranks.world_size,
-            device=ranks.device,
-        ),
+        _step_cost(config, ranks, task, flops),
+    )
+
+
+def _step_cost(
+    config: Config, ranks: Ranks, task: DistillationTask, flops: dict[str, float]
+) -> Callable[[float], dict[str, float]]:
+    """Seconds of a step -> its speed and memory. flops: of a forward pass of one image, by model."""
+    adapters, peak = bool(config.student.lora), peak_flops(ranks.device, config.engine.precision)
+    return lambda seconds: cost(
+        seconds,
+        images=config.train.batch_size,
+        # Of the step that is over: its attack may be weaker, or stronger, than the next one's.
+        flops=sample_flops(flops, task.passes, task.objective, task.attack, adapters=adapters),
+        peak=peak,
+        world_size=ranks.world_size,
+        device=ranks.device,
     )
 
 
