@@ -24,7 +24,7 @@ from ..models.vision_transformer import restore
 from ..seeding import purpose_salt
 from ..training.engine import Engine
 from ..training.setup import learned_of
-from ..training.throughput import forward_flops
+from ..training.throughput import forward_flops, forward_flops_of
 from ..zero_shot import ZeroShotHead
 from .published import PublishedModels
 
@@ -67,7 +67,7 @@ def resident_parts(config: Config, ranks: Ranks, classes: int, published: bool) 
         )
         for name, clip in clips.items()
     }
-    flops = {name: forward_flops(clip.tower()) for name, clip in clips.items()}
+    flops = forward_flops_of(clips)
     student = clips["student"].tower()
     learned = learned_of(config, clips, device, config.train.batch_size)
     # Teachers in float32 serve both sides.

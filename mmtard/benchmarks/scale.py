@@ -13,7 +13,7 @@ from ..distillation import attack_objectives, methods
 from ..errors import UserError
 from ..models.image_tower import DTYPES
 from ..models.loading import load_skeleton
-from ..training.throughput import forward_flops, sample_flops
+from ..training.throughput import forward_flops_of, sample_flops
 from .machine import Machine, measured
 from .report import BenchmarkReport, BenchmarkTable
 
@@ -66,11 +66,12 @@ class Prediction:
 
 def work_of(config: Config) -> Work:
     """Count a configuration's work. Raises UserError for a model whose architecture is not known here."""
-    models = {"student": load_skeleton(config.student, "student").tower()}
+    clips = {"student": load_skeleton(config.student, "student")}
     for name in config.ensemble:
-        models[name] = load_skeleton(config.model_of(name), f"teachers.{name}").tower()
+        clips[name] = load_skeleton(config.model_of(name), f"teachers.{name}")
+    models = {name: clip.tower() for name, clip in clips.items()}
     running = [name for name, teacher in config.ensemble.items() if not teacher.stored]
-    forward = {name: forward_flops(tower) for name, tower in models.items()}
+    forward = forward_flops_of(clips)
     if not all(map(math.isfinite, forward.values())):
         raise UserError("bench scale: the arithmetic of one of these architectures cannot be counted; take another")
     passes = methods.find_method(config.method.name).passes(config.method)

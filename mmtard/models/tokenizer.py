@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
@@ -23,7 +24,7 @@ def load_tokenizer(text_cfg: dict, name: str) -> Callable[[list[str]], Tensor]:
     hf_name = text_cfg.get("hf_tokenizer_name")
     try:
         if not hf_name:
-            return SimpleTokenizer(context_length=length, **extra)
+            return _byte_pairs(length, json.dumps(extra, sort_keys=True))
         source = name.removeprefix("local-dir:") if name.startswith("local-dir:") else hf_name
         _check_files(Path(source), name)
         mode = text_cfg.get("tokenizer_mode")
@@ -44,6 +45,12 @@ def load_tokenizer(text_cfg: dict, name: str) -> Callable[[list[str]], Tensor]:
             f"{name}: its tokenizer '{hf_name or 'of CLIP'}' cannot be used ({_line(error)}); download it again, or"
             " correct text_cfg"
         ) from None
+
+
+@lru_cache(maxsize=16)
+def _byte_pairs(length: int, options: str) -> SimpleTokenizer:
+    """CLIP's own tokenizer, of options as JSON; kept, for to read its table takes longer than many a text."""
+    return SimpleTokenizer(context_length=length, **json.loads(options))
 
 
 def _check_files(folder: Path, name: str) -> None:

@@ -19,6 +19,7 @@ from ..zero_shot import ZeroShotHead
 from .clip import Clip, TextTower
 from .image_tower import ImageTower
 from .model_config import architecture
+from .tokenizer import load_tokenizer
 
 TEMPLATES = ("This is a photo of a {}",)  # as an evaluation has it where a dataset brings none
 Tokenizer = Callable[[list[str]], Tensor]  # N texts -> token ids int64 [N,L]
@@ -171,7 +172,7 @@ def _plain_tokenizer(model: nn.Module) -> Tokenizer:
             f"model: its vocabulary of {vocabulary} is not OpenAI's, so its tokenizer is not known; "
             "name its arch or tokenizer"
         )
-    return open_clip.SimpleTokenizer(context_length=length)
+    return load_tokenizer({"context_length": length}, "model")
 
 
 def _strings(given: Sequence[str], name: str) -> list[str]:

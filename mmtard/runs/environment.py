@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -43,6 +44,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
 
 
+@cache
 def installed_version(package: str) -> str | None:
     """The version of a package; None where it is not installed, as for mmtard itself run from a checkout."""
     try:

@@ -31,7 +31,7 @@ from ..runs.metrics import SilentLogger
 from ..zero_shot import ZeroShotHead
 from .class_targets import build_class_targets
 from .engine import Engine
-from .throughput import cost, forward_flops, peak_flops, sample_flops
+from .throughput import cost, forward_flops_of, peak_flops, sample_flops
 from .watchdog import group_timeout
 
 Ensemble = dict[str, FrozenTeacher | StoredTeacher]
@@ -67,7 +67,8 @@ def build_training(
     tower = trainable_tower(config, start, folder.checkpoint)
     stores = open_stores(config, clips, tower.image_size, dataset.fingerprint, ranks)
     # Counted before the engine takes the student's weights.
-    flops = {name: 0 if name in stores else forward_flops(clip.tower()) for name, clip in clips.items()}
+    flops = forward_flops_of({name: clip for name, clip in clips.items() if name not in stores})
+    flops |= dict.fromkeys(stores, 0.0)
     learned = learned_of(config, clips, ranks.device, len(dataset))
     engine = Engine(config, tower, ranks)
     engine.compile(config.engine.compile, logger.print)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import re
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config import Attack
 from ..distillation.attack_objectives import Objective
 from ..distillation.methods import Pass
+from ..models.clip import Clip
 from ..models.image_tower import ImageTower
 
 # Dense peak of a device in bf16 and in float32 without TF32, in FLOP/s, by words of its name (NVIDIA's data sheets); of
@@ -47,6 +49,16 @@ def forward_flops(tower: ImageTower) -> float:
         return counter.get_total_flops()
     except Exception:  # whatever an architecture's own code raises on tensors without data
         return math.nan
+
+
+def forward_flops_of(clips: dict[str, Clip]) -> dict[str, float]:
+    """`forward_flops` of each model's image tower, by name; those of one architecture are counted once."""
+    counted: dict[str, float] = {}
+    architectures = {name: json.dumps(clip.config["model_cfg"], sort_keys=True) for name, clip in clips.items()}
+    for name, architecture in architectures.items():
+        if architecture not in counted:
+            counted[architecture] = forward_flops(clips[name].tower())
+    return {name: counted[architecture] for name, architecture in architectures.items()}
 
 
 def sample_flops(

@@ -2,11 +2,23 @@ import pytest
 import torch
 from open_clip.transformer import VisionTransformer
 
-from mmtard.config import Attack
+from mmtard.config import Attack, Model
 from mmtard.distillation.attack_objectives import find_objective
 from mmtard.distillation.methods import Pass
 from mmtard.models.image_tower import ImageTower
-from mmtard.training.throughput import cost, forward_flops, peak_flops, sample_flops
+from mmtard.models.loading import load_skeleton
+from mmtard.training import throughput
+from mmtard.training.throughput import cost, forward_flops, forward_flops_of, peak_flops, sample_flops
+
+
+def test_models_of_one_architecture_are_counted_once(vit, resnet, monkeypatch):
+    clips = {
+        name: load_skeleton(Model(arch=arch, weights="random"), name)
+        for name, arch in {"student": vit, "clean": resnet, "robust": vit}.items()
+    }
+    expected, counted = {name: forward_flops(clip.tower()) for name, clip in clips.items()}, []
+    monkeypatch.setattr(throughput, "forward_flops", lambda tower: counted.append(tower) or forward_flops(tower))
+    assert forward_flops_of(clips) == expected and expected["student"] != expected["clean"] and len(counted) == 2
 
 
 def test_forward_flops_are_those_counted_by_hand():
