@@ -7,6 +7,7 @@ import signal
 import pytest
 import yaml
 from processes import only_rank
+from warm_python import WarmPython
 
 # torch.compile, which DeepSpeed names and no test compiles with, would import a compiler in every process: a second
 # of each launch.
@@ -66,6 +67,20 @@ def write(tmp_path):
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory):
+    """A `python` that has done the program's imports, without torch."""
+    python = WarmPython(tmp_path_factory.mktemp("warm"))
+    yield python.path
+    python.end()
+
+
+@pytest.fixture
+def quick_figures(monkeypatch):
+    """PNGs alone: the other formats take most of the time."""
+    monkeypatch.setattr("mmtard.report.style.VECTOR", {})
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ COMMANDS = next(action.choices for action in main.parser()._actions if getattr(a
 
 
 @pytest.fixture
-def mmtard(tmp_path, tree, write):
+def mmtard(tmp_path, tree, write, warm_python):
     """Call with arguments: `python -m mmtard` run in tmp_path beside run.yaml, where importing torch fails."""
     write(tree)
     for package in ("torch", "open_clip", "deepspeed", "numpy"):
@@ -34,7 +34,7 @@ def mmtard(tmp_path, tree, write):
             **env,
         }
         return subprocess.run(
-            [sys.executable, "-m", "mmtard", *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+            [warm_python, "-m", "mmtard", *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
         )
 
     return call

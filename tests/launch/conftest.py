@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture
-def submit(tmp_path, tree, write):
+def submit(tmp_path, tree, write, warm_python):
     """Call with arguments: `submit.py --config run.yaml` in tmp_path, without a Slurm, where importing torch fails."""
     write(tree)
     (tmp_path / "bin").mkdir()
@@ -26,7 +26,7 @@ def submit(tmp_path, tree, write):
     def call(*args, config="run.yaml", **env):
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
         env = {**clean, "PATH": str(tmp_path / "bin"), "PYTHONPATH": str(tmp_path / "poison"), **env}
-        command = [sys.executable, SUBMIT, "--config", config, *args]
+        command = [warm_python, SUBMIT, "--config", config, *args]
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
 
     return call

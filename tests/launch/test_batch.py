@@ -112,15 +112,15 @@ def test_a_container_without_slurm_says_why_nothing_starts_again(slurm, monkeypa
 
 
 @pytest.fixture
-def body(slurm, tmp_path):
+def body(slurm, tmp_path, warm_python):
     """Call with a script of slurm/, its words and variables: the finished process, on a node with a `srun`."""
     slurm(job=f"JobId=7 JobState=RUNNING Requeue=1 StdOut={tmp_path}/job.log")
+    (tmp_path / "python").symlink_to(warm_python)
     script(tmp_path / "srun", f'printf "%s\\n" "$@" >{tmp_path}/srun_words\nenv >{tmp_path}/srun_env')
 
     def call(name, *words, **env):
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MMTARD_"))}
-        path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        env = {**clean, **JOB, "PATH": path, "PYTHONPATH": str(ROOT), **env}
+        env = {**clean, **JOB, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), **env}
         command = ["bash", str(ROOT / "slurm" / name), *words]
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
 

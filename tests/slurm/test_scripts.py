@@ -3,8 +3,6 @@
 import json
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -35,25 +33,24 @@ exit "$(cat status)"
 
 
 @pytest.fixture
-def script(tmp_path, tree, write):
+def script(tmp_path, tree, write, warm_python):
     """Call with a script, its words and the status of srun, whose ranks note `end`: the finished process."""
     write(tree)
     sbatch = '#!/bin/sh\necho "$@" >>"$(dirname "$0")/submitted"\necho 8\n'
     for name, text in {"scontrol": SCONTROL, "srun": SRUN, "sbatch": sbatch}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "python").symlink_to(warm_python)
     (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep = lambda seconds: None\n")
 
     def call(name, *words, status=0, end=None, state="RUNNING", requeue=1, refusals=0, **env):
         for file, content in {"status": status, "state": state, "requeue": requeue, "refusals": refusals}.items():
             (tmp_path / file).write_text(f"{content}\n")
-        (tmp_path / "ends").write_text(
-            json.dumps({"step": 0, "job": "7", "restart": 0, "end": end and {"kind": end, "reason": "why"}}) + "\n"
-        )
+        (tmp_path / "ends").write_text(ended(end))
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MMTARD_"))}
         job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "x", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1"}
         own = {
-            "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
             "PYTHONPATH": f"{tmp_path}:{ROOT}",
         }
         return subprocess.run(
@@ -66,6 +63,11 @@ def script(tmp_path, tree, write):
         )
 
     return call
+
+
+def ended(kind):
+    """The history of a run whose only start, of job 7, ended so; None: it noted no end."""
+    return json.dumps({"step": 0, "job": "7", "restart": 0, "end": kind and {"kind": kind, "reason": "why"}}) + "\n"
 
 
 def noted(path):
@@ -98,9 +100,14 @@ def test_a_run_that_failed_or_that_a_person_stopped_is_not_started_again_whateve
     assert done.returncode == status
     assert noted(tmp_path / "requeued") == ["requeue 7"] * again, done.stdout
     assert (f"this start ended as {end}: why; it is not repeated by itself" in done.stderr) != again
-    assert (
-        script("train_vitb32.sh", tmp_path / "run.yaml", end="complete", SLURM_JOB_ID="9").returncode == 0
-    )  # submitted anew, by a person
+
+
+@pytest.mark.parametrize("end", ["failed", "stopped"])
+def test_a_run_that_failed_or_was_stopped_starts_when_a_person_submits_it_anew(script, tmp_path, end):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "resume.jsonl").write_text(ended(end))
+    assert script("train_vitb32.sh", tmp_path / "run.yaml", end="complete", SLURM_JOB_ID="9").returncode == 0
+    assert noted(tmp_path / "ran")
 
 
 @pytest.mark.parametrize("name, words", [("evaluate.sh", ("runs/b32", "data")), ("cache.sh", ("seed=1",))])
