@@ -20,7 +20,7 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     if path.resolve() in seen:
         raise UserError(f"{path}: its `base:` leads back to itself")
     try:
-        tree = _parse(_text(path))
+        tree = parse(_text(path))
     except OSError as error:
         raise UserError(f"cannot read configuration '{path}': {error.strerror}{_siblings(path)}") from None
     except ValueError as error:
@@ -52,7 +52,7 @@ def override(tree: dict, text: str) -> None:
     if not sep or not all(key.split(".")):
         raise UserError(f"override {shorten(text)} is not of the form key.sub=value")
     try:
-        change = _parse(value)
+        change = parse(value)
     except ValueError:
         raise UserError(f"override {shorten(text)}: the value is not valid YAML; quote it") from None
     check_tree({key: change}, f"override {shorten(text)}")
@@ -95,17 +95,33 @@ def check_tree(tree: dict, source: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which would keep the last of two equal keys without a word."""
+    """The safe loader, which would keep the last of two equal keys without a word, and merge (`<<`) without an end."""
 
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._looked_at: set[int] = set()
+
+    def flatten_mapping(self, node):
+        if id(node) not in self._looked_at:  # A second look would take what was merged in for the file's own keys.
+            self._looked_at.add(id(node))
+            _refuse_twins(node)
+        super().flatten_mapping(node)
+        if len(node.value) > LARGEST:
+            raise yaml.constructor.ConstructorError(None, None, "its `<<` merge too many keys", node.start_mark)
 
 
-def _parse(text: str) -> Any:
+def _refuse_twins(node: yaml.MappingNode) -> None:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key.value}' stands there twice", node.start_mark
+                )
+            seen.add(key.value)
+
+
+def parse(text: str) -> Any:
     """The value of a YAML text; ValueError that says in one line why it has none."""
     try:
         return _Loader(text).get_single_data()

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import TextIO
+
+GONE = (errno.EPIPE, errno.EIO)  # what a closed pipe and a terminal that is gone answer
 
 
 class LastingStream:
     """A text stream that drops what is written once its other end is closed (`| head`, a terminal that is gone).
 
-    The file descriptor then leads to /dev/null, so that libraries and child processes meet no closed pipe either.
+    The file descriptor then leads to /dev/null, so that libraries and child processes meet no closed pipe either. What
+    cannot be written for another reason, such as a full disk, is dropped, too, and `failure` keeps the reason.
     """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
         self.closed_by_reader = False
+        self.failure: OSError | None = None
 
     def write(self, text: str) -> int:
         """Write, in ASCII escapes what the locale cannot; nothing once the reader is gone."""
@@ -23,16 +28,16 @@ class LastingStream:
             return self._stream.write(text)
         except UnicodeEncodeError:  # such as a folder's name in a locale without its letters
             return self.write(text.encode("ascii", "backslashreplace").decode())
-        except OSError:
-            self._detach()
+        except OSError as error:
+            self._drop(error)
             return len(text)
 
     def flush(self) -> None:
         """Flush, unless the reader is gone."""
         try:
             self._stream.flush()
-        except OSError:
-            self._detach()
+        except OSError as error:
+            self._drop(error)
 
     def writelines(self, lines) -> None:
         """Write each of the texts."""
@@ -42,7 +47,10 @@ class LastingStream:
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
 
-    def _detach(self) -> None:
+    def _drop(self, error: OSError) -> None:
+        if error.errno not in GONE:
+            self.failure = self.failure or error
+            return
         self.closed_by_reader = True
         try:
             null = os.open(os.devnull, os.O_WRONLY)
@@ -58,11 +66,14 @@ def lasting(stream: TextIO) -> LastingStream:
 
 
 def outlive_reader() -> None:
-    """Let this process's standard output and error go on without a reader."""
-    if sys.stdout is not None:
-        sys.stdout = lasting(sys.stdout)
-    if sys.stderr is not None:
-        sys.stderr = lasting(sys.stderr)
+    """Let this process's standard output and error go on without a reader, also where they were closed before it."""
+    sys.stdout = lasting(sys.stdout or _nowhere())
+    sys.stderr = lasting(sys.stderr or _nowhere())
+
+
+def _nowhere() -> TextIO:
+    """What stands for a stream that the process was started without (`>&-`), which Python itself makes None."""
+    return open(os.devnull, "w")
 
 
 def is_unread() -> bool:

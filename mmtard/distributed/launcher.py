@@ -27,9 +27,14 @@ def launch_from_env() -> Launch:
 
     Raises UserError where the variables of the launch do not name a rank of a world.
     """
-    if os.environ.get("WORLD_SIZE"):
+    if os.environ.get("WORLD_SIZE") and (os.environ.get("RANK") or _count("WORLD_SIZE", 1, least=1) == 1):
         return _launch("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if "SLURM_PROCID" not in os.environ:
+        if os.environ.get("WORLD_SIZE"):  # Every process would take itself for the first of them.
+            raise UserError(
+                f"the environment says WORLD_SIZE={os.environ['WORLD_SIZE']} and no RANK; "
+                "unset it, or start through torchrun, deepspeed or srun"
+            )
         return Launch()
     if not _is_started_by_srun():
         # Slurm tells a batch script that it is task 0 of all: waiting for the others would be waiting for ever.

@@ -41,6 +41,8 @@ def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
 def exit_process(status: int) -> NoReturn:
     """End this process with a status as the interpreter would, without taking the interpreter down.
 
+    Output that could not be written, as on a full disk, makes 120 of a status of 0; a reader that left does not.
+
     A thread of gloo or of autograd may hold a tensor for a moment after the last collective or backward. If it
     releases the tensor while the interpreter is taken down, the whole process aborts, and a finished run looks like a
     failed one (pytorch issue 190489).
@@ -52,4 +54,7 @@ def exit_process(status: int) -> NoReturn:
             stream.flush()
         except OSError:  # a closed pipe, a full disk
             status = status or 120
+    if (failure := getattr(sys.stdout, "failure", None)) is not None:
+        print(f"standard output could not be written whole: {failure.strerror or failure}", file=sys.stderr, flush=True)
+        status = status or 120
     os._exit(status)

@@ -6,8 +6,8 @@ import json
 import re
 import statistics
 
-import yaml
-
+from ..config.yaml_tree import check_tree, parse
+from ..errors import UserError
 from .groups import Group, mean
 from .run_files import ReportSource
 from .tables import NONE, Cell, Table
@@ -28,9 +28,11 @@ def families(sources: list[ReportSource]) -> list[list[int]]:
 
 
 def _settings(source: ReportSource) -> dict | None:
+    """The settings that a run stored; None for a text that is none, or one that would take for ever to lay out."""
     try:
-        found = yaml.safe_load(source.config or "")
-    except (yaml.YAMLError, ValueError, RecursionError):
+        found = parse(source.config or "")
+        check_tree(found, "its configuration")
+    except (ValueError, UserError):
         return None
     return found if isinstance(found, dict) else None
 

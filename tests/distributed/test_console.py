@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,6 +24,22 @@ def test_a_process_whose_pipe_is_closed_goes_on_and_ends_well():
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == "True\n" and process.wait(20) == 0
+
+
+def _program(redirection: str) -> subprocess.CompletedProcess:
+    words = f"{shlex.quote(sys.executable)} -m mmtard config --explain train.lr {redirection}"
+    return subprocess.run(["sh", "-c", words], stderr=subprocess.PIPE, text=True, timeout=60)
+
+
+def test_output_that_a_full_disk_did_not_take_is_a_failure_that_says_so():
+    ended = _program("> /dev/full")
+    assert ended.returncode == 120
+    assert ended.stderr == "standard output could not be written whole: No space left on device\n"
+
+
+def test_a_program_that_was_started_without_an_output_does_its_work():
+    ended = _program(">&-")
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_a_word_that_the_locale_cannot_write_is_written_in_its_letters():

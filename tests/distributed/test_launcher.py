@@ -28,10 +28,13 @@ def told(monkeypatch):
     [
         ({}, Launch()),
         ({"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1"}, Launch(5, 8, 1)),
-        ({"WORLD_SIZE": "8"}, Launch(0, 8, 0)),
+        ({"WORLD_SIZE": "1"}, Launch()),
+        ({"WORLD_SIZE": "8", "RANK": "5"}, Launch(5, 8, 0)),
         ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", **STEP}, Launch(3, 4, 1)),
         ({"SLURM_PROCID": "0", **STEP}, Launch()),
         ({"SLURM_NTASKS": "4"}, Launch()),
+        # A batch script that exports WORLD_SIZE, for programs which take the rank from Slurm.
+        ({"WORLD_SIZE": "4", "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", **STEP}, Launch(3, 4, 1)),
     ],
 )
 def test_a_process_is_the_rank_that_its_launcher_names(told, env, launch):
@@ -53,6 +56,7 @@ def test_what_a_batch_script_or_an_interactive_shell_starts_without_srun_is_alon
             {"WORLD_SIZE": "x"},
             "the environment says WORLD_SIZE='x', which is no number of at least 1; unset it, or start",
         ),
+        ({"WORLD_SIZE": "8"}, "WORLD_SIZE=8 and no RANK; unset it, or start through torchrun"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
         ({"WORLD_SIZE": "-2"}, "WORLD_SIZE='-2'"),
         ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE='999"),

@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -178,3 +179,10 @@ def test_seeds_of_one_training_have_their_mean_and_spread(tmp_path):
         ("X", [("100.0 ± 0.0", "3 seeds"), ("60.0 ± 10.0", "3 seeds")])
     ]
     assert seeds.means(group, sources.read([tmp_path / "b32-seed0"]), "") is None
+
+
+def test_a_strangers_configuration_that_unfolds_without_end_is_of_no_family():
+    """Aliases of aliases: a few hundred bytes that are 10**12 values, once written out."""
+    text = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 13))
+    runs = [sources.ReportSource(str(i), Path(), config=f"seed: {i}\n{text}", evaluations=[None]) for i in range(2)]
+    assert seeds.families(runs) == []
