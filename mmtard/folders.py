@@ -27,7 +27,8 @@ def read_settings(folder: Path) -> dict | None:
         return json.loads((folder / SETTINGS).read_text())
     except (OSError, ValueError):
         raise UserError(
-            f"'{folder}' exists and was not made by the quickstart; remove it or choose another folder"
+            f"'{folder}' exists and was not made by mmtard: it has no {SETTINGS} that can be read; "
+            "choose another folder, or move it away"
         ) from None
 
 
@@ -125,17 +126,32 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=PARTIAL, dir=folder.parent))
-    handle = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    scratch, handle = _locked_scratch(folder)
     try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         umask = os.umask(0)
         os.umask(umask)
         scratch.chmod(0o777 & ~umask)  # mkdtemp makes it for its owner alone; the finished folder is like any other
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        os.close(handle)
+
+
+def _locked_scratch(folder: Path) -> tuple[Path, int]:
+    """(a new scratch folder, a handle that holds its lock).
+
+    Until it is locked, a process that makes the same folder may take it for abandoned, and remove it.
+    """
+    while True:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=PARTIAL, dir=folder.parent))
+        try:
+            handle = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        with suppress(OSError):  # a file system without locks, where nothing is ever taken for abandoned
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        if scratch.exists():
+            return scratch, handle
         os.close(handle)
 
 

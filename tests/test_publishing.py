@@ -196,3 +196,30 @@ def test_a_folder_of_someone_elses_is_refused_as_such_whatever_lies_in_it(tmp_pa
     os.mkfifo(tmp_path / "mine" / folders.MANIFEST)
     with pytest.raises(UserError, match="mine' exists and is not a report that mmtard made"):
         folders.check_replaceable(tmp_path / "mine", "report")
+
+
+def test_without_locks_nobody_is_known_to_hold_one(tmp_path, monkeypatch):
+    """A killed `mmtard study` leaves its lock's file, and the next one must be able to go on."""
+
+    def flock(*_):
+        raise OSError(errno.ENOTSUP, "no locks")
+
+    (tmp_path / "lock").touch()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert not files.held(tmp_path / "lock")
+
+
+def test_a_new_folder_that_another_process_takes_for_abandoned_is_made_once_more(tmp_path, monkeypatch):
+    """Between its making and its lock it looks like what a killed process left."""
+    make, made = folders.tempfile.mkdtemp, []
+
+    def taken_at_once(**where):
+        made.append(make(**where))
+        if len(made) == 1:
+            folders._remove_abandoned(tmp_path / "report")
+        return made[-1]
+
+    monkeypatch.setattr(folders.tempfile, "mkdtemp", taken_at_once)
+    with folders.replace_folder(tmp_path / "report", "report") as scratch:
+        (scratch / "page").write_text("x")
+    assert len(made) == 2 and (tmp_path / "report" / "page").read_text() == "x"

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from .. import config as settings
-from ..config.argument_types import natural, path, positive
+from ..config.argument_types import jpeg_quality, natural, path, positive
 from .command import add_command, add_config_arguments, heavy_imports
 
 
@@ -26,7 +26,7 @@ def add(parts) -> None:
     p.add_argument("--images", type=positive, default=256, metavar="N", help="read in a round (default 256)")
     p.add_argument("--rounds", type=positive, default=3, metavar="N", help="rounds over both kinds (default 3)")
     p.add_argument("--resize", type=positive, default=256, metavar="PX", help="of pre-resized shards (default 256)")
-    p.add_argument("--quality", type=positive, default=90, metavar="Q", help="of their JPEG (default 90)")
+    p.add_argument("--quality", type=jpeg_quality, default=90, metavar="Q", help="of their JPEG (default 90)")
     p.add_argument("--steps", type=natural, default=10, metavar="N", help="of the loop; 0: leave it out (default 10)")
     p.add_argument("--out", type=path, default=Path("bench_data.json"), metavar="FILE", help="(bench_data.json)")
 

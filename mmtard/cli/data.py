@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from ..config.argument_types import jpeg_quality, path, path_text, positive
+from pathlib import Path
+
+from ..config.argument_types import jpeg_quality, natural, path, path_text, positive
 from ..data.paths import check_openers, default_index, expand_shards
+from ..errors import UserError
 from .command import add_command
 
 
@@ -41,7 +44,7 @@ def _add_shards(commands) -> None:
     )
     p.add_argument("--jobs", type=positive, metavar="N", help="processes; default: one a core")
     p.add_argument(
-        "--shuffle-seed", type=int, default=0, metavar="S", help="order of the images over the shards (default 0)"
+        "--shuffle-seed", type=natural, default=0, metavar="S", help="order of the images over the shards (default 0)"
     )
 
 
@@ -101,9 +104,27 @@ def _index(args) -> None:
     keys = Keys(args.label_key, args.caption_key)
     out = args.out or default_index(shards, keys.label, keys.caption)
     if args.check:
+        _require_index(out, keys)
         data = Data(shards=shards, index=str(out), label_key=keys.label, caption_key=keys.caption, allow_pipe=True)
         index = open_dataset(data, look_again=False).index
         check_shards(index, shards, list(range(len(shards))), out, images=True, jobs=args.jobs)
     else:
         index = build_index(shards, out, args.jobs, keys=keys)
     print(f"{out}: {index.summary()}, fingerprint {index.fingerprint[:16]}" + (", unchanged" if args.check else ""))
+
+
+def _require_index(path: Path, keys) -> None:
+    """Raise UserError where shards have no index to be compared with: one made now would fit whatever they hold."""
+    from ..data.index import load_index
+
+    try:
+        made_with = load_index(path).read_by
+    except FileNotFoundError:
+        raise UserError(
+            f"--check: there is no index at '{path}' to compare with; run `mmtard index` without --check first"
+        ) from None
+    if made_with != keys:
+        raise UserError(
+            f"--check: the index at '{path}' was made with other keys of .json members; give the same --label-key and "
+            "--caption-key"
+        )

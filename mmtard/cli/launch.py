@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -84,7 +85,7 @@ def _init(args) -> None:
 
     written = write_project(args.folder, args.config)
     print(*written, sep="\n")
-    config, script = written[0], written[-1]
+    config, script = (shlex.quote(str(path)) for path in (written[0], written[-1]))
     print(f"\nEdit data.shards, run_dir and the account, then:\n  mmtard config {config}\n  sbatch {script}")
 
 

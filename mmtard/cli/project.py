@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 from .. import resources
+from ..config.yaml_tree import parse
 from ..errors import UserError
 from ..files import write_text
 
 SCRIPT = "train_vitb32.sh"  # of slurm/
-_BASE = re.compile(r"^base:[ \t]*(\S+)[ \t]*$", re.MULTILINE)
+_BASE = re.compile(r"^base:.*$", re.MULTILINE)
 # The line of the script that hands over to Python, and the words that name no configuration yet.
 _HANDS_OVER = re.compile(r'(-m mmtard\.launch\.batch .*\btrain) -- "\$@"')
 _HEADER = """\
@@ -38,7 +41,7 @@ def write_project(folder: Path, config: Path) -> list[Path]:
     """
     texts = {folder / path.name: text for path, text in _with_bases(config).items()}
     script, copy = folder / f"{config.stem}.sh", folder / config.name
-    texts[copy] = _of_its_copy(texts[copy], config, copy, script)
+    texts[copy] = _of_its_copy(texts[copy], config, shlex.quote(str(copy)), shlex.quote(str(script)))
     texts[script] = _script(script, copy)
     for path in texts:
         if path.exists() or path.is_symlink():
@@ -64,26 +67,41 @@ def _with_bases(config: Path) -> dict[Path, str]:
             raise UserError(f"cannot read configuration '{path}': {error}") from None
         if any(path.name == other.name for other in texts):
             raise UserError(f"'{config}' builds on two files called {path.name}; give them names of their own")
-        base = _BASE.search(text)
-        texts[path] = _BASE.sub(lambda found: f"base: {Path(found[1]).name}", text)
-        path = path.parent / base[1] if base else None
+        base = _base_of(text)
+        texts[path] = text if base is None else _BASE.sub(lambda _, base=base: f"base: {_yaml(Path(base).name)}", text)
+        path = None if base is None else path.parent / base
     return texts
 
 
-def _of_its_copy(text: str, config: Path, copy: Path, script: Path) -> str:
+def _base_of(text: str) -> str | None:
+    """The file that a configuration builds on; None for one that builds on none, or that cannot be read."""
+    try:
+        tree = parse(text)
+    except ValueError:
+        return None  # copied as it is: whoever reads it says what is wrong
+    base = tree.get("base") if isinstance(tree, dict) else None
+    return base if isinstance(base, str) else None
+
+
+def _yaml(name: str) -> str:
+    return name if re.fullmatch(r"[\w.-]+", name) else json.dumps(name)
+
+
+def _of_its_copy(text: str, config: Path, copy: str, script: str) -> str:
     """The text whose commands name the copy: as they stand they would run mmtard's own, whatever the user edits."""
     root, config = resources.folder("configs").resolve(), config.resolve()
     if not config.is_relative_to(root):
         return text
     name = f"configs/{config.relative_to(root)}"
-    text = text.replace(f"slurm/{SCRIPT} {name}", str(script))  # the script written here names its configuration itself
-    return text.replace(f"slurm/{SCRIPT}", str(script)).replace(name, str(copy))
+    text = text.replace(f"slurm/{SCRIPT} {name}", script)  # the script written here names its configuration itself
+    return text.replace(f"slurm/{SCRIPT}", script).replace(name, copy)
 
 
 def _script(path: Path, config: Path) -> str:
     text = (resources.folder("slurm") / SCRIPT).read_text(encoding="utf-8")
     settings = text[text.index("#SBATCH --account") :].replace("mmtard-vitb32", f"mmtard-{config.stem}")
-    settings, changed = _HANDS_OVER.subn(rf'\1 {config} -- "$@"', settings)
+    word = shlex.quote(str(config))
+    settings, changed = _HANDS_OVER.subn(lambda found: f'{found[1]} {word} -- "$@"', settings)
     if not changed:
         raise UserError(f"slurm/{SCRIPT} of this installation is another version's; install mmtard anew")
-    return _HEADER.format(config=config, script=path) + settings
+    return _HEADER.format(config=config, script=shlex.quote(str(path))) + settings

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import webdataset as wds
 
+from ..data.index import EXTENSIONS
 from ..errors import UserError
 from ..folders import SETTINGS, publish_folder, read_settings
 
@@ -125,11 +126,17 @@ def _archives(paths: list[Path]) -> Images:
 
 
 def _folder(folder: Path) -> Images:
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    files = [(path, i) for i, name in enumerate(classes) for path in sorted((folder / name).iterdir())]
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    files = [
+        (path, i) for i, name in enumerate(classes) for path in sorted((folder / name).iterdir()) if _is_image(path)
+    ]
     kind = files[0][0].suffix.lstrip(".").lower() if files else "png"
     labels = np.array([i for _, i in files], dtype=np.int64)
     return Images([path.read_bytes() for path, _ in files], kind, labels, classes)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix[1:].lower() in EXTENSIONS and not path.name.startswith(".")
 
 
 def _write(parts: list[Images], folder: Path) -> None:

@@ -64,7 +64,10 @@ def _lock(fd: int, path: Path) -> None:
 
 
 def held(path: Path) -> bool:
-    """Whether someone holds the lock file `path` now; False when a process that was killed left it."""
+    """Whether someone holds the lock file `path` now; False when a process that was killed left it.
+
+    False as well on a file system without locks, where `exclusive` guards nothing.
+    """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -75,5 +78,9 @@ def held(path: Path) -> bool:
         return False
     except BlockingIOError:
         return True
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
     finally:
         os.close(fd)

@@ -80,10 +80,20 @@ def plan(path: Path, overrides: list[str], sweeps: list[str], pipeline: bool, ev
 
 def steps_done(run: Path) -> int:
     """The step of a run's newest checkpoint; 0 where there is none."""
+    step = newest_state(run).get("step")
+    return step if isinstance(step, int) else 0
+
+
+def newest_state(run: Path) -> dict:
+    """The state of a run's newest checkpoint; {} where there is none."""
+    latest = run / layout.CHECKPOINTS / layout.LATEST
     try:
-        return int(json.loads((run / layout.CHECKPOINTS / layout.LATEST / "state.json").read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
+        if latest.is_file():  # on a file system without links it holds the checkpoint's name
+            latest = latest.parent / Path(latest.read_text(encoding="utf-8").strip()).name
+        state = json.loads((latest / "state.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 # ---------------------------------------------------------------- the parts
@@ -109,7 +119,18 @@ def _students(path: Path, overrides: list[str], sweeps: list[str]) -> tuple[Path
     for run in runs:
         if runs.count(run) > 1:
             raise UserError(f"--sweep: two runs would share the folder '{run}'; give each value once")
+    _refuse_one_name([run.strip("/") for run in runs], "--sweep")
     return folder, students
+
+
+def _refuse_one_name(texts: list[str], flag: str) -> None:
+    """Raise UserError where two of the texts would make one file's name: one would take the other's place."""
+    known: dict[str, str] = {}
+    for text in texts:
+        name = slug(text)
+        if name in known:
+            raise UserError(f"{flag}: '{known[name]}' and '{text}' would both be kept as '{name}'; name them otherwise")
+        known[name] = text
 
 
 def _axis(sweep: str) -> tuple[str, list[str]]:
@@ -179,6 +200,7 @@ def _evaluation_stages(
 ) -> tuple[list[Stage], list[str]]:
     """(the evaluations of each student on each of these shards, after its training; notes about those that exist)."""
     stages, notes = [], []
+    _refuse_one_name([shards.strip("/") for shards in evaluate], "--evaluate")
     for config, shards in itertools.product(students, evaluate):
         run = Path(config.run_dir)
         out = run / layout.EVALUATIONS / slug(shards.strip("/"))

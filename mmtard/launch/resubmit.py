@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 from ..distributed import slurm
+from ..files import write_text
 from .requeue import outside
 
 # Options of the job that the script's own lines may not have: variable of the job -> flag of sbatch.
@@ -61,9 +62,9 @@ def submit_folder_again(folder: Path) -> str:
         text = text.replace(pattern, value)  # the log goes on in the files that are being watched
     number = _sbatch(job, [f"--array={task}"] if task else [], text)
     new = _name(number)
-    (folder / f"{number}_submission.sh").write_text(text)
+    write_text(folder / f"{number}_submission.sh", text)
     shutil.copyfile(folder / f"{job}_submitted.pkl", folder / f"{new}_submitted.pkl")
-    successor(folder, job).write_text(new)
+    write_text(successor(folder, job), new)  # at once: who follows the log may be looking
     return new
 
 

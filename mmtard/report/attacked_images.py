@@ -15,7 +15,7 @@ from ..attacks.state import AttackSettings
 from ..config import Data, Model, parse_fraction, section
 from ..data.dataset import open_dataset
 from ..data.images import Native, Transform
-from ..data.paths import is_remote
+from ..data.paths import default_index, is_remote, shards_of
 from ..data.samples import SampleReader
 from ..data.stream import eval_batches
 from ..errors import UserError
@@ -148,7 +148,11 @@ def _images(dataset: Zeroshot, places: list[int], clip: Clip, bases: list[Path])
             "the command of its evaluation writes them again"
         )
     index = dataset.index if dataset.index and Path(dataset.index).is_file() else None
-    found = open_dataset(section(Data, shards=shards, index=index))
+    data = section(Data, shards=shards, index=index)
+    # A page writes nothing beside data, which a stranger's results may name.
+    if index is None and not default_index(shards_of(data)).is_file():
+        raise UserError(f"the shards '{shards}' have no index any more; `mmtard index` makes it")
+    found = open_dataset(data, look_again=False)
     if found.fingerprint != dataset.fingerprint:
         raise UserError(f"'{dataset.data}' no longer holds the data that were measured")
     height, width = dataset.perturbed_size

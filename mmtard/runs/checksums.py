@@ -74,7 +74,7 @@ def _known(run: Path) -> dict[str, dict]:
         return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         known = None
-    if not isinstance(known, dict):
+    if not isinstance(known, dict) or any(".." in Path(file).parts or Path(file).is_absolute() for file in known):
         raise UserError(
             f"'{run / CHECKSUMS}' is damaged; remove it to go on without a check of the files that it lists"
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,8 +138,8 @@ def _is_run(run: Path) -> bool:
 def _make(run: Path) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
-        trial = run / ".writable"
-        discard(trial)
+        # A name of its own, which no link can wait at, and no other start of the same moment takes.
+        trial = run / f".writable.{os.getpid()}-{secrets.token_hex(4)}.part"
         trial.touch(exist_ok=False)
         trial.unlink()
     except OSError as error:

@@ -13,7 +13,7 @@ from ..launch.submit import show_plan, submit_plan
 from . import loading, runs
 from .choose import chosen
 from .plan import Item, model_items, seed_items, tuning_items
-from .run import Maker, prepare_folder
+from .run import Maker, prepare_folder, refuse_at_work
 from .schema import Study
 
 
@@ -33,6 +33,7 @@ def submit(study: Study, make: Maker, request: JobRequest, dry: bool) -> int:
     if dry:
         return show_plan(todo, request, snapshot)
     snapshot.refuse_patterns()
+    refuse_at_work(study)
     prepare_folder(study)
     make(study)
     for stage in todo.stages:

@@ -26,6 +26,7 @@ class Outcome:
     clean: np.ndarray
     robust: np.ndarray
     chance: float
+    fingerprint: str = ""  # of the data
 
     def flags(self, kind: str) -> np.ndarray:
         """Which samples it is right on, bool [N]. kind: clean or robust."""
@@ -62,14 +63,14 @@ def outcome(one: Measurement) -> Outcome | None:
         clean, ids = np.array(samples["clean"], dtype=bool), tuple(samples["ids"])
         if not len(clean) == len(robust) == len(ids) > 0:
             raise ValueError("samples of other numbers")
-        return Outcome(ids, clean, np.array(robust, dtype=bool), entry["chance"])
+        return Outcome(ids, clean, np.array(robust, dtype=bool), entry["chance"], entry["fingerprint"])
 
 
 def same_samples(outcomes: dict[str, Outcome]) -> None:
     """Raise UserError where two models of one evaluation were measured on other samples."""
     first = next(iter(outcomes.items()), None)
     for name, one in outcomes.items():
-        if one.ids != first[1].ids:
+        if (one.fingerprint, one.ids) != (first[1].fingerprint, first[1].ids):
             raise UserError(
                 f"'{first[0]}' and '{name}' were measured on other samples, so that no difference can be paired; "
                 "remove the evaluations of both, and start the study again"
@@ -78,7 +79,7 @@ def same_samples(outcomes: dict[str, Outcome]) -> None:
 
 def cost(run: Path, batch_size: int, stored: float = 0.0) -> Cost:
     """What a training took, by its own metrics; a step that was lost and done again counts once."""
-    rows = read_json_lines(run / METRICS)
+    rows = [row for row in read_json_lines(run / METRICS) if isinstance(row.get("step"), int)]
     total, by_step = 0.0, {}
     for row in rows:
         total += row.get("seconds") or 0.0

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from .. import config as settings
-from ..config import Config, dump
+from ..config import Config
 from ..errors import UserError
 from ..evaluation.table import print_table
 from ..launch.plan import steps_done
@@ -105,12 +105,17 @@ def model_groups(study: Study) -> list[list[Item]]:
     """The models in groups that may be trained side by side: one that another learns from is in an earlier group."""
     groups: list[list[Item]] = [[]]
     for item in model_items(study):
-        needed = dump(item.config) if item.config else ""
-        earlier = [one.config.run_dir for one in groups[-1] if one.config]
-        if any(folder in needed for folder in earlier):
+        earlier = [Path(one.config.run_dir) for one in groups[-1] if one.config]
+        if any(weights.is_relative_to(run) for weights in _weights(item.config) for run in earlier):
             groups.append([])
         groups[-1].append(item)
     return groups
+
+
+def _weights(config: Config | None) -> list[Path]:
+    """Where the models lie that a training begins with or learns from."""
+    models = [config.student, *config.teachers.values()] if config else []
+    return [Path(model.weights) for model in models]
 
 
 def run_item(study: Study, run: Run, phase: str, chosen: bool) -> Item:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..distributed.interruption import Interruption
 from ..errors import UserError
 from ..files import exclusive, held, why_not_written, write_text
+from ..launch.plan import newest_state
 from . import loading, runs
 from .choose import chosen
 from .here import Crew
@@ -49,11 +50,12 @@ def run_here(study: Study, make: Maker, command: str, say: Callable = print) -> 
 
     runs.check(study)
     page.check_folder(study)
-    folder = prepare_folder(study)
-    if held(folder / LOCK):
-        raise UserError(f"'{folder}': another process works on this study; wait for it, or name another --out")
+    refuse_at_work(study)
+    folder = _made(Path(study.out))
     with exclusive(folder / LOCK):
+        prepare_folder(study)
         make(study)  # a signal ends it at once: what is half made is not there
+        _refuse_other_data(items(study))
         with Interruption() as interruption, Crew(study, folder, interruption, say) as crew:
             for group in model_groups(study):
                 crew.do(_checked(group))
@@ -62,17 +64,62 @@ def run_here(study: Study, make: Maker, command: str, say: Callable = print) -> 
         return page.write(findings.collect(study), command)
 
 
-def prepare_folder(study: Study) -> Path:
-    """Make the study's folder, and write into it the study as it is run. Raises UserError where that cannot be."""
-    folder = Path(study.out)
+def refuse_at_work(study: Study) -> None:
+    """Raise UserError where a process on this machine works on the study: its workers read what is written here."""
+    if held(Path(study.out) / LOCK):
+        raise UserError(f"'{study.out}': another process works on this study; wait for it, or name another --out")
+
+
+def prepare_folder(study: Study) -> None:
+    """Make the study's folder, and write into it the study as it is run.
+
+    Raises UserError where that cannot be, and where a run there was made with other settings: workers and queued jobs
+    read the study that is written there.
+    """
+    for item in items(study):
+        item.check_settings()
+    folder = _made(Path(study.out))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / loading.FILE, loading.dump(study))
         with suppress(FileExistsError):
             os.mkdir(folder / runs.RUNS)
     except OSError as error:
-        raise UserError(f"out: {why_not_written(folder, error)}; name another folder with --out") from None
+        raise _not_written(folder, error) from None
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_written(folder, error) from None
     return folder
+
+
+def _not_written(folder: Path, error: OSError) -> UserError:
+    return UserError(f"out: {why_not_written(folder, error)}; name another folder with --out")
+
+
+def _refuse_other_data(planned: list[Item]) -> None:
+    """Raise UserError where a finished run was trained on other data than its shards hold now.
+
+    One that is not finished is refused by the training itself.
+    """
+    from ..data.dataset import open_dataset
+
+    now: dict[str, str] = {}
+    for item in planned:
+        if item.config is None or not item.trained:
+            continue
+        data = item.config.data
+        key = data.model_dump_json()
+        if key not in now:
+            now[key] = open_dataset(data).fingerprint
+        then = newest_state(Path(item.config.run_dir)).get("data_fingerprint")
+        if then is not None and then != now[key]:
+            raise UserError(
+                f"'{item.config.run_dir}' was trained on other data than '{data.shards}' holds now; restore them, "
+                "name another folder with --out, or remove that run"
+            )
 
 
 def write_page(study: Study, command: str) -> Path:

@@ -200,6 +200,8 @@ def test_version(capsys):
             "--n-samples: 'some' is not a whole number of at least 1",
         ),
         (["compare"], "required: RUN"),
+        (["shards", "a", "b", "--shuffle-seed", "-1"], "'-1' is not a whole number of at least 0"),
+        (["bench", "data", "vitb32_mmtard", "--quality", "101"], "'101' is not a JPEG quality; give 1 to 100"),
         (["shards", "a", "b", "--quality", "101"], "'101' is not a JPEG quality; give 1 to 100"),
         (["export", "run"], "required: OUT"),
     ],

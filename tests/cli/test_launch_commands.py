@@ -116,6 +116,23 @@ def test_init_takes_along_what_a_configuration_builds_on():
     assert "#   sbatch mine/fare2_vitl14.sh data.shards=" in text, "the script names the configuration already"
 
 
+@pytest.mark.parametrize("base", ['"my base.yaml"  # shared', "'my base.yaml'", "my base.yaml # shared"])
+def test_init_takes_along_a_base_however_it_is_written(elsewhere, base):
+    (elsewhere / "my base.yaml").write_text((CONFIGS / "vitb32_mmtard.yaml").read_text())
+    (elsewhere / "own.yaml").write_text(f"base: {base}\nseed: 3\n")
+    assert main(["init", "mine", "--config", "own.yaml"]) == 0
+    (elsewhere / "my base.yaml").unlink()
+    assert config.load("mine/own.yaml").seed == 3
+
+
+def test_init_into_a_folder_with_a_space_writes_a_script_that_names_one_file(elsewhere, capsys):
+    assert main(["init", "my run", "--config", "baselines/fare"]) == 0
+    script = (elsewhere / "my run" / "fare.sh").read_text()
+    assert " train 'my run/fare.yaml' -- \"$@\"" in script and "sbatch 'my run/fare.sh'" in script
+    assert "sbatch 'my run/fare.sh'" in (elsewhere / "my run" / "fare.yaml").read_text()
+    assert "mmtard config 'my run/fare.yaml'" in capsys.readouterr().out
+
+
 def test_init_overwrites_nothing(elsewhere, capsys):
     assert main(["init", "mine"]) == 0
     Path("mine/vitb32_mmtard.yaml").write_text("mine: 1\n")

@@ -393,3 +393,14 @@ def test_a_header_that_speaks_of_terabytes_ends_at_the_end_of_the_file(tmp_path)
         scan_shard(str(tmp_path / "0.tar"))
     with pytest.raises(UserError, match="is truncated or damaged"):
         scan_shard(f"file:{tmp_path / '0.tar'}")
+
+
+def test_shards_without_an_index_are_not_checked_against_one_made_now(folder, tmp_path, capsys):
+    shards = shutil.copytree(folder, tmp_path / "shards")
+    assert cli.main(["index", str(shards), "--check"]) == 0
+    (shards / "mmtard-index.npz").unlink()
+    assert cli.main(["index", str(shards), "--check"]) == 2
+    assert "--check: there is no index at" in capsys.readouterr().err and not (shards / "mmtard-index.npz").exists()
+    assert cli.main(["index", str(shards), "--out", str(tmp_path / "own.npz")]) == 0
+    assert cli.main(["index", str(shards), "--out", str(tmp_path / "own.npz"), "--check", "--label-key", "y"]) == 2
+    assert "was made with other keys of .json members" in capsys.readouterr().err

@@ -80,6 +80,8 @@ def test_one_set_alone_is_taken_without_its_name_from_folders_or_archives(tmp_pa
             (folders / split / name).mkdir(parents=True)
             for i in range(3):
                 (folders / split / name / f"{i}.webp").write_bytes(encoded(first + 10 * c + i))
+            (folders / split / name / ".DS_Store").write_text("what a file manager leaves is no image")
+        (folders / split / ".cache").mkdir()
     make_splits(folders, tmp_path / "out", **SIZES | {"trained": "cifar10", "validation": 2, "zeroshot_validation": 0})
     assert len(levels(tmp_path / "out" / "images" / "train")) == 4
     assert set(levels(tmp_path / "out" / "images" / "test")) == {100, 101, 102, 110, 111, 112}

@@ -38,6 +38,8 @@ WRONG = [  # arguments, what the one line on stderr says
     (["--sweep", "train.lr="], "'train.lr=' is not of the form key.sub=value,value"),
     (["--sweep", "train.lr=1e-5,"], "is not of the form"),
     (["--sweep", "seeds=0,1,0"], "two runs would share the folder"),
+    (["--sweep", "run_dir=runs/a/b,runs/a_b"], "'runs/a/b' and 'runs/a_b' would both be kept as 'runs_a_b'"),
+    (["--evaluate", "a/b", "--evaluate", "a_b"], "--evaluate: 'a/b' and 'a_b' would both be kept as 'a_b'; name them"),
     (["--sweep", "train.batch_size=8,9"], "4 lanes do not divide train.batch_size 9"),
     (["--evaluate", "nowhere.tar"], "--evaluate: data.shards: missing shard 'nowhere.tar'"),
     (["--time", "tomorrow"], "--time: 'tomorrow' is not a time limit; write minutes, H:MM:SS or D-HH:MM:SS"),

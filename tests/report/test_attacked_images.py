@@ -77,6 +77,15 @@ def test_the_measured_samples_are_attacked_and_shown(place, tmp_path):
         assert abs(magnified - (127.5 + moved * 127.5 / 64)).max() <= 3
 
 
+def test_a_page_writes_no_index_beside_shards_that_a_strangers_results_name(place, tmp_path):
+    folder, content, _, _ = copy.deepcopy(place)
+    shutil.copytree(folder / "shards", tmp_path / "shards")
+    (tmp_path / "shards" / "mmtard-index.npz").unlink()
+    content["datasets"][0]["data"] = str(tmp_path / "shards")
+    assert "have no index any more; `mmtard index` makes it" in strip(read(tmp_path, content), 0, 2).missing
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["0.tar"]
+
+
 @pytest.fixture
 def photos(place, tmp_path, monkeypatch):
     """An evaluation, as `mmtard evaluate` wrote it, of the shards' images in class folders; the cache is its own."""

@@ -49,3 +49,10 @@ def test_an_interrupted_write_leaves_no_checksum_that_does_not_fit(run):
 
 def test_a_run_of_an_earlier_version_is_not_checked(tmp_path):
     assert checksums.why_damaged(tmp_path, "start") is None
+
+
+def test_a_strangers_checksums_name_nothing_outside_of_the_run(run):
+    """`start/../../../../dev/zero` would be read for ever."""
+    (run / "checksums.json").write_text(json.dumps({"files": {f"start/{'../' * 40}dev/zero": {}}}))
+    with pytest.raises(UserError, match="checksums.json' is damaged"):
+        checksums.why_damaged(run, "start")

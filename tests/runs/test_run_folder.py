@@ -4,6 +4,7 @@ import platform
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -300,3 +301,11 @@ def test_a_full_disk_at_the_start_is_one_line(prepare, run, monkeypatch):
         UserError, match=r"cannot write '.*run': No space left on device \(the disk at '.*' has .* free\)"
     ):
         prepare()
+
+
+def test_starts_of_one_moment_do_not_stumble_over_each_other(tmp_path):
+    """Each tries whether the folder can be written to before it waits for the run's lock."""
+    with ThreadPoolExecutor(8) as pool:
+        for made in [pool.submit(folder._make, tmp_path / "run") for _ in range(800)]:
+            made.result()
+    assert list((tmp_path / "run").iterdir()) == []

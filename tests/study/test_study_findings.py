@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from tiny_study import results, tree, write
 
+from mmtard.errors import UserError
 from mmtard.study import findings, gains, loading, measures, records, runs, tables, verdict
+from mmtard.study.collect import Outcome, cost, same_samples
 
 N = 40  # samples
 # (method, point) -> clean and robust accuracy in 40ths
@@ -83,3 +85,16 @@ def test_the_sentences_name_the_joint_front(found):
     assert "; at the baseline's robust accuracy +12.5 points (" in line
     assert line.endswith(" against all baselines together.")
     assert "  " + line in verdict.lines(found)
+
+
+def test_models_that_were_measured_on_other_data_are_not_compared(tmp_path):
+    """Other data of as many samples have the same sample ids."""
+    one, other = (Outcome((0, 1), np.ones(2, bool), np.ones(2, bool), 0.5, fingerprint) for fingerprint in "ab")
+    same_samples({"a": one, "b": one})
+    with pytest.raises(UserError, match="'a' and 'b' were measured on other samples, so that no difference"):
+        same_samples({"a": one, "b": other})
+
+
+def test_a_damaged_row_of_metrics_costs_nothing_else(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "seconds": 2}\n{}\n{"step": 2, "seconds": 3}\n')
+    assert (cost(tmp_path, 8).seconds, cost(tmp_path, 8).images) == (5, 16)

@@ -1,13 +1,20 @@
 """A study's file: what it resolves to, what is refused and with which words, what a dry run lists."""
 
+import json
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from tiny_study import measure, results, tree, write
 
 from mmtard.cli.main import main
+from mmtard.config import dump
+from mmtard.data.dataset import open_dataset
 from mmtard.errors import UserError
-from mmtard.study import choose, loading, measures, plan, runs
+from mmtard.examples.shapes import make_data
+from mmtard.files import exclusive
+from mmtard.launch.plan import steps_done
+from mmtard.study import choose, loading, measures, plan, run as study_run, runs
 
 
 @pytest.fixture
@@ -169,6 +176,14 @@ def test_models_are_trained_side_by_side_unless_one_learns_from_another(study):
     assert groups == [["robust", "clean"], ["taught", "other", "start"]]
 
 
+def test_a_model_of_a_long_path_with_spaces_is_trained_before_those_that_learn_from_it(study, tmp_path):
+    """In a dump of its configuration, such a path is broken over two lines."""
+    robust = {"settings": {"method": {"name": "tecoa"}}}
+    taught = {"settings": {"method": {"name": "rslad"}, "teachers": {"robust": {"weights": "{study}/models/robust"}}}}
+    one = study(models={"robust": robust, "taught": taught}, out=str(tmp_path / " ".join(["a folder"] * 20)))
+    assert [[item.words for item in group] for group in plan.model_groups(one)] == [["robust"], ["taught", "start"]]
+
+
 def test_a_dry_run_lists_what_is_missing_and_writes_nothing(tmp_path, vit, capsys):
     file = write(tmp_path / "study.yaml", tree(tmp_path / "out", vit))
     assert main(["study", str(file), "--dry-run"]) == 0
@@ -183,13 +198,55 @@ def test_a_run_that_was_made_with_other_settings_is_named(study, tmp_path):
     item = plan.tuning_items(one)[0]
     folder = tmp_path / "out" / "runs" / runs.tuning_runs(one)[0].name
     folder.mkdir(parents=True)
-    from mmtard.config import dump
-
     (folder / "config.yaml").write_text(dump(item.config))
     item.check_settings()
     other = plan.tuning_items(study("settings.train.steps=5"))[0]
     with pytest.raises(UserError, match="was made with train.steps 4, and the study now says 5; name another folder"):
         other.check_settings()
+
+
+def finished(item, **state):
+    """The folder of a run whose last checkpoint is there."""
+    latest = Path(item.config.run_dir) / "checkpoints" / "latest"
+    latest.mkdir(parents=True)
+    (latest / "state.json").write_text(json.dumps({"step": item.config.train.steps, **state}))
+
+
+def test_a_finished_run_of_other_data_is_named(study, tmp_path):
+    """The options of the study's data changed, so that they were made anew, and all its runs are done."""
+    item = plan.tuning_items(study())[0]
+    images = tmp_path / "out" / "data" / "images"
+    make_data(images, train=4, test=0, zeroshot=0)
+    finished(item, data_fingerprint=open_dataset(item.config.data).fingerprint)
+    study_run._refuse_other_data([item])
+    make_data(images, train=4, test=0, zeroshot=0, seed=1)
+    with pytest.raises(UserError, match="was trained on other data than '.*' holds now; restore them, name another"):
+        study_run._refuse_other_data([item])
+
+
+def test_a_study_that_is_refused_leaves_what_its_workers_and_jobs_read(study, tmp_path):
+    one = study()
+    study_run.prepare_folder(one)
+    written = (tmp_path / "out" / "study.yaml").read_text()
+    with (
+        exclusive(tmp_path / "out" / study_run.LOCK),
+        pytest.raises(UserError, match="another process works on this study"),
+    ):
+        study_run.run_here(study("settings.train.steps=5"), lambda _: None, "mmtard study")
+    item = plan.tuning_items(one)[0]
+    Path(item.config.run_dir).mkdir(parents=True)
+    (Path(item.config.run_dir) / "config.yaml").write_text(dump(item.config))
+    with pytest.raises(UserError, match="was made with train.steps 4, and the study now says 5"):
+        study_run.run_here(study("settings.train.steps=5"), lambda _: None, "mmtard study")
+    assert (tmp_path / "out" / "study.yaml").read_text() == written
+
+
+def test_a_checkpoint_is_known_where_the_file_system_has_no_links(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "step-7").mkdir(parents=True)
+    (checkpoints / "step-7" / "state.json").write_text('{"step": 7}')
+    (checkpoints / "latest").write_text("step-7\n")
+    assert steps_done(tmp_path) == 7
 
 
 def test_an_unknown_study_is_answered_with_the_known_ones(capsys):
