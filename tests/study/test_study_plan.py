@@ -180,7 +180,7 @@ def test_a_model_of_a_long_path_with_spaces_is_trained_before_those_that_learn_f
     """In a dump of its configuration, such a path is broken over two lines."""
     robust = {"settings": {"method": {"name": "tecoa"}}}
     taught = {"settings": {"method": {"name": "rslad"}, "teachers": {"robust": {"weights": "{study}/models/robust"}}}}
-    one = study(models={"robust": robust, "taught": taught}, out=str(tmp_path / " ".join(["a folder"] * 20)))
+    one = study(f"out={tmp_path / ' '.join(['a folder'] * 20)}", models={"robust": robust, "taught": taught})
     assert [[item.words for item in group] for group in plan.model_groups(one)] == [["robust"], ["taught", "start"]]
 
 
