@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -194,7 +193,7 @@ def train(config: str | Path | dict | settings.Config, overrides: Sequence[str] 
     from .data.paths import shards_of
     from .distributed.guest import environment_as_it_was, signals_as_they_were
     from .distributed.interruption import Interruption
-    from .distributed.launcher import world_size_from_env
+    from .distributed.launcher import choose_accelerator, world_size_from_env
     from .runs import history, trackers
 
     if isinstance(config, settings.Config | dict):
@@ -209,8 +208,7 @@ def train(config: str | Path | dict | settings.Config, overrides: Sequence[str] 
     refused = history.why_not_restart(Path(run.run_dir), run.resume)
     if refused:
         raise RunError(f"'{run.run_dir}': {refused}")
-    if run.engine.device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU that is there
+    choose_accelerator(run.engine.device)
     from .training.train import train as run_training
 
     with environment_as_it_was(), signals_as_they_were():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from .. import config as settings
 from ..config.argument_types import natural, path, positive
+from ..distributed.launcher import choose_accelerator
 from .command import add_command, add_config_arguments, heavy_imports
 
 
@@ -43,8 +43,7 @@ def add(parts) -> None:
 
 def _run(args) -> None:
     config = settings.load(args.config, args.overrides)
-    if config.engine.device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_accelerator(config.engine.device)
     with heavy_imports():
         from ..benchmarks.training import TrainingBenchmark
     TrainingBenchmark(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 from .. import config as settings
 from ..data.paths import shards_of
 from ..distributed.interruption import Interruption
-from ..distributed.launcher import world_size_from_env
+from ..distributed.launcher import choose_accelerator, world_size_from_env
 from ..runs import trackers
 from .command import add_command, add_config_arguments, heavy_imports, may_start
 
@@ -85,6 +83,5 @@ def _ready(args) -> settings.Config:
     settings.check_world(config, world_size_from_env())
     shards_of(config.data)
     trackers.check(config.log)
-    if config.engine.device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU that is there
+    choose_accelerator(config.engine.device)
     return config

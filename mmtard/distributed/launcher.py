@@ -1,4 +1,4 @@
-"""Which rank this process is, as its launcher says: torchrun, the deepspeed launcher, srun, or none."""
+"""Which rank this process is, as its launcher says (torchrun, deepspeed, srun, or none), and on what it computes."""
 
 from __future__ import annotations
 
@@ -47,6 +47,12 @@ def launch_from_env() -> Launch:
 def world_size_from_env() -> int:
     """Ranks of this launch; 1 without a launcher. Raises UserError like `launch_from_env`."""
     return launch_from_env().world_size
+
+
+def choose_accelerator(device: str) -> None:
+    """Keep DeepSpeed off a GPU that is there, where `engine.device` is cpu. Call before anything imports DeepSpeed."""
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _is_started_by_srun() -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..config import Config
 from ..distributed.interruption import EXIT_REQUEUE, Interruption
+from ..distributed.launcher import choose_accelerator
 from ..distributed.processes import die_with_parent, exit_process
 from ..errors import RunError, UserError
 from ..files import slug, write_text
@@ -71,8 +72,7 @@ def train(study: Study, asked: dict, interruption: Interruption) -> int:
     from ..training.train import train as train_run
 
     config = _configuration(study, asked)
-    if config.engine.device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_accelerator(config.engine.device)
     return train_run(config, interruption)
 
 

@@ -205,6 +205,15 @@ def test_a_run_that_was_made_with_other_settings_is_named(study, tmp_path):
         other.check_settings()
 
 
+def test_a_dry_run_tells_of_no_trainings_after_the_tuning_where_there_are_none(tmp_path, vit, capsys):
+    file = write(tmp_path / "study.yaml", tree(tmp_path / "out", vit))
+    assert main(["study", str(file), "seeds=[0]", "grid.tune_each=true", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "10 in all" in printed and "after tuning" not in printed
+    assert main(["study", str(file), "grid.tune_each=true", "--dry-run"]) == 0
+    assert "after tuning, up to 4 trainings more" in capsys.readouterr().out
+
+
 def finished(item, **state):
     """The folder of a run whose last checkpoint is there."""
     latest = Path(item.config.run_dir) / "checkpoints" / "latest"
