@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from ..config import Data
+from ..data.paths import shards_of
 from ..distributed.interruption import Interruption
 from ..errors import UserError
 from ..files import exclusive, held, why_not_written, write_text
@@ -103,24 +105,31 @@ def _not_written(folder: Path, error: OSError) -> UserError:
 def _refuse_other_data(planned: list[Item]) -> None:
     """Raise UserError where a finished run was trained on other data than its shards hold now.
 
-    One that is not finished is refused by the training itself.
+    One that is not finished is refused by the training itself, and data that are gone are needed by no finished one.
     """
     from ..data.dataset import open_dataset
 
-    now: dict[str, str] = {}
+    now: dict[str, str | None] = {}
     for item in planned:
         if item.config is None or not item.trained:
             continue
         data = item.config.data
         key = data.model_dump_json()
         if key not in now:
-            now[key] = open_dataset(data).fingerprint
+            now[key] = open_dataset(data).fingerprint if _is_there(data) else None
         then = newest_state(Path(item.config.run_dir)).get("data_fingerprint")
-        if then is not None and then != now[key]:
+        if None not in (then, now[key]) and then != now[key]:
             raise UserError(
                 f"'{item.config.run_dir}' was trained on other data than '{data.shards}' holds now; restore them, "
                 "name another folder with --out, or remove that run"
             )
+
+
+def _is_there(data: Data) -> bool:
+    try:
+        return bool(shards_of(data))
+    except UserError:
+        return False
 
 
 def write_page(study: Study, command: str) -> Path:

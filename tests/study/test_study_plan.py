@@ -228,6 +228,8 @@ def test_a_finished_run_of_other_data_is_named(study, tmp_path):
     make_data(images, train=4, test=0, zeroshot=0)
     finished(item, data_fingerprint=open_dataset(item.config.data).fingerprint)
     study_run._refuse_other_data([item])
+    images.rename(tmp_path / "away")
+    study_run._refuse_other_data([item])  # a page of finished runs needs no data
     make_data(images, train=4, test=0, zeroshot=0, seed=1)
     with pytest.raises(UserError, match="was trained on other data than '.*' holds now; restore them, name another"):
         study_run._refuse_other_data([item])
