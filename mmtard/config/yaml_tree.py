@@ -72,8 +72,10 @@ def check_tree(tree: dict, source: str) -> None:
     def check(value: Any, place: str, depth: int) -> None:
         nonlocal room
         room -= 1
-        if depth > DEEPEST or room < 0:
+        if depth > DEEPEST:
             raise UserError(f"{source}: {place.partition('.')[0]} is nested too deeply to be a configuration")
+        if room < 0:
+            raise UserError(f"{source}: it holds more than {LARGEST:,} values, which no configuration does")
         if isinstance(value, dict):
             for key, sub in value.items():
                 if not isinstance(key, str):

@@ -8,6 +8,7 @@ from .. import config
 from ..config import Model
 from ..models import clip, lora
 from ..runs import checkpoints
+from ..runs.layout import CONFIG
 
 
 class Adapter:
@@ -27,7 +28,7 @@ class Adapter:
             run, self.weights = checkpoints.read_resolved(folder, read)
             self.found = lora.is_adapter(self.weights)
         if self.found:
-            self.student = config.load(run / "config.yaml").student
+            self.student = config.load(run / CONFIG).student
 
     def save(self, folder: Path) -> None:
         """Write adapter_config.json, which names the model to put the adapter on, and adapter_model.safetensors."""

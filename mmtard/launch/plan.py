@@ -147,7 +147,7 @@ def _commas(text: str) -> list[str]:
     for c in text:
         if closing and c == closing[-1]:
             closing.pop()
-        elif c in "\"'" and not (closing and closing[-1] in "\"'") or c in "[{":
+        elif c in "\"'[{" and not (closing and closing[-1] in "\"'"):
             closing.append({"[": "]", "{": "}"}.get(c, c))
         parts[-1] += c
         if c == "," and not closing:

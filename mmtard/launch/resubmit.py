@@ -18,6 +18,7 @@ SHAPE = {
     "SLURM_JOB_ACCOUNT": "account",
     "SLURM_JOB_PARTITION": "partition",
     "SLURM_JOB_QOS": "qos",
+    "SLURM_JOB_RESERVATION": "reservation",
     "SLURM_NTASKS_PER_NODE": "ntasks-per-node",
     "SLURM_CPUS_PER_TASK": "cpus-per-task",
     "SLURM_GPUS_PER_NODE": "gpus-per-node",

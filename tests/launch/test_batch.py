@@ -108,6 +108,18 @@ def test_a_container_without_slurm_says_why_nothing_starts_again(slurm, monkeypa
     )
 
 
+def test_a_job_that_is_submitted_again_stays_in_its_reservation(slurm, tmp_path, monkeypatch):
+    slurm()
+    script(tmp_path / "sbatch", f'printf "%s\\n" "$@" >{tmp_path}/words\necho 8')
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in {**JOB, "SLURM_JOB_RESERVATION": "week 7"}.items():
+        monkeypatch.setenv(name, value)
+    assert resubmit.submit_script_again("run.sh", ["train.lr=1"]) == "8"
+    words = (tmp_path / "words").read_text().splitlines()
+    assert "--reservation=week 7" in words and "--nodes=2" in words and words[-2:] == ["run.sh", "train.lr=1"]
+
+
 # ---------------------------------------------------------------- the body of a job
 
 

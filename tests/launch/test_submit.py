@@ -175,6 +175,7 @@ def test_a_sweep_is_an_array_with_a_run_folder_for_each_combination(submit, tmp_
         ("data.shards=a/{0..1}.tar,b/{0,1}.tar", ["a/{0..1}.tar", "b/{0,1}.tar"]),
         ("method={name: clean},{name: tecoa}", ["{name: clean}", "{name: tecoa}"]),
         ("x='a,b',\"c,'d\"", ["'a,b'", '"c,\'d"']),
+        ("x='a [b','c}'", ["'a [b'", "'c}'"]),
         ("x=1", ["1"]),
     ],
 )
