@@ -109,7 +109,9 @@ class _Loader(yaml.SafeLoader):
             _refuse_twins(node)
         super().flatten_mapping(node)
         if len(node.value) > LARGEST:
-            raise yaml.constructor.ConstructorError(None, None, "its `<<` merge too many keys", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"it has more than {LARGEST:,} keys, with those of its `<<`", node.start_mark
+            )
 
 
 def _refuse_twins(node: yaml.MappingNode) -> None:

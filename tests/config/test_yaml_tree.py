@@ -17,7 +17,7 @@ MERGED = "a0: &a0 {k: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]
     "content, words",
     [
         ("train: {lr: 1, lr: 2}\n", "not valid YAML|key 'lr' stands there twice"),
-        (MERGED, "not valid YAML|its `<<` merge too many keys"),
+        (MERGED, "not valid YAML|it has more than 100,000 keys, with those of its `<<`"),
     ],
 )
 def test_a_file_that_cannot_be_laid_out_is_refused(write, content, words):
