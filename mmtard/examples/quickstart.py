@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from .. import resources
+from ..distributed.console import outlive_reader
 from ..distributed.processes import exit_process
 from ..errors import RunError, UserError
 from ..report.page import report
@@ -25,6 +26,7 @@ NAME = "quickstart"
 
 def main() -> int:
     """Run it, say what was found and how long it took; return the exit status, that of an error or 0."""
+    outlive_reader()
     began = time.monotonic()
     try:
         study = loading.load(resources.studies()[NAME])
