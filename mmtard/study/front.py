@@ -71,7 +71,7 @@ class Estimate:
 
 
 def estimate(value: float, resampled: np.ndarray) -> Estimate:
-    """The percentile interval. An infinite or undefined resample stands above every number where it is infinite."""
+    """The percentile interval and p. Resamples without a number (NaN) are left out of both, and their share is told."""
     known = resampled[~np.isnan(resampled)]
     if not len(known):
         return Estimate(value, float("nan"), float("nan"), 1.0)
@@ -94,8 +94,8 @@ class Resampling:
 
     @classmethod
     def draw(cls, resamples: int, seeds: int, samples: int, seed: int = 0) -> Resampling:
-        # Generators of their own, so that the same samples are drawn whatever the number of seeds.
         """Draw `resamples` times how often each of the seeds and samples counts; the same draws for the same `seed`."""
+        # Generators of their own, so that the same samples are drawn whatever the number of seeds.
         of_seeds, of_samples = (np.random.Generator(np.random.Philox([seed, part])) for part in (0, 1))
         return cls(
             of_seeds.multinomial(seeds, np.full(seeds, 1 / seeds), resamples),
