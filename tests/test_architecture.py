@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -71,10 +72,16 @@ def sources(*names):
     return [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
 
 
+@cache
+def parsed(path):
+    return ast.parse(path.read_text())
+
+
+@cache
 def imports(path):
     """Every module that a file imports, at any depth, dotted and absolute; `from a import b` counts as a.b."""
     found, package = set(), path.relative_to(ROOT).with_suffix("").parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -152,7 +159,7 @@ def test_mathematics_knows_neither_ranks_nor_files(path):
 def test_only_the_engine_and_ranks_know_torch_distributed(path):
     if str(path.relative_to(ROOT)) in DISTRIBUTED:
         return
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert not under(imports(path) | attributes, "torch.distributed", "deepspeed")
 
@@ -253,12 +260,12 @@ def test_the_reader_sees_every_unsafe_call(call):
 @pytest.mark.parametrize("folder", ["mmtard", "launch"])
 def test_nothing_runs_what_a_file_or_a_setting_holds(folder):
     for path in (ROOT / folder).rglob("*.py"):
-        assert not list(unsafe(ast.parse(path.read_text()))), path
+        assert not list(unsafe(parsed(path))), path
 
 
 def names_in(path):
     """What an import may take from a file: all that is assigned, defined or imported in it."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = list(ast.walk(parsed(path)))
     imported = [alias for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
     return (
         {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}

@@ -4,7 +4,7 @@ from written import write_run
 from mmtard.report import accuracy, curves, sources
 
 
-def test_every_column_of_the_metrics_has_its_figure(tmp_path):
+def test_every_column_of_the_metrics_has_its_figure(tmp_path, quick_figures):
     found = sources.read([write_run(tmp_path / "a")])
     assert [f.name for f in curves.losses(found)] == ["training-loss", "training-kl-robust"]
     assert [f.name for f in curves.optimisation(found)] == ["training-lr", "training-grad-norm"]
@@ -18,7 +18,7 @@ def test_every_column_of_the_metrics_has_its_figure(tmp_path):
     assert "a from (86.0, 10.0) to (70.0, 50.0)" in accuracy.trajectory(found).alt
 
 
-def test_a_run_without_probes_or_weights_has_no_such_figure(tmp_path):
+def test_a_run_without_probes_or_weights_has_no_such_figure(tmp_path, quick_figures):
     found = sources.read([write_run(tmp_path / "a", rows=[{"step": 1, "loss": 1.0}], probes=None)])
     assert (
         curves.probes(found) == curves.teacher_weights(found) == curves.speed(found) == []

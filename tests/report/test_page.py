@@ -76,12 +76,6 @@ def test_what_was_found_and_what_was_not_is_said(page):
     assert "Δ +10.0, p 1" in text and "Δ -50.0, p 0.062" in text  # 5 in 5 discordant samples: 2 / 2^5
 
 
-@pytest.fixture
-def quick_figures(monkeypatch):
-    """PNGs alone: the other formats take most of the time."""
-    monkeypatch.setattr("mmtard.report.style.VECTOR", {})
-
-
 def test_a_report_is_replaced_whole_and_nothing_else_ever(tmp_path, quick_figures):
     folder = write_run(tmp_path / "a", ROWS[:1], None)
     out = report([folder], tmp_path / "out").parent

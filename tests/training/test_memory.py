@@ -2,6 +2,7 @@
 arithmetic.
 """
 
+import json
 import re
 import weakref
 
@@ -41,6 +42,17 @@ class Alive(TorchDispatchMode):
     def _gone(self, address, size):
         self.seen.discard(address)
         self.now -= size
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A ViT of six narrow blocks for student and teacher, where no number of a published model matters."""
+    path = tmp_path_factory.mktemp("arch") / "tests-memory-vit.json"
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 6, "head_width": 16}
+    text = {"context_length": 10, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    model = {"arch": str(path), "weights": "random"}
+    return {"student": model, "teachers": {"robust": {**model, "placement": "sharded"}}}
 
 
 def run(**changes):
@@ -133,9 +145,9 @@ def test_an_attack_on_the_trained_tower_itself_keeps_what_a_training_forward_kee
     assert rows[memory.ATTACK] == rows[memory.TRAINING] and memory.COPY not in rows
 
 
-def test_checkpointing_reaches_the_attack_where_it_is_asked_to():
+def test_checkpointing_reaches_the_attack_where_it_is_asked_to(small):
     kept = {
-        attack: memory.of_run(run(engine={"checkpoint_activations": True, "checkpoint_attack": attack}), 4)
+        attack: memory.of_run(run(**small, engine={"checkpoint_activations": True, "checkpoint_attack": attack}), 4)
         for attack in (False, True)
     }
     assert kept[True][memory.ATTACK][0] < kept[False][memory.ATTACK][0] / 2
@@ -178,15 +190,15 @@ def test_a_start_with_weights_of_its_own_is_counted_by_its_own_architecture():
     assert fare["teacher start, replicated"] == [2 * 303966208] * 4
 
 
-def test_the_start_is_held_too_and_an_attack_through_a_teacher_keeps_its_activations():
+def test_the_start_is_held_too_and_an_attack_through_a_teacher_keeps_its_activations(small):
     fare = memory.of_run(run(method={"name": "fare"}, teachers={}), 2)
     assert fare["teacher start, replicated"] == [2 * 87849216] * 4
-    through, beside = (memory.of_run(run(method={"name": name}), 1) for name in ("adaad", "ard"))
+    through, beside = (memory.of_run(run(**small, method={"name": name}), 1) for name in ("adaad", "ard"))
     # The student's trained copy keeps float32 beside bf16; a frozen teacher in bf16 keeps about what a student of its
     # kind does.
     assert beside[memory.ATTACK][0] < through[memory.ATTACK][0] < 2.1 * beside[memory.ATTACK][0]
     assert through[memory.TRAINING] == beside[memory.TRAINING]
-    stored = run(method={"name": "ard"}, teachers={"robust": {"arch": "ViT-B-32", "weights": "openai", "stored": True}})
+    stored = run(**small | {"teachers": {"robust": {**small["student"], "stored": True}}})
     assert not any(name.startswith("teacher") for name in memory.of_run(stored, 1))
 
 
@@ -205,14 +217,14 @@ def test_the_command_prints_the_table(tree, write, capsys):
     )
 
 
-def test_what_to_lower_is_said_with_what_it_saves():
+def test_what_to_lower_is_said_with_what_it_saves(small):
     """Half of the images at once take half of the activations."""
-    config = run(train={"steps": 1, "batch_size": 64, "micro_batch_size": 32})
+    config = run(**small, train={"steps": 1, "batch_size": 64, "micro_batch_size": 32})
     words = memory.what_to_lower(config, 2)
     saved = {key: float(gib) for key, gib in re.findall(r"(\S+=\S+) \(([\d.e-]+) GiB less\)", words)}
     rows, smaller = (
         memory.of_run(config, 2),
-        memory.of_run(run(train={"steps": 1, "batch_size": 64, "micro_batch_size": 16}), 2),
+        memory.of_run(run(**small, train={"steps": 1, "batch_size": 64, "micro_batch_size": 16}), 2),
     )
     assert saved["train.micro_batch_size=16"] == pytest.approx(
         (memory.total(rows, 2) - memory.total(smaller, 2)) / 2**30, rel=0.05
