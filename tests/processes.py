@@ -1,4 +1,4 @@
-"""What tests ask of processes: whether another one lives, and that this one be a rank for a while."""
+"""What tests ask of processes: whether another one lives, what it imports, that this one be a rank for a while."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -25,6 +25,22 @@ def processes_where(holds: Callable[[list[str]], bool]) -> list[int]:
         if holds(words):
             found.append(int(path.parent.name))
     return found
+
+
+def python_path(*folders: Path | str) -> str:
+    """PYTHONPATH with these folders before those that the tests were started with."""
+    return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
+
+
+def without_transformers(folder: Path) -> Path:
+    """A folder for PYTHONPATH, in this one, with which a Python has no transformers: as open_clip sees it.
+
+    To import it takes a second of each process, and only models and tokenizers of Hugging Face ask for it.
+    """
+    package = folder / "without" / "transformers"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('transformers is left out')\n")
+    return package.parent
 
 
 @contextmanager

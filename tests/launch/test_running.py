@@ -12,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from processes import python_path, without_transformers
 
 from mmtard.runs.metrics import TIMINGS
 
 SUBMIT = Path(__file__).parents[2] / "launch" / "submit.py"
 TWO_NODES = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1", "log.every=1")
+ONE_NODE = ("--nodes=1", *TWO_NODES[1:])
 pytestmark = pytest.mark.slow
 
 
@@ -38,6 +40,7 @@ def jobs_of(run):
 def test_local_trains_here_on_two_ranks_with_the_copied_code(tiny):
     config, run = tiny("local")
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = python_path(without_transformers(config.parent / "local"))
     command = [sys.executable, SUBMIT, "--config", config, "--local", "--gpus-per-node=2", "log.every=1"]
     done = subprocess.run(command, env=env, cwd=config.parent, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -93,7 +96,7 @@ def bereft(cluster, config, run, shape=TWO_NODES, rank=1):
 
 def alone(cluster, config, run):
     """As `bereft`, and there was no other rank."""
-    return bereft(cluster, config, run, ("--nodes=1", *TWO_NODES[1:]), rank=0)
+    return bereft(cluster, config, run, ONE_NODE, rank=0)
 
 
 def interrupted(cluster, config, run):
@@ -116,9 +119,8 @@ def unloaded(cluster, config, run):
 
 def at_work(cluster, config, run):
     """The id of a job of one rank that has done some of its many steps."""
-    longer = ("train.steps=20", "attack.steps=40", "checkpoint.every=2")
-    shape = ("--nodes=1", *TWO_NODES[1:])
-    submitted = cluster.run(sys.executable, SUBMIT, "--config", config, *shape, *longer)
+    longer = ("train.steps=24", "attack.steps=24", "checkpoint.every=2")
+    submitted = cluster.run(sys.executable, SUBMIT, "--config", config, *ONE_NODE, *longer)
     until(lambda: (run / "metrics.jsonl").exists() and len(rows(run / "metrics.jsonl")) >= 3)
     return re.search(r"job (\d+): training", submitted)[1]
 
@@ -231,7 +233,7 @@ def test_a_pipeline_skips_the_teacher_that_is_done_stores_its_embeddings_and_tra
         SUBMIT,
         "--config",
         config,
-        *TWO_NODES,
+        *ONE_NODE,
         "--pipeline",
         "--array",
         "seeds=0,1",

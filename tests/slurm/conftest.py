@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import python_path, without_transformers
 
 ROOT = Path(__file__).parents[2]
 LOCAL_CLUSTER, TRAIN = ROOT / "slurm" / "local_cluster.sh", ROOT / "slurm" / "train_vitb32.sh"
@@ -26,6 +27,7 @@ class Cluster:
         self.env |= {
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{python}:{os.environ['PATH']}",
+            "PYTHONPATH": python_path(without_transformers(folder)),
             "OMP_NUM_THREADS": "1",
         }
 
@@ -84,10 +86,10 @@ def cluster(tmp_path_factory):
     cluster.run(LOCAL_CLUSTER, "down", cluster.folder)
 
 
-STEPS = 20
+STEPS = 24
 LONG = {
     "train": {"steps": STEPS},
-    "attack": {"steps": 40},
+    "attack": {"steps": 24},
     "checkpoint": {"every": 2},
 }  # long enough to be met at its work
 
