@@ -10,6 +10,7 @@ import time
 
 import pytest
 import yaml
+from processes import python_path, without_transformers
 from tiny_study import tree, write
 
 from mmtard.cli.main import main
@@ -31,6 +32,7 @@ def whole(tmp_path_factory, vit):
     file = write(folder / "tiny.yaml", tree(folder / "out", vit, methods=methods))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["mmtard", "study", str(file)])
+        patch.setenv("PYTHONPATH", python_path(without_transformers(folder)))  # of the workers
         assert main(["study", str(file)]) == 0
     return file, folder / "out"
 
@@ -128,7 +130,7 @@ def test_the_console_shows_the_same_accuracies_and_sentences(whole, capsys):
     assert f"{100 * mean:.1f} ±" in shown and "The baseline is “TeCoA”, the best with one teacher or none" in printed
 
 
-def test_the_report_of_its_runs_shows_each_and_its_teachers(whole):
+def test_the_report_of_its_runs_shows_each_and_its_teachers(whole, quick_figures):
     """As the quickstart writes it."""
     file, out = whole
     page = quickstart.report_of_runs(findings.collect(loading.load(file))).read_text()
@@ -136,7 +138,7 @@ def test_the_report_of_its_runs_shows_each_and_its_teachers(whole):
     assert (out / "runs-report" / "report.html").is_file()
 
 
-def test_a_second_call_trains_nothing_and_writes_the_same(whole, capsys):
+def test_a_second_call_trains_nothing_and_writes_the_same(whole, capsys, quick_figures):
     file, out = whole
     before = {p: p.stat().st_mtime_ns for p in out.rglob("metrics.jsonl")}
     numbers = {name: rows(out, name) for name in ("runs.csv", "fronts.csv")}
@@ -146,8 +148,9 @@ def test_a_second_call_trains_nothing_and_writes_the_same(whole, capsys):
     assert {name: rows(out, name) for name in numbers} == numbers
 
 
-def test_killed_and_stopped_on_the_way_it_ends_with_the_same_numbers(whole, tmp_path):
+def test_killed_and_stopped_on_the_way_it_ends_with_the_same_numbers(whole, tmp_path, monkeypatch, quick_figures):
     """SIGKILL to the whole in the middle of the tuning, SIGTERM later, then to the end."""
+    monkeypatch.setenv("PYTHONPATH", python_path(without_transformers(tmp_path)))
     file, out = whole
     content = yaml.safe_load(file.read_text()) | {"out": str(tmp_path / "again")}
     again = write(tmp_path / "again.yaml", content)
@@ -167,7 +170,8 @@ def test_killed_and_stopped_on_the_way_it_ends_with_the_same_numbers(whole, tmp_
         assert rows(tmp_path / "again", name) == rows(out, name), name
 
 
-def test_a_run_that_fails_is_named_with_its_log_and_the_others_stay(tmp_path, vit, capsys):
+def test_a_run_that_fails_is_named_with_its_log_and_the_others_stay(tmp_path, vit, capsys, monkeypatch, quick_figures):
+    monkeypatch.setenv("PYTHONPATH", python_path(without_transformers(tmp_path)))
     content = tree(tmp_path / "out", vit, curve=None, seeds=[0], grid={"tune": {"train.lr": [1e-3]}})
     content["methods"]["teacher"]["settings"]["teachers"]["robust"]["weights"] = str(tmp_path / "gone")
     file = write(tmp_path / "fails.yaml", content)
