@@ -60,7 +60,7 @@ def clean_at(points: Points, robust: float) -> float:
 class Estimate:
     """A number with its 95 % interval over resampled seeds and samples. unknown: share of resamples without one.
 
-    p: two-sided, that it is not 0: twice the share of resamples on the other side of 0, or at it.
+    p: two-sided, that it is not 0: twice the share of resamples on the other side of 0, at it, or without a number.
     """
 
     value: float
@@ -71,13 +71,15 @@ class Estimate:
 
 
 def estimate(value: float, resampled: np.ndarray) -> Estimate:
-    """The percentile interval and p. Resamples without a number (NaN) are left out of both, and their share is told."""
+    """The percentile interval and p. Resamples without a number (NaN) are left out of the interval, their share is
+    told, and p counts them against the difference: a front that is not as robust there has not gained.
+    """
     known = resampled[~np.isnan(resampled)]
     if not len(known):
         return Estimate(value, float("nan"), float("nan"), 1.0)
     low, high = np.quantile(known, [0.025, 0.975], method="nearest")
-    beyond = min(int((known <= 0).sum()), int((known >= 0).sum()))
-    p = min(1.0, 2 * (beyond + 1) / (len(known) + 1))
+    beyond = min(int((known <= 0).sum()), int((known >= 0).sum())) + len(resampled) - len(known)
+    p = min(1.0, 2 * (beyond + 1) / (len(resampled) + 1))
     return Estimate(value, float(low), float(high), 1 - len(known) / len(resampled), p)
 
 

@@ -171,8 +171,10 @@ def test_the_p_of_resamples_is_twice_the_share_beyond_zero():
     found = estimate(0.19, drawn)
     assert found.p == pytest.approx(2 * 31 / 1000) and (found.low, found.high) == (-0.1, 0.2)
     assert estimate(0.2, np.full(1999, 0.2)).p == pytest.approx(1e-3) and estimate(0.0, np.zeros(10)).p == 1.0
+    some_known = estimate(0.2, np.array([np.nan] + [0.2] * 99))
+    assert some_known.unknown == pytest.approx(0.01) and some_known.p == pytest.approx(4 / 101)
     half_known = estimate(0.2, np.array([np.nan, 0.2] * 50))
-    assert half_known.unknown == 0.5 and half_known.p == pytest.approx(2 / 51)
+    assert half_known.unknown == 0.5 and half_known.p == 1.0
 
 
 def test_where_no_fronts_differ_their_p_is_rarely_small():
