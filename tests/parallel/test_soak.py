@@ -3,9 +3,11 @@ long.
 
 Four in ten kills meet a training: one rank, all of them, a loader process, a rank within a checkpoint's write, a start
 in its set-up, the probe, the launcher of the ranks; or the run is told to stop. The others meet evaluate, cache, export
-and shards. The seed is printed, so that a failure can be repeated as far as time itself can be.
+and shards. The seed is printed, so that a failure can be repeated as far as time itself can be. With a ledger, kills
+whose end was seen to have the same bits count for good, and a soak that was cut goes on where it was.
 """
 
+import json
 import os
 import random
 import re
@@ -29,6 +31,8 @@ from .test_probing import background
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("MMTARD_SOAK_KILLS", 3))
 SEED = int(os.environ.get("MMTARD_SOAK_SEED", time.time_ns() % 10**6))
+LEDGER = os.environ.get("MMTARD_SOAK_LEDGER")  # a file of JSON lines: kills of a soak in parts that ended well
+A_ROUND = 5  # kills of a command between two looks at its bytes
 OF_COMMANDS = 15 * KILLS // 100  # kills that meet each command which is no training
 COMMANDS = ("evaluate", "cache", "export", "shards")
 # As often as it takes; a rank that waits for one that is gone is not waited for.
@@ -43,6 +47,24 @@ from pathlib import Path
 from mmtard.launch import local
 sys.exit(local.run(sys.executable, ("train", sys.argv[1]), Path(sys.argv[2]), 2))
 """
+
+
+def ended_well(of, kills):
+    """Count kills, after which all bits were the same; a ledger keeps them for the parts of the soak that follow."""
+    if LEDGER:
+        with open(LEDGER, "a") as file:
+            file.write(json.dumps({"of": of, "kills": kills}) + "\n")
+        print(f"soak: {sum(noted().values())} of {KILLS} kills have ended with the same bits: {dict(noted())}")
+
+
+def noted(of=None):
+    """{kind: kills} of the ledger, of one training or command or of all."""
+    found = Counter()
+    for line in Path(LEDGER).read_text().splitlines() if LEDGER and Path(LEDGER).exists() else ():
+        row = json.loads(line)
+        for kind, n in row["kills"].items():
+            found[kind if of else f"{row['of']} {kind}"] += n if of in (None, row["of"]) else 0
+    return found
 
 
 def children(pid):
@@ -146,7 +168,10 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(job, 
     probe = {"data": shards, "every": 8, "n_samples": 12, "steps": 1, "threads": 1, "wait_minutes": 0}
     settings = {"resume": RESUME, "probe": probe}
     config, run = job("soaked", **settings)
-    kills, runs, done = max(3, KILLS - OF_COMMANDS * len(COMMANDS)), 1, Counter()
+    kills, runs, done = max(3, KILLS - OF_COMMANDS * len(COMMANDS)) - sum(noted("training").values()), 1, Counter()
+    if kills <= 0:
+        pytest.skip("all of its kills are in the ledger")
+    counted = Counter()
     plan = [kind for _ in range(kills) for kind in rng.sample(KINDS, len(KINDS))][:kills]
     print(f"soak: seed {SEED}, {kills} kills of a training: {' '.join(plan)}", flush=True)
     while True:
@@ -171,6 +196,8 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(job, 
         if set(statuses) == {0}:
             assert digest(run) == digest(undisturbed) and metrics(run) == metrics(undisturbed), f"seed {SEED}"
             print(f"soak: training {runs} ended with the same bits", flush=True)
+            ended_well("training", done - counted)
+            counted = done.copy()
             if not plan:
                 print(f"soak: {sum(done.values())} kills of {runs} trainings: {dict(done)}; each with the same bits")
                 return
@@ -231,12 +258,29 @@ def seen(name, out):
 def test_a_command_that_is_killed_again_and_again_ends_with_the_same_bytes(which, command, tmp_path):
     # Drawn here: what is collected must not depend on a seed, which differs between workers.
     name = random.Random(SEED).sample(COMMANDS, len(COMMANDS))[which]
-    rng, kind = random.Random(f"{SEED} {name}"), command(name)
-    began, done = time.monotonic(), Counter()
+    kills = max(1, OF_COMMANDS) - sum(noted(name).values())
+    if kills <= 0:
+        pytest.skip("all of its kills are in the ledger")
+    rng, kind, done = random.Random(f"{SEED} {name}"), command(name), Counter()
+    began = time.monotonic()
     assert end(kind.start(tmp_path / "plain", tmp_path)) == [0] * kind.world, (tmp_path / "log.0").read_text()
     took = time.monotonic() - began
-    for left in range(max(1, OF_COMMANDS), -1, -1):
-        ranks = kind.start(tmp_path / "killed", tmp_path)
+    for first in range(0, kills, A_ROUND):
+        out = tmp_path / f"killed{first}"
+        met = killed_again_and_again(name, kind, out, min(A_ROUND, kills - first), took, rng)
+        assert seen(name, out) == seen(name, tmp_path / "plain"), f"seed {SEED}"
+        left_over = [path.name for path in tmp_path.iterdir() if path.name.startswith((f".{out.name}", f"{out.name}."))]
+        assert not left_over, left_over
+        ended_well(name, met)
+        done += met
+    print(f"soak: {sum(done.values())} kills of {name}: {dict(done)}; the same bytes")
+
+
+def killed_again_and_again(name, kind, out, kills, took, rng):
+    """Start a command that takes `took` seconds until it ends by itself, after so many kills; {victim: kills}."""
+    done = Counter()
+    for left in range(kills, -1, -1):
+        ranks = kind.start(out, out.parent)
         if left:
             time.sleep(took * rng.random())
             victim = rng.choice(["all", "rank", "child", "stop"])
@@ -247,14 +291,11 @@ def test_a_command_that_is_killed_again_and_again_ends_with_the_same_bytes(which
                 rng.choice(ranks).send_signal(signal.SIGTERM)
             else:
                 kill(*(rank.pid for rank in (ranks if victim == "all" else [rng.choice(ranks)])))
-        statuses, printed = end(ranks), (tmp_path / "log.0").read_text()
+        statuses, printed = end(ranks), (out.parent / "log.0").read_text()
         assert left or statuses == [0] * kind.world, (statuses, printed)
         if name == "shards" and "a worker process was killed" in printed:
             allowed = {*ENDS, 2}  # the user's to mend, who asked for more processes than there is memory
         else:
             allowed = ENDS
         assert set(statuses) <= allowed and not own_tracebacks(printed), printed
-    print(f"soak: {sum(done.values())} kills of {name}: {dict(done)}; the same bytes")
-    assert seen(name, tmp_path / "killed") == seen(name, tmp_path / "plain"), f"seed {SEED}"
-    left_over = [path.name for path in tmp_path.iterdir() if path.name.startswith((".killed", "killed."))]
-    assert not left_over, left_over
+    return done
