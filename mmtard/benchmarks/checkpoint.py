@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..models.student import trainable_tower
 from ..runs.checkpoint_writer import Checkpoints
 from ..training.engine import Engine
 from ..training.numerics import numerics
+from .out_file import scratch_folder
 from .report import BenchmarkReport, BenchmarkTable
 from .timing import Spread, timed
 
@@ -33,11 +33,11 @@ class CheckpointBenchmark:
         with (
             numerics(self.config.engine),
             process_group(self.config.engine.device) as ranks,
-            tempfile.TemporaryDirectory(prefix="mmtard-bench-", dir=self.folder) as scratch,
+            scratch_folder(self.folder, "--folder") as scratch,
         ):
             clip = load_clip_on_all_ranks(self.config.student, ranks, self.config.seed)
             engine = Engine(self.config, trainable_tower(self.config, clip, None), ranks)
-            checkpoints = Checkpoints(Path(scratch), keep_last=1)
+            checkpoints = Checkpoints(scratch, keep_last=1)
             found: dict[str, list[float]] = {"copy": [], "hand over": [], "write": [], "longest pause": []}
             size = 0
             for number in range(1, self.rounds + 1):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,12 +21,13 @@ from ..distributed.ranks import Ranks, process_group
 from ..models.loading import load_skeleton
 from ..training.numerics import numerics
 from ..training.step import optimizer_step
+from .machine import STORED
 from .models import ResidentParts, resident_parts
+from .out_file import scratch_folder
 from .pictures import draw_pictures
 from .report import BenchmarkReport, BenchmarkTable
 from .timing import Spread, wait_for_device
 
-STORED = "as stored"
 STAGES = ("read", "decode", "resize and crop", "batch")
 
 
@@ -61,7 +61,7 @@ class DataBenchmark:
     def run(self, out: Path) -> None:
         """Measure, print the tables, and write them to `out`. UserError for what the configuration lacks."""
         with ExitStack() as stack:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mmtard-bench-")))
+            scratch = stack.enter_context(scratch_folder())
             stack.enter_context(numerics(self.config.engine))
             ranks = stack.enter_context(process_group(self.config.engine.device))
             config = ranks.run_on_first(lambda: self._with_drawn(scratch)) if self.drawn else self.config

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UserError
 from .timing import Spread
+
+STORED = "as stored"  # what `mmtard bench data` calls shards as they are
 
 
 @dataclass(frozen=True)
@@ -42,36 +47,57 @@ def measured(machine: Machine, train: Path | None, data: Path | None, flops: dic
     flops: of one image, by phase: teachers, attack, student. Raises UserError for a file that holds no such results.
     """
     if train is not None:
-        machine = replace(
-            machine, name=f"as measured in {train.name}", **_rates(_read(train, "variants"), train, flops)
-        )
+        machine = replace(machine, name=f"as measured in {train.name}", **_rates(train, flops))
     if data is not None:
-        rates = _read(data, "core")["core"]["as stored"]["images_per_cpu_s"]
-        machine = replace(machine, images_a_core=Spread.of(rates).median)
+        machine = replace(machine, images_a_core=_images_a_core(data))
     return machine
 
 
-def _rates(content: dict, path: Path, flops: dict[str, float]) -> dict[str, float]:
-    variants = content["variants"]
+def _rates(path: Path, flops: dict[str, float]) -> dict[str, float]:
+    content = _read(path, "variants")
+    with _damage_named(path, "--train", "holds no phases of the variant 'mmtard'; run mmtard bench train again"):
+        own = content["variants"]["mmtard"]
+        images = _positive(content["config"]["train"]["batch_size"]) / _positive(content.get("world_size", 1))
+        seconds = {
+            name: Spread.of([float(p.get(name, 0.0)) for p in own["phases"]]).median for name in own["phases"][0]
+        }
+        student = seconds.get("student forward", 0.0) + seconds.get("student backward", 0.0)
+        taken = {"teachers": seconds.get("teachers", 0.0), "attack": seconds.get("attack", 0.0), "student": student}
+        # The file's own models may be others than those predicted for: its FLOPs an image scale ours.
+        scale = _positive(own["flops_an_image"]) / sum(flops.values())
+        return {
+            name: images * flops[name] * scale / _positive(taken[name]) for name in taken if taken[name] and flops[name]
+        }
+
+
+def _images_a_core(path: Path) -> float:
+    content = _read(path, "core")
+    with _damage_named(path, "--data", "holds no rate of the shards as stored; run mmtard bench data again"):
+        return _positive(Spread.of([_positive(one) for one in content["core"][STORED]["images_per_cpu_s"]]).median)
+
+
+@contextmanager
+def _damage_named(path: Path, flag: str, problem: str) -> Iterator[None]:
+    """What a damaged file runs into, as a UserError of one line that names it."""
     try:
-        phases = variants["mmtard"]["phases"]
-        images = content["config"]["train"]["batch_size"] / content.get("world_size", 1)
-        seconds = {name: Spread.of([p.get(name, 0.0) for p in phases]).median for name in phases[0]}
-    except (KeyError, IndexError, TypeError):
-        raise UserError(
-            f"--train: '{path}' holds no phases of the variant 'mmtard'; run mmtard bench train again"
-        ) from None
-    student = seconds.get("student forward", 0.0) + seconds.get("student backward", 0.0)
-    taken = {"teachers": seconds.get("teachers", 0.0), "attack": seconds.get("attack", 0.0), "student": student}
-    # The file's own models may be others than those predicted for: its FLOPs an image scale ours.
-    scale = variants["mmtard"]["flops_an_image"] / sum(flops.values())
-    return {name: images * flops[name] * scale / taken[name] for name in taken if taken[name] and flops[name]}
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError):
+        raise UserError(f"{flag}: '{path}' {problem}") from None
+
+
+def _positive(value: float) -> float:
+    """A number that is finite and above 0. Raises ValueError for any other, TypeError for what is none."""
+    if isinstance(value, str) or not 0 < value < math.inf:
+        raise ValueError(value)
+    return value
 
 
 def _read(path: Path, key: str) -> dict:
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("no file")
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or "it is no JSON"
         raise UserError(f"'{path}' cannot be read: {reason}; give the --out of mmtard bench") from None
     if not isinstance(content, dict) or key not in content:

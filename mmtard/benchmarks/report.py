@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import UserError
-from ..files import write_text
+from ..files import why_not_written, write_text
 from ..runs.environment import device_name, environment
+from .out_file import MADE_WITH
 
 WIDTH = 150  # columns, where the terminal has fewer: a table that is cut says nothing
 
@@ -52,18 +54,19 @@ class BenchmarkReport:
         """Write the numbers, tables and notes, with what they were measured with."""
         made_with = {**environment([socket.gethostname()]), "device": device_name(device)}
         tables = [{"title": t.title, "columns": t.columns, "rows": t.rows} for t in self.tables]
-        content = {"made_with": made_with, **self.numbers, "tables": tables, "notes": self.notes}
+        content = {MADE_WITH: made_with, **self.numbers, "tables": tables, "notes": self.notes}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(content, indent=1) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write '{path}': {error.strerror}; name another file with --out") from None
+            raise UserError(f"--out: {why_not_written(path, error)}; name another file") from None
 
 
 def _rendered(table: BenchmarkTable) -> Table:
-    rendered = Table(title=table.title, title_justify="left")
+    # Names of models and files are others' text, of which rich would take [brackets] for markup.
+    rendered = Table(title=Text(table.title), title_justify="left")
     for number, column in enumerate(table.columns):
-        rendered.add_column(column, justify="right" if number else "left", no_wrap=bool(number))
+        rendered.add_column(Text(column), justify="right" if number else "left", no_wrap=bool(number))
     for row in table.rows:
-        rendered.add_row(*row)
+        rendered.add_row(*map(Text, row))
     return rendered

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import config as settings
+from ..benchmarks.out_file import check_out
 from ..config.argument_types import path, positive
 from ..distributed.launcher import choose_accelerator
 from .command import add_command, add_config_arguments, heavy_imports
@@ -31,6 +32,7 @@ def add(parts) -> None:
 
 
 def _run(args) -> None:
+    check_out(args.out)
     config = settings.load(args.config, args.overrides)
     choose_accelerator(config.engine.device)
     with heavy_imports():

@@ -6,6 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from .. import config as settings
+from ..benchmarks.out_file import check_out
 from ..config.argument_types import fraction, natural, path, path_text, positive
 from ..errors import UserError
 from .command import add_command, heavy_imports
@@ -47,6 +48,7 @@ def add(parts) -> None:
 def _run(args) -> None:
     from ..evaluation.datasets import find_datasets
 
+    check_out(args.out)
     sources = find_datasets(args.data)
     if len(sources) > 1:
         raise UserError(f"--data: '{args.data}' holds {len(sources)} datasets; name one of them")

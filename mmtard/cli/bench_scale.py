@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 from .. import config as settings, resources
+from ..benchmarks.out_file import check_out, scratch_folder
 from ..config.argument_types import path, positive, separated
 from ..errors import RunError
 from ..launch import local
@@ -42,6 +42,7 @@ def add(parts) -> None:
 
 
 def _run(args) -> None:
+    check_out(args.out)
     config = settings.load(args.config, args.overrides)
     if args.weak:
         measured = [_measured(args, config, world) for world in args.weak]
@@ -55,8 +56,8 @@ def _run(args) -> None:
 
 def _measured(args, config: settings.Config, world: int) -> dict:
     """What `mmtard bench train` finds of `world` ranks here, a rank of which takes the configuration's batch."""
-    with tempfile.TemporaryDirectory(prefix="mmtard-bench-") as scratch:
-        out = Path(scratch) / "train.json"
+    with scratch_folder() as scratch:
+        out = scratch / "train.json"
         batch = f"train.batch_size={world * config.train.batch_size}"
         lanes = f"data.lanes={world * config.train.batch_size}"
         words = (

@@ -16,6 +16,7 @@ from ..runs.layout import METRICS
 from .measures import Measurement
 
 KINDS = ("clean", "robust")
+LARGEST = 1e15  # of a metric: seconds, images/s, TFLOP/s
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def outcome(one: Measurement) -> Outcome | None:
         clean, ids = np.array(samples["clean"], dtype=bool), tuple(samples["ids"])
         if not len(clean) == len(robust) == len(ids) > 0:
             raise ValueError("samples of other numbers")
-        return Outcome(ids, clean, np.array(robust, dtype=bool), entry["chance"], entry["fingerprint"])
+        return Outcome(ids, clean, np.array(robust, dtype=bool), float(entry["chance"]), entry["fingerprint"])
 
 
 def same_samples(outcomes: dict[str, Outcome]) -> None:
@@ -79,17 +80,24 @@ def same_samples(outcomes: dict[str, Outcome]) -> None:
 
 def cost(run: Path, batch_size: int, stored: float = 0.0) -> Cost:
     """What a training took, by its own metrics; a step that was lost and done again counts once."""
-    rows = [row for row in read_json_lines(run / METRICS) if isinstance(row.get("step"), int)]
+    rows = [row for row in read_json_lines(run / METRICS) if type(row.get("step")) is int]
     total, by_step = 0.0, {}
     for row in rows:
-        total += row.get("seconds") or 0.0
+        total += _number(row, "seconds")
         by_step[row["step"]] = total
     starts = history.read(run)
-    world = (starts[-1].get("world_size") if starts else None) or 1
+    world = int(_number(starts[-1], "world_size")) if starts else 1
     # TFLOP/s a rank * ranks / (images/s) is TFLOP an image, whatever the speed was.
     flop = [
-        1e3 * row["tflops_a_rank"] * world / row["images_per_s"]
+        1e3 * _number(row, "tflops_a_rank") * max(1, world) / _number(row, "images_per_s")
         for row in rows
-        if row.get("tflops_a_rank") and row.get("images_per_s")
+        if _number(row, "tflops_a_rank") and _number(row, "images_per_s")
     ]
     return Cost(total, by_step, len(rows) * batch_size, float(np.median(flop)) if flop else float("nan"), stored)
+
+
+def _number(row: dict, key: str) -> float:
+    """A number of a row that may be damaged; 0 where it is none, negative, or beyond all bounds."""
+    value = row.get(key)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and 0 <= value < LARGEST else 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -95,8 +96,12 @@ class Crew:
             for work in item.works:
                 if self.interruption:
                     return 0, "", None
-                self.log(item).parent.mkdir(parents=True, exist_ok=True)
-                status, message = team.ask(work | {"log": str(self.log(item))})
+                with suppress(OSError):  # a full disk: what the work itself cannot write says so
+                    self.log(item).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    status, message = team.ask(work | {"log": str(self.log(item))})
+                except OSError as error:
+                    status, message = 1, f"its process cannot be started or asked: {error}"
                 if status:
                     return status, message, time.monotonic() - began
             return 0, "", time.monotonic() - began

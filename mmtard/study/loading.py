@@ -56,7 +56,20 @@ def validate(tree: dict) -> Study:
 
 def dump(study: Study) -> str:
     """The study as YAML; `load` of this text gives an equal study."""
-    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+    return _as_yaml(study.model_dump(mode="json"))
+
+
+def is_own(file: Path) -> bool:
+    """Whether a study's file is as `dump` writes it: without comments, and in one form, whatever version wrote it."""
+    try:
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        return bool(text) and _as_yaml(yaml.safe_load(text)) == text
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return False
+
+
+def _as_yaml(tree: Any) -> str:
+    return yaml.safe_dump(tree, sort_keys=False, width=120, allow_unicode=True)
 
 
 def find_study(text: str | Path) -> Path:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ..config import Data
 from ..data.paths import shards_of
 from ..distributed.interruption import Interruption
 from ..errors import UserError
-from ..files import exclusive, held, why_not_written, write_text
+from ..files import exclusive, held, refuse_special, why_not_written, write_text
 from ..launch.plan import newest_state
 from . import loading, runs
 from .choose import chosen
-from .here import Crew
+from .here import LOGS, Crew
 from .plan import Item, model_groups, model_items, seed_items, show, tuning_items
 from .schema import Study
+from .worker import STORED
 
 LOCK = ".study.lock"
 Maker = Callable[[Study], None]  # makes the data and the pretrained models of a study, what is there excepted
@@ -32,6 +33,7 @@ def items(study: Study) -> list[Item]:
 def dry_run(study: Study) -> None:
     """Print what is done and what is missing; nothing is written."""
     runs.check(study)
+    check_folder(study)
     planned = items(study)
     for item in planned:
         item.check_settings()
@@ -53,9 +55,10 @@ def run_here(study: Study, make: Maker, command: str, say: Callable = print) -> 
 
     runs.check(study)
     page.check_folder(study)
+    check_folder(study)
     refuse_at_work(study)
     folder = _made(Path(study.out))
-    with exclusive(folder / LOCK):
+    with _alone(folder):
         prepare_folder(study)
         make(study)  # a signal ends it at once: what is half made is not there
         _refuse_other_data(items(study))
@@ -65,6 +68,39 @@ def run_here(study: Study, make: Maker, command: str, say: Callable = print) -> 
             crew.do(_checked(tuning_items(study)))
             crew.do(_checked(seed_items(study, {key: tuned.run for key, tuned in chosen(study).items()})))
         return page.write(findings.collect(study), command)
+
+
+def check_folder(study: Study) -> None:
+    """Raise UserError where the study would replace or follow what no study made: a file of the user's own, a link."""
+    folder = Path(study.out)
+    remedy = "move what is yours out of it, or name another folder with --out"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"out: '{folder}' exists and is not a folder; name another one with --out")
+    file = folder / loading.FILE
+    links = [name for name in (loading.FILE, LOGS, STORED, LOCK) if (folder / name).is_symlink()]
+    if links:
+        raise UserError(f"out: '{folder / links[0]}' is a link, which a study does not follow; {remedy}")
+    if os.path.lexists(file) and not loading.is_own(file):
+        raise UserError(f"out: '{file}' is not as mmtard wrote it, and would be replaced; {remedy}")
+    if not file.exists():
+        foreign = [name for name in (LOGS, STORED) if os.path.lexists(folder / name)]
+        if foreign:
+            raise UserError(f"out: '{folder}' is no study's folder, and holds '{foreign[0]}'; {remedy}")
+    if os.path.lexists(folder / LOCK) and not (folder / LOCK).is_file():
+        raise UserError(f"out: '{folder / LOCK}' is no file; remove it")
+    for name in (runs.RUNS, runs.MODELS, STORED, LOGS):
+        refuse_special(folder / name)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the study's lock. UserError where the folder takes no file."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(folder / LOCK))
+        except OSError as error:
+            raise _not_written(folder, error) from None
+        yield
 
 
 def refuse_at_work(study: Study) -> None:
@@ -79,6 +115,7 @@ def prepare_folder(study: Study) -> None:
     Raises UserError where that cannot be, and where a run there was made with other settings: workers and queued jobs
     read the study that is written there.
     """
+    check_folder(study)
     for item in items(study):
         item.check_settings()
     folder = _made(Path(study.out))
@@ -137,6 +174,7 @@ def write_page(study: Study, command: str) -> Path:
     from . import findings, page
 
     page.check_folder(study)
+    check_folder(study)
     found = findings.collect(study)
     if not found.states:
         raise UserError(f"'{study.out}' has no measured run yet; start the study without --page")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ def _number(value: Any) -> Any:
 
 Value = Annotated[Any, BeforeValidator(_number)]
 LEARNING_RATE = "train.lr"
+MOST_RUNS = 20_000  # that a study may come to have
 
 
 class Material(Section):
@@ -93,7 +95,7 @@ class Curve(Section):
     """Accuracy on the way: checkpoints of the tuned runs, measured when the training is over."""
 
     measure: Measure
-    points: Int = Field(8, ge=2, description="checkpoints, evenly over the steps of a run")
+    points: Int = Field(8, ge=2, le=1000, description="checkpoints, evenly over the steps of a run")
     against: str | None = Field(
         None, description="the method whose final robust accuracy is to be reached; null: the best baseline"
     )
@@ -105,7 +107,7 @@ class Front(Section):
     reference: tuple[Number, Number] = Field(
         (0.0, 0.0), description="the corner, clean and robust in [0,1], from which the dominated area counts"
     )
-    resamples: Int = Field(2000, ge=100, description="of the bootstrap over seeds and samples")
+    resamples: Int = Field(2000, ge=100, le=100_000, description="of the bootstrap over seeds and samples")
 
 
 class Study(Section):
@@ -128,9 +130,9 @@ class Study(Section):
     evaluations: dict[Name, Measure] = Field(..., min_length=1, description="name -> what tables and fronts show")
     curve: Curve | None = Field(None, description="null: no accuracy over time")
     front: Front = Front()
-    ranks: Int = Field(1, ge=1, description="processes of a training on this machine")
-    at_once: Int = Field(1, ge=1, description="runs side by side on this machine")
-    threads: Int = Field(1, ge=1, description="of a process; on a CPU the last digits depend on it")
+    ranks: Int = Field(1, ge=1, le=1024, description="processes of a training on this machine")
+    at_once: Int = Field(1, ge=1, le=1024, description="runs side by side on this machine")
+    threads: Int = Field(1, ge=1, le=1024, description="of a process; on a CPU the last digits depend on it")
 
     @property
     def needs_tuning(self) -> bool:
@@ -156,6 +158,12 @@ class Study(Section):
         for i, axis in enumerate(grid.vary):
             if not axis:
                 raise ValueError(f"grid.vary.{i}: the axis has no settings; list some, or remove it")
+        combinations = math.prod(map(len, [*grid.tune.values(), *grid.vary])) * len(self.methods) * len(self.seeds)
+        if combinations > MOST_RUNS:
+            raise ValueError(
+                f"grid: {combinations} trainings of {len(self.methods)} methods and {len(self.seeds)} seeds, more than "
+                f"{MOST_RUNS}; list fewer values"
+            )
         if self.needs_tuning and not self.validation:
             raise ValueError("validation: several values in grid.tune need data to choose by, which no table shows")
         if len(set(self.seeds)) < len(self.seeds):

@@ -6,6 +6,7 @@ A line of JSON comes in for each work, and goes out when it is done: to import t
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -17,7 +18,7 @@ from ..distributed.interruption import EXIT_REQUEUE, Interruption
 from ..distributed.launcher import choose_accelerator
 from ..distributed.processes import die_with_parent, exit_process
 from ..errors import RunError, UserError
-from ..files import slug, write_text
+from ..files import slug, why_not_written, write_text
 from . import loading
 from .measures import Measurement, of_model, of_run, start_configuration
 from .runs import all_runs, configuration, model_configuration
@@ -35,9 +36,7 @@ def main(argv: list[str]) -> int:
         study = loading.load(file)
         for line in sys.stdin:
             asked = json.loads(line)
-            with open(asked["log"], "a") as log:
-                for stream in (1, 2):
-                    os.dup2(log.fileno(), stream)
+            _print_into(Path(asked["log"]))
             if "WORLD_SIZE" in os.environ:
                 os.environ["MMTARD_INIT_FILE"] = asked["meet"]
             status, message = carry_out(study, asked, interruption)
@@ -46,6 +45,17 @@ def main(argv: list[str]) -> int:
             if status == EXIT_REQUEUE:
                 break
     return 0
+
+
+def _print_into(log: Path) -> None:
+    """Let what this process prints go to the end of a file, or nowhere where the disk takes none."""
+    try:
+        opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+    except OSError:
+        opened = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(opened, stream)
+    os.close(opened)
 
 
 def carry_out(study: Study, asked: dict, interruption: Interruption) -> tuple[int, str]:
@@ -84,8 +94,11 @@ def store(study: Study, asked: dict, interruption: Interruption) -> None:
     cache(_configuration(study, asked), interruption)
     note = stored_note(study, asked["name"])
     seconds = max(stored_seconds(study, asked["name"]), time.monotonic() - began)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    write_text(note, json.dumps({"seconds": seconds}) + "\n")
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_text(note, json.dumps({"seconds": seconds}) + "\n")
+    except OSError as error:
+        raise UserError(why_not_written(note, error)) from None
 
 
 def stored_note(study: Study, name: str) -> Path:
@@ -96,9 +109,10 @@ def stored_note(study: Study, name: str) -> Path:
 def stored_seconds(study: Study, name: str) -> float:
     """How long the storing took that a run waited for; 0 where it reads none, or found them stored."""
     try:
-        return float(json.loads(stored_note(study, name).read_text())["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
+        seconds = float(json.loads(stored_note(study, name).read_text())["seconds"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return 0.0
+    return seconds if 0 <= seconds < math.inf else 0.0
 
 
 def _configuration(study: Study, asked: dict) -> Config:
