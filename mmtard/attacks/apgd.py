@@ -80,7 +80,7 @@ class Apgd:
             gradient=gradient,
             loss=loss,
             best=torch.where(better.view(shape), x, walk.best),
-            best_loss=torch.maximum(loss, walk.best_loss),
+            best_loss=torch.where(better, loss, walk.best_loss),
             best_gradient=torch.where(better.view(shape), gradient, walk.best_gradient),
             gains=walk.gains + (loss > walk.loss),
         )

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 
 from ..config import Config, check_world
-from ..distillation import attack_objectives, methods
+from ..distillation import attack_objectives
+from ..distillation.added_terms import run_passes
 from ..errors import UserError
 from ..models.image_tower import DTYPES
 from ..models.loading import load_skeleton
+from ..training.memory import trained_tower
 from ..training.throughput import forward_flops_of, sample_flops
 from .machine import Machine, measured
 from .report import BenchmarkReport, BenchmarkTable
@@ -44,6 +46,8 @@ class Work:
     trained: int  # weights
     zero_stage: int
     gathered: float  # bytes of sharded teachers, times the gathers of a step
+    frozen: int = 0  # weights of the student that do not learn, beside its adapters
+    attack_copy: bool = False  # whether the attack has a copy of the student, whole on every rank
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def work_of(config: Config) -> Work:
     forward = forward_flops_of(clips)
     if not all(map(math.isfinite, forward.values())):
         raise UserError("bench scale: the arithmetic of one of these architectures cannot be counted; take another")
-    passes = methods.find_method(config.method.name).passes(config.method)
+    passes = run_passes(config)
     named = config.attack_objective
     objective = attack_objectives.find_objective(named, config.fusion) if named else None
     asked = {*passes, *(objective.reference_passes if objective else ())}
@@ -99,14 +103,20 @@ def work_of(config: Config) -> Work:
         gathers[objective.through_teacher] += 2 * steps
     sizes = {name: sum(p.numel() for p in models[name].parameters()) * dtype.itemsize for name in running}
     sharded = [name for name in running if config.ensemble[name].placement == "sharded"]
+    student = trained_tower(config, False)
+    trained, frozen = (
+        sum(p.numel() for p in student.parameters() if p.requires_grad is learns) for learns in (True, False)
+    )
     return Work(
         images=config.train.batch_size,
         flops=flops,
         attack_steps=steps,
         teacher_forwards=sum(p.model in running for p in asked),
-        trained=sum(p.numel() for p in models["student"].parameters()),
+        trained=trained,
         zero_stage=config.engine.zero_stage,
         gathered=float(sum(sizes[name] * gathers[name] for name in sharded)),
+        frozen=frozen,
+        attack_copy=config.engine.attack_copy,
     )
 
 
@@ -126,15 +136,25 @@ def predict(work: Work, machine: Machine, world: int) -> Prediction:
     parts["optimiser"] = work.trained * UPDATE_BYTES / shared / machine.memory_bandwidth
     ring = machine.within if nodes == 1 else min(machine.within, machine.between)
     share = (world - 1) / world
-    # Reduce-scatter of gradients, all-gather of weights; stage 3 gathers for each forward and backward instead.
-    volumes = 2 if work.zero_stage < 3 else 1 + 2 * work.attack_steps + 2
-    parts["ZeRO traffic"] = volumes * share * work.trained * GRADIENT_BYTES / ring
+    parts["ZeRO traffic"] = share * travelling_weights(work) * GRADIENT_BYTES / ring
     parts["teacher gathers"] = work.gathered * (local - 1) / local / machine.within
     parts["agreement"] = (world - 1) * machine.hop_s
     parts["host"] = machine.host_s
     loading = images / (machine.loaders * machine.images_a_core)
     parts["loading"] = max(0.0, loading - sum(parts.values()))
     return Prediction(world, {name: parts[name] for name in PARTS})
+
+
+def travelling_weights(work: Work) -> int:
+    """Weights and gradients, by number, that ZeRO sends in a step.
+
+    Reduce-scatter of gradients, all-gather of weights; stage 3 gathers all weights for each forward and backward
+    instead, those of the attack once where it has a copy.
+    """
+    if work.zero_stage < 3:
+        return 2 * work.trained
+    in_attack = min(work.attack_steps, 1) if work.attack_copy else 2 * work.attack_steps
+    return work.trained + (in_attack + 2) * (work.trained + work.frozen)
 
 
 def binds_first(predictions: list[Prediction], work: Work, machine: Machine) -> str:

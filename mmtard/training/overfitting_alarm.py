@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..config import Attack, Config
+from ..config.attack import matched_step
 from ..data.samples import Batch
 from ..distillation.task import DistillationTask
 from ..distillation.training_attack import perturb
@@ -82,7 +83,7 @@ def multi_step(attack: Attack) -> Attack:
         update={
             "algorithm": "pgd",
             "steps": STEPS,
-            "step_size": attack.eps * 5 / (2 * STEPS),
+            "step_size": matched_step(attack.eps, STEPS),
             "momentum": 0.0,
             "random_start": True,
             "restarts": 1,

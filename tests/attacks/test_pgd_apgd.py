@@ -364,3 +364,15 @@ def test_apgd_fools_the_samples_that_autoattacks_apgd_fools(norm, theirs, net):
     ours, other = (net(a).argmax(1) != y for a in (adv, library.perturb(x, y)))
     assert 0.2 * n < ours.sum() < 0.8 * n, "the sizes are badly chosen: nothing to compare"
     assert (ours == other).float().mean() > 0.98  # other random starts: a sample on the edge may differ
+
+
+def test_a_loss_that_is_once_nan_does_not_keep_apgd_from_better_iterates():
+    asked = []
+
+    def loss(x):
+        asked.append(x)
+        return x.flatten(1).sum(1) * (float("nan") if len(asked) == 2 else 1.0)
+
+    images = torch.full((1, 3, 2, 2), 0.5)
+    adv = apgd(loss, images, norm="linf", eps=0.1, steps=5)
+    torch.testing.assert_close(adv, images + 0.1)

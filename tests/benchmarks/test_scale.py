@@ -8,6 +8,7 @@ import pytest
 from mmtard import config as settings, resources
 from mmtard.benchmarks.machine import Machine, measured
 from mmtard.benchmarks.scale import PARTS, ScaleBenchmark, Work, binds_first, predict, work_of
+from mmtard.config import Lora
 from mmtard.errors import UserError
 
 TEACHERS = ["teachers.clean.arch=ViT-L-14", "teachers.robust.arch=ViT-L-14"]
@@ -50,6 +51,22 @@ def test_a_stored_teacher_costs_nothing(main_run):
     assert work_of(stored).teacher_forwards == 1
 
 
+def test_the_passes_of_added_terms_are_counted(main_run):
+    anchored = settings.load(resources.find_config("vitb32_mmtard"), [*TEACHERS, "terms.anchor.teacher=robust"])
+    plain = settings.load(resources.find_config("vitb32_mmtard"), TEACHERS)
+    assert work_of(anchored).teacher_forwards == work_of(plain).teacher_forwards + 1
+    assert work_of(anchored).flops["teachers"] == 2 * work_of(plain).flops["teachers"]
+
+
+def test_of_a_student_with_adapters_these_alone_travel_and_are_updated(main_run):
+    adapted = main_run.model_copy(update={"student": main_run.student.model_copy(update={"lora": Lora(r=4)})})
+    whole, work = work_of(main_run), work_of(adapted)
+    assert work.trained < whole.trained / 50 and work.frozen == whole.trained
+    stage3 = predict(replace(work, zero_stage=3), PLAIN, 4).parts["ZeRO traffic"]
+    gathers = 3 * (work.trained + work.frozen)  # the attack's copy, forward and backward
+    assert stage3 == pytest.approx((work.trained + gathers) * 4 * 3 / 4 / 8e9)
+
+
 SMALL = Work(
     images=64, flops={"teachers": 4e9, "attack": 20e9, "student": 6e9}, attack_steps=10, teacher_forwards=1,
     trained=1_000_000, zero_stage=2, gathered=8e6,
@@ -78,6 +95,11 @@ def test_the_parts_are_those_worked_out_by_hand():
 def test_stage_3_gathers_the_weights_for_every_forward_and_backward():
     stage3 = predict(replace(SMALL, zero_stage=3), PLAIN, 4).parts["ZeRO traffic"]
     assert stage3 == pytest.approx((1 + 20 + 2) * 3 / 4 * 4e6 / 8e9)
+
+
+def test_the_attacks_copy_gathers_the_weights_once_a_step():
+    copied = predict(replace(SMALL, zero_stage=3, attack_copy=True), PLAIN, 4).parts["ZeRO traffic"]
+    assert copied == pytest.approx((1 + 1 + 2) * 3 / 4 * 4e6 / 8e9)
 
 
 def test_slow_loaders_and_launches_bind_where_they_are_slowest():

@@ -91,6 +91,11 @@ def test_from_the_alarm_on_the_attack_has_more_steps_and_is_not_watched_any_more
     assert alarm.after_step(200, BATCH) is None and student.forwards == before
 
 
+def test_an_attack_of_no_size_sets_off_nothing_and_does_not_end_the_run():
+    alarm, _ = alarm_of(wave, eps="0", step_size="1/255")
+    assert alarm.after_step(100, BATCH) is None
+
+
 def test_a_student_on_which_both_attacks_agree_sets_off_nothing():
     assert check(plane)[0] is None
     assert check(lambda delta: plane(delta) - 0.5 - EPS)[0] is None, "robust to neither"
