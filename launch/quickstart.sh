@@ -2,6 +2,12 @@
 # The main job on a bare machine: sets up .venv, then renders images, pretrains a tiny CLIP, trains two teachers,
 # distils a robust student on 2 ZeRO ranks, and prints how robust it became. A second call skips what is done.
 set -euo pipefail
+if [ $# -gt 0 ]; then # such as --help
+    sed -n 's/^# \(The main\|distils\)/\1/p' "$0"
+    echo "It takes no arguments: bash launch/quickstart.sh"
+    [ "$1" = -h ] || [ "$1" = --help ] || exit 2
+    exit 0
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
 environment ""

@@ -9,6 +9,7 @@ import argparse
 import errno
 import os
 import sys
+from typing import NoReturn
 
 from ..config.argument_types import check_words
 from ..distributed.console import say
@@ -71,9 +72,18 @@ def main(argv: list[str] | None = None) -> int:
         )
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser, and those of its commands, that says in one line what does not fit, without all that would."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with status 2."""
+        say(f"{self.prog}: {' '.join(message.split())}; see `{self.prog} --help`", sys.stderr)
+        raise SystemExit(2)
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line: every command with its arguments and an example."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog=PROGRAM,
         description="Train and measure vision-language models that resist adversarial images.",
         epilog="`mmtard COMMAND --help` has a command's arguments and an example. `mmtard quickstart` is a first try.",
@@ -89,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments of a command line; ends the process with status 2 and the usage where they do not fit.
+    """The arguments of a command line; ends the process with status 2 where they do not fit.
 
     Raises UserError for an unknown command.
     """

@@ -69,6 +69,7 @@ def _study(args) -> int:
     if args.jobs == "slurm":
         return _on_slurm(study, args, command)
     if args.dry_run:
+        _check(study)
         run.dry_run(study)
         return 0
     if args.page:
@@ -102,6 +103,12 @@ def _measure(study, key: str) -> int:
     with Interruption() as interruption:
         worker.measure(todo, interruption, start_configuration(study).engine.device)
     return 0
+
+
+def _check(study) -> None:
+    from ..examples.materials import check
+
+    check(study)
 
 
 def _make(study) -> None:

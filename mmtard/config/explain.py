@@ -65,9 +65,9 @@ def explain(key: str = "") -> str:
     found = [s for s in own if not key or s.key == wanted or s.key.startswith(f"{wanted}.")]
     if not found:
         keys = {s.key for s in own} | {s.key.rpartition(".")[0] for s in own if "." in s.key}
-        near = difflib.get_close_matches(wanted, sorted(keys), n=3) or [
-            k for k in sorted(keys) if k.endswith(f".{key}")
-        ]
+        near = [k for k in sorted(keys) if k.endswith(f".{key}")] or difflib.get_close_matches(
+            wanted, sorted(keys), n=3
+        )
         hint = f"did you mean {', '.join(near)}?" if near else "`mmtard config --explain` lists all of them"
         raise UserError(f"--explain: there is no setting '{key}'; {hint}")
     return "\n\n".join(map(str, found))

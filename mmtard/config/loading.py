@@ -95,6 +95,12 @@ def _explain(error: dict) -> str:
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         name = value.get("name") if isinstance(value, dict) else value
         return f"method.name: unknown method {shorten(name)}; known: {', '.join(METHODS)}"
+    if kind == "model_type":
+        keys = ", ".join(_known_keys(error["loc"]))
+        return f"{key}: {shorten(value)} is no section; give it keys: {key}.KEY=VALUE, with KEY of {keys}"
+    if kind in ("dict_type", "model_attributes_type"):
+        name = "name" if key == "method" else "NAME"
+        return f"{key}: {shorten(value)} stands where keys do; write {key}.{name}=VALUE"
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return message if not key or message.startswith(key) else f"{key}: {message}"

@@ -56,7 +56,9 @@ def expand_shards(shards: str | list[str]) -> list[str]:
     missing = _first_missing([path for path in out if not is_remote(path)])
     if missing is not None:
         remedy = (
-            "correct the pattern or restore the file" if Path(missing).suffix else "no such folder: correct the path"
+            "correct the pattern or restore the file"
+            if Path(missing).suffix
+            else "no such folder: correct the path, or write it with `mmtard shards`"
         )
         raise UserError(f"data.shards: missing shard '{_short(missing)}'; {remedy}")
     if not out:

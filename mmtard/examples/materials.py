@@ -14,25 +14,30 @@ from .shapes import make_data
 DATA, PRETRAINED = "data", "pretrained"  # folders of a study
 
 
-def make(study: Study) -> None:
-    """Make the data and the pretrained models of a study; what is there already is left as it is."""
-    folder = Path(study.out)
+def check(study: Study) -> None:
+    """Raise UserError for data that nothing makes, options that its maker does not know, and for no architecture."""
     if study.data is not None:
         if study.data.maker not in MAKERS:
             raise unknown_name("data.maker", study.data.maker, MAKERS)
-        MAKERS[study.data.maker](study.data, folder / DATA)
+        _options(study.data)
     for name, how in study.pretrain.items():
-        architecture = Path(how.architecture)
-        if not architecture.suffix:
-            architecture = Path(__file__).with_name(f"{how.architecture}.json")
-        if not architecture.is_file():
+        if not _architecture(how.architecture).is_file():
             raise UserError(
                 f"pretrain.{name}.architecture: '{how.architecture}' is no .json model config; name a file, or one of "
                 f"{', '.join(sorted(path.stem for path in Path(__file__).parent.glob('*.json')))}"
             )
+
+
+def make(study: Study) -> None:
+    """Make the data and the pretrained models of a study; what is there already is left as it is."""
+    check(study)
+    folder = Path(study.out)
+    if study.data is not None:
+        MAKERS[study.data.maker](study.data, folder / DATA)
+    for name, how in study.pretrain.items():
         data = Path(how.data)
         splits = tuple(split for split in ("test", "zeroshot") if (data / split).is_dir())
-        settings = Pretraining(architecture, how.steps, how.batch_size, how.lr, how.seed)
+        settings = Pretraining(_architecture(how.architecture), how.steps, how.batch_size, how.lr, how.seed)
         pretrain(data, folder / PRETRAINED / name, settings, splits)
 
 
@@ -41,8 +46,7 @@ def shapes(material: Material, out: Path) -> None:
 
     options: images of each split, `validation` and `validation_zeroshot` among them, and `seed`.
     """
-    sizes = {"train": 8000, "test": 1000, "zeroshot": 480, "validation": 600, "validation_zeroshot": 240, "seed": 0}
-    sizes |= _options(material, sizes)
+    sizes = _options(material)
     held = {"train": 0, "test": sizes.pop("validation"), "zeroshot": sizes.pop("validation_zeroshot")}
     make_data(out / "images", **sizes)
     make_data(out / "validation", **held, seed=sizes["seed"] + 1_000_003)
@@ -50,17 +54,25 @@ def shapes(material: Material, out: Path) -> None:
 
 def cifar(material: Material, out: Path) -> None:
     """Split CIFAR-10 and CIFAR-100 as `make_splits` says; `source` is their folder, options are its arguments."""
-    sizes = {"trained": "cifar100", "validation": 2000, "zeroshot_validation": 1000, "few": 2000, "seed": 0}
-    sizes |= _options(material, sizes)
-    if material.source is None:
-        raise UserError("data.source: name the folder of CIFAR-10 and CIFAR-100, e.g. data.source=../shared/data")
-    make_splits(Path(material.source), out, **sizes)
+    make_splits(Path(material.source or ""), out, **_options(material))
 
 
 MAKERS: dict[str, Callable[[Material, Path], None]] = {"shapes": shapes, "cifar": cifar}
+DEFAULTS = {
+    "shapes": {
+        "train": 8000, "test": 1000, "zeroshot": 480, "validation": 600, "validation_zeroshot": 240, "seed": 0,
+    },
+    "cifar": {"trained": "cifar100", "validation": 2000, "zeroshot_validation": 1000, "few": 2000, "seed": 0},
+}  # fmt: skip
 
 
-def _options(material: Material, known: dict) -> dict:
+def _architecture(words: str) -> Path:
+    path = Path(words)
+    return path if path.suffix else Path(__file__).with_name(f"{words}.json")
+
+
+def _options(material: Material) -> dict:
+    known = DEFAULTS[material.maker]
     for name, value in material.options.items():
         if name not in known:
             raise unknown_name("key of data.options", name, known)
@@ -68,4 +80,6 @@ def _options(material: Material, known: dict) -> dict:
             raise UserError(
                 f"data.options.{name}: {value!r} is no {type(known[name]).__name__}; write e.g. {known[name]}"
             )
-    return material.options
+    if material.maker == "cifar" and material.source is None:
+        raise UserError("data.source: name the folder of CIFAR-10 and CIFAR-100, e.g. data.source=../shared/data")
+    return known | material.options

@@ -11,6 +11,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from ..distributed.interruption import EXIT_REQUEUE, Interruption
+from ..distributed.progress import WorkProgress
 from ..errors import RunError
 from ..files import slug
 from .loading import FILE
@@ -32,6 +33,7 @@ class Crew:
 
     def __enter__(self) -> Crew:
         study, file = self.study, self.out / FILE
+        self.under_way: list[Item] = []
         self.teams = [Team(file, study.ranks, study.threads) for _ in range(study.at_once)]
         return self
 
@@ -54,16 +56,20 @@ class Crew:
         if todo:
             with ThreadPoolExecutor(len(teams)) as pool:
                 futures = {pool.submit(self._one, item, free): item for item in todo}
-                self._watch(futures, len(items) - len(todo), len(items))
+                with WorkProgress() as progress:
+                    self._watch(futures, len(items) - len(todo), len(items), progress)
 
-    def _watch(self, futures: dict[Future, Item], done: int, total: int) -> None:
+    def _watch(self, futures: dict[Future, Item], done: int, total: int, progress: WorkProgress) -> None:
         left, errors, told = set(futures), [], False
+        progress.part("", total, done)
         while left:
+            progress.say(_words(self.under_way))
             ended, left = wait(left, timeout=0.3, return_when=FIRST_COMPLETED)
             for future in ended:
                 item, (status, message, seconds) = futures[future], future.result()
                 if status == 0 and seconds is not None:
                     done += 1
+                    progress.advance()
                     self.say(f"[{done}/{total}] {item.phase}: {item.words}: {seconds:.0f} s")
                 elif status and seconds is not None:
                     errors.append((item, status, message))
@@ -92,6 +98,7 @@ class Crew:
     def _one(self, item: Item, free: SimpleQueue) -> tuple[int, str, float | None]:
         """(status, message, seconds) of an item; seconds None where it waits, since this process is to stop."""
         team, began = free.get(), time.monotonic()
+        self.under_way.append(item)
         try:
             for work in item.works:
                 if self.interruption:
@@ -106,4 +113,12 @@ class Crew:
                     return status, message, time.monotonic() - began
             return 0, "", time.monotonic() - began
         finally:
+            self.under_way.remove(item)
             free.put(team)
+
+
+def _words(under_way: list[Item]) -> str:
+    """What is trained and measured just now: `tuning: tecoa, lr 0.001, seed 0 and 1 more`."""
+    first = under_way[:1]
+    more = f" and {len(under_way) - 1} more" if len(under_way) > 1 else ""
+    return "".join(f"{item.phase}: {item.words}{more}" for item in first)

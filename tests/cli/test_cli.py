@@ -174,7 +174,7 @@ def test_the_help_of_evaluate_names_every_attack_and_protocol():
 def test_settings_are_not_called_required(capsys):
     with pytest.raises(SystemExit):
         main.main(["train"])
-    assert capsys.readouterr().err.endswith("the following arguments are required: CONFIG\n")
+    assert capsys.readouterr().err.endswith("the following arguments are required: CONFIG; see `mmtard train --help`\n")
 
 
 def test_version(capsys):
@@ -359,3 +359,14 @@ def test_another_error_within_the_program_is_not_hidden(monkeypatch):
     monkeypatch.setattr(runs_command, "_runs", broken)
     with pytest.raises(RuntimeError, match="a fault of mmtard"):
         main.main(["runs", "."])
+
+
+def test_arguments_that_do_not_fit_are_told_in_one_line(capsys):
+    for words, line in (
+        (["study", "shapess"], "mmtard study: argument CONFIG: unknown study 'shapess'; known: cifar, "),
+        (["evaluate", "runs/b32"], "mmtard evaluate: the following arguments are required: --data; see `mmtard eval"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main.main(words)
+        err = capsys.readouterr().err
+        assert err.startswith(line) and err.count("\n") == 1

@@ -129,7 +129,9 @@ def test_settings_of_each_method_and_of_any_teacher_are_explained():
     assert all(f"{name}: " in explain.explain("method.name").replace("\n    ", " ") for name in METHODS)
 
 
-@pytest.mark.parametrize("key, near", [("lanes", "data.lanes"), ("attack.epz", "attack.eps"), ("zzzz", "lists all")])
+@pytest.mark.parametrize("key, near", [
+    ("lanes", "data.lanes"), ("trust", "mean method.trust?"), ("attack.epz", "attack.eps"), ("zzzz", "lists all")
+])  # fmt: skip
 def test_an_unknown_key_is_answered_with_the_nearest(key, near, capsys):
     assert main(["config", "--explain", key]) == 2
     err = capsys.readouterr().err

@@ -33,7 +33,7 @@ def test_shards_of_folders_patterns_and_openers(tmp_path):
     [
         ("empty", "no .tar in 'empty'; write shards with `mmtard shards"),
         ("n/{0..2}.tar", "missing shard 'n/2.tar'; correct the pattern or restore the file"),
-        ("gone", "missing shard 'gone'; no such folder: correct the path"),
+        ("gone", "missing shard 'gone'; no such folder: correct the path, or write it with `mmtard shards`"),
         ("n/{0..1.tar", "is not a brace pattern|write it like train-{0000..0099}.tar"),
         ([], "names no shard"),
     ],

@@ -62,3 +62,16 @@ def test_an_environment_that_is_broken_is_made_anew(install, tmp_path):
     install("")
     (tmp_path / ".venv" / "bin" / "python").write_text("#!/bin/sh\nexit 1\n")
     assert install("") == [MADE, installed("")]
+
+
+def test_asking_for_help_installs_nothing(tmp_path):
+    (tmp_path / "launch").mkdir()
+    for name in ("environment.sh", "quickstart.sh"):
+        shutil.copy(SCRIPT.with_name(name), tmp_path / "launch")
+    for words, status in ((["--help"], 0), (["please"], 2)):
+        done = subprocess.run(
+            ["bash", tmp_path / "launch" / "quickstart.sh", *words],
+            env=os.environ | {"PYTHON": "false"}, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == status and "It takes no arguments" in done.stdout
+    assert not (tmp_path / ".venv").exists()

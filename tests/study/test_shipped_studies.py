@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mmtard import resources
+from mmtard.examples import materials
 from mmtard.study import loading, runs
 
 STUDIES = resources.studies()
@@ -29,3 +30,13 @@ def test_no_study_chooses_its_settings_by_what_it_shows(name):
     held_back = {Path(m.data) for m in study.validation.values()}
     trained = {Path(runs.configuration(study, run).data.shards) for run in runs.tuning_runs(study)[:1]}
     assert not shown & (held_back | trained) and not held_back & trained
+
+
+def test_the_study_that_the_page_begins_with_fits(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
+    file = tmp_path / "mine.yaml"
+    file.write_text(page.split("```yaml\n")[1].split("```")[0])
+    study = loading.load(file)
+    runs.check(study)
+    materials.check(study)
+    assert len(study.methods) == 2 and [m.baseline for m in study.methods.values()] == [True, False]

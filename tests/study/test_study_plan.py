@@ -282,3 +282,14 @@ def test_a_study_on_slurm_submits_what_can_be_known_now(tmp_path, vit, capsys):
     assert "study " in printed and "--measure tuning:tecoa/attack.steps=1/train.lr=0.001/seed-0" in printed
     assert "the same command submits the seeds at the settings that were chosen" in printed
     assert not (tmp_path / "out" / "study.yaml").exists()
+
+
+def test_a_dry_run_refuses_data_that_nothing_makes(tmp_path, vit, capsys):
+    file = write(tmp_path / "study.yaml", tree(tmp_path / "out", vit))
+    for change, line in (
+        ("data.maker=shape", "unknown data.maker 'shape'; known: cifar, shapes"),
+        ("data.options.trian=5", "unknown key of data.options 'trian'; known: "),
+        ("pretrain={student: {architecture: big_clip, data: x, steps: 1}}", "'big_clip' is no .json model config"),
+    ):
+        assert main(["study", str(file), change, "--dry-run"]) == 2
+        assert line in capsys.readouterr().err
