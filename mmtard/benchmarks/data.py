@@ -17,6 +17,7 @@ from ..data.samples import SampleReader, SampleRequest
 from ..data.shard_writer import write_shards
 from ..data.staging import staging_for
 from ..data.stream import train_stream
+from ..distributed.progress import WorkProgress
 from ..distributed.ranks import Ranks, process_group
 from ..models.loading import load_skeleton
 from ..training.numerics import numerics
@@ -64,25 +65,29 @@ class DataBenchmark:
             scratch = stack.enter_context(scratch_folder())
             stack.enter_context(numerics(self.config.engine))
             ranks = stack.enter_context(process_group(self.config.engine.device))
-            config = ranks.run_on_first(lambda: self._with_drawn(scratch)) if self.drawn else self.config
+            progress = stack.enter_context(WorkProgress(ranks.is_first))
+            config = ranks.run_on_first(lambda: self._with_drawn(scratch, progress)) if self.drawn else self.config
             report = BenchmarkReport(numbers={"config": config.model_dump(mode="json")})
             if ranks.is_first:
-                self._measure_core(config, scratch, report)
+                self._measure_core(config, scratch, report, progress)
             ranks.barrier()
             if self.steps:
-                self._measure_loop(config, ranks, report)
-            if ranks.is_first:
-                report.publish(out, ranks.device)
+                self._measure_loop(config, ranks, report, progress)
+        if ranks.is_first:
+            report.publish(out, ranks.device)
 
-    def _with_drawn(self, scratch: Path) -> Config:
-        draw_pictures(scratch / "drawn", self.drawn or 0)
+    def _with_drawn(self, scratch: Path, progress: WorkProgress) -> Config:
+        progress.part(f"drawing {self.drawn} images", self.drawn)
+        draw_pictures(scratch / "drawn", self.drawn or 0, drawn=progress.advance)
+        progress.part(f"writing {self.drawn} images as shards")
         write_shards(scratch / "drawn", scratch / "drawn-shards", samples_per_shard=128, progress=False)
         own = {"shards": str(scratch / "drawn-shards"), "index": None, "classnames": None}
         return self.config.model_copy(update={"data": self.config.data.model_copy(update=own)})
 
     # ---------------------------------------------------------------- one core
 
-    def _measure_core(self, config: Config, scratch: Path, report: BenchmarkReport) -> None:
+    def _measure_core(self, config: Config, scratch: Path, report: BenchmarkReport, progress: WorkProgress) -> None:
+        progress.part(f"shards of {self.resize} px")
         dataset = open_dataset(config.data)
         size = load_skeleton(config.student, "student").tower().image_size
         transform = Transform(size, config.data.resize, config.data.crop_scale, config.data.flip)
@@ -93,7 +98,7 @@ class DataBenchmark:
         kinds[f"pre-resized: {self.resize} px, quality {self.quality}"] = SampleReader(
             resized, transform, need_labels=False
         )
-        found = core_rates(kinds, self.images, self.rounds)
+        found = core_rates(kinds, self.images, self.rounds, progress)
         table = BenchmarkTable(
             f"One core: images for a student of {size} px from shards",
             ["shards", "images/s", "images a CPU second", *(f"CPU ms {stage}" for stage in STAGES), "kB an image"],
@@ -124,10 +129,11 @@ class DataBenchmark:
 
     # ---------------------------------------------------------------- the loop
 
-    def _measure_loop(self, config: Config, ranks: Ranks, report: BenchmarkReport) -> None:
+    def _measure_loop(self, config: Config, ranks: Ranks, report: BenchmarkReport, progress: WorkProgress) -> None:
+        progress.part("models of the loop")
         dataset = open_dataset_on_all_ranks(config.data, ranks)
         parts = resident_parts(config, ranks, max(int(dataset.labels.max()) + 1, 2), published=False)
-        waits, steps = loop_times(config, dataset, ranks, parts, self.steps)
+        waits, steps = loop_times(config, dataset, ranks, parts, self.steps, progress)
         waits, steps = ([*map(max, zip(*ranks.all_gather(times)))] for times in (waits, steps))
         share = sum(waits) / (sum(waits) + sum(steps))
         needed = config.train.batch_size / ranks.world_size / Spread.of(steps).median
@@ -161,12 +167,14 @@ class DataBenchmark:
         )
 
 
-def core_rates(kinds: dict[str, SampleReader], images: int, rounds: int) -> dict[str, CoreRate]:
+def core_rates(kinds: dict[str, SampleReader], images: int, rounds: int, progress: WorkProgress) -> dict[str, CoreRate]:
     """How fast this process alone makes batches of each kind's first `images` samples, in turn."""
     found: dict[str, list[_Round]] = {name: [] for name in kinds}
-    for _ in range(rounds):
+    progress.part("", rounds * len(kinds))
+    for number in range(rounds):
         for name, samples in kinds.items():
-            found[name].append(_read_once(samples, images))
+            with progress.running(f"{name}: round {number + 1} of {rounds}"):
+                found[name].append(_read_once(samples, images))
     return {
         name: CoreRate(
             [of_round.images / of_round.seconds for of_round in rounds_],
@@ -215,7 +223,7 @@ def _read_once(samples: SampleReader, images: int) -> _Round:
 
 
 def loop_times(
-    config: Config, dataset: Dataset, ranks: Ranks, parts: ResidentParts, steps: int
+    config: Config, dataset: Dataset, ranks: Ranks, parts: ResidentParts, steps: int, progress: WorkProgress
 ) -> tuple[list[float], list[float]]:
     """(seconds that the loop waited for each batch, seconds of each step), after a first step. Collective."""
     train = config.train.model_copy(update={"steps": steps + 1})
@@ -224,7 +232,9 @@ def loop_times(
     batches = iter(
         train_stream(config.model_copy(update={"train": train}), dataset, ranks, parts.engine.ds.module.image_size)
     )
-    for _ in range(steps + 1):
+    progress.part("", steps + 1)
+    for number in range(steps + 1):
+        progress.say(f"the loop: step {number} of {steps}" if number else "the loop: a first step")
         began = time.perf_counter()
         batch = next(batches)
         had = time.perf_counter()
@@ -234,6 +244,7 @@ def loop_times(
         wait_for_device(ranks.device)
         waits.append(had - began)
         took.append(time.perf_counter() - had)
+        progress.advance()
     batches.close()
     return waits[1:], took[1:]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..attacks.attack import attack_tensors
 from ..attacks.autoattack import NORMS, require_library, set_means, undisturbed
 from ..attacks.state import AttackSettings, Classifier
+from ..distributed.progress import WorkProgress
 from .report import BenchmarkReport, BenchmarkTable
 
 STANDARD, FARE = ("apgd-ce", "apgd-t", "fab-t", "square"), ("apgd-ce", "apgd-t")
@@ -56,23 +57,34 @@ def compare(
     rounds: int = 1,
     suites: Sequence[Suite] = tuple(SUITES.values()),
     say: Callable[[str], object] = print,
+    progress: WorkProgress | None = None,
 ) -> BenchmarkReport:
     """Attack the same samples by both, alternately, `rounds` times: seconds, passes, and flags that differ.
 
     model: images [B,3,H,W] in [0,1] -> logits [B,C]. images, labels: on its device. Both take the same iterations,
-    queries, targets and radius, at most 250 samples at once, and each its own random starts. Raises UserError without
+    queries, targets and radius, at most 250 samples at once, and each its own random starts. `progress` says which of
+    them attacks; its time left is at most that, since what falls is asked no more. Raises UserError without
     pyautoattack, and for inputs that `attack_tensors` refuses.
     """
     require_library()
+    progress = progress or WorkProgress(shown=False)
     report = BenchmarkReport(numbers={"settings": vars(settings), "samples": len(images), "suites": {}})
     table = BenchmarkTable(
         f"{len(images)} samples, {settings.norm} {settings.eps:.4g}, {settings.iters} iterations", list(COLUMNS)
     )
     ours(model, images[:8], labels[:8], replace(settings, iters=1, queries=2), suites[0])  # the first call warms up
+    classes = model(images[:1]).shape[1]
+    work = {suite: [len(images) * n for n in _most_passes(suite, settings, classes)] for suite in suites}
+    progress.part("", rounds * sum(map(sum, work.values())))
     for suite in suites:
         pairs = []
-        for _ in range(rounds):
-            pairs.append((ours(model, images, labels, settings, suite), theirs(model, images, labels, settings, suite)))
+        for number in range(rounds):
+            pair = []
+            for name, attack, most in zip(("mmtard", "pyautoattack"), (ours, theirs), work[suite]):
+                words = f"{suite.name}, {name}: round {number + 1} of {rounds}"
+                with progress.running_at_most(words, most) as heard:
+                    pair.append(attack(_Heard(model, heard), images, labels, settings, suite))
+            pairs.append((pair[0], pair[1]))
             say(f"{suite.name}: mmtard {pairs[-1][0].seconds:.1f} s, pyautoattack {pairs[-1][1].seconds:.1f} s")
         report.numbers["suites"][suite.name] = found = _found(pairs)
         seconds = [f"{found[by]['seconds']:.2f}" for by in ("mmtard", "pyautoattack")]
@@ -108,6 +120,26 @@ def theirs(model: Classifier, images: Tensor, labels: Tensor, settings: AttackSe
         library.apgd.n_restarts = suite.their_restarts
         _, predicted = library.run_standard_evaluation(images, labels, batch_size=BATCH)
     return Measured(predicted != labels, _now(images) - began, asked.passes)
+
+
+def _most_passes(suite: Suite, settings: AttackSettings, classes: int) -> tuple[int, int]:
+    """Passes of a sample that stands to the end, in mmtard's attacks and in the library's, by and large."""
+    targets = min(settings.targets, classes - 1)
+    gradient = {"apgd-ce": 1, "apgd-t": targets, "fab-t": 2 * targets}  # in units of iterations
+    others = sum(gradient.get(name, 0) for name in suite.attacks) * settings.iters
+    others += settings.queries if "square" in suite.attacks else 0
+    return others, others + (suite.their_restarts - 1) * settings.iters
+
+
+class _Heard:
+    """The model; tells `heard` of the samples that it is asked about."""
+
+    def __init__(self, model: Classifier, heard: Callable[[int], object]):
+        self.model, self.heard = model, heard
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.heard(len(images))
+        return self.model(images)
 
 
 class _Counted(nn.Module):

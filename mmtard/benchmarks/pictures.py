@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,17 @@ SIZE = (500, 375)  # ImageNet's commonest, whose files have some 110 kB
 CLASSES = 10
 
 
-def draw_pictures(folder: Path, count: int, size: tuple[int, int] = SIZE, quality: int = 92) -> None:
-    """Write `count` JPEG images in class folders: smooth shades, edges and grain, the same at every call."""
+def draw_pictures(
+    folder: Path,
+    count: int,
+    size: tuple[int, int] = SIZE,
+    quality: int = 92,
+    drawn: Callable[[], object] = lambda: None,
+) -> None:
+    """Write `count` JPEG images in class folders: smooth shades, edges and grain, the same at every call.
+
+    `drawn` is called after each.
+    """
     width, height = size
     for number in range(count):
         random = np.random.default_rng(number)
@@ -24,3 +34,4 @@ def draw_pictures(folder: Path, count: int, size: tuple[int, int] = SIZE, qualit
         path = folder / f"{number % CLASSES:02d}" / f"{number:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path, "JPEG", quality=quality)
+        drawn()

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..distributed.progress import WorkProgress
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -31,21 +33,32 @@ class Spread:
 
 
 def alternately(
-    variants: Mapping[str, Callable[[], None]], rounds: int, device: torch.device, warm_up: int = 1
+    variants: Mapping[str, Callable[[], None]],
+    rounds: int,
+    device: torch.device,
+    warm_up: int = 1,
+    progress: WorkProgress | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds that each variant took in each of `rounds` rounds, by name.
 
     A round runs every variant once, in the mapping's order and in every other round backwards. `warm_up` runs of each
     come first and do not count: a first run allocates, and may compile. The device is waited for before and after a
-    run, so the time is that of the work and not of its launch.
+    run, so the time is that of the work and not of its launch. `progress` says which variant and round runs; by
+    `weights`, the work of a variant beside the others', it tells the time left.
     """
-    for _ in range(warm_up):
-        for run in variants.values():
-            run()
+    progress = progress or WorkProgress(shown=False)
+    weights = weights or dict.fromkeys(variants, 1.0)
+    progress.part("", (warm_up + rounds) * sum(weights.values()))
+    for number in range(warm_up):
+        for name, run in variants.items():
+            with progress.running(f"{name}: warm-up {number + 1} of {warm_up}", weights[name]):
+                run()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds):
         for name in list(variants)[:: -1 if number % 2 else 1]:
-            seconds[name].append(timed(variants[name], device))
+            with progress.running(f"{name}: round {number + 1} of {rounds}", weights[name]):
+                seconds[name].append(timed(variants[name], device))
     return seconds
 
 

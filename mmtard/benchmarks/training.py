@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..distillation.task import DistillationTask
+from ..distributed.progress import WorkProgress
 from ..distributed.ranks import Ranks, process_group
 from ..errors import UserError
 from ..runs.metrics import SilentLogger
@@ -63,16 +64,24 @@ class TrainingBenchmark:
 
     def run(self, out: Path) -> None:
         """Measure, print the tables, and write them to `out`. UserError for what the configuration lacks."""
-        with numerics(self.config.engine), process_group(self.config.engine.device) as ranks:
+        with (
+            numerics(self.config.engine),
+            process_group(self.config.engine.device) as ranks,
+            WorkProgress(ranks.is_first) as progress,
+        ):
+            progress.part("models")
             parts = resident_parts(self.config, ranks, self.classes, published=self.against is not None)
             clock = PhaseClock(ranks.device)
             self.record = StepRecord(Nameless(), ranks, SilentLogger(), self.config.train.batch_size, {})
             variants = self._chosen(self._published(parts, clock) + self._ours(parts, clock, ranks))
-            self._measure(variants, clock, ranks)
+            self._measure(variants, clock, ranks, progress)
+            progress.part("matrix product")
             if self.trace:
                 self._write_trace(next((v for v in variants if v.name == OURS), variants[-1]), ranks)
             if ranks.is_first:
-                self._report(variants, ranks).publish(out, ranks.device)
+                report = self._report(variants, ranks)
+        if ranks.is_first:
+            report.publish(out, ranks.device)
 
     def _chosen(self, variants: list[Variant]) -> list[Variant]:
         names = [v.name for v in variants]
@@ -151,7 +160,7 @@ class TrainingBenchmark:
 
         return Variant(name, run, of_sample)
 
-    def _measure(self, variants: list[Variant], clock: PhaseClock, ranks: Ranks) -> None:
+    def _measure(self, variants: list[Variant], clock: PhaseClock, ranks: Ranks, progress: WorkProgress) -> None:
         by_name = {v.name: v for v in variants}
 
         def run(variant: Variant) -> None:
@@ -163,7 +172,12 @@ class TrainingBenchmark:
             variant.memory = max(variant.memory, memory(ranks.device)["memory_gib"])
 
         timed = alternately(
-            {name: lambda v=v: run(v) for name, v in by_name.items()}, self.rounds, ranks.device, self.warm_up
+            {name: lambda v=v: run(v) for name, v in by_name.items()},
+            self.rounds,
+            ranks.device,
+            self.warm_up,
+            progress,
+            {name: v.flops for name, v in by_name.items()},
         )
         for name, seconds in timed.items():
             by_name[name].seconds = [s / self.steps for s in seconds]

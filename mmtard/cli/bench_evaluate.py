@@ -56,6 +56,7 @@ def _run(args) -> None:
         from ..attacks.state import AttackSettings
         from ..benchmarks.classified import classified_samples
         from ..benchmarks.evaluate import SUITES, compare
+        from ..distributed.progress import WorkProgress
         from ..distributed.ranks import process_group
         from ..models.precision import full_float32
     means = AttackSettings(eps=float(args.eps), norm=args.norm, iters=args.iters, queries=args.queries)
@@ -63,4 +64,6 @@ def _run(args) -> None:
     model = settings.Model(arch=args.arch, weights=args.model)
     with process_group(args.device) as ranks, full_float32():
         logits, images, labels = classified_samples(model, sources[0], args.n_samples, args.seed, ranks)
-        compare(logits, images, labels, means, args.rounds, suites).publish(args.out, ranks.device)
+        with WorkProgress(ranks.is_first) as progress:
+            report = compare(logits, images, labels, means, args.rounds, suites, progress=progress)
+        report.publish(args.out, ranks.device)

@@ -9,6 +9,7 @@ from PIL import Image
 from mmtard.benchmarks.data import STAGES, STORED, DataBenchmark
 from mmtard.benchmarks.pictures import draw_pictures
 from mmtard.config import validate
+from mmtard.distributed.progress import WorkProgress
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,9 @@ def test_drawn_pictures_are_of_imagenets_size_and_weight(tmp_path):
     assert 70_000 < np.mean([file.stat().st_size for file in files]) < 150_000
 
 
-def test_a_benchmark_of_drawn_pictures_tells_rates_and_waits(tiny, tmp_path, capsys):
+def test_a_benchmark_of_drawn_pictures_tells_rates_and_waits(tiny, tmp_path, capsys, monkeypatch):
+    said = []
+    monkeypatch.setattr(WorkProgress, "say", lambda self, words: said.append(words))
     DataBenchmark(tiny, drawn=24, images=8, rounds=2, steps=2).run(tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
     stored, resized = found["core"][STORED], found["core"]["pre-resized: 256 px, quality 90"]
@@ -49,3 +52,4 @@ def test_a_benchmark_of_drawn_pictures_tells_rates_and_waits(tiny, tmp_path, cap
     assert loop["images_per_s_needed_a_rank"] == pytest.approx(8 / np.median(loop["seconds"]))
     printed = capsys.readouterr().out
     assert "One core: images for a student of 16 px" in printed and "images/s a rank takes" in printed
+    assert said[0] == "as stored: round 1 of 2" and said[-1] == "the loop: step 2 of 2" and len(said) == 2 * 2 + 3

@@ -8,6 +8,7 @@ from torch import nn
 
 from mmtard.attacks.state import AttackSettings
 from mmtard.benchmarks.evaluate import SUITES, compare
+from mmtard.distributed.progress import WorkProgress
 
 SETTINGS = AttackSettings(eps=0.006, iters=4, queries=6, targets=2)
 
@@ -52,7 +53,10 @@ def test_robustvlms_restarts_are_theirs_alone(found):
     assert robustvlm["pyautoattack"]["passes"] > fare["pyautoattack"]["passes"]
 
 
-def test_the_command_prints_a_table_and_writes_it(exported, colours, tmp_path, capsys, command):
+def test_the_command_prints_a_table_and_writes_it(exported, colours, tmp_path, capsys, command, monkeypatch):
+    told = {"part": [], "say": [], "advance": []}
+    for name, calls in told.items():
+        monkeypatch.setattr(WorkProgress, name, lambda self, *given, calls=calls: calls.append(given))
     out = tmp_path / "bench.json"
     means = ["--n-samples", 8, "--iters", 2, "--suites", "fare", "--eps", "1/255", "--device", "cpu"]
     assert not command(
@@ -61,3 +65,6 @@ def test_the_command_prints_a_table_and_writes_it(exported, colours, tmp_path, c
     printed, written = capsys.readouterr().out, json.loads(out.read_text())
     assert "flags differ" in printed and f"written to {out}" in printed.replace("\n", "")
     assert written["samples"] == 8 and written["suites"].keys() == {"fare"} and written["settings"]["iters"] == 2
+    assert told["say"] == [(f"fare, {library}: round 1 of 1",) for library in ("mmtard", "pyautoattack")]
+    [(_, total)] = told["part"]
+    assert sum(amount for (amount,) in told["advance"]) == total and len(told["advance"]) > 4
