@@ -1,5 +1,6 @@
 """Who a process takes itself for, and the device it takes, from what Slurm sets and torch sees; no GPU is touched."""
 
+import gc
 import os
 import sys
 import time
@@ -244,3 +245,25 @@ def test_ranks_know_how_many_share_a_node(local, expected, monkeypatch):
 def test_numbers_of_one_rank_are_a_row(ranks_of_one):
     numbers = torch.tensor([1.5, 2.0**52 + 1], dtype=torch.float64)
     assert ranks_of_one.gather_numbers(numbers).equal(numbers[None])
+
+
+def test_a_forked_process_collects_no_garbage_of_its_parents():
+    """A group of an earlier run, destroyed in a loader, waits for ever for threads that are not there."""
+    destroyed = []
+
+    class Group:
+        def __init__(self):
+            self.cycle = self
+
+        def __del__(self):
+            destroyed.append(os.getpid())
+
+    gc.collect()
+    Group()
+    child = os.fork()
+    if not child:
+        gc.collect()
+        os._exit(len(destroyed))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    gc.collect()
+    assert destroyed == [os.getpid()]
