@@ -48,7 +48,7 @@ class LastingStream:
         return getattr(self._stream, name)
 
     def _drop(self, error: OSError) -> None:
-        if error.errno not in GONE:
+        if not isinstance(error, BrokenPipeError) and error.errno not in GONE:
             self.failure = self.failure or error
             return
         self.closed_by_reader = True

@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 
@@ -157,7 +158,7 @@ def test_a_convolutional_tower_gives_its_last_map_place_by_place(tmp_path):
 
 
 def test_a_tower_of_neither_patches_nor_a_map_is_refused(base):
-    tower = base.tower()
+    tower = copy.deepcopy(base.tower())
     assert tower.place_width == 16
     tower.visual.attn_pool = torch.nn.Identity()  # as CoCa's
     with pytest.raises(UserError, match="robust: a VisionTransformer gives no features of places.*of=embedding"):

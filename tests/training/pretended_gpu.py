@@ -20,6 +20,7 @@ import contextlib
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -27,6 +28,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import mmtard
+
+PACKAGE = f"{Path(mmtard.__file__).parent}/"  # not any folder of that name, such as a clone's
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 NOWHERE = "nowhere yet"  # a scratch tensor that an operation of torch made for itself
 PLAIN = torch._C.TensorBase
@@ -77,8 +81,8 @@ class PretendedGpu:
 
 def place_in_mmtard() -> str:
     """The innermost line of mmtard that is being run, as file:line."""
-    own = [frame for frame in traceback.extract_stack() if "/mmtard/" in frame.filename]
-    return f"{own[-1].filename.rpartition('/mmtard/')[2]}:{own[-1].lineno}" if own else "(outside of mmtard)"
+    own = [frame for frame in traceback.extract_stack() if frame.filename.startswith(PACKAGE)]
+    return f"{own[-1].filename.removeprefix(PACKAGE)}:{own[-1].lineno}" if own else "(outside of mmtard)"
 
 
 class _Rules(TorchDispatchMode):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from parallel import five_steps
-from pretended_gpu import CUDA, pretended_gpu
+from pretended_gpu import CUDA, PACKAGE, pretended_gpu
 from test_pretended_gpu import a_batch, a_task, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,8 +41,8 @@ class HostReads(TorchDispatchMode):
     def note(self, *_) -> None:
         files = [frame.filename for frame in traceback.extract_stack()]
         if not any("/torch/optim/" in name for name in files):
-            own = [name for name in files if "/mmtard/" in name or "/deepspeed/" in name]
-            self.places[own[-1].rpartition("/mmtard/")[2].rpartition("/deepspeed/")[2] if own else "?"] += 1
+            own = [name for name in files if name.startswith(PACKAGE) or "/deepspeed/" in name]
+            self.places[own[-1].removeprefix(PACKAGE).rpartition("/deepspeed/")[2] if own else "?"] += 1
 
 
 @pytest.fixture
