@@ -30,8 +30,8 @@ from .processes import raise_descriptor_limit
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
 LEAVE_S = 60.0  # for NCCL to take its groups down
 
-# A forked process (a loader) collects no garbage of its parent's: an earlier group in it would be destroyed there, which
-# waits for ever for threads that a fork does not take along.
+# A forked process (a loader) collects no garbage of its parent's: an earlier group in it would be destroyed there,
+# which waits for ever for threads that a fork does not take along.
 os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
 
 
