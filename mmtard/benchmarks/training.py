@@ -197,7 +197,8 @@ class TrainingBenchmark:
         images = self.config.train.batch_size
         rate = matrix_rate(ranks.device, self.config.engine.precision)
         base = next((v for v in variants if v.name == PUBLISHED), variants[0])
-        report = BenchmarkReport(numbers={"config": self.config.model_dump(mode="json"), "matrix_flops": rate})
+        numbers = {"config": self.config.model_dump(mode="json"), "matrix_flops": rate, "world_size": ranks.world_size}
+        report = BenchmarkReport(numbers=numbers)
         table = BenchmarkTable(
             f"A training step: {images} images on {ranks.world_size} x {ranks.device.type}",
             ["", "s a step", "images/s", f"x {base.name}", "GFLOP an image", "of a matrix product", "GiB"],

@@ -142,6 +142,7 @@ def test_a_benchmark_writes_ratios_of_one_run_with_its_command(command, config, 
     assert flops["lean loop"] == pytest.approx(15 * forward)
     ours = flops["mmtard"] / 16
     assert flops["mmtard, clean stored"] == pytest.approx(15 * ours) and ours < forward  # see vision_transformer.py
+    assert found["world_size"] == 1  # by which bench scale tells a rank's rate
     assert found["matrix_flops"] > 0 and found["made_with"]["versions"]["torch"]
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     said = capsys.readouterr().out
