@@ -132,7 +132,8 @@ class DataBenchmark:
     def _measure_loop(self, config: Config, ranks: Ranks, report: BenchmarkReport, progress: WorkProgress) -> None:
         progress.part("models of the loop")
         dataset = open_dataset_on_all_ranks(config.data, ranks)
-        parts = resident_parts(config, ranks, max(int(dataset.labels.max()) + 1, 2), published=False)
+        classes = max(int(dataset.labels.max()) + 1, 2)
+        parts = resident_parts(config, ranks, classes, published=False, samples=len(dataset))
         waits, steps = loop_times(config, dataset, ranks, parts, self.steps, progress)
         waits, steps = ([*map(max, zip(*ranks.all_gather(times)))] for times in (waits, steps))
         share = sum(waits) / (sum(waits) + sum(steps))

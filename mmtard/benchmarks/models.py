@@ -54,8 +54,13 @@ class ResidentParts:
         }
 
 
-def resident_parts(config: Config, ranks: Ranks, classes: int, published: bool) -> ResidentParts:
-    """Make them. published: also copies of the models for the published step, in float32."""
+def resident_parts(
+    config: Config, ranks: Ranks, classes: int, published: bool, samples: int | None = None
+) -> ResidentParts:
+    """Make them. published: also copies of the models for the published step, in float32.
+
+    samples: of the data that the step is shown; None: the resident batch alone.
+    """
     clips = {"student": load_clip_on_all_ranks(config.student, ranks, config.seed)} | {
         name: load_clip_on_all_ranks(config.model_of(name), ranks, config.seed, f"teachers.{name}")
         for name in config.ensemble
@@ -69,7 +74,7 @@ def resident_parts(config: Config, ranks: Ranks, classes: int, published: bool) 
     }
     flops = forward_flops_of(clips)
     student = clips["student"].tower()
-    learned = learned_of(config, clips, device, config.train.batch_size)
+    learned = learned_of(config, clips, device, samples or config.train.batch_size)
     # Teachers in float32 serve both sides.
     own = config.engine.precision != "float32"
     originals = _published_models(clips, heads, device, own) if published else None

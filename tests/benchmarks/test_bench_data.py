@@ -34,6 +34,12 @@ def test_drawn_pictures_are_of_imagenets_size_and_weight(tmp_path):
     assert 70_000 < np.mean([file.stat().st_size for file in files]) < 150_000
 
 
+def test_multipliers_of_the_samples_have_one_for_each_of_the_data(tiny, tmp_path):
+    bound = {"method": {"name": "lore", "bound": {"multipliers": "sample"}}, "teachers": {}, "attack": {"steps": 1}}
+    config = validate(tiny.model_dump(mode="json") | bound)
+    DataBenchmark(config, drawn=24, images=2, rounds=1, steps=1).run(tmp_path / "out.json")
+
+
 def test_a_benchmark_of_drawn_pictures_tells_rates_and_waits(tiny, tmp_path, capsys, monkeypatch):
     said = []
     monkeypatch.setattr(WorkProgress, "say", lambda self, words: said.append(words))
