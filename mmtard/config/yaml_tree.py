@@ -70,6 +70,7 @@ def check_tree(tree: dict, source: str) -> None:
     room = LARGEST
 
     def check(value: Any, place: str, depth: int) -> None:
+        """Raise UserError for what no configuration holds, at `place` and below it."""
         nonlocal room
         room -= 1
         if depth > DEEPEST:

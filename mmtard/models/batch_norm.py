@@ -56,6 +56,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, shift, eps, count):
+        """x [V*B,C,H,W] of `count` views -> (normalised x, mean [V,C], var [V,C], samples). Collective."""
         values = _by_view(x, count)
         off = values - shift[:, None, None]  # near the mean already: their squares lose no digits
         sums = torch.stack([off.sum((1, 3, 4)), off.square().sum((1, 3, 4))])
@@ -71,6 +72,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, *_):
+        """dy, of the shape of x -> the gradients of x, weight and bias. Collective."""
         x, weight, mean, rstd, n = ctx.saved_tensors
         g, normalised = _by_view(dy, len(mean)), _standardised(_by_view(x, len(mean)), mean, rstd)
         sums = torch.stack([g.sum((1, 3, 4)), (g * normalised).sum((1, 3, 4))])
