@@ -41,6 +41,7 @@ def forward_by_hand(tokens, width, layers, pixels, out):
     return 2 * (tokens - 1) * pixels * width + layers * block + 2 * width * out
 
 
+@pytest.mark.slow
 def test_a_stored_teacher_costs_nothing(main_run):
     stored = main_run.model_copy(
         update={
@@ -51,6 +52,7 @@ def test_a_stored_teacher_costs_nothing(main_run):
     assert work_of(stored).teacher_forwards == 1
 
 
+@pytest.mark.slow
 def test_the_passes_of_added_terms_are_counted(main_run):
     anchored = settings.load(resources.find_config("vitb32_mmtard"), [*TEACHERS, "terms.anchor.teacher=robust"])
     plain = settings.load(resources.find_config("vitb32_mmtard"), TEACHERS)

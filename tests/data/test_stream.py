@@ -294,6 +294,7 @@ def launch(folder, dataset):
             process.wait()
 
 
+@pytest.mark.slow
 def test_signals_to_the_group_reach_the_parent_and_spare_the_workers(launch):
     body = """
 got = []
@@ -314,6 +315,7 @@ print(seen, got, flush=True)
     assert out.strip() == "1600 ['SIGTERM', 'SIGUSR2', 'SIGINT', 'SIGUSR1']"
 
 
+@pytest.mark.slow
 def test_signal_while_workers_start_is_kept_for_the_parent(launch):
     body = """
 got = []
@@ -336,6 +338,7 @@ print(sum(len(b) for b in run(20)), bool(got), flush=True)
     assert out.strip() == "160 True"
 
 
+@pytest.mark.slow
 def test_leaving_in_the_middle_ends_the_workers(launch):
     body = """
 kept = run(1000)

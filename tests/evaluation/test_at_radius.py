@@ -183,6 +183,7 @@ def test_partial_results_of_an_earlier_version_are_measured_again_with_a_line(co
     assert told in said and strip_seconds(found["datasets"]) == strip_seconds(undisturbed["datasets"])
 
 
+@pytest.mark.slow
 def test_the_checks_of_sanity_heed_a_signal_and_are_made_when_it_goes_on(colours, measure, asked, tmp_path):
     settings = {"attacks": ("pgd",), "iters": 1, "n_samples": 8, "sanity": True}
     undisturbed = measure(colours, tmp_path / "undisturbed", **settings)

@@ -51,6 +51,7 @@ def test_the_costly_checks_take_no_more_images_at_once_than_the_evaluation(colou
     assert lines[100] == lines[3] and "random noise weaker than the attack" in lines[3]
 
 
+@pytest.mark.slow
 def test_sanity_is_added_to_what_is_measured_and_stays(measure, tmp_path, monkeypatch):
     """With --sanity a finished evaluation is the same one: its attacks, of hours, are not made again."""
     write(tmp_path / "root" / "colours", 24)

@@ -118,6 +118,7 @@ def test_a_rank_that_was_killed_beside_one_that_failed_starts_nothing_again(task
     assert requeued(tmp_path) == ""
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_a_killed_one_is_ended_within_its_turn_and_the_job_goes_on(task, tmp_path):
     """As inside a kernel of NCCL, where neither a closed connection nor a signal is noticed."""
     turns = {"SLURM_NTASKS": "2", "SURVIVORS_TURN_S": "1", "LOOK_EVERY_S": "0.5"}
@@ -266,6 +267,7 @@ time.sleep(20)
 """
 
 
+@pytest.mark.slow
 def test_a_signal_that_comes_before_mmtard_listens_is_neither_lost_nor_its_end(task, tmp_path):
     process = task(LISTENS_LATE)
     started(process, tmp_path)
@@ -275,6 +277,7 @@ def test_a_signal_that_comes_before_mmtard_listens_is_neither_lost_nor_its_end(t
     assert "goes back to the queue" in process.communicate(timeout=15)[0]
 
 
+@pytest.mark.slow
 def test_a_signal_to_a_run_that_has_ended_changes_nothing(task, tmp_path):
     process = task("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1.5)")
     started(process, tmp_path)
@@ -303,6 +306,7 @@ def test_a_person_who_interrupts_a_job_ends_it_once_and_for_good(task, tmp_path)
         assert (tmp_path / "heard").read_text() == "x" and requeued(tmp_path) == ""
 
 
+@pytest.mark.slow
 def test_an_interrupt_that_comes_before_mmtard_listens_reaches_it(task, tmp_path):
     process = task(LISTENS_LATE.replace("SIGUSR2", "SIGINT"), may_start=False)
     started(process, tmp_path)

@@ -27,6 +27,7 @@ NAMES = (
 )
 
 
+@pytest.mark.slow
 def test_names_of_any_kind_are_shown_and_do_nothing(tmp_path, monkeypatch):
     """A run, a dataset, a class, a loss term, a reason and a command by every such name, on one page."""
     monkeypatch.setattr("mmtard.report.style.VECTOR", {"svg": {"Date": None}})
@@ -60,6 +61,7 @@ def _paths(value, path=()):
 VALUES = [None, 1, -1, 1e308, float("nan"), "x", "", [], {}, True, [None], {"a": 1}, "../../x", "9" * 400, 10**400]
 
 
+@pytest.mark.slow
 def test_no_change_of_a_results_json_ends_in_a_traceback(tmp_path, monkeypatch):
     """150 mutations: each is shown, or told in one line that names the file."""
     good = results([dataset("A", FLAGS, {"2/255": FLAGS, "4/255": FLAGS})])

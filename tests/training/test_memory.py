@@ -160,6 +160,7 @@ def test_captions_keep_every_models_text_tower():
     assert with_captions["text towers"] == [2 * 4 * text] * 4 and "text towers" not in memory.of_run(run(), 1)
 
 
+@pytest.mark.slow
 def test_a_checkpointed_timm_tower_computes_one_of_its_blocks_again():
     spec = {"arch": "ViT-B-16-SigLIP", "weights": "random"}
     config = run(student=spec, method={"name": "tecoa"}, teachers={}, engine={"checkpoint_activations": True})
