@@ -287,6 +287,7 @@ def test_breaks_the_samples_that_pyautoattack_breaks(name, victim):
     assert (theirs == out.robust).sum() <= 3  # ours with other seeds differs by as many
 
 
+@pytest.mark.slow
 def test_square_is_as_strong_as_pyautoattacks(victim):
     """That code draws a square's corner from [0, h - s), so that the last row and column are never touched: on 12
     pixels it loses 15 of 100 samples. With the paper's range it comes to our count; which samples are broken depends

@@ -120,6 +120,7 @@ def test_another_method_has_no_published_step(config, both):
         PublishedStep(other, both[2], PhaseClock(torch.device("cpu")))
 
 
+@pytest.mark.slow
 def test_a_benchmark_writes_ratios_of_one_run_with_its_command(command, config, write, tmp_path, capsys):
     path, out = write(config.model_dump(mode="json")), tmp_path / "bench" / "train.json"
     words = ["bench", "train", path, "--against", "published", "--rounds", "2", "--classes", "5", "--out", out]

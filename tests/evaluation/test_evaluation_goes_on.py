@@ -124,6 +124,7 @@ def test_an_interrupted_evaluation_keeps_what_it_measured_and_ends_with_the_same
     assert timeless[0] == timeless[1] and not (tmp_path / "out" / partial_results.FOLDER).exists()
 
 
+@pytest.mark.slow
 def test_a_signal_is_heeded_within_an_attack_and_ranks_wait_for_one_anothers_chunks(colours, measure, ranks):
     """An attack of a million iterations, which would take hours; a group's 30 minutes would end the ranks that wait."""
     interruption = Interruption()

@@ -82,6 +82,7 @@ def _with_another_value(content, path, rng):
     return bytearray("\n".join([changed, *(lines or [""])[1:]]).encode())
 
 
+@pytest.mark.slow
 def test_damaged_files_of_a_run_are_told_in_one_line(whole, tree, write, ranks, tmp_path):
     rng, settings, refused = random.Random(5), config.load(write(tree)), 0
     kept = tmp_path / "kept"

@@ -145,6 +145,7 @@ def test_an_attack_on_the_trained_tower_itself_keeps_what_a_training_forward_kee
     assert rows[memory.ATTACK] == rows[memory.TRAINING] and memory.COPY not in rows
 
 
+@pytest.mark.slow
 def test_checkpointing_reaches_the_attack_where_it_is_asked_to(small):
     kept = {
         attack: memory.of_run(run(**small, engine={"checkpoint_activations": True, "checkpoint_attack": attack}), 4)
@@ -191,6 +192,7 @@ def test_a_start_with_weights_of_its_own_is_counted_by_its_own_architecture():
     assert fare["teacher start, replicated"] == [2 * 303966208] * 4
 
 
+@pytest.mark.slow
 def test_the_start_is_held_too_and_an_attack_through_a_teacher_keeps_its_activations(small):
     fare = memory.of_run(run(method={"name": "fare"}, teachers={}), 2)
     assert fare["teacher start, replicated"] == [2 * 87849216] * 4
@@ -218,6 +220,7 @@ def test_the_command_prints_the_table(tree, write, capsys):
     )
 
 
+@pytest.mark.slow
 def test_what_to_lower_is_said_with_what_it_saves(small):
     """Half of the images at once take half of the activations."""
     config = run(**small, train={"steps": 1, "batch_size": 64, "micro_batch_size": 32})
