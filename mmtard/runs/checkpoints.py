@@ -51,18 +51,20 @@ def why_invalid(checkpoint: Path) -> str | None:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             return f"{checkpoint.name}: format {manifest['format']!r:.40}, this version reads {FORMAT}"
+        files = manifest["files"]
+        # What is quick to see comes first, so that of many damaged checkpoints not every weight is read.
         for name in FILES:
-            reason = _why_damaged(checkpoint / name, manifest["files"][name])
-            if reason is not None:
+            if (reason := _why_of_other_size(checkpoint / name, files[name])) is not None:
                 return f"{checkpoint.name}: {name} {reason}"
-        step = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("step", manifest["step"])
+        for name in (STATE, *(name for name in FILES if name != STATE)):
+            if describe(checkpoint / name)["sha256"] != files[name]["sha256"]:
+                return f"{checkpoint.name}: {name} does not match its checksum"
+            if name == STATE and (reason := _why_of_other_step(checkpoint, manifest["step"])) is not None:
+                return reason
     except FileNotFoundError:
         return f"{checkpoint.name}: no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{checkpoint.name}: unreadable {MANIFEST} ({' '.join(str(error).split())[:200]})"
-    of_name = _PUBLISHED.match(checkpoint.name)
-    if step != manifest["step"] or (of_name and int(of_name[1]) != step):
-        return f"{checkpoint.name}: it is the checkpoint of step {step!r:.40}"
     return None
 
 
@@ -172,13 +174,20 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         scratch.chmod(mode)  # safetensors itself leaves a file for the owner alone
 
 
-def _why_damaged(path: Path, expected: dict) -> str | None:
+def _why_of_other_size(path: Path, expected: dict) -> str | None:
     if not path.is_file():
         return "is missing"
     size = path.stat().st_size
-    if size != expected["bytes"]:
-        return f"has {size} bytes, not {expected['bytes']!r:.40}"
-    return None if describe(path)["sha256"] == expected["sha256"] else "does not match its checksum"
+    return None if size == expected["bytes"] else f"has {size} bytes, not {expected['bytes']!r:.40}"
+
+
+def _why_of_other_step(checkpoint: Path, noted: int) -> str | None:
+    """Why a checkpoint is not the one that its manifest or its folder's name says, by its state."""
+    step = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("step", noted)
+    of_name = _PUBLISHED.match(checkpoint.name)
+    if step != noted or (of_name and int(of_name[1]) != step):
+        return f"{checkpoint.name}: it is the checkpoint of step {step!r:.40}"
+    return None
 
 
 def _name_in(link: Path) -> str:

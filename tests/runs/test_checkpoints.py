@@ -13,6 +13,7 @@ from mmtard.errors import UserError
 from mmtard.runs import checkpoints
 from mmtard.runs.checkpoint_writer import Checkpoints
 from mmtard.runs.checkpoints import newest_valid, resolve
+from mmtard.runs.checksums import describe
 
 
 @pytest.fixture
@@ -343,3 +344,16 @@ def test_a_checkpoint_under_another_steps_name_is_passed_over(run):
     (run / "checkpoints" / "step-10").rename(run / "checkpoints" / "step-999")
     newest, (why,) = newest_valid(run)
     assert newest.name == "step-5" and why == "step-999: it is the checkpoint of step 10"
+
+
+def test_of_many_damaged_checkpoints_no_weights_are_read_to_find_the_good_one(run, monkeypatch):
+    folder = run / "checkpoints"
+    for step in range(11, 15):
+        shutil.copytree(folder / "step-10", folder / f"step-{step}")  # each says that it is of step 10
+    (folder / "step-14" / "state.json").write_text("x")
+    read = []
+    monkeypatch.setattr(checkpoints, "describe", lambda path: read.append(path) or describe(path))
+    newest, passed_over = newest_valid(run)
+    assert newest == folder / "step-10" and len(passed_over) == 4
+    assert "step-14: state.json has 1 bytes" in passed_over[0] and "checkpoint of step 10" in passed_over[1]
+    assert {path.parent.name for path in read if path.suffix == ".safetensors"} == {"step-10"}
