@@ -62,8 +62,9 @@ class ClassTokenBlock(ResidualAttentionBlock):
         if self.all_tokens or k_x is not None or v_x is not None or attn_mask is not None:
             return super().forward(q_x, k_x, v_x, attn_mask)
         x = self.ln_1(q_x)
-        # An adapted attention (LoRA) takes all tokens, for the sake of its dropout.
-        queries = x[:, :1] if isinstance(self.attn, nn.MultiheadAttention) else x
+        # An adapted attention (LoRA) takes all tokens, for the sake of its dropout. The class token is every L-th row:
+        # at the strides of `:1`, torch 2.11 would multiply with frozen weights image by image.
+        queries = x[:, :: x.shape[1]] if isinstance(self.attn, nn.MultiheadAttention) else x
         attended = self.attn(queries, x, x, need_weights=False)[0][:, :1]
         token = q_x[:, :1] + self.ls_1(attended)
         return token + self.ls_2(self.mlp(self.ln_2(token)))
