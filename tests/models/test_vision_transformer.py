@@ -94,6 +94,16 @@ def test_attention_of_frozen_weights_multiplies_all_images_at_once():
     assert batched[0] > 0 and batched[1] == 0
 
 
+def test_the_class_tokens_query_is_rows_of_one_matrix_to_every_torch_that_is_accepted():
+    """torch 2.11 folds images into rows where all strides say so; 2.14 leaves out that of a length of 1."""
+    _, ours = pair()
+    queries = []
+    ours.transformer.resblocks[-1].attn.register_forward_pre_hook(lambda _, args: queries.append(args[0]))
+    ours(torch.rand(2, 3, 16, 16, dtype=torch.float64))
+    (query,) = queries
+    assert query.shape == (2, 1, 32) and query.stride(0) == query.stride(1)
+
+
 class Operations(TorchDispatchMode):
     """Counts every operation."""
 
