@@ -32,7 +32,13 @@ MATHEMATICS = ("losses", "seeding", "zero_shot", "attacks", "distillation")
 # These alone may speak of torch.distributed or DeepSpeed.
 DISTRIBUTED = {
     f"mmtard/{name}.py"
-    for name in ("distributed/ranks", "models/teachers", "training/engine", "training/portable_state")
+    for name in (
+        "distributed/ranks",
+        "distributed/meeting",
+        "models/teachers",
+        "training/engine",
+        "training/portable_state",
+    )
 }
 WITHOUT_TORCH = [
     "mmtard",

@@ -126,7 +126,8 @@ class Resume(Section):
         10.0,
         gt=0,
         lt=30,
-        description="time of a part of a step (its data, update, checkpoint) after which it counts as hung",
+        description="time of a part of a step (its data, update, checkpoint) after which it counts as hung; "
+        "ranks wait so long for one that has not come (started without srun or torchrun: a fifth of it)",
     )
 
 

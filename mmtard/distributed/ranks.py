@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
+from torch.distributed import PrefixStore, distributed_c10d
 
 from ..errors import RunError, UserError
 from .devices import rank_device
-from .launcher import launch_from_env
+from .launcher import Launch, launch_from_env
+from .meeting import meet, patience_of
 from .processes import raise_descriptor_limit
 
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
@@ -114,11 +115,12 @@ class Ranks:
         dist.barrier(group=self.cpu_group)
 
 
-def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> Ranks:
+def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30), *, watchdog_minutes: float = 10.0) -> Ranks:
     """Join the process group that this launch describes.
 
     It is RANK/WORLD_SIZE/LOCAL_RANK (torchrun, deepspeed), SLURM_PROCID/NTASKS/LOCALID (srun, with MASTER_ADDR and
-    MASTER_PORT exported), or a group of one without a network. device: auto | cpu | cuda. Raises UserError when a GPU
+    MASTER_PORT exported), or a group of one without a network. device: auto | cpu | cuda. watchdog_minutes: what
+    `resume.watchdog_minutes` is, by which a rank waits for others that do not come. Raises UserError when a GPU
     is asked for, or Slurm gave some, and torch sees none, when local ranks would share a GPU, and when a launcher left
     no master address; RunError when the ranks do not meet.
     """
@@ -141,34 +143,35 @@ def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> R
     if on_gpu:
         torch.cuda.set_device(where)
     if not dist.is_initialized():
-        _meet(rank, world, where, timeout)
+        _meet(launch, where, timeout, patience_of(watchdog_minutes))
     # DeepSpeed reads these, and takes the GPU that LOCAL_RANK numbers.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(where.index if on_gpu else local))
     return Ranks(rank, world, local, where, _cpu_group(rank, world, timeout))
 
 
-def _meet(rank: int, world: int, device: torch.device, timeout: timedelta) -> None:
+def _meet(launch: Launch, device: torch.device, timeout: timedelta, patience: timedelta) -> None:
     """Join the default group, NCCL's on GPUs, else gloo's. Raises UserError without an address to meet at."""
-    env, on_gpu = os.environ, device.type == "cuda"
+    env, on_gpu, rank, world = os.environ, device.type == "cuda", launch.rank, launch.world_size
     if world > 1 and "MMTARD_INIT_FILE" not in env and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
         raise UserError(
             f"{world} ranks but no MASTER_ADDR and MASTER_PORT; export both; in a batch script: "
             'eval "$(python -m mmtard.launch.environment)"'
         )
-    meet = _meeting_point(world)
+    place = _meeting_point(world)
+    store = meet(place, rank, world, patience)
+    store.set_timeout(timeout)
     try:
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
-            init_method=meet,
+            store=PrefixStore("default", store),
             rank=rank,
             world_size=world,
             timeout=timeout,
             device_id=device if on_gpu else None,
         )
     except dist.DistError as error:
-        place = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}" if meet == "env://" else meet
         raise RunError(
-            f"rank {rank} of {world} did not meet the others at {place}: {' '.join(str(error).split())[:300]}"
+            f"rank {rank} of {world} did not join the others: {' '.join(str(error).split())[:300]}"
         ) from None
 
 

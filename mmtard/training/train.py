@@ -35,7 +35,7 @@ def train(config: Config, interruption: Interruption) -> int:
     ranks of this launch. Raises UserError for what the user can mend, RunError for what ended the run.
     """
     with numerics(config.engine):
-        ranks = process_group.start(config.engine.device)
+        ranks = process_group.start(config.engine.device, watchdog_minutes=config.resume.watchdog_minutes)
         with Watchdog(config, ranks) as watchdog:
             status = Trainer(config, ranks, watchdog).train(interruption)
         process_group.stop(ranks)

@@ -33,6 +33,7 @@ def start(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(ranks, "meet", lambda *args: dist.HashStore())
         monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: None)
         monkeypatch.setattr(dist, "new_group", lambda *args, **kwargs: None)
         return ranks.start(device)

@@ -1,0 +1,108 @@
+"""Where the ranks of a launch meet: each says that it is there, and hears who is missing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from contextlib import suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import PrefixStore
+
+from ..errors import RunError
+
+QUIET_S = 5.0  # how long a rank waits for the others without a word
+NAMED = 8  # missing ranks that a message lists
+# What only a launcher sets that ends the other ranks when one of them ends.
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "SLURM_STEPID")
+
+
+def patience_of(watchdog_minutes: float) -> timedelta:
+    """How long a rank waits for others that have not come: a fifth of the watchdog's time, 2 minutes of its 10.
+
+    The whole of it under srun and torchrun. They start ranks one after another where a cluster is slow, and end all of
+    them when one of them ends.
+    """
+    launched = any(os.environ.get(name) for name in LAUNCHERS)
+    return timedelta(minutes=watchdog_minutes if launched else watchdog_minutes / 5)
+
+
+def meet(place: str, rank: int, world: int, patience: timedelta) -> dist.Store:
+    """The store that all ranks share, once every one of them has come to it.
+
+    place: `env://` (MASTER_ADDR and MASTER_PORT) or `file://PATH`. A wait of more than a few seconds is told, with the
+    ranks that are missing. Raises RunError where some have not come in time, or the store cannot be reached.
+    """
+    wait = _Wait(rank, world, _in_words(place), patience)
+    try:
+        store = _store(place, rank, world, patience, wait)
+    except (dist.DistError, RuntimeError, ValueError, OSError) as error:
+        raise RunError(
+            f"rank {rank} of {world} did not meet the others at {wait.where}: {' '.join(str(error).split())[:300]}"
+        ) from None
+    here = PrefixStore("mmtard/met", store)
+    here.set(str(rank), "here")
+    while missing := _missing(here, world):
+        wait.longer(missing)
+    return store
+
+
+class _Wait:
+    """A wait for other ranks: told once, and not for ever."""
+
+    def __init__(self, rank: int, world: int, where: str, patience: timedelta):
+        self.who, self.where, self.seconds = f"rank {rank} of {world}", where, patience.total_seconds()
+        self.began, self.told = time.monotonic(), False
+
+    def longer(self, missing: list[int]) -> None:
+        """Wait a moment longer for these. Raises RunError where that was too long."""
+        waited = time.monotonic() - self.began
+        if waited > self.seconds:
+            raise RunError(
+                f"{self.who} waited {self.seconds:.0f} seconds at {self.where} for {_named(missing)}; "
+                "start all ranks again (resume.watchdog_minutes lengthens the wait)"
+            )
+        if waited > QUIET_S and not self.told:
+            self.told = True
+            print(f"mmtard: {self.who} waits at {self.where} for {_named(missing)}", file=sys.stderr, flush=True)
+        time.sleep(0.05)
+
+
+def _store(place: str, rank: int, world: int, patience: timedelta, wait: _Wait) -> dist.Store:
+    if place.startswith("file://"):
+        return dist.FileStore(place.removeprefix("file://"), world)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):  # torchrun's own
+        return next(iter(dist.rendezvous(place, rank, world, timeout=patience)))[0]
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    while rank and not _answers(address, port):  # torch's own wait for it lets nothing be told
+        wait.longer([0])
+    return dist.TCPStore(address, port, world, rank == 0, timeout=patience, wait_for_workers=False, multi_tenant=True)
+
+
+def _answers(address: str, port: int) -> bool:
+    """Whether the first rank is there, which keeps the store of an address."""
+    with suppress(OSError):
+        socket.create_connection((address, port), timeout=2).close()
+        return True
+    return False
+
+
+def _missing(here: dist.Store, world: int) -> list[int]:
+    """The ranks that have not come yet."""
+    with suppress(RuntimeError):  # the first rank, which keeps the store, is gone; the others wait for it
+        return [] if here.check([str(rank) for rank in range(world)]) else [
+            rank for rank in range(world) if not here.check([str(rank)])
+        ]  # fmt: skip
+    return [0]
+
+
+def _named(ranks: list[int]) -> str:
+    more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:NAMED]))}{more}"
+
+
+def _in_words(place: str) -> str:
+    return place if place != "env://" else f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
