@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
@@ -45,8 +46,13 @@ def meet(place: str, rank: int, world: int, patience: timedelta) -> dist.Store:
         ) from None
     here = PrefixStore("mmtard/met", store)
     here.set(str(rank), "here")
-    while missing := _missing(here, world):
-        wait.longer(missing)
+    try:
+        while not _all_met(here, rank, world):
+            wait.longer(lambda: _missing(here, world))
+    except RunError:
+        with suppress(RuntimeError):
+            here.delete_key(str(rank))  # a file would keep it for a later start
+        raise
     return store
 
 
@@ -57,17 +63,17 @@ class _Wait:
         self.who, self.where, self.seconds = f"rank {rank} of {world}", where, patience.total_seconds()
         self.began, self.told = time.monotonic(), False
 
-    def longer(self, missing: list[int]) -> None:
-        """Wait a moment longer for these. Raises RunError where that was too long."""
+    def longer(self, missing: Callable[[], list[int]]) -> None:
+        """Wait a moment longer for the ranks that are `missing()`. Raises RunError where that was too long."""
         waited = time.monotonic() - self.began
         if waited > self.seconds:
             raise RunError(
-                f"{self.who} waited {self.seconds:.0f} seconds at {self.where} for {_named(missing)}; "
+                f"{self.who} waited {self.seconds:.0f} seconds at {self.where} for {_named(missing())}; "
                 "start all ranks again (resume.watchdog_minutes lengthens the wait)"
             )
         if waited > QUIET_S and not self.told:
             self.told = True
-            print(f"mmtard: {self.who} waits at {self.where} for {_named(missing)}", file=sys.stderr, flush=True)
+            print(f"mmtard: {self.who} waits at {self.where} for {_named(missing())}", file=sys.stderr, flush=True)
         time.sleep(0.05)
 
 
@@ -78,7 +84,7 @@ def _store(place: str, rank: int, world: int, patience: timedelta, wait: _Wait) 
         return next(iter(dist.rendezvous(place, rank, world, timeout=patience)))[0]
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     while rank and not _answers(address, port):  # torch's own wait for it lets nothing be told
-        wait.longer([0])
+        wait.longer(lambda: [0])
     return dist.TCPStore(address, port, world, rank == 0, timeout=patience, wait_for_workers=False, multi_tenant=True)
 
 
@@ -90,12 +96,19 @@ def _answers(address: str, port: int) -> bool:
     return False
 
 
+def _all_met(here: dist.Store, rank: int, world: int) -> bool:
+    """Whether every rank has come. The first one looks for each, and the others for its word alone."""
+    with suppress(RuntimeError):  # the first rank, which keeps the store, is gone
+        if rank == 0 and here.check([str(one) for one in range(world)]):
+            here.set("all", "here")
+        return here.check(["all"])
+    return False
+
+
 def _missing(here: dist.Store, world: int) -> list[int]:
-    """The ranks that have not come yet."""
-    with suppress(RuntimeError):  # the first rank, which keeps the store, is gone; the others wait for it
-        return [] if here.check([str(rank) for rank in range(world)]) else [
-            rank for rank in range(world) if not here.check([str(rank)])
-        ]  # fmt: skip
+    """The ranks that have not come yet; the first one where it has told nobody that all have."""
+    with suppress(RuntimeError):
+        return [rank for rank in range(world) if not here.check([str(rank)])] or [0]
     return [0]
 
 

@@ -60,6 +60,14 @@ def test_where_the_first_rank_is_missing_the_others_say_so(place, capsys, monkey
     assert "rank 0" in capsys.readouterr().err
 
 
+def test_a_rank_that_gave_up_waiting_is_not_taken_for_one_that_is_there(tmp_path):
+    place = f"file://{tmp_path}/store"
+    with pytest.raises(RunError, match="for rank 1; start all"):
+        meeting.meet(place, 0, 2, timedelta(seconds=0.2))
+    with pytest.raises(RunError, match="for rank 0; start all"):
+        meeting.meet(place, 1, 2, timedelta(seconds=0.2))
+
+
 def test_the_patience_follows_the_watchdog_and_is_longer_under_a_launcher_that_ends_all(monkeypatch):
     for name in meeting.LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
