@@ -144,6 +144,7 @@ def evaluate(
     batch_size: int | None = None,
     workers: int = 2,
     sanity: bool = False,
+    compile: bool = False,
     device: str = "auto",
     say: Callable[..., Any] = print,
     **changes: Any,
@@ -157,7 +158,8 @@ def evaluate(
     of the protocol, by name: attacks, iters, restarts, queries, step_size, templates, perturb_at, seed,
     independent_radii. out: the folder of results.json; default: named by the settings, in the run's evaluations/ or in
     ./evaluations. batch_size: images a rank takes at once. workers: loader processes a rank. sanity: also the health
-    checks that need attacks of their own. device: auto, cpu or cuda. say: takes each line of progress.
+    checks that need attacks of their own. compile: the image tower by torch.compile, once, for batches of any size;
+    it pays in long evaluations. device: auto, cpu or cuda. say: takes each line of progress.
 
     Runs in the process group of this launch, or alone. The same call goes on where it was interrupted. Raises
     UserError for what does not fit.
@@ -175,9 +177,11 @@ def evaluate(
         sources = find_datasets(str(data), names, _text(index), _text(classnames))
     surrogate = _spec(transfer_from, transfer_arch) if transfer_from else None
     with _as_weights(model, arch) as (spec, identity), environment_as_it_was(), process_group(device) as ranks:
-        others = {"batch_size": batch_size, "transfer": _text(transfer_from)}
+        others = {"batch_size": batch_size, "transfer": _text(transfer_from), **({"compile": True} if compile else {})}
         folder = default_out(identity, asked, sources, str(data), **others) if out is None else Path(out)
-        request = EvaluationRequest(spec, sources, asked, folder, surrogate, batch_size, workers, sanity)
+        request = EvaluationRequest(
+            spec, sources, asked, folder, surrogate, batch_size, workers, sanity, compile=compile
+        )
         with arguments_named():
             return measure(request, ranks, say)
 

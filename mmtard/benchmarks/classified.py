@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -20,15 +23,16 @@ from ..evaluation.prompts import names_of, prompts_of
 from ..evaluation.protocols import PROTOCOLS
 from ..evaluation.statistics import stratified
 from ..evaluation.zeroshot import check_labels
+from ..models.compiled import compile_tower
 
 
 def classified_samples(
-    spec: Model, source: DatasetSource, n: int, seed: int, ranks: Ranks
-) -> tuple[Classifier, Tensor, Tensor]:
-    """(classifier, images [n,3,H,W] float32 in [0,1], labels int64 [n]) on the ranks' device.
+    spec: Model, source: DatasetSource, n: int, seed: int, ranks: Ranks, compile: bool = False
+) -> tuple[Classifier, Classifier | None, Tensor, Tensor]:
+    """(classifier, compiled, images [n,3,H,W] float32 in [0,1], labels int64 [n]) on the ranks' device.
 
-    The samples are stratified over the classes. Raises UserError for a dataset without labels, and for one of whose
-    samples none can be read.
+    The samples are stratified over the classes. compiled: the same classifier by torch.compile, where that is asked
+    for. Raises UserError for a dataset without labels, and for one of whose samples none can be read.
     """
     source = with_shards(source, print)
     dataset = open_dataset(source.data)
@@ -36,7 +40,10 @@ def classified_samples(
     check_labels(dataset, names, source.name)
     model = load_model(spec, ranks)
     prompts, _ = prompts_of(source, PROTOCOLS["fare"], None, True)
-    logits = model.logits(model.head(names, prompts, ranks))
+    head = model.head(names, prompts, ranks)
+    compiled = replace(model, tower=copy.deepcopy(model.tower)) if compile else None
+    if compiled is not None:
+        compile_tower(compiled.tower, "the model", print, any_batch=True)
     labelled = (dataset.labels >= 0).nonzero()[0]
     ids = labelled[stratified(dataset.labels[labelled], n, seed)]
     staging = staging_for(dataset, source.data.cache)
@@ -45,4 +52,5 @@ def classified_samples(
     if not batches:
         raise UserError(f"--data: none of {len(ids)} samples of '{source.name}' can be read; restore the shards")
     images = torch.cat([batch.pixels(ranks.device) for batch in batches])
-    return logits, images, torch.cat([batch.labels for batch in batches]).to(ranks.device)
+    labels = torch.cat([batch.labels for batch in batches]).to(ranks.device)
+    return model.logits(head), compiled and compiled.logits(head), images, labels

@@ -22,6 +22,7 @@ COLUMNS = (
     "suite", "mmtard s", "pyautoattack s", "ratio", "ours passes", "their passes", "standing", "flags differ",
 )  # fmt: skip
 BATCH = 250  # pyautoattack's own default
+COMPILED, LIBRARY = "mmtard compiled", "pyautoattack"
 
 
 @dataclass
@@ -58,13 +59,15 @@ def compare(
     suites: Sequence[Suite] = tuple(SUITES.values()),
     say: Callable[[str], object] = print,
     progress: WorkProgress | None = None,
+    compiled: Classifier | None = None,
 ) -> BenchmarkReport:
     """Attack the same samples by both, alternately, `rounds` times: seconds, passes, and flags that differ.
 
     model: images [B,3,H,W] in [0,1] -> logits [B,C]. images, labels: on its device. Both take the same iterations,
     queries, targets and radius, at most 250 samples at once, and each its own random starts. `progress` says which of
-    them attacks; its time left is at most that, since what falls is asked no more. Raises UserError without
-    pyautoattack, and for inputs that `attack_tensors` refuses.
+    them attacks; its time left is at most that, since what falls is asked no more. compiled: the same classifier by
+    torch.compile, on which mmtard's attacks are timed once more. Raises UserError without pyautoattack, and for inputs
+    that `attack_tensors` refuses.
     """
     require_library()
     progress = progress or WorkProgress(shown=False)
@@ -72,25 +75,26 @@ def compare(
     table = BenchmarkTable(
         f"{len(images)} samples, {settings.norm} {settings.eps:.4g}, {settings.iters} iterations", list(COLUMNS)
     )
-    ours(model, images[:8], labels[:8], replace(settings, iters=1, queries=2), suites[0])  # the first call warms up
+    for asked in (model, compiled) if compiled else (model,):  # the first calls warm up, and compile
+        ours(asked, images[:8], labels[:8], replace(settings, iters=1, queries=2), suites[0])
     classes = model(images[:1]).shape[1]
-    work = {suite: [len(images) * n for n in _most_passes(suite, settings, classes)] for suite in suites}
-    progress.part("", rounds * sum(map(sum, work.values())))
+    ways = {"mmtard": (ours, model), **({COMPILED: (ours, compiled)} if compiled else {}), LIBRARY: (theirs, model)}
+    work = {suite: _most_passes(suite, settings, classes) for suite in suites}
+    most = {(suite, name): len(images) * work[suite][name == LIBRARY] for suite in suites for name in ways}
+    progress.part("", rounds * sum(most.values()))
     for suite in suites:
-        pairs = []
+        measured: dict[str, list[Measured]] = {name: [] for name in ways}
         for number in range(rounds):
-            pair = []
-            for name, attack, most in zip(("mmtard", "pyautoattack"), (ours, theirs), work[suite]):
+            for name, (attack, asked) in ways.items():
                 words = f"{suite.name}, {name}: round {number + 1} of {rounds}"
-                with progress.running_at_most(words, most) as heard:
-                    pair.append(attack(_Heard(model, heard), images, labels, settings, suite))
-            pairs.append((pair[0], pair[1]))
-            say(f"{suite.name}: mmtard {pairs[-1][0].seconds:.1f} s, pyautoattack {pairs[-1][1].seconds:.1f} s")
-        report.numbers["suites"][suite.name] = found = _found(pairs)
-        seconds = [f"{found[by]['seconds']:.2f}" for by in ("mmtard", "pyautoattack")]
-        passes = [str(found[by]["passes"]) for by in ("mmtard", "pyautoattack")]
-        differ = f"{found['flags_differ']} of {len(images)}"
-        table.rows.append([suite.name, *seconds, f"{found['ratio']:.2f}", *passes, str(found["standing"]), differ])
+                with progress.running_at_most(words, most[suite, name]) as heard:
+                    measured[name].append(attack(_Heard(asked, heard), images, labels, settings, suite))
+            say(f"{suite.name}: {', '.join(f'{name} {found[-1].seconds:.1f} s' for name, found in measured.items())}")
+        for name in list(ways)[:-1]:
+            title = suite.name if name != COMPILED else f"{suite.name}, compiled"
+            found = _found(measured[name], measured[LIBRARY])
+            report.numbers["suites"][title] = found
+            table.rows.append(_row(title, found, len(images)))
     report.tables.append(table)
     report.notes.append(
         "passes: samples that the model was asked about. Seconds are the median of the rounds, ratio theirs by ours. "
@@ -155,13 +159,20 @@ class _Counted(nn.Module):
         return self.ask(images)
 
 
-def _found(pairs: list[tuple[Measured, Measured]]) -> dict:
-    first, other = pairs[0]
-    seconds = [median(measured.seconds for measured in side) for side in zip(*pairs)]
+def _row(title: str, found: dict, samples: int) -> list[str]:
+    sides = [found["mmtard"], found[LIBRARY]]
+    seconds, passes = [f"{side['seconds']:.2f}" for side in sides], [str(side["passes"]) for side in sides]
+    differ = f"{found['flags_differ']} of {samples}"
+    return [title, *seconds, f"{found['ratio']:.2f}", *passes, str(found["standing"]), differ]
+
+
+def _found(by_us: list[Measured], by_them: list[Measured]) -> dict:
+    first, other = by_us[0], by_them[0]
+    seconds = [median(measured.seconds for measured in side) for side in (by_us, by_them)]
     return {
         "mmtard": {"seconds": seconds[0], "passes": first.passes},
-        "pyautoattack": {"seconds": seconds[1], "passes": other.passes},
-        "rounds": [[measured.seconds for measured in pair] for pair in pairs],
+        LIBRARY: {"seconds": seconds[1], "passes": other.passes},
+        "rounds": [[measured.seconds for measured in pair] for pair in zip(by_us, by_them)],
         "ratio": seconds[1] / seconds[0],
         "standing": int((~first.fell).sum()),
         "flags_differ": int((first.fell != other.fell).sum()),

@@ -37,6 +37,7 @@ def add(parts) -> None:
     p.add_argument("--eps", type=fraction, default=Fraction(4, 255), metavar="E", help="radius (default 4/255)")
     p.add_argument("--iters", type=positive, default=100, metavar="K", help="iterations (default 100)")
     p.add_argument("--queries", type=positive, default=5000, metavar="Q", help="of Square (default 5000)")
+    p.add_argument("--compile", action="store_true", help="time mmtard's attacks on the compiled model, too")
     p.add_argument("--rounds", type=positive, default=1, metavar="N", help="rounds over both (default 1)")
     p.add_argument("--seed", type=natural, default=0, metavar="S", help="of the sample (default 0)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -63,7 +64,9 @@ def _run(args) -> None:
     suites = tuple(SUITES[name] for name in args.suites or SUITES)
     model = settings.Model(arch=args.arch, weights=args.model)
     with process_group(args.device) as ranks, full_float32():
-        logits, images, labels = classified_samples(model, sources[0], args.n_samples, args.seed, ranks)
+        logits, compiled, images, labels = classified_samples(
+            model, sources[0], args.n_samples, args.seed, ranks, args.compile
+        )
         with WorkProgress(ranks.is_first) as progress:
-            report = compare(logits, images, labels, means, args.rounds, suites, progress=progress)
+            report = compare(logits, images, labels, means, args.rounds, suites, progress=progress, compiled=compiled)
         report.publish(args.out, ranks.device)

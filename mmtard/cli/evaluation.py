@@ -138,6 +138,11 @@ def _running_arguments(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--workers", type=natural, default=2, metavar="N", help="loader processes a rank (default 2)")
     group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the image tower by torch.compile, once, for batches of any size; pays in long evaluations",
+    )
+    group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where torch sees one"
     )
     group.add_argument(
@@ -182,9 +187,10 @@ def _measure(args, interruption: Interruption) -> int:
         protocol = _with_prompts(protocol, args)
     others = {"batch_size": batch_size, "transfer": args.transfer_from}
     others |= {"prompts": "dataset"} if datasets_prompts else {}
+    others |= {"compile": True} if args.compile else {}
     out = args.out or request.default_out(model, protocol, sources, args.data, **others)
     asked = request.EvaluationRequest(
-        model, sources, protocol, out, transfer, batch_size, args.workers, args.sanity, datasets_prompts
+        model, sources, protocol, out, transfer, batch_size, args.workers, args.sanity, datasets_prompts, args.compile
     )
     with process_group(args.device) as ranks:
         results = evaluate(asked, ranks, interruption=interruption)

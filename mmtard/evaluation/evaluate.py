@@ -16,6 +16,7 @@ from ..distributed.console import say
 from ..distributed.interruption import Interruption
 from ..distributed.ranks import Ranks, set_timeouts
 from ..errors import UserError
+from ..models.compiled import compile_tower
 from ..models.precision import full_float32
 from ..runs.environment import device_name, environment
 from . import partial_results, results
@@ -86,7 +87,12 @@ def _session(request: EvaluationRequest, ranks: Ranks, say, interruption: Interr
         **request.protocol.settings(),
         "batch_size": batch_size,
         "transfer_from": {"weights": other.description["weights"], **other.identity} if other else None,
+        **({"compile": True} if request.compile else {}),
     }
+    if request.compile:
+        for one, name in ((model, "the model"), (other, "--transfer-from")):
+            if one is not None:
+                compile_tower(one.tower, name, say, any_batch=True)
     in_batches = AdaptiveBatchSize(batch_size, say)
     return EvaluationSession(request, ranks, say, interruption, model, other, settings, in_batches, run)
 

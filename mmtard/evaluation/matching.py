@@ -12,7 +12,7 @@ from ..runs.layout import CHECKPOINTS, EVALUATIONS, RESULTS
 from .results import damage_named, read
 
 # What may differ between two evaluations that measure the same: how fast, and what else was checked.
-FREE = ("batch_size", "sanity", "independent_radii")
+FREE = ("batch_size", "sanity", "independent_radii", "compile")
 DECIDES = ("kind", "fingerprint", "classes", "templates", "perturb_at", "perturbed_size", "left_out")
 DEPTH = 4  # folders below the one that holds a run, in which an evaluation of it is looked for
 

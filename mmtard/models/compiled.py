@@ -1,4 +1,4 @@
-"""Forwards as compiled graphs, each at the one shape that it was compiled for."""
+"""Forwards as compiled graphs: at the one shape that each was compiled for, or for batches of any size."""
 
 from __future__ import annotations
 
@@ -21,28 +21,31 @@ class CompiledForward:
 
     graphs: replay CUDA graphs, which spares a small batch the launches of some 500 kernels a pass. What they return
     lies in memory that the next call writes over, so it is copied, and so is the gradient to the images.
+    any_batch: a graph is for every batch of two images or more, whatever their number; a single image runs without.
     """
 
-    def __init__(self, tower: ImageTower, name: str, say: Say, graphs: bool = False):
-        self.plain, self.name, self.say, self.graphs = tower.compute, name, say, graphs
-        self.compiled = torch.compile(self.plain, dynamic=False, mode="reduce-overhead" if graphs else None)
+    def __init__(self, tower: ImageTower, name: str, say: Say, graphs: bool = False, any_batch: bool = False):
+        self.plain, self.name, self.say, self.graphs, self.any_batch = tower.compute, name, say, graphs, any_batch
+        dynamic = None if any_batch else False  # None: what is marked, which is the number of images
+        self.compiled = torch.compile(self.plain, dynamic=dynamic, mode="reduce-overhead" if graphs else None)
         self.failed = False
         self._shape: dict[tuple, torch.Size] = {}
         self._told: set[torch.Size] = set()
 
     def __call__(self, images: Tensor, tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        kind = (torch.is_grad_enabled(), images.requires_grad, tokens)
-        shape = self._shape.setdefault(kind, images.shape)
-        if self.failed:
+        if self.failed or self.any_batch and len(images) < 2:
             return self.plain(images, tokens)
-        if images.shape != shape:
-            if images.shape not in self._told:
-                self._told.add(images.shape)
-                self.say(
-                    f"{self.name}: compiled for images {list(shape)}; those of {list(images.shape)} run uncompiled"
-                )
+        kind = (torch.is_grad_enabled(), images.requires_grad, tokens)
+        asked = images.shape[1:] if self.any_batch else images.shape
+        shape = self._shape.setdefault(kind, asked)
+        if asked != shape:
+            if asked not in self._told:
+                self._told.add(asked)
+                self.say(f"{self.name}: compiled for images {list(shape)}; those of {list(asked)} run uncompiled")
             return self.plain(images, tokens)
         try:
+            if self.any_batch:
+                torch._dynamo.maybe_mark_dynamic(images, 0)
             return self._replayed(images, tokens) if self.graphs else self.compiled(images, tokens)
         except compiler_errors() as error:
             self.failed = True
@@ -56,9 +59,9 @@ class CompiledForward:
         return tuple(t.clone() for t in found) if isinstance(found, tuple) else found.clone()
 
 
-def compile_tower(tower: ImageTower, name: str, say: Say, graphs: bool = False) -> None:
-    """Let a tower's forward be a compiled graph from its next call on."""
-    tower.graph = CompiledForward(tower, name, say, graphs)
+def compile_tower(tower: ImageTower, name: str, say: Say, graphs: bool = False, any_batch: bool = False) -> None:
+    """Let a tower's forward be a compiled graph from its next call on; see `CompiledForward`."""
+    tower.graph = CompiledForward(tower, name, say, graphs, any_batch)
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:

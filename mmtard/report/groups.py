@@ -12,6 +12,7 @@ from .run_files import ReportSource
 
 FREE = (
     "batch_size",
+    "compile",
     "sanity",
     "eps",
     "eps_of",

@@ -34,7 +34,11 @@ def measure(exported, ranks, tmp_path):
     """Call with a folder and changes of the quick protocol at 4/255, and of the evaluation: its results."""
 
     def run(root, out=None, wanted=None, model=exported, say=lambda *_: None, interruption=None, **changes):
-        own = {k: changes.pop(k) for k in ("transfer_from", "batch_size", "sanity", "datasets_prompts") if k in changes}
+        own = {
+            k: changes.pop(k)
+            for k in ("transfer_from", "batch_size", "sanity", "datasets_prompts", "compile")
+            if k in changes
+        }
         settings = {"eps": (Fraction(4, 255),), "iters": 4, "n_samples": None, "attacks": ("pgd", "apgd-ce"), **changes}
         protocol = replace(PROTOCOLS["quick"], **settings)
         model = model if isinstance(model, Model) else Model(weights=str(model))

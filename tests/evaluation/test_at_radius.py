@@ -13,6 +13,7 @@ from mmtard.config import parse_fraction
 from mmtard.distributed.interruption import Interruption, StoppedWithin
 from mmtard.errors import RunError
 from mmtard.evaluation import chunk_memory, model, partial_results
+from mmtard.evaluation.compare import compare
 
 SMALL = (parse_fraction("1/510"),)  # at which some stand
 EPS = tuple(map(parse_fraction, ("8/255", "1/255", "3/255")))
@@ -191,3 +192,19 @@ def test_the_checks_of_sanity_heed_a_signal_and_are_made_when_it_goes_on(colours
     measure(colours, tmp_path / "without", **settings | {"sanity": False})
     found, _ = stop_and_go_on(measure, colours, asked, len(asked) + 20, **settings)
     assert strip_seconds(found["datasets"]) == strip_seconds(undisturbed["datasets"])
+
+
+def test_compiled_forwards_find_what_others_find_and_the_results_say_so(measure, colours, tmp_path, monkeypatch):
+    plain = measure(colours, out=tmp_path / "plain", eps=SMALL)
+    asked = []
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda forward, **_: lambda images, tokens: asked.append(len(images)) or forward(images, tokens),
+    )
+    quick = measure(colours, out=tmp_path / "compiled", eps=SMALL, compile=True)
+    assert asked and len(set(asked)) > 1, "the batches shrink as samples fall"
+    assert quick["settings"] == {**plain["settings"], "compile": True}
+    for one, other in zip(plain["datasets"], quick["datasets"]):
+        assert one["samples"] == other["samples"] and one["key"] != other["key"]
+    assert all(row["b"] == row["a"] for row in compare(tmp_path / "plain", tmp_path / "compiled"))

@@ -27,18 +27,22 @@ def found():
         return net(x)
 
     said = []
-    report = compare(model, images, labels, SETTINGS, say=lambda line: said.append((line, sum(asked))))
+    report = compare(model, images, labels, SETTINGS, say=lambda line: said.append((line, sum(asked))), compiled=model)
     return report, said
 
 
 def test_both_attack_the_same_samples_and_every_pass_is_counted(found):
     report, said = found
     suites = report.numbers["suites"]
-    assert list(suites) == [suite.name for suite in SUITES.values()] and report.numbers["samples"] == 24
+    names = [suite.name for suite in SUITES.values()]
+    assert list(suites) == [row for name in names for row in (name, f"{name}, compiled")]
+    assert report.numbers["samples"] == 24
     before = None
-    for (line, total), (name, suite) in zip(said, suites.items()):
+    for (line, total), name in zip(said, names):
+        suite, compiled = suites[name], suites[f"{name}, compiled"]
         assert line.startswith(f"{name}: mmtard")
-        counted = suite["mmtard"]["passes"] + suite["pyautoattack"]["passes"]
+        assert compiled["mmtard"]["passes"] == suite["mmtard"]["passes"] and compiled["standing"] == suite["standing"]
+        counted = 2 * suite["mmtard"]["passes"] + suite["pyautoattack"]["passes"]
         if before is not None:
             assert total - before == counted
         before = total

@@ -18,10 +18,15 @@ def tower(vit):
 @pytest.fixture
 def graphs(monkeypatch):
     """What torch.compile was asked to run, by shape."""
-    ran = []
+
+    class Ran(list):
+        dynamic = None
+
+    ran = Ran()
 
     def compile(function, **settings):
-        assert settings == {"dynamic": False, "mode": None}
+        assert settings["mode"] is None
+        ran.dynamic = settings["dynamic"]
 
         def run(images, tokens):
             ran.append(list(images.shape))
@@ -38,8 +43,18 @@ def test_images_of_another_shape_run_uncompiled_and_that_is_said_once(tower, gra
     compiled.compile_tower(tower, "the student", said.append)
     for batch in (X, X[:3], X[:3], X):
         assert torch.allclose(tower(batch), expected[: len(batch)], atol=1e-6)
-    assert graphs == [[4, 3, 16, 16]] * 2
+    assert graphs == [[4, 3, 16, 16]] * 2 and graphs.dynamic is False
     assert said == ["the student: compiled for images [4, 3, 16, 16]; those of [3, 3, 16, 16] run uncompiled"]
+
+
+def test_one_graph_may_be_for_batches_of_any_size_but_a_single_image(tower, graphs):
+    said, expected = [], tower(X)
+    compiled.compile_tower(tower, "the model", said.append, any_batch=True)
+    for batch in (X, X[:3], X[:1], X[:2]):
+        assert torch.allclose(tower(batch), expected[: len(batch)], atol=1e-6)
+    assert graphs == [[n, 3, 16, 16] for n in (4, 3, 2)] and graphs.dynamic is None and said == []
+    tower(torch.rand(4, 3, 20, 20))
+    assert said == ["the model: compiled for images [3, 16, 16]; those of [3, 20, 20] run uncompiled"]
 
 
 def test_with_and_without_gradient_are_two_graphs_each_with_its_shape(tower, graphs):
@@ -107,19 +122,26 @@ def test_auto_compiles_on_gpus(setting, device, wanted):
     assert compiled.wants_compiling(setting, torch.device(device)) is wanted
 
 
-@pytest.mark.slow  # it imports the compiler
-def test_a_frozen_towers_graph_gives_its_embeddings_and_the_gradient_to_the_images(tower, monkeypatch):
+@pytest.fixture
+def compiling(monkeypatch):
+    """torch.compile as it is, but for what writes C++; gives back the compiler's own counters, set to zero."""
     import torch._dynamo
     from torch._dynamo.utils import counters
 
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
     make = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, mode=None, **s: make(function, backend="aot_eager", **s))
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(disable=False):
+        yield counters
+
+
+@pytest.mark.slow  # it imports the compiler
+def test_a_frozen_towers_graph_gives_its_embeddings_and_the_gradient_to_the_images(tower, compiling):
     twin, found = frozen_twin(tower), []
     for compile in (False, True):
         if compile:
-            counters.clear()
             compiled.compile_tower(twin, "the attack's student", found.append)
         for _ in range(2):
             x = X.clone().requires_grad_()
@@ -127,4 +149,18 @@ def test_a_frozen_towers_graph_gives_its_embeddings_and_the_gradient_to_the_imag
             found.append((z.detach(), torch.autograd.grad(z.square().sum(), x)[0]))
     for z, gradient in found[1:]:
         assert torch.allclose(z, found[0][0], atol=1e-6) and torch.allclose(gradient, found[0][1], atol=1e-6)
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert compiling["stats"]["unique_graphs"] == 1 and not compiling["graph_break"]
+
+
+@pytest.mark.slow  # it imports the compiler
+def test_batches_that_shrink_are_computed_by_the_graphs_that_are_there(tower, compiling):
+    twin, said = frozen_twin(tower), []
+    expected = twin(X)
+    compiled.compile_tower(twin, "the model", said.append, any_batch=True)
+    for gradient in (False, True):
+        for n in (4, 3, 2, 4, 1):
+            with torch.set_grad_enabled(gradient):
+                x = X[:n].clone().requires_grad_(gradient)
+                z = twin(x)
+            assert torch.allclose(z, expected[:n], atol=1e-6)
+    assert compiling["stats"]["unique_graphs"] == 2 and not compiling["graph_break"] and said == []
