@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -21,11 +22,11 @@ SETTINGS = "settings.json"
 
 def read_settings(folder: Path) -> dict | None:
     """What a published folder was made with; None where there is no `folder`. UserError for a folder not made here."""
-    if not folder.exists():
+    if not os.path.lexists(folder):
         return None
     try:
         return json.loads((folder / SETTINGS).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise UserError(
             f"'{folder}' exists and was not made by mmtard: it has no {SETTINGS} that can be read; "
             "choose another folder, or move it away"
@@ -42,11 +43,14 @@ def publish_folder(folder: Path, settings: dict) -> Iterator[Path]:
     with _new_folder(folder) as scratch:
         yield scratch
         (scratch / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
-        _swap(scratch, folder)
+        while not _swap(scratch, folder):
+            read_settings(folder)
 
 
 MANIFEST = ".mmtard.json"
 PARTIAL, OLD = ".partial", ".old"  # how the names of folders end that are being made, or taken away
+TRIES = 20  # at a folder that other processes replace at the same moment
+REMEDY = "choose another folder, or move what is yours out of it"
 
 
 @contextmanager
@@ -68,12 +72,36 @@ def replace_folder(folder: Path, kind: str, earlier: Callable[[Path], bool] = la
         listed = json.dumps({"made_by": "mmtard", "kind": kind, "files": digests}, indent=1)
         (scratch / MANIFEST).write_text(listed + "\n", encoding="utf-8")
         check_replaceable(folder, kind, earlier)
-        _swap(scratch, folder)
+        while not _swap(scratch, folder):
+            check_replaceable(folder, kind, earlier)
 
 
 def check_replaceable(folder: Path, kind: str, earlier: Callable[[Path], bool] = lambda _: False) -> None:
-    """Raises UserError where `replace_folder` would remove something that mmtard did not make."""
-    remedy = "choose another folder, or move what is yours out of it"
+    """Raises UserError where `replace_folder` would remove something that mmtard did not make, or cannot look at it.
+
+    A folder that another process puts in its place meanwhile is looked at anew.
+    """
+    for tries_left in reversed(range(TRIES)):
+        seen = _identity(folder)
+        try:
+            return _check_own(folder, kind, earlier)
+        except (UserError, OSError) as error:
+            if tries_left and _identity(folder) != seen:
+                continue
+            if isinstance(error, UserError) or error.errno == errno.ENAMETOOLONG:
+                raise
+            reason = error.strerror or str(error)
+        raise UserError(f"'{folder}' cannot be looked into ({reason}); {REMEDY}")
+
+
+def _identity(folder: Path) -> int | None:
+    try:
+        return os.lstat(folder).st_ino
+    except OSError:
+        return None
+
+
+def _check_own(folder: Path, kind: str, earlier: Callable[[Path], bool]) -> None:
     if folder.is_symlink():
         raise UserError(f"'{folder}' is a link, which mmtard does not replace; name the folder itself")
     if not folder.exists():
@@ -85,26 +113,33 @@ def check_replaceable(folder: Path, kind: str, earlier: Callable[[Path], bool] =
     try:
         made = json.loads((folder / MANIFEST).read_bytes() if (folder / MANIFEST).is_file() else "null")
         known = dict(made["files"]) if made["kind"] == kind and made["made_by"] == "mmtard" else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         known = None
     if known is None:
         if (folder / MANIFEST).exists() or not earlier(folder):
-            raise UserError(f"'{folder}' exists and is not a {kind} that mmtard made; {remedy}")
+            raise UserError(f"'{folder}' exists and is not a {kind} that mmtard made; {REMEDY}")
         return
     refuse_special(folder)
     foreign = sorted(set(_files_of(folder)) - known.keys() - {MANIFEST})
     if foreign:
-        raise UserError(f"'{folder}' holds '{foreign[0]}', which mmtard did not write there; {remedy}")
+        raise UserError(f"'{folder}' holds '{foreign[0]}', which mmtard did not write there; {REMEDY}")
     present = [name for name in known if os.path.lexists(folder / name)]
     changed = [name for name in present if _digest(folder / name) != known[name]]
     if changed:
-        raise UserError(f"'{folder}' holds '{changed[0]}', which was changed since mmtard wrote it; {remedy}")
+        raise UserError(f"'{folder}' holds '{changed[0]}', which was changed since mmtard wrote it; {REMEDY}")
 
 
 def _files_of(folder: Path) -> list[str]:
-    """Every file and link below a folder, as paths relative to it; links are not followed."""
+    """Every file and link below a folder, as paths relative to it; links are not followed.
+
+    Raises OSError for a folder that cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
     found = []
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=fail):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         found += [os.path.relpath(os.path.join(parent, name), folder) for name in files + links]
     return sorted(found)
@@ -171,16 +206,24 @@ def _remove_abandoned(folder: Path) -> None:
                 os.close(handle)
 
 
-def _swap(scratch: Path, folder: Path) -> None:
-    """Put `scratch` in the place of `folder`; the old folder stays whole until the new one is there."""
-    if folder.exists():
-        old = scratch.with_suffix(OLD)
+def _swap(scratch: Path, folder: Path) -> bool:
+    """Put `scratch` in the place of `folder`; the old folder stays whole until the new one is there.
+
+    False where another process has put a folder there at the same moment, which must be looked at first.
+    """
+    old = scratch.with_suffix(OLD)
+    try:
         folder.rename(old)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    else:
+    except FileNotFoundError:
+        old = None
+    try:
         scratch.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            if old:
+                old.rename(folder)
+            raise
+    placed = not scratch.exists()
+    if old:
+        shutil.rmtree(old, ignore_errors=True)
+    return placed

@@ -223,3 +223,55 @@ def test_a_new_folder_that_another_process_takes_for_abandoned_is_made_once_more
     with folders.replace_folder(tmp_path / "report", "report") as scratch:
         (scratch / "page").write_text("x")
     assert len(made) == 2 and (tmp_path / "report" / "page").read_text() == "x"
+
+
+def make_report(folder, text):
+    with folders.replace_folder(folder, "report") as scratch:
+        (scratch / "page").write_text(text)
+
+
+def test_two_processes_that_replace_a_folder_at_the_same_moment_both_end_well(tmp_path, monkeypatch):
+    """One puts its own there after the other has taken the old one away."""
+    make_report(tmp_path / "out", "old")
+    rename, renamed = folders.Path.rename, []
+
+    def meanwhile(path, target):
+        renamed.append(path.name)
+        if len(renamed) == 2:  # the old one is away, the new one is not yet there
+            make_report(tmp_path / "out", "the other's")
+        return rename(path, target)
+
+    monkeypatch.setattr(folders.Path, "rename", meanwhile)
+    make_report(tmp_path / "out", "ours")
+    assert (tmp_path / "out" / "page").read_text() == "ours" and len(renamed) > 4
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_is_replaced_while_it_is_looked_at_is_looked_at_anew(tmp_path, monkeypatch):
+    make_report(tmp_path / "out", "old")
+    digest, looked_at = folders._digest, []
+
+    def meanwhile(path):
+        looked_at.append(path)
+        if len(looked_at) == 1:
+            with monkeypatch.context() as undone:
+                undone.setattr(folders, "_digest", digest)
+                make_report(tmp_path / "out", "the other's")
+        return digest(path)
+
+    monkeypatch.setattr(folders, "_digest", meanwhile)
+    folders.check_replaceable(tmp_path / "out", "report")
+    assert len(looked_at) == 2
+
+
+def test_a_folder_that_cannot_be_looked_into_is_one_line_and_stays(tmp_path, monkeypatch):
+    make_report(tmp_path / "out", "old")
+    with monkeypatch.context() as broken:
+        broken.setattr(
+            folders, "_digest", lambda path: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no right"))
+        )
+        with pytest.raises(UserError, match=r"out' cannot be looked into \(no right\); choose another folder"):
+            folders.check_replaceable(tmp_path / "out", "report")
+    (tmp_path / "out" / folders.MANIFEST).write_text("[" * 100_000)
+    with pytest.raises(UserError, match="exists and is not a report that mmtard made"):
+        folders.check_replaceable(tmp_path / "out", "report")

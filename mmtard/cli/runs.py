@@ -153,7 +153,7 @@ def _add_merge(commands) -> None:
 def _merge(args) -> None:
     for name in ("a", "b"):
         source = getattr(args, name)
-        if not source.startswith("hf-hub:") and not Path(source).is_dir():
+        if not source or not source.startswith("hf-hub:") and not Path(source).is_dir():
             raise UserError(f"{name.upper()}: '{source}' is no folder of a run or model; give one, or hf-hub:ORG/NAME")
     from ..models.merging import merge
 

@@ -66,7 +66,15 @@ def trained_with(spec: Model) -> TrainedWith | None:
 
     Of a model that `mmtard merge` made, what the run says that it was made of.
     """
-    path = Path(spec.weights)
+    return _trained_with(Path(spec.weights), set())
+
+
+def _trained_with(path: Path, seen: set[str]) -> TrainedWith | None:
+    """seen: the folders that were looked at, since the notes of merges may name one another in a circle."""
+    here = os.path.realpath(path)
+    if here in seen:
+        return None
+    seen.add(here)
     candidates = [path, path.resolve()] if path.is_dir() else []
     for folder in candidates:
         run = folder.parent if folder.name == START else folder
@@ -74,7 +82,7 @@ def trained_with(spec: Model) -> TrainedWith | None:
         if (run / CONFIG).is_file() and ((run / CHECKPOINTS).is_dir() or (run / START).is_dir()):
             refuse_special(run)
             return TrainedWith(run, settings.load(run / CONFIG), _fingerprint(run))
-    parts = (trained_with(Model(weights=str(part))) for part in merged_from(path) if part != path)
+    parts = (_trained_with(part, seen) for part in merged_from(path))
     return next((found for found in parts if found is not None), None)
 
 

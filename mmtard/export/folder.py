@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def export(source: Model, out: Path, hf: bool = False, merge_lora: bool = False)
     when the disk is full, and with `hf` when transformers has no such architecture.
     """
     check_replaceable(out, KIND)
-    if out.exists() and out.resolve() == Path(source.weights).resolve():
+    if os.path.realpath(out) == os.path.realpath(source.weights):
         raise UserError(f"'{out}' is the model itself; choose another OUT")
     adapter = Adapter(source)
     if merge_lora and not adapter.found:
@@ -59,7 +60,7 @@ def export(source: Model, out: Path, hf: bool = False, merge_lora: bool = False)
             (scratch / CARD).write_text(model_card(clip, source, hf, as_adapter), encoding="utf-8")
     except OSError as error:
         needed = sum(value.nbytes for value in clip.model.state_dict().values())
-        raise UserError(why_not_written(out, error, needed)) from None
+        raise UserError(why_not_written(out, error, needed, "choose another OUT")) from None
     return sorted(path for path in out.rglob("*") if path.is_file() and path != out / MANIFEST)
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def why_not_written(path: Path, error: OSError, needed: int | None = None) -> str:
+def why_not_written(path: Path, error: OSError, needed: int | None = None, remedy: str = "") -> str:
     """Say why `path` could not be written: which disk is full and how much is needed, or the system's own words.
 
-    needed: bytes of what was to be written, where they are known.
+    needed: bytes of what was to be written, where they are known. remedy: against any reason but a full disk.
     """
     reason = error.strerror or str(error)
     if error.errno not in FULL:
-        return f"cannot write '{path}': {reason}"
+        return f"cannot write '{path}': {reason}" + (f"; {remedy}" if remedy else "")
     wanted = f", {size_in_words(needed)} needed" if needed else ""
     return f"cannot write '{path}': {reason} ({free_space(path)}{wanted}); free space there, then start again"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from ..files import why_not_written, write_text
 from ..folders import check_replaceable, replace_folder
 from . import loading
 from .clip import Clip
+from .weights import require_finite
 
 KIND = "model"  # of the folder, as `mmtard export` writes it
 NOTE = "merged.json"
@@ -28,8 +30,9 @@ def merge(first: Model, second: Model, weight: float, out: Path) -> Path:
     earlier one. Raises UserError for a weight outside [0,1], models that do not fit each other, and a folder that
     mmtard did not make.
     """
+    _check_weight(weight)  # before models are fetched
     for name, spec in (("A", first), ("B", second)):
-        if out.exists() and out.resolve() == Path(spec.weights).resolve():
+        if os.path.realpath(out) == os.path.realpath(spec.weights):
             raise UserError(f"'{out}' is {name} itself; choose another OUT")
     check_replaceable(out, KIND)
     a, b = loading.load_clip(first, where="A"), loading.load_clip(second, where="B")
@@ -44,27 +47,30 @@ def merge(first: Model, second: Model, weight: float, out: Path) -> Path:
             write_text(scratch / NOTE, json.dumps(note, indent=2) + "\n")
     except OSError as error:
         needed = sum(value.nbytes for value in merged.model.state_dict().values())
-        raise UserError(why_not_written(out, error, needed)) from None
+        raise UserError(why_not_written(out, error, needed, "choose another OUT")) from None
     return out
 
 
 def merged_from(folder: Path) -> list[Path]:
-    """The folders of the two models that a folder was merged from, the second first; [] for any other folder."""
+    """The folders of the two models that a folder was merged from, the second first, as far as they are still there.
+
+    [] for any other folder, and for a note that is damaged.
+    """
     try:
-        note = json.loads((folder / NOTE).read_text())
+        note = json.loads((folder / NOTE).read_text() if (folder / NOTE).is_file() else "null")
         folders = [note[part].get("folder") for part in ("b", "a")]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return []
-    return [Path(one) for one in folders if isinstance(one, str)]
+    return [Path(one) for one in folders if isinstance(one, str) and one and os.path.isdir(one)]
 
 
 def interpolate(a: Clip, b: Clip, weight: float) -> Clip:
     """A new Clip whose image tower is (1 - weight) * a + weight * b; `a` and `b` stay as they are.
 
-    Integers (batch norm's counts) are those of the nearer model. Raises UserError where the two do not fit.
+    Integers (batch norm's counts) are those of the nearer model. Raises UserError where the two do not fit, or are so
+    far apart that a number between them is not finite.
     """
-    if not 0 <= weight <= 1:
-        raise UserError(f"--weight: {weight:g} is not between 0 (A alone) and 1 (B alone)")
+    _check_weight(weight)
     _check_fit(a, b)
     other = b.model.visual.state_dict()
 
@@ -75,9 +81,15 @@ def interpolate(a: Clip, b: Clip, weight: float) -> Clip:
 
     with torch.no_grad():
         visual = {name: between(name, value) for name, value in a.model.visual.state_dict().items()}
+    require_finite(visual, "the image tower between A and B")
     merged = Clip(copy.deepcopy(a.model), a.name, a.config)
     merged.model.visual.load_state_dict(visual)
     return merged
+
+
+def _check_weight(weight: float) -> None:
+    if not 0 <= weight <= 1:
+        raise UserError(f"--weight: {weight} is not between 0 (A alone) and 1 (B alone)")
 
 
 def _said(spec: Model, clip: Clip) -> dict:

@@ -157,7 +157,11 @@ def _read(path: Path, where: str) -> object:
             ) from None
     except UserError:
         raise
+    except MemoryError:
+        raise
     except Exception as error:  # every loader has its own family of errors for a file that is not its own
+        if "Cannot allocate memory" in str(error):
+            raise MemoryError(f"{path}: {' '.join(str(error).split())[:100]}") from None
         reason = f"{(str(error).splitlines() or [''])[0] or type(error).__name__}; fetch or write it again"
         if isinstance(error, pickle.UnpicklingError):
             reason = "it is damaged, or another program's pickle"  # torch itself advises to run its code

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
+import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -106,7 +109,16 @@ def resolve(folder: Path) -> tuple[Path, Path]:
         raise UserError(
             f"'{folder}' is no run, checkpoint or exported folder with usable weights{detail}; give one that is"
         )
+    for reason in passed_over[:3]:
+        _warn(f"WARN {folder}: a newer checkpoint is not whole, and {checkpoint.name} is taken: {reason}")
     return folder, checkpoint
+
+
+@cache
+def _warn(line: str) -> None:
+    """Say a line once, however often one command resolves a folder, and by the first rank alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 def read_resolved(folder: Path, read: Callable[[Path, Path], T]) -> T:

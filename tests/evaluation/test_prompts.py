@@ -1,5 +1,7 @@
 """A run is asked in the words it was trained with, and told from its own training data."""
 
+import json
+
 import pytest
 import yaml
 from tiny_datasets import write
@@ -76,6 +78,9 @@ def test_a_model_merged_of_a_run_is_evaluated_as_the_run_is(run, others, measure
     assert entry["templates"] == ["the colour {}", "all {}"] and lines(entry, "not the training data")
     plain = merge(Model(weights=str(run / "start")), Model(weights=str(out)), 0.5, tmp_path / "of start")
     assert trained_with(Model(weights=str(plain))).run == run
+    circle = {part: {"folder": f"{out}/../of start"} for part in "ab"}
+    (plain / "merged.json").write_text(json.dumps(circle))
+    assert trained_with(Model(weights=str(plain))) is None
     (plain / "merged.json").write_text("{}")  # as mmtard wrote it before
     assert trained_with(Model(weights=str(plain))) is None
 

@@ -1,5 +1,6 @@
 """`mmtard merge`: the weights between two models, written as a folder that loads like any model."""
 
+import copy
 import json
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 
 from mmtard.cli.main import main
 from mmtard.config import Model
+from mmtard.errors import UserError
 from mmtard.models import loading
-from mmtard.models.merging import interpolate
+from mmtard.models.clip import Clip
+from mmtard.models.merging import interpolate, merged_from
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,10 @@ def test_the_ends_are_the_models_bit_for_bit_and_both_stay_as_they_are(pair, bas
     "arguments,words",
     [
         (["A", "A", "--weight", "1.5", "OUT"], "--weight: 1.5 is not between 0 (A alone) and 1 (B alone)"),
+        (["A", "A", "--weight", "1.0000001", "OUT"], "--weight: 1.0000001 is not between"),
+        (["hf-hub:no/thing", "A", "--weight", "nan", "OUT"], "--weight: nan is not between"),  # before it is fetched
+        (["", "A", "--weight", "0.5", "OUT"], "A: '' is no folder of a run or model"),
+        (["A", "B", "--weight", "0.5", "A/open_clip_config.json/OUT"], "OUT': File exists; choose another OUT"),
         (["A", "openai", "--weight", "0.5", "OUT"], "B: 'openai' is no folder of a run or model"),
         (["A", "TEXT", "--weight", "0.5", "OUT"], "their text towers differ"),
         (["A", "NORM", "--weight", "0.5", "OUT"], "A and B: their preprocess_cfg differs in mean"),
@@ -62,6 +69,32 @@ def test_what_does_not_fit_is_refused_in_one_line(pair, vit, tmp_path, capsys, a
     shifted.config["preprocess_cfg"] = {**shifted.config["preprocess_cfg"], "mean": [0.1, 0.2, 0.3]}
     shifted.save(tmp_path / "NORM")
     names = {"A": str(pair[0]), "B": str(pair[1])} | {n: str(tmp_path / n) for n in ("TEXT", "NORM", "OUT")}
+    names["A/open_clip_config.json/OUT"] = f"{names['A']}/open_clip_config.json/OUT"
     assert main(["merge", *(names.get(word, word) for word in arguments)]) == 2
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1 and not (tmp_path / "OUT").exists()
+
+
+def test_two_models_whose_numbers_are_too_far_apart_are_refused(base):
+    ends = []
+    for value in (3e38, -3e38):
+        model = copy.deepcopy(base.model)
+        model.visual.state_dict()["ln_post.bias"].fill_(value)
+        ends.append(Clip(model, base.name, base.config))
+    with pytest.raises(UserError, match="the image tower between A and B is not finite: 'ln_post.bias' holds NaN"):
+        interpolate(*ends, 0.5)
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        "[" * 100_000,
+        "[]",
+        '{"a": {"folder": ""}, "b": {"folder": 3}}',
+        '{"a": {"folder": "a\\u0000b"}, "b": {"folder": "\\ud800"}}',
+        json.dumps({"a": {"folder": "x" * 5000}, "b": {"folder": "/no/such"}}),
+    ],
+)
+def test_a_damaged_note_names_no_model(tmp_path, note):
+    (tmp_path / "merged.json").write_text(note)
+    assert merged_from(tmp_path) == []

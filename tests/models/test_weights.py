@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from mmtard.config import Model
 from mmtard.errors import UserError
-from mmtard.models import clip, loading
+from mmtard.models import clip, loading, weights
 from mmtard.models.weights import read_state_dict
 from mmtard.runs import checkpoint_writer
 
@@ -236,3 +236,14 @@ def test_a_damaged_file_is_one_line(tmp_path, kind):
             assert "\n" not in str(error), error
             refusals += 1
     assert refusals >= 30
+
+
+def test_too_little_memory_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
+    save_file({"visual.proj": torch.zeros(2)}, path := tmp_path / "w.safetensors")
+
+    def load(path):
+        raise RuntimeError("unable to mmap 8098700 bytes from file: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(weights, "load_file", load)
+    with pytest.raises(MemoryError, match="w.safetensors"):
+        read_state_dict(path, "student")

@@ -103,6 +103,16 @@ def test_every_checkpoint_that_was_passed_over_is_told_newest_first(run):
         resolve(run)
 
 
+def test_a_run_read_at_an_older_checkpoint_than_its_newest_says_so_once(run, capsys):
+    truncate(run / "checkpoints" / "step-10" / "weights.safetensors")
+    assert resolve(run)[1].name == resolve(run)[1].name == "step-5"
+    line = (
+        f"WARN {run.resolve()}: a newer checkpoint is not whole, and step-5 is taken: step-10: weights.safetensors has"
+    )
+    told = capsys.readouterr().err
+    assert told.startswith(line) and told.count("\n") == 1
+
+
 @pytest.mark.parametrize("at", [".", "checkpoints/step-10", "checkpoints/latest"])
 def test_a_run_a_checkpoint_and_latest_resolve_to_run_and_checkpoint(run, at):
     assert resolve(run / at) == (run.resolve(), run.resolve() / "checkpoints" / "step-10")
