@@ -91,6 +91,7 @@ def bereft(cluster, config, run, shape=TWO_NODES, rank=1):
         if f"SLURM_PROCID={rank}".encode() in (p / "environ").read_bytes().split(b"\0")
     )
     os.kill(int(killed.name), signal.SIGKILL)
+    until(lambda: cluster.job(job)["JobState"] != "RUNNING", limit=60)  # a lost rank costs a minute at most
     return cluster.ended(job), run
 
 

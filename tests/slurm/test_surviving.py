@@ -21,6 +21,7 @@ from .test_cluster import losses
 
 pytestmark = pytest.mark.slow
 WORDS = ("log.every=1",)
+LOSES_A_RANK = 4  # which start of the disturbed job
 
 
 def until(condition, cluster, job, limit=120.0, pause=0.05):
@@ -117,6 +118,8 @@ def disturbed(cluster, tiny, _):
             time.sleep(random.uniform(0, 0.5))
         published.append(history.newest_step(run))
         disturb()
+        if start == LOSES_A_RANK:  # a minute at most, then it is in the queue again
+            until(lambda: cluster.job(job)["JobState"] != "RUNNING", cluster, job, limit=60, pause=0.2)
     cluster.ended(job)
     return job, run, published
 
