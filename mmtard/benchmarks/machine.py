@@ -13,6 +13,8 @@ from ..errors import UserError
 from .timing import Spread
 
 STORED = "as stored"  # what `mmtard bench data` calls shards as they are
+# Which part of `mmtard bench` writes what.
+_PART_OF = {"variants": "train", "core": "data", "communication": "scale --weak"}
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ def measured(machine: Machine, train: Path | None, data: Path | None, flops: dic
 
 
 def _rates(path: Path, flops: dict[str, float]) -> dict[str, float]:
-    content = _read(path, "variants")
-    with _damage_named(path, "--train", "holds no phases of the variant 'mmtard'; run mmtard bench train again"):
+    content = read_results(path, "variants")
+    with damage_named(path, "--train", "holds no phases of the variant 'mmtard'; run mmtard bench train again"):
         own = content["variants"]["mmtard"]
         images = _positive(content["config"]["train"]["batch_size"]) / _positive(content.get("world_size", 1))
         seconds = {
@@ -71,13 +73,13 @@ def _rates(path: Path, flops: dict[str, float]) -> dict[str, float]:
 
 
 def _images_a_core(path: Path) -> float:
-    content = _read(path, "core")
-    with _damage_named(path, "--data", "holds no rate of the shards as stored; run mmtard bench data again"):
+    content = read_results(path, "core")
+    with damage_named(path, "--data", "holds no rate of the shards as stored; run mmtard bench data again"):
         return _positive(Spread.of([_positive(one) for one in content["core"][STORED]["images_per_cpu_s"]]).median)
 
 
 @contextmanager
-def _damage_named(path: Path, flag: str, problem: str) -> Iterator[None]:
+def damage_named(path: Path, flag: str, problem: str) -> Iterator[None]:
     """What a damaged file runs into, as a UserError of one line that names it."""
     try:
         yield
@@ -92,7 +94,8 @@ def _positive(value: float) -> float:
     return value
 
 
-def _read(path: Path, key: str) -> dict:
+def read_results(path: Path, key: str) -> dict:
+    """The JSON that a part of `mmtard bench` wrote. UserError for a file that holds no `key`."""
     try:
         if path.exists() and not path.is_file():
             raise ValueError("no file")
@@ -101,7 +104,5 @@ def _read(path: Path, key: str) -> dict:
         reason = getattr(error, "strerror", None) or "it is no JSON"
         raise UserError(f"'{path}' cannot be read: {reason}; give the --out of mmtard bench") from None
     if not isinstance(content, dict) or key not in content:
-        raise UserError(
-            f"'{path}' holds no '{key}'; give the --out of mmtard bench {'train' if key == 'variants' else 'data'}"
-        )
+        raise UserError(f"'{path}' holds no '{key}'; give the --out of mmtard bench {_PART_OF[key]}")
     return content

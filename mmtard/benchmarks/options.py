@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from ..config import Config
 from ..distillation.task import DistillationTask
 from ..models.image_tower import ImageTower
+from ..models.student import checkpoint_activations
 from ..models.vision_transformer import lighten, restore
 from .models import ResidentParts
 
@@ -52,6 +53,31 @@ def uncompiled(parts: ResidentParts) -> Iterator[None]:
     finally:
         for tower, graph in graphs:
             tower.graph = graph
+
+
+@contextmanager
+def recomputing(parts: ResidentParts) -> Iterator[None]:
+    """Compute the blocks' activations a second time in the attack, as `engine.checkpoint_attack` does."""
+    engine = parts.engine
+    copy, engine.checkpoint_attack = engine.attack_copy, True
+    if copy:
+        checkpoint_activations(copy.tower)
+    try:
+        yield
+    finally:
+        engine.checkpoint_attack = False
+        if copy:
+            checkpoint_activations(copy.tower, False)
+
+
+def one_noisy_step(config: Config, parts: ResidentParts) -> DistillationTask | None:
+    """The step whose attack is N-FGSM. None where there is no attack, or that one already, or one in L2."""
+    attack = config.attack
+    if not config.attack_objective or attack.algorithm == "nfgsm" or attack.norm != "linf":
+        return None
+    own = {"algorithm": "nfgsm", "steps": 1, "step_size": None, "restarts": 1, "random_start": True, "ramp": None}
+    changed = config.model_copy(update={"attack": attack.model_copy(update=own)})
+    return DistillationTask(changed, parts.engine, parts.heads["student"], parts.teachers, parts.task.learned)
 
 
 def every_target_stored(config: Config, parts: ResidentParts) -> DistillationTask | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ..config import Config, check_world
+from ..config import Config, check_world, validate
 from ..distillation import attack_objectives
 from ..distillation.added_terms import run_passes
 from ..errors import UserError
@@ -16,8 +16,9 @@ from ..models.image_tower import DTYPES
 from ..models.loading import load_skeleton
 from ..training.memory import trained_tower
 from ..training.throughput import forward_flops_of, sample_flops
-from .machine import Machine, measured
+from .machine import Machine, damage_named, measured, read_results
 from .report import BenchmarkReport, BenchmarkTable
+from .timing import Spread
 
 PARTS = (
     "teachers",
@@ -135,8 +136,7 @@ def predict(work: Work, machine: Machine, world: int) -> Prediction:
     shared = world if work.zero_stage else 1
     parts["optimiser"] = work.trained * UPDATE_BYTES / shared / machine.memory_bandwidth
     ring = machine.within if nodes == 1 else min(machine.within, machine.between)
-    share = (world - 1) / world
-    parts["ZeRO traffic"] = share * travelling_weights(work) * GRADIENT_BYTES / ring
+    parts["ZeRO traffic"] = zero_bytes(work, world) / ring
     parts["teacher gathers"] = work.gathered * (local - 1) / local / machine.within
     parts["agreement"] = (world - 1) * machine.hop_s
     parts["host"] = machine.host_s
@@ -157,6 +157,27 @@ def travelling_weights(work: Work) -> int:
     return work.trained + (in_attack + 2) * (work.trained + work.frozen)
 
 
+def zero_bytes(work: Work, world: int) -> float:
+    """Bytes that a rank of `world` sends, and receives, in a step for gradients and weights."""
+    return (world - 1) / world * travelling_weights(work) * GRADIENT_BYTES
+
+
+def bandwidth_of(path: Path) -> float:
+    """Bytes/s of collectives in a node, from what `mmtard bench scale --weak` found there (its JSON).
+
+    The bytes are those that the model counts for the file's own configuration; the seconds are those that its largest
+    number of ranks spent in collectives. Raises UserError for a file without such results.
+    """
+    content = read_results(path, "communication")
+    with damage_named(path, "--ranks", "holds no seconds of collectives; run mmtard bench scale --weak again"):
+        seconds = {int(world): Spread.of(found).median for world, found in content["communication"].items()}
+        world, config = max(seconds), content["config"]
+    if world == 1 or not 0 < seconds[world] < math.inf:
+        raise UserError(f"--ranks: '{path}' has no time of several ranks; measure with --weak 1,2")
+    work = work_of(validate(config))
+    return (zero_bytes(work, world) + (world - 1) / world * work.gathered) / seconds[world]
+
+
 def binds_first(predictions: list[Prediction], work: Work, machine: Machine) -> str:
     """Which part keeps the largest of these worlds furthest from one GPU's arithmetic, shared out."""
     last = max(predictions, key=lambda p: p.world)
@@ -170,14 +191,15 @@ def binds_first(predictions: list[Prediction], work: Work, machine: Machine) -> 
 class ScaleBenchmark:
     """The prediction of a configuration's step on each of `worlds` GPUs.
 
-    train, data: JSON of `mmtard bench train` and `mmtard bench data`, measured on one GPU of the cluster; without them
-    the A100's defaults are taken.
+    train, data, ranks: JSON of `mmtard bench train`, `mmtard bench data` and `mmtard bench scale --weak`, measured on
+    one GPU and one node of the cluster; without them the A100's defaults are taken.
     """
 
     config: Config
     worlds: list[int]
     train: Path | None = None
     data: Path | None = None
+    ranks: Path | None = None
     machine: Machine = Machine()
 
     def run(self, out: Path) -> None:
@@ -186,6 +208,8 @@ class ScaleBenchmark:
             check_world(self.config, world)
         work = work_of(self.config)
         machine = measured(self.machine, self.train, self.data, work.flops)
+        if self.ranks:
+            machine = replace(machine, within=bandwidth_of(self.ranks))
         self.report(work, machine).publish(out, torch.device("cpu"))
 
     def report(self, work: Work, machine: Machine) -> BenchmarkReport:

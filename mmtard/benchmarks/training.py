@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,18 +16,20 @@ from ..distributed.progress import WorkProgress
 from ..distributed.ranks import Ranks, process_group
 from ..errors import UserError
 from ..runs.metrics import SilentLogger
-from ..training.engine import Engine
 from ..training.numerics import numerics
 from ..training.record import StepRecord
 from ..training.step import optimizer_step
 from ..training.throughput import memory, sample_flops
+from .attack_cost import PASSES, AttackPasses, share_of_passes
+from .collectives import timed_collectives
+from .instruments import instrument, instrument_task
 from .matrix import matrix_rate
 from .models import ResidentParts, resident_parts
-from .options import as_open_clip, every_target_stored, uncompiled, without_attack_copy
+from .options import as_open_clip, every_target_stored, one_noisy_step, recomputing, uncompiled, without_attack_copy
 from .phases import PhaseClock
 from .published import PublishedOptions, PublishedStep
 from .report import BenchmarkReport, BenchmarkTable
-from .timing import Spread, alternately, ratios
+from .timing import Spread, alternately, ratios, timed
 
 PUBLISHED, OURS = "published", "mmtard"
 
@@ -41,6 +43,7 @@ class Variant:
     flops: float
     seconds: list[float] = field(default_factory=list)  # a step, round by round
     phases: list[dict[str, float]] = field(default_factory=list)
+    communication: list[float] = field(default_factory=list)  # seconds in collectives, whichever phase they are in
     memory: float = 0.0  # GiB, the largest of the rounds
 
 
@@ -61,6 +64,9 @@ class TrainingBenchmark:
     variants: list[str] | None = None
     trace: Path | None = None
     record: StepRecord = field(init=False, repr=False)  # of the steps' numbers, over the ranks
+    passes: AttackPasses | None = field(init=False, default=None, repr=False)
+    pass_seconds: list[float] = field(init=False, default_factory=list, repr=False)  # round by round
+    first: dict[str, float] = field(init=False, default_factory=dict, repr=False)  # seconds of a variant's first run
 
     def run(self, out: Path) -> None:
         """Measure, print the tables, and write them to `out`. UserError for what the configuration lacks."""
@@ -68,13 +74,15 @@ class TrainingBenchmark:
             numerics(self.config.engine),
             process_group(self.config.engine.device) as ranks,
             WorkProgress(ranks.is_first) as progress,
+            timed_collectives(PhaseClock(ranks.device)) as collectives,
         ):
             progress.part("models")
-            parts = resident_parts(self.config, ranks, self.classes, published=self.against is not None)
             clock = PhaseClock(ranks.device)
+            parts = resident_parts(self.config, ranks, self.classes, published=self.against is not None)
+            self.passes = AttackPasses(parts) if parts.task.objective else None
             self.record = StepRecord(Nameless(), ranks, SilentLogger(), self.config.train.batch_size, {})
             variants = self._chosen(self._published(parts, clock) + self._ours(parts, clock, ranks))
-            self._measure(variants, clock, ranks, progress)
+            self._measure(variants, clock, collectives, ranks, progress)
             progress.part("matrix product")
             if self.trace:
                 self._write_trace(next((v for v in variants if v.name == OURS), variants[-1]), ranks)
@@ -114,7 +122,8 @@ class TrainingBenchmark:
         compiled = parts.engine.ds.module.graph is not None
         all_stored = every_target_stored(self.config, parts)
         instrument(parts.engine, clock)
-        for task in filter(None, (parts.task, all_stored)):
+        noisy = one_noisy_step(self.config, parts)
+        for task in filter(None, (parts.task, all_stored, noisy)):
             instrument_task(task, clock)
         stored = parts.stored(parts.task)
         found = [self._variant(OURS, parts, parts.task, ranks, clock)]
@@ -124,7 +133,11 @@ class TrainingBenchmark:
         if all_stored:
             name = f"{OURS}, every target stored"
             found.append(self._variant(name, parts, all_stored, ranks, clock, parts.stored(all_stored)))
+        if noisy:
+            found.append(self._variant(f"{OURS}, one noisy step (N-FGSM)", parts, noisy, ranks, clock))
         without = {"open_clip's own towers": as_open_clip}
+        if self.config.engine.checkpoint_activations and not self.config.engine.checkpoint_attack:
+            without["checkpoint_attack"] = recomputing
         if parts.engine.attack_copy:
             without["no attack copy"] = without_attack_copy
         if compiled:
@@ -160,28 +173,38 @@ class TrainingBenchmark:
 
         return Variant(name, run, of_sample)
 
-    def _measure(self, variants: list[Variant], clock: PhaseClock, ranks: Ranks, progress: WorkProgress) -> None:
+    def _measure(
+        self,
+        variants: list[Variant],
+        clock: PhaseClock,
+        collectives: PhaseClock,
+        ranks: Ranks,
+        progress: WorkProgress,
+    ) -> None:
         by_name = {v.name: v for v in variants}
 
         def run(variant: Variant) -> None:
             if ranks.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(ranks.device)
+            collectives.seconds()
             for _ in range(self.steps):
-                variant.run()
+                if variant.name in self.first:
+                    variant.run()
+                else:
+                    self.first[variant.name] = timed(variant.run, ranks.device)
             variant.phases.append({name: s / self.steps for name, s in clock.seconds().items()})
+            variant.communication.append(sum(collectives.seconds().values()) / self.steps)
             variant.memory = max(variant.memory, memory(ranks.device)["memory_gib"])
 
-        timed = alternately(
-            {name: lambda v=v: run(v) for name, v in by_name.items()},
-            self.rounds,
-            ranks.device,
-            self.warm_up,
-            progress,
-            {name: v.flops for name, v in by_name.items()},
-        )
-        for name, seconds in timed.items():
+        runs = {name: lambda v=v: run(v) for name, v in by_name.items()}
+        work = {name: v.flops for name, v in by_name.items()}
+        if self.passes and OURS in by_name:
+            runs[PASSES], work[PASSES] = self.passes, work[OURS]
+        found = alternately(runs, self.rounds, ranks.device, self.warm_up, progress, work)
+        self.pass_seconds = found.pop(PASSES, [])
+        for name, seconds in found.items():
             by_name[name].seconds = [s / self.steps for s in seconds]
-            del by_name[name].phases[: self.warm_up]
+            del by_name[name].phases[: self.warm_up], by_name[name].communication[: self.warm_up]
 
     def _write_trace(self, variant: Variant, ranks: Ranks) -> None:
         kinds = [torch.profiler.ProfilerActivity.CPU]
@@ -223,6 +246,8 @@ class TrainingBenchmark:
             report.numbers["variants"][v.name] = {
                 "seconds": v.seconds,
                 "phases": v.phases,
+                "communication": v.communication,
+                "first_step_seconds": self.first[v.name],
                 "flops_an_image": v.flops,
                 "share_of_matrix_product": share,
                 "ratio": vars(ratio),
@@ -232,37 +257,31 @@ class TrainingBenchmark:
             f"Median (smallest-largest) of {self.rounds} rounds of {self.steps} steps each, all variants in every "
             f"round. The matrix product reaches {rate / 1e9:.4g} GFLOP/s."
         )
+        ours = next((v for v in variants if v.name == OURS), None)
+        if ours:
+            self._note_attack(ours, report)
         return report
+
+    def _note_attack(self, ours: Variant, report: BenchmarkReport) -> None:
+        first = self.first[OURS]
+        report.notes.append(f"The first step of '{OURS}' took {first:.3g} s, what is compiled included.")
+        if self.pass_seconds:
+            attack = [phases["attack"] for phases in ours.phases]
+            share, sentence = share_of_passes(attack, self.pass_seconds, self.passes.number)
+            report.numbers["attack_by_its_passes"] = vars(share)
+            report.notes.append(sentence)
 
 
 def _phase_table(variants: list[Variant]) -> BenchmarkTable:
     names = list(dict.fromkeys(name for v in variants for phases in v.phases for name in phases))
-    table = BenchmarkTable("Seconds of each phase, medians", ["", *names, "rest"])
+    table = BenchmarkTable("Seconds of each phase, medians", ["", *names, "rest", "of all this, in collectives"])
     for v in variants:
         medians = {name: Spread.of([p.get(name, 0.0) for p in v.phases]).median for name in names}
         rest = Spread.of([s - sum(p.values()) for s, p in zip(v.seconds, v.phases)]).median
-        table.rows.append([v.name, *(f"{medians[name]:.4g}" for name in names), f"{rest:.4g}"])
+        collectives = Spread.of(v.communication).median
+        cells = (*medians.values(), rest, collectives)
+        table.rows.append([v.name, *(f"{seconds:.4g}" for seconds in cells)])
     return table
-
-
-def instrument(engine: Engine, clock: PhaseClock) -> None:
-    """Let the clock time what a step asks of its engine."""
-    attack_forward = engine.attack_forward
-
-    @contextmanager
-    def attack():
-        with clock("attack"), attack_forward() as forward:
-            yield forward
-
-    engine.attack_forward = attack
-    engine.backward = clock.timed("student backward", engine.backward)
-    engine.end_micro_batch = clock.timed("optimiser", engine.end_micro_batch)
-
-
-def instrument_task(task: DistillationTask, clock: PhaseClock) -> None:
-    """Let the clock time what a task asks of its student and its teachers."""
-    task.student = _Timed(task.student, clock, "student forward")
-    task.teachers = {name: _Timed(teacher, clock, "teachers") for name, teacher in task.teachers.items()}
 
 
 class Nameless:
@@ -270,17 +289,3 @@ class Nameless:
 
     def name(self, sample: int) -> str:
         return str(sample)
-
-
-class _Timed:
-    """Something that can be called, whose calls are part of a phase; all else is its own."""
-
-    def __init__(self, inner, clock: PhaseClock, phase: str):
-        self._inner, self._clock, self._phase = inner, clock, phase
-
-    def __call__(self, *args, **kwargs):
-        with self._clock(self._phase):
-            return self._inner(*args, **kwargs)
-
-    def __getattr__(self, name: str):
-        return getattr(self._inner, name)

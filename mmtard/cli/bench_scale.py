@@ -38,6 +38,9 @@ def add(parts) -> None:
     )
     p.add_argument("--train", type=path, metavar="FILE", help="of mmtard bench train --out, on one GPU of the cluster")
     p.add_argument("--data", type=path, metavar="FILE", help="of mmtard bench data --out, on a node of the cluster")
+    p.add_argument(
+        "--ranks", type=path, metavar="FILE", help="of mmtard bench scale --weak --out, on a node of the cluster"
+    )
     p.add_argument("--out", type=path, default=Path("bench_scale.json"), metavar="FILE", help="(bench_scale.json)")
 
 
@@ -51,7 +54,7 @@ def _run(args) -> None:
         return report_weak_scaling(config, dict(zip(args.weak, measured)), args.out)
     with heavy_imports():
         from ..benchmarks.scale import ScaleBenchmark
-    return ScaleBenchmark(config, args.world, train=args.train, data=args.data).run(args.out)
+    return ScaleBenchmark(config, args.world, train=args.train, data=args.data, ranks=args.ranks).run(args.out)
 
 
 def _measured(args, config: settings.Config, world: int) -> dict:

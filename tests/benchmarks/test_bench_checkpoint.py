@@ -31,9 +31,10 @@ def test_a_checkpoint_is_three_float32_numbers_a_weight_and_leaves_nothing_behin
 
 def test_weak_scaling_holds_more_ranks_to_the_first(config, tmp_path, capsys):
     def of(*seconds):
-        return {"variants": {"mmtard": {"seconds": list(seconds)}}}
+        return {"variants": {"mmtard": {"seconds": list(seconds), "communication": [s / 10 for s in seconds]}}}
 
     report_weak_scaling(config, {1: of(1.0, 2.0, 3.0), 2: of(2.5)}, tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text())["seconds"] == {"1": [1.0, 2.0, 3.0], "2": [2.5]}
+    assert json.loads((tmp_path / "out.json").read_text())["communication"]["2"] == [0.25]
     printed = capsys.readouterr().out
     assert "80 %" in printed and "6.4" in printed  # 2.0 s for 2.5; 2 ranks of 8 images in 2.5 s

@@ -134,6 +134,8 @@ def test_a_benchmark_writes_ratios_of_one_run_with_its_command(command, config, 
             assert {"attack", "student backward", "optimiser"} <= phases.keys()
             assert ("agreement" in phases) == name.startswith("mmtard")
             assert 0 < sum(phases.values()) <= seconds, name
+        assert len(variant["communication"]) == 2 and variant["first_step_seconds"] > 0
+    assert found["world_size"] == 1 and found["attack_by_its_passes"]["n"] == 2
     seconds = {name: variant["seconds"] for name, variant in found["variants"].items()}
     expected = sorted(a / b for a, b in zip(seconds["published"], seconds["mmtard"]))
     ratio = found["variants"]["mmtard"]["ratio"]
@@ -144,10 +146,49 @@ def test_a_benchmark_writes_ratios_of_one_run_with_its_command(command, config, 
     ours = flops["mmtard"] / 16
     assert flops["mmtard, clean stored"] == pytest.approx(15 * ours) and ours < forward  # see vision_transformer.py
     assert found["world_size"] == 1  # by which bench scale tells a rank's rate
+    assert flops["mmtard, one noisy step (N-FGSM)"] == pytest.approx((2 + 6 + 2) * ours)  # for PGD's 4 steps
     assert found["matrix_flops"] > 0 and found["made_with"]["versions"]["torch"]
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     said = capsys.readouterr().out
     assert "lean loop" in said and str(out) in said
+    assert "of the time of 4 forwards and input gradients of its tower alone" in said and "The first step of" in said
+
+
+def test_the_passes_that_an_attack_is_held_to_are_its_own():
+    from types import SimpleNamespace
+
+    from mmtard.benchmarks.attack_cost import AttackPasses, share_of_passes
+    from mmtard.benchmarks.models import random_batch
+
+    asked = []
+
+    @contextmanager
+    def attack_forward():
+        yield lambda x: asked.append((len(x), x.requires_grad)) or x.flatten(1)
+
+    engine = SimpleNamespace(attack_forward=attack_forward, micro_batch_size=2)
+    task = SimpleNamespace(attack=SimpleNamespace(steps=3, restarts=2))
+    AttackPasses(SimpleNamespace(task=task, engine=engine, batch=random_batch(4, (16, 16), CLASSES)))()
+    assert asked == [(2, True)] * 2 * 6
+    share, said = share_of_passes([2.1, 2.2], [2.0, 2.0], 10)
+    assert (share.low, share.high) == pytest.approx((1.05, 1.1)) and "1.075 (1.050-1.100)" in said
+
+
+def test_collectives_are_timed_whoever_asks_for_them_and_left_as_they_were():
+    import torch.distributed as dist
+
+    from mmtard.benchmarks.collectives import timed_collectives
+    from mmtard.benchmarks.phases import PhaseClock
+    from mmtard.distributed.ranks import process_group, reduce
+
+    clock, own = PhaseClock(torch.device("cpu")), (dist.all_reduce, dist.Work.wait)
+    with process_group("cpu") as ranks, timed_collectives(clock):
+        reduce(torch.ones(3))
+        ranks.all_gather("word")
+        began = clock.seconds()
+        assert began.keys() == {"communication"} and 0 < began["communication"] < 60
+        assert clock.seconds() == {}
+    assert own == (dist.all_reduce, dist.Work.wait)
 
 
 def test_a_variant_that_is_not_there_is_refused_with_those_that_are(command, config, write, capsys):

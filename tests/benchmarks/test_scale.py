@@ -7,7 +7,7 @@ import pytest
 
 from mmtard import config as settings, resources
 from mmtard.benchmarks.machine import Machine, measured
-from mmtard.benchmarks.scale import PARTS, ScaleBenchmark, Work, binds_first, predict, work_of
+from mmtard.benchmarks.scale import PARTS, ScaleBenchmark, Work, bandwidth_of, binds_first, predict, work_of
 from mmtard.config import Lora
 from mmtard.errors import UserError
 
@@ -120,6 +120,9 @@ def test_a_measurement_takes_the_place_of_an_assumption(tmp_path):
         "config": {"train": {"batch_size": 8}},
         "variants": {"mmtard": {"phases": [phases], "flops_an_image": 30e9}},
     }))  # fmt: skip
+    shared = tmp_path / "two_ranks.json"
+    shared.write_text(json.dumps(json.loads(train.read_text()) | {"world_size": 2}))
+    assert measured(Machine(), shared, None, flops).attack == pytest.approx(160e9)  # a rank took half of the batch
     data = tmp_path / "data.json"
     data.write_text(json.dumps({"core": {"as stored": {"images_per_cpu_s": [90.0, 100.0, 300.0]}}}))
     found = measured(Machine(), train, data, flops)
@@ -129,6 +132,21 @@ def test_a_measurement_takes_the_place_of_an_assumption(tmp_path):
     assert measured(Machine(), train, None, flops).attack == pytest.approx(160e9)
     with pytest.raises(UserError, match="holds no 'variants'; give the --out of mmtard bench train"):
         measured(Machine(), data, None, flops)
+
+
+def test_the_bandwidth_is_fitted_to_what_ranks_spent_in_collectives(main_run, work, tmp_path):
+    found = tmp_path / "weak.json"
+    content = {"config": main_run.model_dump(mode="json"), "communication": {"1": [0.0], "2": [0.3, 0.1, 0.2]}}
+    found.write_text(json.dumps(content))
+    assert bandwidth_of(found) == pytest.approx(2 * 1 / 2 * 87849216 * 4 / 0.2)  # gradients and weights, half of each
+    fitted = predict(work, replace(Machine(), within=bandwidth_of(found)), 2)
+    assert fitted.parts["ZeRO traffic"] == pytest.approx(0.2)
+    found.write_text(json.dumps({**content, "communication": {"1": [0.0]}}))
+    with pytest.raises(UserError, match="has no time of several ranks; measure with --weak 1,2"):
+        bandwidth_of(found)
+    found.write_text(json.dumps({**content, "communication": {"two": [0.1]}}))
+    with pytest.raises(UserError, match="--ranks: .* holds no seconds of collectives"):
+        bandwidth_of(found)
 
 
 def test_the_table_says_that_it_is_a_prediction_and_what_it_assumes(main_run, tmp_path, capsys):
