@@ -33,6 +33,7 @@ MATHEMATICS = ("losses", "seeding", "zero_shot", "attacks", "distillation")
 DISTRIBUTED = {
     f"mmtard/{name}.py"
     for name in (
+        "distributed/collectives",
         "distributed/ranks",
         "distributed/meeting",
         "models/teachers",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from ..distillation.task import DistillationTask
+from ..distributed.collectives import wrapped_collectives
 from ..training.engine import Engine
 from .phases import PhaseClock
 
@@ -27,6 +30,13 @@ def instrument_task(task: DistillationTask, clock: PhaseClock) -> None:
     """Let the clock time what a task asks of its student and its teachers."""
     task.student = _Timed(task.student, clock, "student forward")
     task.teachers = {name: _Timed(teacher, clock, "teachers") for name, teacher in task.teachers.items()}
+
+
+@contextmanager
+def timed_collectives(clock: PhaseClock) -> Iterator[PhaseClock]:
+    """Let the clock time the ranks' collectives inside the block, whichever phase they belong to."""
+    with wrapped_collectives(partial(clock.timed, "communication")):
+        yield clock
 
 
 class _Timed:

@@ -21,8 +21,7 @@ from ..training.record import StepRecord
 from ..training.step import optimizer_step
 from ..training.throughput import memory, sample_flops
 from .attack_cost import PASSES, AttackPasses, share_of_passes
-from .collectives import timed_collectives
-from .instruments import instrument, instrument_task
+from .instruments import instrument, instrument_task, timed_collectives
 from .matrix import matrix_rate
 from .models import ResidentParts, resident_parts
 from .options import as_open_clip, every_target_stored, one_noisy_step, recomputing, uncompiled, without_attack_copy
