@@ -1,4 +1,4 @@
-"""Forwards as compiled graphs: at the one shape that each was compiled for, or for batches of any size."""
+"""Forwards as compiled graphs, whole or block by block: at the one shape of each, or for batches of any size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .image_tower import ImageTower
+from .image_tower import ImageTower, blocks
 
 Say = Callable[[str], None]
 
@@ -26,9 +26,8 @@ class CompiledForward:
 
     def __init__(self, tower: ImageTower, name: str, say: Say, graphs: bool = False, any_batch: bool = False):
         self.plain, self.name, self.say, self.graphs, self.any_batch = tower.compute, name, say, graphs, any_batch
-        dynamic = None if any_batch else False  # None: what is marked, which is the number of images
-        self.compiled = torch.compile(self.plain, dynamic=dynamic, mode="reduce-overhead" if graphs else None)
         self.failed = False
+        self.compiled = self._compile(tower)
         self._shape: dict[tuple, torch.Size] = {}
         self._told: set[torch.Size] = set()
 
@@ -48,15 +47,64 @@ class CompiledForward:
                 torch._dynamo.maybe_mark_dynamic(images, 0)
             return self._replayed(images, tokens) if self.graphs else self.compiled(images, tokens)
         except compiler_errors() as error:
-            self.failed = True
-            reason = " ".join(str(error).split())[:200]
-            self.say(f"{self.name} runs uncompiled: {type(error).__name__}: {reason}")
+            self._fail(error)
             return self.plain(images, tokens)
+
+    def _compile(self, tower: ImageTower) -> Callable:
+        dynamic = None if self.any_batch else False  # None: what is marked, which is the number of images
+        return torch.compile(self.plain, dynamic=dynamic, mode="reduce-overhead" if self.graphs else None)
+
+    def _fail(self, error: Exception) -> None:
+        self.failed = True
+        reason = " ".join(str(error).split())[:200]
+        self.say(f"{self.name} runs uncompiled: {type(error).__name__}: {reason}")
 
     def _replayed(self, images: Tensor, tokens: bool) -> Tensor | tuple[Tensor, Tensor]:
         torch.compiler.cudagraph_mark_step_begin()
         found = self.compiled(images * 1, tokens)  # the product's own backward copies the gradient
         return tuple(t.clone() for t in found) if isinstance(found, tuple) else found.clone()
+
+
+class CompiledBlocks(CompiledForward):
+    """A `CompiledForward` of a tower that gathers its weights between its blocks: a graph of a block, not of the tower.
+
+    Blocks of one kind share their graph. Where compiling fails, that very block goes on without: the tower from its
+    start would gather again on this rank alone, for which the other ranks would not be there.
+    """
+
+    def _compile(self, tower: ImageTower) -> Callable:
+        self._at_its_shape = False
+        for block in blocks(tower):
+            block.forward = self._either(block.forward)
+        return self._by_block
+
+    def _by_block(self, images: Tensor, tokens: bool) -> Tensor | tuple[Tensor, Tensor]:
+        self._at_its_shape = True
+        try:
+            return self.plain(images, tokens)
+        finally:
+            self._at_its_shape = False
+
+    def _either(self, forward: Callable) -> Callable:
+        compiled = torch.compile(forward, dynamic=False, mode=None)
+
+        def run(*args, **kwargs):
+            if self._at_its_shape and not self.failed:
+                try:
+                    return compiled(*args, **kwargs)
+                except compiler_errors() as error:
+                    self._fail(error)
+            return forward(*args, **kwargs)
+
+        return run
+
+
+def compile_blocks(tower: ImageTower, name: str, say: Say) -> None:
+    """Let each block of a sharded tower be a compiled graph from the next call on; `say` where it has no blocks."""
+    if blocks(tower):
+        tower.graph = CompiledBlocks(tower, name, say)
+    else:
+        say(f"{name} is sharded as a whole, for want of blocks, and runs uncompiled")
 
 
 def compile_tower(tower: ImageTower, name: str, say: Say, graphs: bool = False, any_batch: bool = False) -> None:

@@ -26,7 +26,7 @@ from ..config import Teacher
 from ..distributed.ranks import Ranks
 from ..errors import UserError
 from ..zero_shot import Prediction, ZeroShotHead
-from .compiled import Say, compile_tower, wants_compiling
+from .compiled import Say, compile_blocks, compile_tower, wants_compiling
 from .image_tower import ImageTower, blocks, freeze, why_no_embeddings
 
 
@@ -102,10 +102,12 @@ def shard(tower: ImageTower, ranks: Ranks) -> None:
 
 
 def compile_teachers(setting: str, teachers: dict, device: torch.device, say: Say) -> None:
-    """Let the forwards of replicated teachers be compiled graphs, as `engine.compile` says.
+    """Let the forwards of teachers be compiled graphs, as `engine.compile` says.
 
-    A sharded one gathers its weights between the blocks and runs uncompiled.
+    A sharded one gathers its weights between the blocks, each of which is compiled for itself.
     """
+    if not wants_compiling(setting, device):
+        return
     for name, teacher in teachers.items():
-        if wants_compiling(setting, device) and teacher.placement == "replicated":
-            compile_tower(teacher.tower, f"teacher {name}", say)
+        compile = compile_tower if teacher.placement == "replicated" else compile_blocks
+        compile(teacher.tower, f"teacher {name}", say)

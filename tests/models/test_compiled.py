@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmtard.config import Model
-from mmtard.models import compiled, loading
+from mmtard.models import compiled, image_tower, loading
 from mmtard.models.attack_copy import frozen_twin
 
 X = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -78,6 +78,46 @@ def test_a_compiler_that_is_missing_is_said_once_and_all_goes_on(tower, monkeypa
     compiled.compile_tower(tower, "teacher clean", said.append)
     assert tower(X).equal(expected) and tower(X).equal(expected)
     assert said == ["teacher clean runs uncompiled: TorchDynamoException: no C++ compiler found"]
+
+
+def test_blocks_are_compiled_at_one_shape_and_run_without_at_others(tower, monkeypatch):
+    ran, said, expected = [], [], tower(X)
+
+    def compile(function, **settings):
+        return lambda x, *args, **kwargs: ran.append(len(x)) or function(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    compiled.compile_blocks(tower, "teacher clean", said.append)
+    for batch in (X, X[:3], X):
+        assert torch.allclose(tower(batch), expected[: len(batch)], atol=1e-6)
+    assert len(ran) == 2 * len(image_tower.blocks(tower)) and {*ran} == {4}
+    assert said == ["teacher clean: compiled for images [4, 3, 16, 16]; those of [3, 3, 16, 16] run uncompiled"]
+
+
+def test_a_block_that_cannot_be_compiled_goes_on_itself_and_none_is_run_twice(tower, monkeypatch):
+    from torch._dynamo.exc import TorchDynamoException
+
+    tried, said, expected = [], [], tower(X)
+
+    def broken(*args, **kwargs):
+        tried.append(1)
+        raise TorchDynamoException("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: broken)
+    ran = []
+    for block in image_tower.blocks(tower):
+        block.register_forward_pre_hook(lambda block, args: ran.append(block))
+    compiled.compile_blocks(tower, "teacher clean", said.append)
+    assert tower(X).equal(expected) and tower(X).equal(expected)
+    assert said == ["teacher clean runs uncompiled: TorchDynamoException: no C++ compiler"]
+    assert len(tried) == 1 and len(ran) == 2 * len(image_tower.blocks(tower))
+
+
+def test_a_sharded_tower_without_blocks_is_said_to_run_uncompiled(tower, monkeypatch):
+    said = []
+    monkeypatch.setattr(compiled, "blocks", lambda tower: [])
+    compiled.compile_blocks(tower, "teacher clean", said.append)
+    assert tower.graph is None and said[0].startswith("teacher clean is sharded as a whole")
 
 
 def test_an_error_of_the_model_itself_is_no_compilers(tower, monkeypatch):

@@ -24,6 +24,15 @@ def test_predictions_and_gradients_have_the_same_bits(found):
                 assert of_rank[kind][what].equal(of_rank["replicated"][what]), (kind, what)
 
 
+def test_compiled_block_by_block_a_sharded_teacher_is_the_same_function(found):
+    """Two kinds of blocks (the last one computes the class token alone), with and without gradient: four graphs."""
+    for of_rank in found:
+        for what in ("logits", "gradient"):
+            assert torch.allclose(of_rank["compiled"][what], of_rank["replicated"][what], rtol=1e-4, atol=1e-6), what
+        assert of_rank["compiled"]["all"] == of_rank["nodes"]["all"] and of_rank["compiled"]["held"] < 0.53
+        assert of_rank["compiler"] == {"said": [], "graphs": 4, "breaks": {}}
+
+
 def test_nothing_is_gathered_from_another_node(found):
     for of_rank in found:
         nodes, flat = of_rank["nodes"], of_rank["flat"]

@@ -4,9 +4,11 @@ import os
 import sys
 
 rank = int(os.environ["RANK"])
+os.environ.pop("TORCHDYNAMO_DISABLE", None)
 os.environ.update(LOCAL_RANK=str(rank % 2), LOCAL_WORLD_SIZE="2")
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from open_clip.transformer import VisionTransformer
 
@@ -14,7 +16,7 @@ from mmtard.config import Teacher
 from mmtard.distributed import ranks as process_group
 from mmtard.distributed.ranks import Ranks
 from mmtard.models.image_tower import ImageTower
-from mmtard.models.teachers import FrozenTeacher
+from mmtard.models.teachers import FrozenTeacher, compile_teachers
 from mmtard.zero_shot import ZeroShotHead
 
 ranks = process_group.start("cpu")
@@ -52,6 +54,15 @@ def asked(made: FrozenTeacher) -> dict:
 
 setattr(dist, NAME, counted)
 found = {"a node": ranks.ranks_a_node(), "replicated": asked(teacher("replicated")), "nodes": asked(teacher("sharded"))}
+make, said = torch.compile, []
+torch.compile = lambda function, mode=None, **s: make(function, backend="aot_eager", **s)  # it writes no C++
+with torch._dynamo.config.patch(disable=False):
+    by_block = teacher("sharded")
+    compile_teachers("on", {"clean": by_block}, ranks.device, said.append)
+    found["compiled"] = asked(by_block)
+stats = torch._dynamo.utils.counters
+found["compiler"] = {"said": said, "graphs": stats["stats"]["unique_graphs"], "breaks": dict(stats["graph_break"])}
+torch.compile = make
 own = Ranks.ranks_a_node
 Ranks.ranks_a_node = lambda self: self.world_size
 found["flat"] = asked(teacher("sharded"))
