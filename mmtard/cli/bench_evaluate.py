@@ -28,6 +28,7 @@ def add(parts) -> None:
     p.add_argument("--against", choices=("pyautoattack",), default="pyautoattack", help="(default pyautoattack)")
     p.add_argument(
         "--suites",
+        action="extend",
         nargs="+",
         choices=("standard", "fare", "robustvlm"),
         help="AutoAttack's standard; APGD-CE and APGD-T; these with RobustVLM's five restarts (default: all)",

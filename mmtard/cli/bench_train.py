@@ -34,6 +34,7 @@ def add(parts) -> None:
     p.add_argument("--classes", type=positive, default=1000, metavar="N", help="classes of the heads (default 1000)")
     p.add_argument(
         "--variants",
+        action="extend",
         nargs="+",
         metavar="NAME",
         help="these alone, by the names in the table; default: all that the configuration has",

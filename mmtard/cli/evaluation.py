@@ -58,7 +58,7 @@ def _data_arguments(p: argparse.ArgumentParser) -> None:
         metavar="ROOT",
         help="a dataset (shards, or images in class folders), or a folder of them as CLIP_benchmark lays them out",
     )
-    group.add_argument("--datasets", nargs="+", metavar="NAME", help="of those in ROOT; default: all")
+    group.add_argument("--datasets", action="extend", nargs="+", metavar="NAME", help="of those in ROOT; default: all")
     group.add_argument("--index", type=path_text, metavar="FILE", help="default: beside the shards")
     group.add_argument(
         "--classnames", type=path_text, metavar="FILE", help="default: classnames.txt beside the shards or above them"
@@ -89,7 +89,12 @@ def _attack_arguments(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--norm", choices=("linf", "l2"), help="of the perturbation; default: the protocol's")
     group.add_argument(
-        "--eps", type=fraction, nargs="+", metavar="E", help="radii in units of [0,1], such as 2/255 4/255"
+        "--eps",
+        type=fraction,
+        action="extend",
+        nargs="+",
+        metavar="E",
+        help="radii in units of [0,1], such as 2/255 4/255",
     )
     group.add_argument(
         "--independent-radii",
@@ -98,6 +103,7 @@ def _attack_arguments(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--attacks",
+        action="extend",
         nargs="+",
         metavar="NAME",
         help="in their order: pgd, apgd-ce, apgd-dlr, apgd-t, fab-t, square, transfer; "
@@ -226,6 +232,7 @@ def _add_compare(commands) -> None:
     )
     p.add_argument(
         "--labels",
+        action="extend",
         nargs="+",
         metavar="NAME",
         help="a name for each RUN, in their order; runs of one name are averaged (default: the folders' names)",

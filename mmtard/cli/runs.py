@@ -70,6 +70,7 @@ def _add_report(commands) -> None:
     p.add_argument("--out", type=path, required=True, metavar="DIR")
     p.add_argument(
         "--labels",
+        action="extend",
         nargs="+",
         metavar="NAME",
         help="how the page calls them: a name for each RUN, or for each model found",

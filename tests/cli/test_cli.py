@@ -161,6 +161,13 @@ def test_help_of_a_command_shows_what_it_does_and_an_example_that_parses(command
         assert callable(main.parse(example.replace("'", "").split()).run)
 
 
+def test_a_list_may_be_given_in_several_flags():
+    argv = ["evaluate", "m", "--data", "d"]
+    asked = main.parser().parse_args([*argv, "--eps", "1/255", "--eps", "2/255", "4/255", "--attacks", "pgd"])
+    assert [float(255 * e) for e in asked.eps] == [1, 2, 4] and asked.attacks == ["pgd"]
+    assert main.parser().parse_args(argv).eps is None
+
+
 def test_the_help_of_evaluate_names_every_attack_and_protocol():
     from mmtard.attacks.registry import ALIASES, ATTACKS
     from mmtard.evaluation.protocols import PROTOCOLS
