@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
-from .files import refuse_special
+from .files import refuse_special, why_not_written
 
 SETTINGS = "settings.json"
 
@@ -37,14 +37,21 @@ def read_settings(folder: Path) -> dict | None:
 def publish_folder(folder: Path, settings: dict) -> Iterator[Path]:
     """Yields an empty folder that takes the place of `folder`, with `settings` in it, when the block ends well.
 
-    Raises UserError for a folder that exists and holds no settings, so was not made here.
+    Raises UserError for a folder that exists and holds no settings, so was not made here, and for one that cannot be
+    written, such as on a full disk.
     """
     read_settings(folder)
-    with _new_folder(folder) as scratch:
-        yield scratch
-        (scratch / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
-        while not _swap(scratch, folder):
-            read_settings(folder)
+    try:
+        with _new_folder(folder) as scratch:
+            yield scratch
+            (scratch / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
+            while not _swap(scratch, folder):
+                read_settings(folder)
+    except OSError as error:
+        # An error of a write names no file, and that of a file elsewhere, which the block reads, is another's to tell.
+        if error.filename is not None and folder.parent.absolute() not in Path(error.filename).absolute().parents:
+            raise
+        raise UserError(why_not_written(folder, error, remedy="name another folder")) from None
 
 
 MANIFEST = ".mmtard.json"

@@ -275,3 +275,14 @@ def test_a_folder_that_cannot_be_looked_into_is_one_line_and_stays(tmp_path, mon
     (tmp_path / "out" / folders.MANIFEST).write_text("[" * 100_000)
     with pytest.raises(UserError, match="exists and is not a report that mmtard made"):
         folders.check_replaceable(tmp_path / "out", "report")
+
+
+def test_data_that_do_not_fit_on_the_disk_are_one_line_and_leave_nothing(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write '.*made/data': No space left on device \(the disk at"):
+        with folders.publish_folder(tmp_path / "made" / "data", {}) as scratch:
+            (scratch / "train.tar").touch()
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert not any((tmp_path / "made").iterdir())
+    with pytest.raises(FileNotFoundError, match="source"):
+        with folders.publish_folder(tmp_path / "made" / "data", {}):
+            open("/no/such/source")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ..errors import UserError, unknown_name
+from ..files import why_not_written
 from ..study.schema import Material, Study
 from .cifar_splits import make_splits
 from .pretrain import Pretraining, pretrain
@@ -38,7 +42,13 @@ def make(study: Study) -> None:
         data = Path(how.data)
         splits = tuple(split for split in ("test", "zeroshot") if (data / split).is_dir())
         settings = Pretraining(_architecture(how.architecture), how.steps, how.batch_size, how.lr, how.seed)
-        pretrain(data, folder / PRETRAINED / name, settings, splits)
+        out = folder / PRETRAINED / name
+        try:
+            pretrain(data, out, settings, splits)
+        except SafetensorError as error:  # which is no OSError
+            full = "os error 28" in str(error)
+            reason = OSError(errno.ENOSPC, "No space left on device") if full else OSError(str(error))
+            raise UserError(why_not_written(out, reason, remedy="name another folder")) from None
 
 
 def shapes(material: Material, out: Path) -> None:

@@ -3,10 +3,14 @@
 import open_clip
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from mmtard.errors import UserError
+from mmtard.examples import materials
 from mmtard.examples.pretrain import ARCHITECTURE, Pretraining, pretrain
 from mmtard.examples.shapes import make_data
+from mmtard.study import schema
 
 
 def test_the_architecture_builds_without_a_network(monkeypatch):
@@ -35,3 +39,14 @@ def test_pretraining_learns_and_repeats_itself(tmp_path):
     written = (tmp_path / "a" / "tiny_clip.safetensors").stat().st_mtime_ns
     assert pretrain(data, tmp_path / "a", **settings) == accuracy
     assert (tmp_path / "a" / "tiny_clip.safetensors").stat().st_mtime_ns == written
+
+
+def test_weights_that_do_not_fit_on_the_disk_are_one_line(tmp_path, monkeypatch):
+    def full(*args):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(materials, "pretrain", full)
+    how = {"architecture": "tiny_clip", "data": str(tmp_path), "steps": 1}
+    study = schema.Study.model_construct(out=str(tmp_path), data=None, pretrain={"student": schema.Pretraining(**how)})
+    with pytest.raises(UserError, match=r"cannot write '.*pretrained/student': No space left on device \(the disk"):
+        materials.make(study)
