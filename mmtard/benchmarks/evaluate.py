@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import torch
@@ -43,6 +43,8 @@ class Suite:
     their_restarts: int = 1
 
 
+Ways = dict[str, tuple[Callable[..., Measured], Classifier]]  # name -> how it attacks, and what
+
 SUITES = {
     "standard": Suite("standard", STANDARD),
     "fare": Suite("fare", FARE),
@@ -50,57 +52,81 @@ SUITES = {
 }
 
 
-def compare(
-    model: Classifier,
-    images: Tensor,
-    labels: Tensor,
-    settings: AttackSettings,
-    rounds: int = 1,
-    suites: Sequence[Suite] = tuple(SUITES.values()),
-    say: Callable[[str], object] = print,
-    progress: WorkProgress | None = None,
-    compiled: Classifier | None = None,
-) -> BenchmarkReport:
-    """Attack the same samples by both, alternately, `rounds` times: seconds, passes, and flags that differ.
+@dataclass
+class EvaluationBenchmark:
+    """mmtard's attacks beside pyautoattack's on the same samples, alternately, `rounds` times.
 
-    model: images [B,3,H,W] in [0,1] -> logits [B,C]. images, labels: on its device. Both take the same iterations,
-    queries, targets and radius, at most 250 samples at once, and each its own random starts. `progress` says which of
-    them attacks; its time left is at most that, since what falls is asked no more. compiled: the same classifier by
-    torch.compile, on which mmtard's attacks are timed once more. Raises UserError without pyautoattack, and for inputs
-    that `attack_tensors` refuses.
+    Both take the same iterations, queries, targets and radius, at most 250 samples at once, and each its own random
+    starts. `progress` says which of them attacks; its time left is at most that, since what falls is asked no more.
     """
-    require_library()
-    progress = progress or WorkProgress(shown=False)
-    report = BenchmarkReport(numbers={"settings": vars(settings), "samples": len(images), "suites": {}})
-    table = BenchmarkTable(
-        f"{len(images)} samples, {settings.norm} {settings.eps:.4g}, {settings.iters} iterations", list(COLUMNS)
-    )
-    for asked in (model, compiled) if compiled else (model,):  # the first calls warm up, and compile
-        ours(asked, images[:8], labels[:8], replace(settings, iters=1, queries=2), suites[0])
-    classes = model(images[:1]).shape[1]
-    ways = {"mmtard": (ours, model), **({COMPILED: (ours, compiled)} if compiled else {}), LIBRARY: (theirs, model)}
-    work = {suite: _most_passes(suite, settings, classes) for suite in suites}
-    most = {(suite, name): len(images) * work[suite][name == LIBRARY] for suite in suites for name in ways}
-    progress.part("", rounds * sum(most.values()))
-    for suite in suites:
+
+    settings: AttackSettings
+    rounds: int = 1
+    suites: Sequence[Suite] = tuple(SUITES.values())
+    say: Callable[[str], object] = print
+    progress: WorkProgress = field(default_factory=lambda: WorkProgress(shown=False))
+
+    def run(
+        self, model: Classifier, images: Tensor, labels: Tensor, compiled: Classifier | None = None
+    ) -> BenchmarkReport:
+        """Seconds, passes, and flags that differ.
+
+        model: images [B,3,H,W] in [0,1] -> logits [B,C]. images, labels: on its device. compiled: the same classifier
+        by torch.compile, on which mmtard's attacks are timed once more. Raises UserError without pyautoattack, and for
+        inputs that `attack_tensors` refuses.
+        """
+        require_library()
+        ways: Ways = {"mmtard": (ours, model)} | ({COMPILED: (ours, compiled)} if compiled else {})
+        for attack, asked in ways.values():  # the first calls warm up, and compile
+            attack(asked, images[:8], labels[:8], replace(self.settings, iters=1, queries=2), self.suites[0])
+        ways[LIBRARY] = (theirs, model)
+        most = self._most_passes(ways, len(images), classes=model(images[:1]).shape[1])
+        self.progress.part("", self.rounds * sum(most.values()))
+        report = BenchmarkReport(numbers={"settings": vars(self.settings), "samples": len(images), "suites": {}})
+        table = BenchmarkTable(self._title(len(images)), list(COLUMNS))
+        for suite in self.suites:
+            measured = self._measured(suite, ways, most, images, labels)
+            for name in list(ways)[:-1]:
+                title = suite.name if name != COMPILED else f"{suite.name}, compiled"
+                report.numbers["suites"][title] = found = _found(measured[name], measured[LIBRARY])
+                table.rows.append(_row(title, found, len(images)))
+        report.tables.append(table)
+        report.notes.append(
+            "passes: samples that the model was asked about. Seconds are the median of the rounds, ratio theirs by "
+            f"ours. RobustVLM's code leaves APGD-CE at {HIDDEN_RESTARTS} restarts; mmtard takes one."
+        )
+        return report
+
+    def _title(self, samples: int) -> str:
+        s = self.settings
+        return f"{samples} samples, {s.norm} {s.eps:.4g}, {s.iters} iterations"
+
+    def _measured(
+        self, suite: Suite, ways: Ways, most: dict[tuple[Suite, str], int], images: Tensor, labels: Tensor
+    ) -> dict[str, list[Measured]]:
+        """What each way did in every round."""
         measured: dict[str, list[Measured]] = {name: [] for name in ways}
-        for number in range(rounds):
+        for number in range(self.rounds):
             for name, (attack, asked) in ways.items():
-                words = f"{suite.name}, {name}: round {number + 1} of {rounds}"
-                with progress.running_at_most(words, most[suite, name]) as heard:
-                    measured[name].append(attack(_Heard(asked, heard), images, labels, settings, suite))
-            say(f"{suite.name}: {', '.join(f'{name} {found[-1].seconds:.1f} s' for name, found in measured.items())}")
-        for name in list(ways)[:-1]:
-            title = suite.name if name != COMPILED else f"{suite.name}, compiled"
-            found = _found(measured[name], measured[LIBRARY])
-            report.numbers["suites"][title] = found
-            table.rows.append(_row(title, found, len(images)))
-    report.tables.append(table)
-    report.notes.append(
-        "passes: samples that the model was asked about. Seconds are the median of the rounds, ratio theirs by ours. "
-        f"RobustVLM's code leaves APGD-CE at {HIDDEN_RESTARTS} restarts; mmtard takes one."
-    )
-    return report
+                words = f"{suite.name}, {name}: round {number + 1} of {self.rounds}"
+                with self.progress.running_at_most(words, most[suite, name]) as heard:
+                    measured[name].append(attack(_Heard(asked, heard), images, labels, self.settings, suite))
+            seconds = ", ".join(f"{name} {found[-1].seconds:.1f} s" for name, found in measured.items())
+            self.say(f"{suite.name}: {seconds}")
+        return measured
+
+    def _most_passes(self, ways: Ways, samples: int, classes: int) -> dict[tuple[Suite, str], int]:
+        """Passes where every sample stands to the end, by and large, by suite and way."""
+        s = self.settings
+        targets = min(s.targets, classes - 1)
+        gradient = {"apgd-ce": 1, "apgd-t": targets, "fab-t": 2 * targets}  # in units of iterations
+        found = {}
+        for suite in self.suites:
+            own = sum(gradient.get(name, 0) for name in suite.attacks) * s.iters
+            own += s.queries if "square" in suite.attacks else 0
+            theirs_alone = (suite.their_restarts - 1) * s.iters
+            found |= {(suite, name): samples * (own + (name == LIBRARY) * theirs_alone) for name in ways}
+        return found
 
 
 def ours(model: Classifier, images: Tensor, labels: Tensor, settings: AttackSettings, suite: Suite) -> Measured:
@@ -124,15 +150,6 @@ def theirs(model: Classifier, images: Tensor, labels: Tensor, settings: AttackSe
         library.apgd.n_restarts = suite.their_restarts
         _, predicted = library.run_standard_evaluation(images, labels, batch_size=BATCH)
     return Measured(predicted != labels, _now(images) - began, asked.passes)
-
-
-def _most_passes(suite: Suite, settings: AttackSettings, classes: int) -> tuple[int, int]:
-    """Passes of a sample that stands to the end, in mmtard's attacks and in the library's, by and large."""
-    targets = min(settings.targets, classes - 1)
-    gradient = {"apgd-ce": 1, "apgd-t": targets, "fab-t": 2 * targets}  # in units of iterations
-    others = sum(gradient.get(name, 0) for name in suite.attacks) * settings.iters
-    others += settings.queries if "square" in suite.attacks else 0
-    return others, others + (suite.their_restarts - 1) * settings.iters
 
 
 class _Heard:

@@ -57,7 +57,7 @@ def _run(args) -> None:
     with heavy_imports():
         from ..attacks.state import AttackSettings
         from ..benchmarks.classified import classified_samples
-        from ..benchmarks.evaluate import SUITES, compare
+        from ..benchmarks.evaluate import SUITES, EvaluationBenchmark
         from ..distributed.progress import WorkProgress
         from ..distributed.ranks import process_group
         from ..models.precision import full_float32
@@ -69,5 +69,6 @@ def _run(args) -> None:
             model, sources[0], args.n_samples, args.seed, ranks, args.compile
         )
         with WorkProgress(ranks.is_first) as progress:
-            report = compare(logits, images, labels, means, args.rounds, suites, progress=progress, compiled=compiled)
+            bench = EvaluationBenchmark(means, args.rounds, suites, progress=progress)
+            report = bench.run(logits, images, labels, compiled)
         report.publish(args.out, ranks.device)

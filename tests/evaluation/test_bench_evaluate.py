@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mmtard.attacks.state import AttackSettings
-from mmtard.benchmarks.evaluate import SUITES, compare
+from mmtard.benchmarks.evaluate import SUITES, EvaluationBenchmark
 from mmtard.distributed.progress import WorkProgress
 
 SETTINGS = AttackSettings(eps=0.006, iters=4, queries=6, targets=2)
@@ -27,8 +27,8 @@ def found():
         return net(x)
 
     said = []
-    report = compare(model, images, labels, SETTINGS, say=lambda line: said.append((line, sum(asked))), compiled=model)
-    return report, said
+    bench = EvaluationBenchmark(SETTINGS, say=lambda line: said.append((line, sum(asked))))
+    return bench.run(model, images, labels, compiled=model), said
 
 
 def test_both_attack_the_same_samples_and_every_pass_is_counted(found):
