@@ -42,7 +42,11 @@ class Team:
             self.members = [self._start(rank) for rank in range(self.ranks)]
 
     def ask(self, work: dict) -> tuple[int, str]:
-        """Have a work done by all; (exit status, why it is not 0). A team that lost a process is started anew."""
+        """Have a work done by all; (exit status, why it is not 0).
+
+        After a work that failed, and where a process was lost, the next one is done by processes that are started anew:
+        what a failed work leaves open, such as its ranks' group, would be the next one's.
+        """
         if any(member.process.poll() is not None for member in self.members):
             self.end(0)
         self.start()
@@ -53,7 +57,10 @@ class Team:
                     member.process.stdin.write(line.encode())
                     member.process.stdin.flush()
             found = self._answers()
-        return next((one for one in found if one[0]), (0, ""))
+        failed = next((one for one in found if one[0]), None)
+        if failed:
+            self.end(5)
+        return failed or (0, "")
 
     def terminate(self) -> None:
         """Ask the processes to save what they are at, and to end."""
