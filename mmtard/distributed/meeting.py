@@ -7,8 +7,11 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
+from threading import Thread
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore
@@ -85,7 +88,24 @@ def _store(place: str, rank: int, world: int, patience: timedelta, wait: _Wait) 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     while rank and not _answers(address, port):  # torch's own wait for it lets nothing be told
         wait.longer(lambda: [0])
-    return dist.TCPStore(address, port, world, rank == 0, timeout=patience, wait_for_workers=False, multi_tenant=True)
+    settings = {"timeout": patience, "wait_for_workers": False, "multi_tenant": True}
+    return _in_time(lambda: dist.TCPStore(address, port, world, rank == 0, **settings), wait)
+
+
+def _in_time(make: Callable[[], dist.Store], wait: _Wait) -> dist.Store:
+    """The store that `make` makes, which waits for ever where what answers at its address is no first rank."""
+    made: Future[dist.Store] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(make())
+        except Exception as error:
+            made.set_exception(error)
+
+    Thread(target=run, name="meet", daemon=True).start()
+    while not futures.wait([made], timeout=0.05).done:
+        wait.longer(lambda: [0])
+    return made.result()
 
 
 def _answers(address: str, port: int) -> bool:

@@ -68,6 +68,15 @@ def test_a_rank_that_gave_up_waiting_is_not_taken_for_one_that_is_there(tmp_path
         meeting.meet(place, 1, 2, timedelta(seconds=0.2))
 
 
+def test_what_answers_at_the_address_and_is_no_first_rank_is_not_waited_for_without_end(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(silent.getsockname()[1]))
+        with pytest.raises(RunError, match="rank 1 of 2 waited 1 seconds at 127.0.0.1:.* for rank 0; start all"):
+            meeting.meet("env://", 1, 2, timedelta(seconds=1))
+
+
 def test_the_patience_follows_the_watchdog_and_is_longer_under_a_launcher_that_ends_all(monkeypatch):
     for name in meeting.LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
