@@ -75,16 +75,6 @@ def carry_out(study: Study, asked: dict, interruption: Interruption) -> tuple[in
     except Exception as error:  # the study goes on to say which run it was, and where its log is
         traceback.print_exc()
         return 1, f"{type(error).__name__}: {error}"
-    finally:
-        _leave_group()
-
-
-def _leave_group() -> None:
-    """Leave the process group that a failed work was in: where its ranks met is gone by the next work."""
-    if "torch.distributed" in sys.modules:
-        from ..distributed import ranks
-
-        ranks.stop()
 
 
 def train(study: Study, asked: dict, interruption: Interruption) -> int:

@@ -5,18 +5,16 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_study import measure, results, tree, write
 
 from mmtard.cli.main import main
 from mmtard.config import dump
 from mmtard.data.dataset import open_dataset
-from mmtard.distributed import ranks
 from mmtard.errors import UserError
 from mmtard.examples.shapes import make_data
 from mmtard.files import exclusive
 from mmtard.launch.plan import steps_done
-from mmtard.study import choose, loading, measures, plan, run as study_run, runs, worker
+from mmtard.study import choose, loading, measures, plan, run as study_run, runs
 
 
 @pytest.fixture
@@ -295,18 +293,3 @@ def test_a_dry_run_refuses_data_that_nothing_makes(tmp_path, vit, capsys):
     ):
         assert main(["study", str(file), change, "--dry-run"]) == 2
         assert line in capsys.readouterr().err
-
-
-def test_a_work_that_fails_leaves_its_group_so_that_the_next_work_of_the_process_meets_anew(study, monkeypatch):
-    """Where the ranks of a work met is removed after it: in its group, the next one would wait for half an hour."""
-
-    def train(*args):
-        with ranks.process_group("cpu"):
-            raise UserError("the disk is full")
-
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MMTARD_INIT_FILE"):
-        monkeypatch.setenv(name, "")  # so that what the start sets goes afterwards
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(worker, "train", train)
-    assert worker.carry_out(study(), {"work": worker.TRAIN, "name": "x"}, None) == (2, "the disk is full")
-    assert not torch.distributed.is_initialized()
