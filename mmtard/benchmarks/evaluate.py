@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from ..attacks.attack import attack_tensors
 from ..attacks.autoattack import NORMS, require_library, set_means, undisturbed
+from ..attacks.registry import not_defined
 from ..attacks.state import AttackSettings, Classifier
 from ..distributed.progress import WorkProgress
+from ..errors import UserError
 from .report import BenchmarkReport, BenchmarkTable
 
 STANDARD, FARE = ("apgd-ce", "apgd-t", "fab-t", "square"), ("apgd-ce", "apgd-t")
@@ -76,11 +78,16 @@ class EvaluationBenchmark:
         inputs that `attack_tensors` refuses.
         """
         require_library()
+        classes = model(images[:1]).shape[1]
+        for suite in self.suites:
+            for name in suite.attacks:
+                if reason := not_defined(name, classes):
+                    raise UserError(f"--suites: '{suite.name}' needs {reason}; give data of more classes")
         ways: Ways = {"mmtard": (ours, model)} | ({COMPILED: (ours, compiled)} if compiled else {})
         for attack, asked in ways.values():  # the first calls warm up, and compile
             attack(asked, images[:8], labels[:8], replace(self.settings, iters=1, queries=2), self.suites[0])
         ways[LIBRARY] = (theirs, model)
-        most = self._most_passes(ways, len(images), classes=model(images[:1]).shape[1])
+        most = self._most_passes(ways, len(images), classes)
         self.progress.part("", self.rounds * sum(most.values()))
         report = BenchmarkReport(numbers={"settings": vars(self.settings), "samples": len(images), "suites": {}})
         table = BenchmarkTable(self._title(len(images)), list(COLUMNS))

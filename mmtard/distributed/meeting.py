@@ -44,9 +44,10 @@ def meet(place: str, rank: int, world: int, patience: timedelta) -> dist.Store:
     try:
         store = _store(place, rank, world, patience, wait)
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
-        raise RunError(
-            f"rank {rank} of {world} did not meet the others at {wait.where}: {' '.join(str(error).split())[:300]}"
-        ) from None
+        reason = " ".join(str(error).split())[:300]
+        if "EADDRINUSE" in reason:
+            reason = "another program has this port; set MASTER_PORT to a free one, the same on every rank"
+        raise RunError(f"rank {rank} of {world} did not meet the others at {wait.where}: {reason}") from None
     here = PrefixStore("mmtard/met", store)
     here.set(str(rank), "here")
     try:

@@ -93,7 +93,7 @@ def _pairs(a: Path, b: Path) -> list[tuple[Measured, Measured]]:
     """What two runs, or two evaluations, measured alike. Raises UserError where that is nothing."""
     if is_results(a) and is_results(b):
         return _strict_pairs(a, b)
-    ours, theirs = measured_of(a), measured_of(b)
+    ours, theirs = measured_of(a, beside=b), measured_of(b, beside=a)
     pairs = [(ours[way], theirs[way]) for way in ours if way in theirs]
     if not pairs:
         raise UserError(_why_nothing(a, b, list(ours.values()), list(theirs.values())))

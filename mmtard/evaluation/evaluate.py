@@ -67,6 +67,8 @@ def evaluate(request: EvaluationRequest, ranks: Ranks, say=say, interruption: In
         "datasets": entries,
         "averages": results.averages(entries),
         **({"imagenet_c": found_c} if (found_c := corruption_error(entries)) else {}),
+        # asked for stands in the settings; a compiler may have been missing
+        **({"compiled": not session.model.tower.graph.failed} if request.compile else {}),
         "seconds": round(time.monotonic() - began, 1),
     }
     ranks.run_on_first(lambda: _publish(found, request.out, say))

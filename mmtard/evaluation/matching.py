@@ -46,16 +46,19 @@ def is_results(path: Path) -> bool:
     return path.is_file() or (path / RESULTS).exists() or not path.is_dir()
 
 
-def measured_of(path: Path) -> dict[str, Measured]:
+def measured_of(path: Path, beside: Path | None = None) -> dict[str, Measured]:
     """way -> the evaluation of a run, or of one results.json.
 
     Of several that measured the same, the run's own comes before a checkpoint's, and the newest before the others.
-    Raises UserError where there is none that can be read.
+    beside: what it is compared with; an evaluation that this names is not taken for the run's as well. Raises UserError
+    where there is none that can be read.
     """
     if is_results(path):
         found, unreadable = [(path, read(path), True)], []
     else:
         found, unreadable = _of_run(path)
+        other = _file_of(beside) if beside is not None and is_results(beside) else None
+        found = [one for one in found if one[0].resolve() != other]
     if not found:
         told = f" ({'; '.join(unreadable)})" if unreadable else ""
         raise UserError(
@@ -75,6 +78,10 @@ def measured_of(path: Path) -> dict[str, Measured]:
     if damaged is not None and not ways:
         raise damaged
     return ways
+
+
+def _file_of(results: Path) -> Path:
+    return (results / RESULTS if results.is_dir() else results).resolve()
 
 
 def _of_run(run: Path) -> tuple[list[tuple[Path, dict, bool]], list[str]]:

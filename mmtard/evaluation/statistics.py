@@ -11,7 +11,8 @@ def wilson_interval(hits: int, n: int, z: float = 1.959964) -> tuple[float, floa
         return 0.0, 1.0
     p, z2 = hits / n, z * z
     centre, half = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, (centre - half) / (1 + z2 / n)), min(1.0, (centre + half) / (1 + z2 / n))
+    low, high = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
+    return min(p, max(0.0, low)), max(p, min(1.0, high))  # p itself, where rounding puts it outside
 
 
 def stratified(labels: np.ndarray, n: int | None, seed: int) -> np.ndarray:

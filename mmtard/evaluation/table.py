@@ -71,8 +71,9 @@ def describe(results: dict) -> str:
     if s["n_samples"] is not None:
         samples = f"at most {s['n_samples']} samples a dataset (stratified, seed {s['seed']})"
     attacks, scale = ", ".join(s["attacks"]), results["model"]["logit_scale"]
+    compiled = {True: " compiled", False: ", not compiled as asked", None: ""}[results.get("compiled")]
     return (
-        f"protocol {results['protocol']}: {s['norm']}, {attacks}, {budget}, {samples}, float32, "
+        f"protocol {results['protocol']}: {s['norm']}, {attacks}, {budget}, {samples}, float32{compiled}, "
         f"logits = {scale:.4g} x cosines"
     )
 

@@ -56,7 +56,7 @@ class CompiledForward:
 
     def _fail(self, error: Exception) -> None:
         self.failed = True
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:200]
         self.say(f"{self.name} runs uncompiled: {type(error).__name__}: {reason}")
 
     def _replayed(self, images: Tensor, tokens: bool) -> Tensor | tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from mmtard.distributed.interruption import Interruption, StoppedWithin
 from mmtard.errors import RunError
 from mmtard.evaluation import chunk_memory, model, partial_results
 from mmtard.evaluation.compare import compare
+from mmtard.evaluation.table import describe
 
 SMALL = (parse_fraction("1/510"),)  # at which some stand
 EPS = tuple(map(parse_fraction, ("8/255", "1/255", "3/255")))
@@ -204,7 +205,8 @@ def test_compiled_forwards_find_what_others_find_and_the_results_say_so(measure,
     )
     quick = measure(colours, out=tmp_path / "compiled", eps=SMALL, compile=True)
     assert asked and len(set(asked)) > 1, "the batches shrink as samples fall"
-    assert quick["settings"] == {**plain["settings"], "compile": True}
+    assert quick["settings"] == {**plain["settings"], "compile": True} and quick["compiled"] is True
+    assert "float32 compiled" in describe(quick) and "compiled" not in describe(plain)
     for one, other in zip(plain["datasets"], quick["datasets"]):
         assert one["samples"] == other["samples"] and one["key"] != other["key"]
     assert all(row["b"] == row["a"] for row in compare(tmp_path / "plain", tmp_path / "compiled"))

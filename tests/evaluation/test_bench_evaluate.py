@@ -9,6 +9,7 @@ from torch import nn
 from mmtard.attacks.state import AttackSettings
 from mmtard.benchmarks.evaluate import SUITES, EvaluationBenchmark
 from mmtard.distributed.progress import WorkProgress
+from mmtard.errors import UserError
 
 SETTINGS = AttackSettings(eps=0.006, iters=4, queries=6, targets=2)
 
@@ -72,3 +73,12 @@ def test_the_command_prints_a_table_and_writes_it(exported, colours, tmp_path, c
     assert told["say"] == [(f"fare, {library}: round 1 of 1",) for library in ("mmtard", "pyautoattack")]
     [(_, total)] = told["part"]
     assert sum(amount for (amount,) in told["advance"]) == total and len(told["advance"]) > 4
+
+
+def test_a_suite_that_needs_more_classes_is_refused_before_anything_is_timed():
+    asked = []
+    with pytest.raises(UserError, match="--suites: 'standard' needs .* 4 classes, there are 3; give data"):
+        EvaluationBenchmark(SETTINGS, say=asked.append).run(
+            lambda x: x.flatten(1)[:, :3], torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+        )
+    assert not asked

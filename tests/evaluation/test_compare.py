@@ -193,6 +193,15 @@ def test_runs_are_compared_by_the_evaluations_that_match_wherever_they_lie(runs,
     assert r"C\_1 & 66.67 & 100.00 \\" in files[1].read_text().splitlines()
 
 
+def test_an_evaluation_that_is_named_is_not_taken_for_its_runs_own_as_well(runs, tmp_path):
+    """A run measured twice, once into a folder of its own: the newer one, which is named, is no pair with itself."""
+    [a] = runs(a={"x": robust(True, False, False), "elsewhere/quick": robust(True, True, True)})
+    named = tmp_path / "elsewhere" / "quick"
+    rows = [r for r in compare_all([a, named]) if r.eps]
+    assert [round(r.accuracy, 3) for r in rows] == [0.333, 1.0] and rows[0].path != rows[1].path
+    assert [round(r.accuracy, 3) for r in compare_all([named, a]) if r.eps] == [1.0, 0.333]
+
+
 def test_runs_of_one_label_are_averaged(runs):
     flags = {"a0": (True, False, False), "a1": (True, True, False), "b0": (True, True, True)}
     paths = runs(**{run: {"x": robust(*of)} for run, of in flags.items()})

@@ -27,6 +27,11 @@ def test_the_bounds_are_where_the_score_test_just_accepts(hits, n):
         assert abs(hits / n - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n), rel=1e-9)
 
 
+def test_the_interval_holds_the_accuracy_itself_whatever_rounding_does():
+    for n in range(1, 400):
+        assert wilson_interval(n, n)[1] == 1 and wilson_interval(0, n)[0] == 0
+
+
 def test_nothing_and_everything_right_still_leave_an_interval():
     upper = 1.959964**2 / (20 + 1.959964**2)  # hits = 0: p^2 = z^2 p (1 - p) / n, so p = z^2 / (n + z^2)
     assert wilson_interval(0, 20) == pytest.approx((0, upper), abs=1e-12)
