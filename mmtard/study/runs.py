@@ -17,6 +17,7 @@ from ..files import slug
 from .schema import Contender, Settings, Study, Trained
 
 RUNS, MODELS = "runs", "models"  # folders of a study
+PARTS = 10  # checkpoints of a run that is not measured on the way: what a kill may cost is a part
 # What a run of a study does without: they cost time that would count as the method's.
 QUIET = {"log": {"tensorboard": False, "wandb": None}, "probe": None}
 
@@ -171,8 +172,8 @@ def _with_checkpoints(study: Study, tree: Settings, measured: bool) -> Settings:
     if not isinstance(steps, int) or steps < 1:
         return tree  # the schema names what is wrong with it
     at = checkpoints(study, steps) if measured else []
-    every = at[0] if at else steps
-    return merge(tree, {"checkpoint": {"every": every, "keep_every": every}})
+    every = at[0] if at else -(-steps // PARTS)
+    return merge(tree, {"checkpoint": {"every": every, "keep_every": every if at else None}})
 
 
 def _validated(where: str, tree: Settings) -> Config:

@@ -59,6 +59,11 @@ def test_checkpoints_lie_evenly_and_end_with_the_run(study):
     assert (config.checkpoint.every, config.checkpoint.keep_every) == (1, 1)
 
 
+def test_a_teacher_that_is_killed_loses_a_tenth_of_its_training_at_most(study):
+    saved = runs.model_configuration(study("models.robust.settings.train.steps=4000"), "robust").checkpoint
+    assert (saved.every, saved.keep_every) == (400, None)
+
+
 def test_a_study_is_the_same_when_it_is_read_from_its_own_copy(study, tmp_path):
     one = study()
     copy = tmp_path / "copy.yaml"
