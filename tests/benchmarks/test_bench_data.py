@@ -38,6 +38,8 @@ def test_multipliers_of_the_samples_have_one_for_each_of_the_data(tiny, tmp_path
     bound = {"method": {"name": "lore", "bound": {"multipliers": "sample"}}, "teachers": {}, "attack": {"steps": 1}}
     config = validate(tiny.model_dump(mode="json") | bound)
     DataBenchmark(config, drawn=24, images=2, rounds=1, steps=1).run(tmp_path / "out.json")
+    [step] = json.loads((tmp_path / "out.json").read_text())["loop"]["seconds"]
+    assert step > 0  # an index of 24 into multipliers of a batch of 2 ended it
 
 
 def test_a_benchmark_of_drawn_pictures_tells_rates_and_waits(tiny, tmp_path, capsys, monkeypatch):
