@@ -158,8 +158,8 @@ def evaluate(
     of the protocol, by name: attacks, iters, restarts, queries, step_size, templates, perturb_at, seed,
     independent_radii. out: the folder of results.json; default: named by the settings, in the run's evaluations/ or in
     ./evaluations. batch_size: images a rank takes at once. workers: loader processes a rank. sanity: also the health
-    checks that need attacks of their own. compile: the image tower by torch.compile, once, for batches of any size;
-    it pays in long evaluations. device: auto, cpu or cuda. say: takes each line of progress.
+    checks that need attacks of their own. compile: the image tower and the attacks' arithmetic by torch.compile, once,
+    for batches of any size; it pays in long evaluations. device: auto, cpu or cuda. say: takes each line of progress.
 
     Runs in the process group of this launch, or alone. The same call goes on where it was interrupted. Raises
     UserError for what does not fit.

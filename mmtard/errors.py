@@ -12,6 +12,19 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} '{name}'; known: {', '.join(sorted(known))}")
 
 
+def compiler_errors() -> tuple[type[Exception], ...]:
+    """What torch.compile raises where it cannot make a graph; no error of the model itself, such as of memory."""
+    from torch._dynamo.exc import TorchDynamoException  # imports the compiler, for which a run without it has no time
+
+    return (TorchDynamoException,)
+
+
+def compiler_words(error: Exception) -> str:
+    """What torch.compile raised, in a line."""
+    reason = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:200]
+    return f"{type(error).__name__}: {reason}"
+
+
 class RunError(Exception):
     """A run cannot go on for a reason that lies in what it met, not in what the user gave."""
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .fused import fusible
 from .inputs import check_batch, check_count, check_eps
 from .pgd import LossFn, input_gradient
-from .threat_model import ascent, check_norm, project, random_start
+from .threat_model import Norm, ascent, check_norm, project, random_start
 
 _ALPHA, _RHO = 0.75, 0.75  # the weight of the new step beside momentum; the share of steps that must gain
 
@@ -67,21 +68,19 @@ class Apgd:
     def advance(self, walk: ApgdWalk, k: int, loss_fn: LossFn, images: Tensor) -> ApgdWalk:
         """The walk after iteration k, from 0."""
         shape = (-1,) + (1,) * (images.dim() - 1)
-        z = project(walk.x + walk.step.view(shape) * ascent(walk.gradient, self.norm), images, self.norm, self.eps)
         a = _ALPHA if k else 1.0
-        x = walk.x + a * (z - walk.x) + (1 - a) * (walk.x - walk.x_previous)
-        x = project(x, images, self.norm, self.eps)
+        x = _climbed(walk.x, walk.x_previous, walk.gradient, walk.step, images, a, self.norm, self.eps)
         gradient, loss = input_gradient(loss_fn, x)
-        better = loss > walk.best_loss
+        best_loss, best, best_gradient = _better(loss, x, gradient, walk.best_loss, walk.best, walk.best_gradient)
         walk = replace(
             walk,
             x=x,
             x_previous=walk.x,
             gradient=gradient,
             loss=loss,
-            best=torch.where(better.view(shape), x, walk.best),
-            best_loss=torch.where(better, loss, walk.best_loss),
-            best_gradient=torch.where(better.view(shape), gradient, walk.best_gradient),
+            best=best,
+            best_loss=best_loss,
+            best_gradient=best_gradient,
             gains=walk.gains + (loss > walk.loss),
         )
         return self._check(walk, self._lengths[k + 1], shape) if k + 1 in self._lengths else walk
@@ -101,6 +100,30 @@ class Apgd:
             step_at_check=walk.step,
             best_at_check=walk.best_loss,
         )
+
+
+@fusible
+def _climbed(
+    x: Tensor, x_previous: Tensor, gradient: Tensor, step: Tensor, images: Tensor, a: float, norm: Norm, eps: float
+) -> Tensor:
+    """The next iterate: a step up, with the share 1 - a of the last one's momentum."""
+    step = step.view((-1,) + (1,) * (x.dim() - 1))
+    z = project(x + step * ascent(gradient, norm), images, norm, eps)
+    return project(x + a * (z - x) + (1 - a) * (x - x_previous), images, norm, eps)
+
+
+@fusible
+def _better(
+    loss: Tensor, x: Tensor, gradient: Tensor, best_loss: Tensor, best: Tensor, best_gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest loss, its iterate and gradient."""
+    better = loss > best_loss
+    pixels = better.view((-1,) + (1,) * (x.dim() - 1))
+    return (
+        torch.where(better, loss, best_loss),
+        torch.where(pixels, x, best),
+        torch.where(pixels, gradient, best_gradient),
+    )
 
 
 def step_size_checkpoints(steps: int) -> list[int]:

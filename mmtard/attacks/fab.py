@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..losses import true_class
+from .fused import fusible
 from .pgd import input_gradient
 from .pursuit import Aim, Pursuit, at_targets
 from .state import AttackState
@@ -55,15 +56,30 @@ def _advance(pursuit: Pursuit, x: Tensor, aim: Aim) -> _Walk:
     gap, gradient = _to_boundary(pursuit.state, x, labels, aim.targets[pursuit.rows])
     # The hyperplane <gradient, z - x> = gap, reached from the iterate and from the clean image.
     d1 = project_to_hyperplane(x, gradient, gap, s.norm)
-    d2 = project_to_hyperplane(clean, gradient, gap + (gradient * (x - clean)).flatten(1).sum(1), s.norm)
-    a1, a2 = (perturbation_size(d, s.norm).clamp_min(1e-8) for d in (d1, d2))
+    d2 = project_to_hyperplane(clean, gradient, _gap_from_clean(gap, gradient, x, clean), s.norm)
+    x, size = _overshot(x, clean, d1, d2, s.norm)
+    with torch.no_grad():
+        logits, _ = pursuit.observe(x, allowed=size <= s.eps)
+    return _Walk(_stepped_back(logits.argmax(1) != labels, x, clean))
+
+
+@fusible
+def _gap_from_clean(gap: Tensor, gradient: Tensor, x: Tensor, clean: Tensor) -> Tensor:
+    return gap + (gradient * (x - clean)).flatten(1).sum(1)
+
+
+@fusible
+def _overshot(x: Tensor, clean: Tensor, d1: Tensor, d2: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """A little beyond the hyperplane, between the two points on it, and the distance from the clean image."""
+    a1, a2 = (perturbation_size(d, norm).clamp_min(1e-8) for d in (d1, d2))
     alpha = (a1 / (a1 + a2)).clamp(max=_ALPHA_MAX).view(-1, 1, 1, 1)
     x = ((1 - alpha) * (x + _ETA * d1) + alpha * (clean + _ETA * d2)).clamp(0, 1)
-    with torch.no_grad():
-        inside = perturbation_size(x - clean, s.norm) <= s.eps
-        logits, _ = pursuit.observe(x, allowed=inside)
-    adversarial = (logits.argmax(1) != labels).view(-1, 1, 1, 1)
-    return _Walk(torch.where(adversarial, clean + _BETA * (x - clean), x))
+    return x, perturbation_size(x - clean, norm)
+
+
+@fusible
+def _stepped_back(adversarial: Tensor, x: Tensor, clean: Tensor) -> Tensor:
+    return torch.where(adversarial.view(-1, 1, 1, 1), clean + _BETA * (x - clean), x)
 
 
 def _to_boundary(state: AttackState, x: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,20 +101,38 @@ def project_to_hyperplane(x: Tensor, normal: Tensor, gap: Tensor, norm: str) -> 
     piecewise linear in t, so that Newton's method from t = 0 never overshoots and ends on the very segment, after
     some four steps, where the authors sort all coordinates.
     """
-    # No comparison of large tensors: on a CPU it costs as much as ten products.
-    flat, need = x.flatten(1), gap.abs()
-    direction = normal.flatten(1).sign() * (1 - 2 * (gap < 0).to(normal.dtype))[:, None]
-    room = 0.5 + direction * (0.5 - flat)  # up to 1, or down to 0
-    pull = normal.flatten(1).abs()  # on the gap, for each unit that the coordinate moves
-    speed = pull if norm == "l2" else torch.ones_like(pull[:, :1])
-    gain = pull * speed
-    t, moved = torch.zeros_like(need), torch.zeros_like(pull)
+    direction, room, pull = _directions(gap, x, normal)
+    need, t = gap.abs(), torch.zeros_like(gap)
     for _ in range(_NEWTON_STEPS):
-        short = need - (pull * moved).sum(1)
-        slope = (gain * (room - moved).sign()).sum(1)  # of those that move still
-        goes_on = (short > _CLOSED * need) & (slope > 0)
+        t, goes_on = _newton_step(t, need, pull, room, norm)
         if not bool(goes_on.any()):
             break
-        t = torch.where(goes_on, t + short / slope.clamp_min(1e-30), t)
-        moved = torch.minimum(t[:, None] * speed, room)
-    return (moved * direction).view_as(x)
+    return _displacement(t, pull, room, direction, norm).view_as(x)
+
+
+@fusible
+def _directions(gap: Tensor, x: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each coordinate: the direction that closes the gap, how far it may go, and what a unit of it closes."""
+    # No comparison of large tensors: on a CPU it costs as much as ten products.
+    flat = x.flatten(1)
+    direction = normal.flatten(1).sign() * (1 - 2 * (gap < 0).to(normal.dtype))[:, None]
+    return direction, 0.5 + direction * (0.5 - flat), normal.flatten(1).abs()  # room: up to 1, or down to 0
+
+
+@fusible
+def _newton_step(t: Tensor, need: Tensor, pull: Tensor, room: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """The next t, and whether it goes on: [R]."""
+    moved = _moved(t, pull, room, norm)
+    short = need - (pull * moved).sum(1)
+    slope = ((pull * pull if norm == "l2" else pull) * (room - moved).sign()).sum(1)  # of those that move still
+    goes_on = (short > _CLOSED * need) & (slope > 0)
+    return torch.where(goes_on, t + short / slope.clamp_min(1e-30), t), goes_on
+
+
+@fusible
+def _displacement(t: Tensor, pull: Tensor, room: Tensor, direction: Tensor, norm: str) -> Tensor:
+    return _moved(t, pull, room, norm) * direction
+
+
+def _moved(t: Tensor, pull: Tensor, room: Tensor, norm: str) -> Tensor:
+    return torch.minimum(t[:, None] * pull if norm == "l2" else t[:, None], room)

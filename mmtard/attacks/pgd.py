@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .fused import fusible
 from .inputs import check_batch, check_count, check_eps, check_loss, check_positive
 from .threat_model import ascent, check_norm, project, random_start
 
@@ -52,6 +53,11 @@ def pgd(
 def pgd_step(loss_fn: LossFn, adv: Tensor, images: Tensor, *, norm: str, eps: float, step_size: float) -> Tensor:
     """The iterate after one step of `pgd` without momentum."""
     gradient, _ = input_gradient(loss_fn, adv)
+    return _stepped(adv, gradient, images, norm, eps, step_size)
+
+
+@fusible
+def _stepped(adv: Tensor, gradient: Tensor, images: Tensor, norm: str, eps: float, step_size: float) -> Tensor:
     return project(adv + step_size * ascent(ascent(gradient, norm), norm), images, norm, eps)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import losses
 from ..errors import UserError
 from ..seeding import derive_seeds, sample_uniform
+from .fused import fusible
 from .pursuit import Pursuit
 from .state import AttackState
 
@@ -56,8 +57,9 @@ def _search(state: AttackState, rows: Tensor, restart: int) -> None:
     def advance(walk: _Walk, i: int) -> _Walk:
         k = i % _DRAWS
         corners, signs = (walk.corners, walk.signs) if k or not i else _draw(walk.seeds, i, c)
-        colours = (pursuit.images + eps * signs[:, k].view(-1, c, 1, 1)).clamp(0, 1)
-        proposal = torch.where(_window(corners[:, k], h, w, side(i, h, w)), colours, walk.best)
+        proposal = _proposal(
+            walk.best, pursuit.images, corners[:, k].contiguous(), signs[:, k].contiguous(), side(i, h, w), eps
+        )
         margin = -pursuit(proposal)
         better = (margin < walk.lowest).nonzero().flatten()
         best, lowest = walk.best, walk.lowest
@@ -80,6 +82,14 @@ def side(i: int, h: int, w: int) -> int:
     """Side in pixels of the i-th square (from 0) on images of h x w."""
     p = _P_INIT / 2 ** sum(i > n for n in _HALVINGS)
     return min(max(round((p * h * w) ** 0.5), 1), h, w)
+
+
+@fusible
+def _proposal(best: Tensor, images: Tensor, corners: Tensor, signs: Tensor, side: int, eps: float) -> Tensor:
+    """`best` with a square of each image's own place and colours."""
+    colours = (images + eps * signs[:, :, None, None]).clamp(0, 1)
+    h, w = images.shape[2:]
+    return torch.where(_window(corners, h, w, side), colours, best)
 
 
 def _window(corners: Tensor, h: int, w: int, side: int) -> Tensor:

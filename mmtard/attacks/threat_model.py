@@ -22,6 +22,8 @@ def check_norm(norm: object) -> Norm:
     Takes what other libraries of the field write: "linf", "Linf", "L-inf", "l_inf", "inf", "l2", "L2", "2", and the
     numbers 2, math.inf, numpy.inf. Raises UserError for any other.
     """
+    if norm in ("linf", "l2"):
+        return norm
     if isinstance(norm, str):
         spelled = re.fullmatch(r"(?:l[\s_-]?)?(inf|infinity|infty|∞|2|2\.0)", norm.strip().lower())
         if spelled:

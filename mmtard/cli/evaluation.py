@@ -146,7 +146,8 @@ def _running_arguments(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compile",
         action="store_true",
-        help="compile the image tower by torch.compile, once, for batches of any size; pays in long evaluations",
+        help="compile the image tower and the attacks' arithmetic by torch.compile, once, for batches of any size; "
+        "pays in long evaluations",
     )
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where torch sees one"

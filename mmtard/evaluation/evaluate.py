@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..attacks import registry
 from ..attacks.batching import AdaptiveBatchSize
+from ..attacks.fused import fused
 from ..distributed.console import say
 from ..distributed.interruption import Interruption
 from ..distributed.ranks import Ranks, set_timeouts
@@ -49,9 +50,10 @@ def evaluate(request: EvaluationRequest, ranks: Ranks, say=say, interruption: In
     stored = ranks.run_on_first(lambda: _stored(request.out))
     session = _session(request, ranks, say, Interruption() if interruption is None else interruption)
     entries, new = [], False
-    for source in request.sources:
-        entry, measured = session.dataset(source, stored)
-        entries, new = [*entries, entry], new or measured
+    with fused(say if request.compile else None):
+        for source in request.sources:
+            entry, measured = session.dataset(source, stored)
+            entries, new = [*entries, entry], new or measured
     entries += _taken_over(stored, session, {entry["name"] for entry in entries})
     if not new and len(entries) == len(stored["datasets"]):
         say(f"'{request.out}' holds these results already; remove it to measure them again")

@@ -31,7 +31,7 @@ class EvaluationRequest:
     workers: int = 2
     sanity: bool = False  # the costly health checks, too
     datasets_prompts: bool = False  # each dataset's own prompts, although the model is a run with prompts of its own
-    compile: bool = False  # the image towers' forwards by torch.compile
+    compile: bool = False  # the image towers' forwards and the attacks' arithmetic by torch.compile
 
 
 def protocol(

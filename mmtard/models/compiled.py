@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..errors import compiler_errors, compiler_words
 from .image_tower import ImageTower, blocks
 
 Say = Callable[[str], None]
@@ -56,8 +57,7 @@ class CompiledForward:
 
     def _fail(self, error: Exception) -> None:
         self.failed = True
-        reason = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:200]
-        self.say(f"{self.name} runs uncompiled: {type(error).__name__}: {reason}")
+        self.say(f"{self.name} runs uncompiled: {compiler_words(error)}")
 
     def _replayed(self, images: Tensor, tokens: bool) -> Tensor | tuple[Tensor, Tensor]:
         torch.compiler.cudagraph_mark_step_begin()
@@ -110,13 +110,6 @@ def compile_blocks(tower: ImageTower, name: str, say: Say) -> None:
 def compile_tower(tower: ImageTower, name: str, say: Say, graphs: bool = False, any_batch: bool = False) -> None:
     """Let a tower's forward be a compiled graph from its next call on; see `CompiledForward`."""
     tower.graph = CompiledForward(tower, name, say, graphs, any_batch)
-
-
-def compiler_errors() -> tuple[type[Exception], ...]:
-    """What torch.compile raises where it cannot make a graph; no error of the model itself, such as of memory."""
-    from torch._dynamo.exc import TorchDynamoException  # imports the compiler, for which a run without it has no time
-
-    return (TorchDynamoException,)
 
 
 def wants_compiling(setting: str, device: torch.device) -> bool:

@@ -39,8 +39,7 @@ def cifar10(name, n):
     )
 
 
-@pytest.fixture(scope="module")
-def trained():
+def photographs():
     """A convolutional network adversarially trained for some seconds, and 200 test images that it gets right."""
     torch.manual_seed(0)
     net = train(
@@ -55,6 +54,11 @@ def trained():
     rows = correct.nonzero().flatten()[:N]
     assert len(rows) == N
     return SimpleNamespace(model=net, images=images[rows], labels=labels[rows], seeds=torch.arange(N))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return photographs()
 
 
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-t", "square"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_datasets import strip_seconds
 
-from mmtard.attacks import ensemble
+from mmtard.attacks import ensemble, fused
 from mmtard.config import parse_fraction
 from mmtard.distributed.interruption import Interruption, StoppedWithin
 from mmtard.errors import RunError
@@ -198,13 +198,17 @@ def test_the_checks_of_sanity_heed_a_signal_and_are_made_when_it_goes_on(colours
 def test_compiled_forwards_find_what_others_find_and_the_results_say_so(measure, colours, tmp_path, monkeypatch):
     plain = measure(colours, out=tmp_path / "plain", eps=SMALL)
     asked = []
+    monkeypatch.setattr(fused, "_graphs", {})
     monkeypatch.setattr(
         torch,
         "compile",
-        lambda forward, **_: lambda images, tokens: asked.append(len(images)) or forward(images, tokens),
+        lambda function, **_: (
+            lambda first, *others: asked.append((function.__name__, len(first))) or function(first, *others)
+        ),
     )
     quick = measure(colours, out=tmp_path / "compiled", eps=SMALL, compile=True)
-    assert asked and len(set(asked)) > 1, "the batches shrink as samples fall"
+    assert len(set(asked)) > 2, "the batches shrink as samples fall"
+    assert {"compute", "_climbed"} < {name for name, _ in asked}, "the tower and the attacks' arithmetic"
     assert quick["settings"] == {**plain["settings"], "compile": True} and quick["compiled"] is True
     assert "float32 compiled" in describe(quick) and "compiled" not in describe(plain)
     for one, other in zip(plain["datasets"], quick["datasets"]):

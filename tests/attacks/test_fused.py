@@ -1,0 +1,103 @@
+"""Fused arithmetic finds what the plain one finds, sample by sample, for any number of samples, by one graph."""
+
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+from torch._dynamo.exc import TorchDynamoException
+
+from mmtard.attacks import ensemble, fused, registry
+from mmtard.attacks.fab import project_to_hyperplane
+from mmtard.attacks.state import AttackSettings
+
+SETTINGS = {"iters": 8, "targets": 3, "restarts": 2, "queries": 80}
+ATTACKS = ["pgd", "apgd-ce", "apgd-t", "fab-t", "square"]
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """torch.compile, which this suite otherwise switches off, with no graph made yet."""
+    monkeypatch.setattr(fused, "_graphs", {})
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def graphs(compiler, monkeypatch):
+    """By function, how often it was made a graph, of torch's own kernels: no C++ compiler is asked for."""
+    made = Counter()
+    torch_compile = torch.compile
+
+    def compile(function, **settings):
+        def backend(graph, inputs):
+            made[function.__name__] += 1
+            return graph.forward
+
+        return torch_compile(function, backend=backend, **settings)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    return made
+
+
+def attack(victim, name, norm="linf", say=None):
+    eps = victim.eps if norm == "linf" else 0.6
+    batch = victim.images, victim.labels, victim.seeds
+    with fused.fused(say):
+        return ensemble.run_attacks(victim.model, *batch, [name], AttackSettings(eps=eps, norm=norm, **SETTINGS))
+
+
+def assert_same(one, other):
+    assert one.broken_by == other.broken_by
+    assert one.adv.equal(other.adv) and one.prediction.equal(other.prediction)
+    assert one.facts.queries == other.facts.queries
+
+
+@pytest.mark.slow  # it imports the compiler
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_ends_the_same_and_a_smaller_batch_makes_no_graph(name, norm, victim, graphs):
+    if name == "square" and norm == "l2":
+        pytest.skip("square is written for linf alone")
+    said = []
+    assert_same(attack(victim, name, norm, said.append), attack(victim, name, norm))
+    assert graphs and not said
+    # Again where a number changes (the side of a square, APGD's share of its first step), not with every batch.
+    assert all(n <= 2 for n in graphs.values()), graphs
+
+
+@pytest.mark.slow  # it imports the compiler
+def test_outside_of_it_and_for_a_single_sample_nothing_is_compiled(victim, graphs):
+    attack(victim, "apgd-ce")
+    x = victim.images[:1]
+    with fused.fused(print):
+        project_to_hyperplane(x, torch.ones_like(x), torch.ones(1), "linf")
+    assert not graphs
+
+
+def test_without_a_compiler_each_function_is_named_once_and_all_goes_on(victim, monkeypatch):
+    def broken(*_):
+        raise TorchDynamoException("no C++ compiler\nfound")
+
+    monkeypatch.setattr(fused, "_graphs", {})
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: broken)
+    said = []
+    assert_same(attack(victim, "pgd", say=said.append), attack(victim, "pgd"))
+    assert said == ["the attacks' _stepped is not fused: TorchDynamoException: no C++ compiler found"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+@pytest.mark.parametrize("name", ATTACKS)
+def test_kernels_of_torch_inductor_break_the_same_samples(name, victim, compiler):
+    said = []
+    quick, plain = attack(victim, name, say=said.append), attack(victim, name)
+    assert quick.broken_by == plain.broken_by and not said
+    if name != "fab-t":  # it adds up pixels, whose order is the kernel's
+        assert quick.adv.equal(plain.adv)
+
+
+def test_no_attack_is_forgotten():
+    assert {*ATTACKS, "apgd-dlr", "transfer", "autoattack"} == set(registry.ATTACKS)  # APGD's arithmetic; the library's
