@@ -10,7 +10,7 @@ from torch import Tensor
 from .fused import fusible
 from .inputs import check_batch, check_count, check_eps
 from .pgd import LossFn, input_gradient
-from .threat_model import Norm, ascent, check_norm, project, random_start
+from .threat_model import Norm, ascent, check_norm, into_ball, random_start
 
 _ALPHA, _RHO = 0.75, 0.75  # the weight of the new step beside momentum; the share of steps that must gain
 
@@ -108,8 +108,8 @@ def _climbed(
 ) -> Tensor:
     """The next iterate: a step up, with the share 1 - a of the last one's momentum."""
     step = step.view((-1,) + (1,) * (x.dim() - 1))
-    z = project(x + step * ascent(gradient, norm), images, norm, eps)
-    return project(x + a * (z - x) + (1 - a) * (x - x_previous), images, norm, eps)
+    z = into_ball(x + step * ascent(gradient, norm), images, norm, eps)
+    return into_ball(x + a * (z - x) + (1 - a) * (x - x_previous), images, norm, eps)
 
 
 @fusible

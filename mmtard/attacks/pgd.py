@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import UserError
 from .fused import fusible
 from .inputs import check_batch, check_count, check_eps, check_loss, check_positive
-from .threat_model import ascent, check_norm, project, random_start
+from .threat_model import ascent, check_norm, into_ball, project, random_start
 
 LossFn = Callable[[Tensor], Tensor]  # images [B,...] -> one loss for each image, [B], with a gradient to the images
 
@@ -58,7 +58,7 @@ def pgd_step(loss_fn: LossFn, adv: Tensor, images: Tensor, *, norm: str, eps: fl
 
 @fusible
 def _stepped(adv: Tensor, gradient: Tensor, images: Tensor, norm: str, eps: float, step_size: float) -> Tensor:
-    return project(adv + step_size * ascent(ascent(gradient, norm), norm), images, norm, eps)
+    return into_ball(adv + step_size * ascent(ascent(gradient, norm), norm), images, norm, eps)
 
 
 @torch.no_grad()

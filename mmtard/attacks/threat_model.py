@@ -60,8 +60,13 @@ def project(adv: Tensor, images: Tensor, norm: str | float, eps: float) -> Tenso
     check_batch(images)
     if adv.shape != images.shape:
         raise UserError(f"adv: shape {list(adv.shape)} beside images of {list(images.shape)}; give two of one shape")
+    return into_ball(adv, images, norm, eps)
+
+
+def into_ball(adv: Tensor, images: Tensor, norm: str, eps: float) -> Tensor:
+    """`project` of what has been checked."""
     delta = adv - images
-    delta = delta.clamp(-eps, eps) if norm == "linf" else delta * (eps / l2_norm(delta)).clamp(max=1.0)
+    delta = delta.clamp(-eps, eps) if norm == "linf" else delta * (l2_norm(delta).reciprocal() * eps).clamp(max=1.0)
     return (images + delta).clamp(0, 1)
 
 

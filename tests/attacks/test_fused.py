@@ -69,6 +69,23 @@ def test_every_attack_ends_the_same_and_a_smaller_batch_makes_no_graph(name, nor
 
 
 @pytest.mark.slow  # it imports the compiler
+def test_every_radius_has_the_same_graphs(victim, graphs, monkeypatch):
+    for eps in (2 / 255, 4 / 255, 8 / 255, 12 / 255):
+        monkeypatch.setattr(victim, "eps", eps)
+        assert_same(attack(victim, "pgd", say=print), attack(victim, "pgd"))
+        assert_same(attack(victim, "square", say=print), attack(victim, "square"))
+    assert graphs == {"_stepped": 1, "_proposal": 2}  # the side of a square changes, too
+
+
+@pytest.mark.slow  # it imports the compiler
+def test_a_function_with_too_many_graphs_goes_on_without(victim, graphs):
+    said = []
+    with torch._dynamo.config.patch(recompile_limit=1):
+        assert_same(attack(victim, "square", say=said.append), attack(victim, "square"))
+    assert len(said) == 1 and said[0].startswith("the attacks' _proposal is not fused: FailOnRecompileLimitHit: ")
+
+
+@pytest.mark.slow  # it imports the compiler
 def test_outside_of_it_and_for_a_single_sample_nothing_is_compiled(victim, graphs):
     attack(victim, "apgd-ce")
     x = victim.images[:1]
