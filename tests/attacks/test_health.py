@@ -171,7 +171,7 @@ def test_an_attack_that_leaves_its_ball_is_a_failure(victim, monkeypatch):
     """Projection forgotten: the steps add up."""
     from mmtard.attacks import pgd
 
-    monkeypatch.setattr(pgd, "project", lambda adv, images, norm, eps: adv)
+    monkeypatch.setattr(pgd, "into_ball", lambda adv, images, norm, eps: adv)
     out = ensemble.run_attacks(
         victim.model, victim.images, victim.labels, victim.seeds, ["pgd"], AttackSettings(eps=victim.eps, iters=10)
     )
