@@ -13,11 +13,13 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:
-    """What torch.compile raises where it cannot make a graph; no error of the model itself, such as of memory."""
+    """What torch.compile raises where it cannot make a graph, or has made too many of a function.
+
+    No error of the model itself, such as of memory.
+    """
     from torch._dynamo import exc  # imports the compiler, for which a run without it has no time
 
-    too_many_graphs = getattr(exc, "FailOnRecompileLimitHit", None)  # of one function; no name for it before torch 2.6
-    return (exc.TorchDynamoException, *([too_many_graphs] if too_many_graphs else []))
+    return exc.TorchDynamoException, exc.FailOnRecompileLimitHit
 
 
 def compiler_words(error: Exception) -> str:

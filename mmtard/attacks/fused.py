@@ -3,9 +3,10 @@
     @fusible
     def climbed(x, images, norm, eps): ...  # tensors of R samples in and out
 
-    with fused(say): ...  # in here `climbed` is a graph of torch.compile, made once for any R
+    with fused(say) as fusion:  # in here `climbed` is a graph of torch.compile, made once for any R and eps
+        ...
 
-A fused function rounds as the plain one does; only sums may be added up in another order.
+On a CPU a fused function rounds as the plain one does; only sums may be added up in another order.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -22,50 +24,64 @@ from torch import Tensor
 from ..errors import compiler_errors, compiler_words
 
 F = TypeVar("F", bound=Callable)
-_say: ContextVar[Callable[[str], object] | None] = ContextVar("fused", default=None)
-_graphs: dict[Callable, Callable] = {}  # by function; the function itself where compiling failed
+
+
+@dataclass
+class Fusion:
+    """A context in which arithmetic is fused, until compiling fails: then all goes on without, and `say` is told."""
+
+    say: Callable[[str], object]
+    failed: bool = False
+
+
+_fusion: ContextVar[Fusion | None] = ContextVar("fusion", default=None)
+_graphs: dict[Callable, Callable] = {}  # by function
 
 
 @contextmanager
-def fused(say: Callable[[str], object] | None) -> Iterator[None]:
-    """Fuse the attacks' arithmetic in this context; None leaves it as it is.
+def fused(say: Callable[[str], object]) -> Iterator[Fusion]:
+    """Fuse the attacks' arithmetic in this context.
 
-    say: takes one line where compiling fails, as without a C++ compiler or Triton; then all goes on without.
+    say: takes one line where compiling fails, as without a C++ compiler or Triton.
     """
-    token = _say.set(say)
+    fusion = Fusion(say)
+    token = _fusion.set(fusion)
     try:
-        yield
+        yield fusion
     finally:
-        _say.reset(token)
+        _fusion.reset(token)
 
 
 def fusible(function: F) -> F:
-    """A function that becomes one kernel within `fused`. All is given by place; tensors have a row for each sample.
+    """A function that becomes one kernel within `fused`.
 
-    A single sample is computed without: a graph for any number begins at two.
+    All is given by place; tensors, of which the first argument is one, have a row for each sample. A single sample is
+    computed without: a graph for any number begins at two.
     """
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        say = _say.get()
-        tensors = [argument for argument in args if isinstance(argument, Tensor)]
-        if say is None or len(tensors[0]) < 2:
+        fusion = _fusion.get()
+        if fusion is None or fusion.failed or len(args[0]) < 2:
             return function(*args)
         if function not in _graphs:  # not before: the compiler's import takes long
             _graphs[function] = torch.compile(function, fullgraph=True)
-        for tensor in tensors:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
         try:
             with torch.no_grad():
-                return _graphs[function](*map(_not_a_constant, args))
+                return _graphs[function](*map(_for_any, args))
         except compiler_errors() as error:
-            say(f"the attacks' {function.__name__} is not fused: {compiler_words(error)}")
-            _graphs[function] = function
+            fusion.failed = True
+            fusion.say(f"the attacks' arithmetic is not fused: {function.__name__}: {compiler_words(error)}")
             return function(*args)
 
     return cast(F, run)
 
 
-def _not_a_constant(argument: object) -> object:
-    """A number as a tensor, so that one graph serves every radius and step; all else as it is."""
-    return torch.tensor(argument, dtype=torch.float64) if isinstance(argument, float) else argument
+def _for_any(argument: object) -> object:
+    """An argument that makes no graph of its own: a tensor of any number of rows, a float that may change."""
+    if isinstance(argument, Tensor):
+        argument = argument.detach()  # one tensor in two places is two; the mark is not the caller's
+        torch._dynamo.maybe_mark_dynamic(argument, 0)
+    elif isinstance(argument, float):
+        argument = torch.tensor(argument, dtype=torch.float64)
+    return argument

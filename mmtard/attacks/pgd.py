@@ -83,7 +83,7 @@ def worst_of(loss_fn: LossFn, candidates: Iterable[Tensor]) -> Tensor:
 
 
 def input_gradient(loss_fn: LossFn, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of the summed losses to the images, [B,...], and the losses [B]; both detached.
+    """The gradient of the summed losses to the images, [B,...], and the losses [B]; both detached, of the images' type.
 
     Raises UserError for a loss that is not [B], or that does not lead back to the images.
     """
@@ -98,4 +98,4 @@ def input_gradient(loss_fn: LossFn, images: Tensor) -> tuple[Tensor, Tensor]:
         raise UserError(
             "loss_fn: its losses have no gradient to the images; leave torch.no_grad, detach and numpy out of the model"
         )
-    return gradient.detach(), loss.detach()
+    return gradient.detach(), loss.detach().to(images.dtype)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def evaluate(request: EvaluationRequest, ranks: Ranks, say=say, interruption: In
     stored = ranks.run_on_first(lambda: _stored(request.out))
     session = _session(request, ranks, say, Interruption() if interruption is None else interruption)
     entries, new = [], False
-    with fused(say if request.compile else None):
+    with fused(say) if request.compile else nullcontext() as fusion:
         for source in request.sources:
             entry, measured = session.dataset(source, stored)
             entries, new = [*entries, entry], new or measured
@@ -70,7 +71,7 @@ def evaluate(request: EvaluationRequest, ranks: Ranks, say=say, interruption: In
         "averages": results.averages(entries),
         **({"imagenet_c": found_c} if (found_c := corruption_error(entries)) else {}),
         # asked for stands in the settings; a compiler may have been missing
-        **({"compiled": not session.model.tower.graph.failed} if request.compile else {}),
+        **({"compiled": not (session.model.tower.graph.failed or fusion.failed)} if request.compile else {}),
         "seconds": round(time.monotonic() - began, 1),
     }
     ranks.run_on_first(lambda: _publish(found, request.out, say))

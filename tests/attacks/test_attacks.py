@@ -346,3 +346,12 @@ def test_attacks_that_need_more_classes_are_told_apart_from_those_that_run():
     assert skipped == {"apgd-t": "the targeted DLR loss needs 4 classes, there are 3"}
     with pytest.raises(UserError, match="unknown attack 'foo'"):
         ensemble.defined_attacks(["foo"], 3)
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd-ce", "apgd-t", "fab-t", "square"])
+def test_a_classifier_may_answer_in_float64(name, victim):
+    settings = AttackSettings(eps=victim.eps, iters=5, queries=30, targets=2)
+    batch = victim.images[:20], victim.labels[:20], victim.seeds[:20]
+    precise = ensemble.run_attacks(lambda x: victim.net(x.double()), *batch, [name], settings)
+    rounded = ensemble.run_attacks(victim.model, *batch, [name], settings)
+    assert precise.adv.dtype == torch.float32 and precise.broken_by == rounded.broken_by

@@ -2,7 +2,7 @@
 
     python -m tests.attacks.time_libraries OUT.json [suite ...]
 
-In a checkout, beside the images that `test_libraries` needs; no test. Some seven minutes on two idle cores. Suites:
+In a checkout, beside the images that `test_libraries` needs; no test. Some six minutes on two idle cores. Suites:
 standard, fare, robustvlm; standard alone unless named.
 """
 
@@ -23,7 +23,7 @@ if __name__ == "__main__":
     tower = SimpleNamespace(compute=lambda images, tokens: found.model(images))
     compiled = CompiledForward(tower, "the network", print, any_batch=True)
     suites = [SUITES[name] for name in sys.argv[2:] or ["standard"]]
-    report = EvaluationBenchmark(AttackSettings(eps=EPS, iters=100, queries=5000), suites=suites).run(
+    report = EvaluationBenchmark(AttackSettings(eps=EPS), rounds=2, suites=suites).run(
         found.model, found.images, found.labels, compiled
     )
     report.publish(Path(sys.argv[1]), torch.device("cpu"))

@@ -7,6 +7,7 @@ import zlib
 import pytest
 import torch
 from tiny_datasets import strip_seconds
+from torch._dynamo.exc import TorchDynamoException
 
 from mmtard.attacks import ensemble, fused
 from mmtard.config import parse_fraction
@@ -214,3 +215,18 @@ def test_compiled_forwards_find_what_others_find_and_the_results_say_so(measure,
     for one, other in zip(plain["datasets"], quick["datasets"]):
         assert one["samples"] == other["samples"] and one["key"] != other["key"]
     assert all(row["b"] == row["a"] for row in compare(tmp_path / "plain", tmp_path / "compiled"))
+
+
+def test_results_do_not_say_compiled_where_a_part_was_not(measure, colours, tmp_path, monkeypatch):
+    def compile(function, **_):
+        def run(*given):
+            if function.__name__ == "compute":
+                return function(*given)
+            raise TorchDynamoException("no kernel")
+
+        return run
+
+    monkeypatch.setattr(fused, "_graphs", {})
+    monkeypatch.setattr(torch, "compile", compile)
+    found = measure(colours, out=tmp_path, eps=SMALL, compile=True)
+    assert found["compiled"] is False and "not compiled as asked" in describe(found)
