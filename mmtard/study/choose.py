@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .collect import KINDS, outcome
 from .measures import evaluation
-from .runs import Choice, Run, choices, points, tuning_runs
+from .runs import Choice, Run, choices, points, points_of, tuning_runs
 from .schema import Study
 
 
@@ -52,7 +52,7 @@ def chosen(study: Study) -> dict[tuple[str, int], Tuned]:
                 [],
             )
             for method in study.methods
-            for point in points(study)
+            for point in points_of(study, method)
         }
     scores: dict[tuple[str, int], dict[int, float | None]] = {}
     runs = tuning_runs(study)
@@ -66,12 +66,10 @@ def chosen(study: Study) -> dict[tuple[str, int], Tuned]:
         labelled = {runs[i].choice.label: value for i, value in by_place.items()}
         found[method, number] = Tuned(runs[best], labelled, _at_edge(study, runs[best].choice))
     if not study.grid.tune_each:
-        for point in points(study)[1:]:
-            for method in study.methods:
-                if (method, 0) in found:
-                    at_first = found[method, 0]
-                    run = Run(method, point, at_first.run.choice, study.seeds[0])
-                    found[method, point.number] = Tuned(run, at_first.scores, at_first.at_edge)
+        for (method, _), at_first in list(found.items()):
+            for point in points_of(study, method)[1:]:
+                run = Run(method, point, at_first.run.choice, study.seeds[0])
+                found[method, point.number] = Tuned(run, at_first.scores, at_first.at_edge)
     return found
 
 

@@ -39,9 +39,9 @@ def dry_run(study: Study) -> None:
         item.check_settings()
     show(study, planned)
     waiting = [name for name in study.methods if (name, 0) not in chosen(study)]
-    points = len(runs.points(study))
-    tuned = points if study.grid.tune_each else 1  # of each method, with the first seed, by the tuning itself
-    if more := len(waiting) * (len(study.seeds) * points - tuned):
+    points = [len(runs.points_of(study, method)) for method in waiting]
+    tuned = points if study.grid.tune_each else [1] * len(points)  # with the first seed, by the tuning itself
+    if more := len(study.seeds) * sum(points) - sum(tuned):
         print(f"after tuning, up to {more} trainings more: the other seeds and settings of {', '.join(waiting)}")
 
 

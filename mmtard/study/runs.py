@@ -72,6 +72,11 @@ def points(study: Study) -> list[Point]:
     return [Point(settings=one, number=i) for i, one in enumerate(merged)]
 
 
+def points_of(study: Study, method: str) -> list[Point]:
+    """The settings that a method is run at: one that ablates another, at the main table's alone."""
+    return points(study)[:1] if study.methods[method].ablates else points(study)
+
+
 def choices(study: Study) -> list[Choice]:
     """Every combination of the values that are tuned."""
     tune = study.grid.tune
@@ -85,14 +90,19 @@ def tuning_runs(study: Study) -> list[Run]:
         Run(method, point, choice, study.seeds[0])
         for point in at
         for method in study.methods
+        if point in points_of(study, method)
         for choice in choices(study)
     ]
 
 
 def all_runs(study: Study) -> dict[str, Run]:
     """Name -> every run that the study may come to have, whatever is chosen."""
-    every = itertools.product(study.methods, points(study), choices(study), study.seeds)
-    return {run.name: run for run in itertools.starmap(Run, every)}
+    every = [
+        Run(method, *rest)
+        for method in study.methods
+        for rest in itertools.product(points_of(study, method), choices(study), study.seeds)
+    ]
+    return {run.name: run for run in every}
 
 
 def run_folder(study: Study, run: Run) -> Path:
