@@ -19,6 +19,8 @@ from mmtard.models.compiled import CompiledForward
 from .test_libraries import EPS, photographs
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or not set(sys.argv[2:]) <= set(SUITES):
+        sys.exit(f"usage: python -m tests.attacks.time_libraries OUT.json [{' '.join(SUITES)}]")
     found = photographs()
     tower = SimpleNamespace(compute=lambda images, tokens: found.model(images))
     compiled = CompiledForward(tower, "the network", print, any_batch=True)
