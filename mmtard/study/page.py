@@ -32,8 +32,7 @@ INTROS = {
     "training. So a single point says little. A method that only trades moves along the line of another one; a method "
     "that gains has a line further up and to the right.",
     "speed": "How early in its training a method is as robust as the one that it is held against is at its end.",
-    "ablations": "The method with one part taken away, against the whole: a part without which nothing is lost does "
-    "nothing.",
+    "ablations": "A method against the same one but for one part: a part without which nothing is lost does nothing.",
     "cost": "What one training takes.",
     "tuning": "Every method was tried at the same values, on data that no other table shows, and trained at its best.",
 }

@@ -61,7 +61,7 @@ class Contender(Section):
     baseline: bool = Field(
         False, description="it has one teacher or none; differences are taken from the best of these"
     )
-    ablates: str | None = Field(None, description="the method that it is without one part; null: none")
+    ablates: str | None = Field(None, description="the method that it is but for one part; null: none")
     ema: bool = Field(False, description="measure its moving average of weights, which its settings.train.ema keeps")
 
 

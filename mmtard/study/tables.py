@@ -59,7 +59,7 @@ def differences(found: Findings) -> Table | None:
 
 
 def ablations(found: Findings) -> Table | None:
-    """Every method without one part against the whole one: what the part is worth."""
+    """Every method that is another but for one part, against that one: what the part is worth."""
     rows = []
     for name, method in found.study.methods.items():
         if method.ablates is not None and name in found.main and method.ablates in found.main:
@@ -71,8 +71,8 @@ def ablations(found: Findings) -> Table | None:
             rows.append((f"{found.study.labels[name]} minus {found.study.labels[method.ablates]}", cells))
     if not rows:
         return None
-    notes = ["In points: what is lost (-) or gained (+) without the part; small: 95 % interval and p, not corrected."]
-    return Table(_head(found, ""), rows, "Ablations: one part off at a time", notes + _one_seed(found), "ablations")
+    notes = ["In points: what is lost (-) or gained (+) by the change; small: 95 % interval and p, not corrected."]
+    return Table(_head(found, ""), rows, "Ablations: one part changed at a time", notes + _one_seed(found), "ablations")
 
 
 def fronts(found: Findings) -> list[Table]:

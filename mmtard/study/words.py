@@ -22,7 +22,7 @@ def methods(found: Findings) -> Table:
         config = configuration(study, Run(name, points(study)[0], choices(study)[0], study.seeds[0]))
         role = BASELINE if method.baseline else ""
         if method.ablates is not None:
-            role = f"{study.labels[method.ablates]} without one part"
+            role = f"{study.labels[method.ablates]} but for one part"
         about = (type(config.method).__doc__ or "").strip().partition("\n")[0]
         rows.append((study.labels[name], [Cell(role), Cell(about, _settings(method))]))
     notes = ["Small: what it sets apart from what all share, which the study at the end of the page has in full."]

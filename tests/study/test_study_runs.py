@@ -107,7 +107,7 @@ def test_the_page_says_it_in_words_tables_and_figures(whole):
     ):
         assert f">{heading}</h2>" in page, heading
     assert page.count("<img") == 4 and "less minus teacher" in page and "At the edge of its grid" in page
-    assert "less without one part" not in page and "teacher without one part" in page
+    assert "less but for one part" not in page and "teacher but for one part" in page
     assert "Cross-entropy on adversarial images." in page and "teachers: robust (stored)" in page
     assert "pgd; eps 8/255, 2 iterations" in page and "Difference from TeCoA at the same setting" in page
     assert "teacher, steps 2" in (out / "page" / "table-speed.csv").read_text()
