@@ -90,7 +90,9 @@ bench() {
     local what=(benchmarks/vitb32_vitl14 engine.device=cuda engine.precision=bf16 "train.batch_size=$images" "$@")
     if [ -n "$rehearse" ]; then
         local tiny=$PWD/mmtard/examples/tiny_clip.json
-        what=(benchmarks/vitb32_vitl14 "train.batch_size=$((images / 8))" --warm-up 1 --rounds 1 --steps 1 --classes 10)
+        what=(benchmarks/vitb32_vitl14 "train.batch_size=$((images / 8))")
+        while [[ ${1-} == *.*=* ]]; do what+=("$1") && shift; done # its settings, not its flags
+        what+=(--warm-up 1 --rounds 1 --steps 1 --classes 10)
         what+=("student.arch=$tiny" "teachers.clean.arch=$tiny" "teachers.robust.arch=$tiny")
     fi
     part "bench-$images" "$most" "$python" -m mmtard bench train "${what[@]}" --out "$out/bench-$images.json"

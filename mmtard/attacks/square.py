@@ -64,7 +64,7 @@ def _search(state: AttackState, rows: Tensor, restart: int) -> None:
         better = (margin < walk.lowest).nonzero().flatten()
         best, lowest = walk.best, walk.lowest
         if len(better):
-            best = best.index_copy(0, better, proposal[better])
+            best = best.index_copy_(0, better, proposal[better])  # in place: nobody asks for the iterate before
             lowest = torch.minimum(margin, lowest)
         return _Walk(walk.seeds, best, lowest, corners, signs)
 

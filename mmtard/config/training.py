@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from .values import Int, Number, PathText, Pixels, Section
+
+
+def _switch(value: Any) -> Any:
+    """`on` and `off`, which YAML takes for true and false, as the words that they are."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
 
 Decay = Annotated[Number, Field(ge=0, lt=1)]
 
@@ -63,7 +69,7 @@ class Engine(Section):
     checkpoint_attack: bool = Field(
         False, description="with checkpoint_activations: in the attack, too, which takes half as long again"
     )
-    compile: Literal["auto", "on", "off", "graphs"] = Field(
+    compile: Annotated[Literal["auto", "on", "off", "graphs"], BeforeValidator(_switch)] = Field(
         "auto",
         description="compile the forwards of student, attack and teachers by torch.compile; auto: on GPUs. graphs: on, "
         "and the attack as CUDA graphs, for some 32 images a GPU or fewer",

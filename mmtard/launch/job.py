@@ -34,13 +34,17 @@ def script(stage: Stage, request: JobRequest, snapshot: Snapshot) -> str:
     return executor._make_submission_file_text(executor._submitit_command_str, uid="")
 
 
-def submit(stage: Stage, request: JobRequest, snapshot: Snapshot, after: list[str]) -> list[submitit.Job]:
-    """One job for each work, as an array if there are several; after: ids of the jobs to wait for."""
+def check_slurm(instead: str) -> None:
+    """Raise UserError where there is no sbatch. instead: what does the work on this machine."""
     if shutil.which("sbatch") is None:
         raise UserError(
-            "no Slurm here (sbatch is not on the PATH); "
-            "--local runs it on this machine, --dry-run shows what would be submitted"
+            f"no Slurm here (sbatch is not on the PATH); {instead}, --dry-run shows what would be submitted"
         )
+
+
+def submit(stage: Stage, request: JobRequest, snapshot: Snapshot, after: list[str]) -> list[submitit.Job]:
+    """One job for each work, as an array if there are several; after: ids of the jobs to wait for."""
+    check_slurm("--local runs it on this machine")
     tasks = [Task(snapshot.words(work), snapshot.jobs) for work in stage.works]
     for name in os.environ.keys() - outside().keys():  # of a job that this is called in
         del os.environ[name]

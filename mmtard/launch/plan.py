@@ -44,11 +44,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is submitted: stages in their order, where it is kept, and what is told of stages left out."""
+    """What is submitted: stages in their order, where it is kept, and what is told of stages left out.
+
+    missing: of each teacher that nothing has trained, and nothing here trains.
+    """
 
     folder: Path  # the run folder that the submission is kept in
     stages: list[Stage]
     notes: list[str]
+    missing: tuple[str, ...] = ()
 
 
 def plan(path: Path, overrides: list[str], sweeps: list[str], pipeline: bool, evaluate: list[str], world: int) -> Plan:
@@ -60,7 +64,7 @@ def plan(path: Path, overrides: list[str], sweeps: list[str], pipeline: bool, ev
     Raises UserError for whatever `mmtard train` would refuse before it imports torch.
     """
     folder, students = _students(path, overrides, sweeps)
-    stages, notes = _teacher_stages(_teachers(path, overrides, students), pipeline, world)
+    stages, notes, missing = _teacher_stages(_teachers(path, overrides, students), pipeline, world)
     needed = tuple(work.run_dir for stage in stages for work in stage.works)
 
     to_train = [c for c in students if steps_done(Path(c.run_dir)) < c.train.steps]
@@ -75,7 +79,7 @@ def plan(path: Path, overrides: list[str], sweeps: list[str], pipeline: bool, ev
     evaluations, more_notes = _evaluation_stages(students, to_train, evaluate)
     stages += evaluations
     notes += more_notes
-    return Plan(folder, stages, notes)
+    return Plan(folder, stages, notes, tuple(missing))
 
 
 def steps_done(run: Path) -> int:
@@ -181,9 +185,11 @@ def _teachers(path: Path, overrides: list[str], students: list[Config]) -> dict[
     return trainings
 
 
-def _teacher_stages(teachers: dict[str, Config], pipeline: bool, world: int) -> tuple[list[Stage], list[str]]:
-    """(the trainings of the teachers that are not complete, in a pipeline; notes about the others)."""
-    stages, notes = [], []
+def _teacher_stages(
+    teachers: dict[str, Config], pipeline: bool, world: int
+) -> tuple[list[Stage], list[str], list[str]]:
+    """(the trainings of the teachers that are not complete, in a pipeline; notes; what is said of those missing)."""
+    stages, notes, missing = [], [], []
     for name, config in teachers.items():
         run = Path(config.run_dir)
         if steps_done(run) >= config.train.steps:
@@ -191,8 +197,8 @@ def _teacher_stages(teachers: dict[str, Config], pipeline: bool, world: int) -> 
         elif pipeline:
             stages.append(Stage(name, (_training(config, world, f"{name}: "),)))
         elif not steps_done(run):
-            notes.append(f"{name}: {run} holds no checkpoint yet; --pipeline trains it first")
-    return stages, notes
+            missing.append(f"{name}: {run} holds no checkpoint yet; --pipeline trains it first")
+    return stages, notes, missing
 
 
 def _evaluation_stages(

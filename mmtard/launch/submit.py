@@ -49,7 +49,7 @@ def _run(args) -> int:
     world = request.tasks_per_node if args.local else request.world
     _refuse_positional_config(args.overrides)
     todo = plan(resources.find_config(args.config), args.overrides, args.sweep, args.pipeline, args.evaluate, world)
-    for note in todo.notes:
+    for note in (*todo.notes, *(todo.missing if args.dry_run else ())):
         print(f"# {note}")
     if not todo.stages:
         print("# nothing is left to do")
@@ -59,6 +59,8 @@ def _run(args) -> int:
         snapshot.refuse_patterns()
     if args.dry_run:
         return show_plan(todo, request, snapshot)
+    if todo.missing and "dependency" not in request.more:
+        raise UserError(f"{todo.missing[0]}, or --slurm dependency=afterok:JOB waits for a job that does")
     if args.python == sys.executable and importlib.util.find_spec("torch") is None:
         raise UserError(f"'{sys.executable}' has no torch; name the Python of the jobs with --python")
     if args.local and shutil.which(args.python) is None:

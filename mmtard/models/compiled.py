@@ -22,7 +22,8 @@ class CompiledForward:
 
     graphs: replay CUDA graphs, which spares a small batch the launches of some 500 kernels a pass. What they return
     lies in memory that the next call writes over, so it is copied, and so is the gradient to the images.
-    any_batch: a graph is for every batch of two images or more, whatever their number; a single image runs without.
+    any_batch: a graph is for every batch of two images or more, whatever their number; a single image runs without. So
+    does, on a CPU, what asks for no gradient, since a graph slows a ViT's forward down and gains on the backward alone.
     """
 
     def __init__(self, tower: ImageTower, name: str, say: Say, graphs: bool = False, any_batch: bool = False):
@@ -33,7 +34,7 @@ class CompiledForward:
         self._told: set[torch.Size] = set()
 
     def __call__(self, images: Tensor, tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        if self.failed or self.any_batch and len(images) < 2:
+        if self.failed or self.any_batch and not _gains(images):
             return self.plain(images, tokens)
         kind = (torch.is_grad_enabled(), images.requires_grad, tokens)
         asked = images.shape[1:] if self.any_batch else images.shape
@@ -97,6 +98,11 @@ class CompiledBlocks(CompiledForward):
             return forward(*args, **kwargs)
 
         return run
+
+
+def _gains(images: Tensor) -> bool:
+    """Whether a graph for any batch is worth its while for these images."""
+    return len(images) > 1 and (torch.is_grad_enabled() or images.device.type != "cpu")
 
 
 def compile_blocks(tower: ImageTower, name: str, say: Say) -> None:

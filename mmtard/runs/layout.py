@@ -4,6 +4,7 @@ CONFIG = "config.yaml"  # every setting of the run, resolved
 ENVIRONMENT = "environment.json"  # versions, git state, hosts
 METRICS = "metrics.jsonl"  # a row a step
 EVENTS = "events.jsonl"  # skipped steps, replaced samples, alarms
+OVERFITTED = "alarm: catastrophic overfitting"  # one of these events
 PROBES = "probes.jsonl"  # robust accuracy of checkpoints, measured while the run goes on
 HISTORY = "resume.jsonl"  # a line a start; it also marks the folder as mmtard's own
 CHECKSUMS = "checksums.json"  # of the settings, the class embeddings and the start

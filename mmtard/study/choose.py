@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .collect import KINDS, outcome
+from .collect import KINDS, Outcome, outcome, same_samples
 from .measures import evaluation
 from .runs import Choice, Run, choices, points, points_of, tuning_runs
 from .schema import Study
@@ -28,12 +28,23 @@ class Tuned:
         return self.scores.get(self.run.choice.label, 0.0)
 
 
-def score(study: Study, run: Run) -> float | None:
-    """The mean of all clean and robust accuracies of a run on the validation data; None where one is missing."""
-    found = [outcome(evaluation(study, run, f"validation-{name}", m)) for name, m in study.validation.items()]
-    if not found or any(one is None for one in found):
-        return None
-    return sum(one.accuracy(kind) for one in found for kind in KINDS) / (len(found) * len(KINDS))
+def _scores(study: Study, runs: list[Run]) -> list[float | None]:
+    """The mean of all clean and robust accuracies of each run on the validation data; None where one is missing.
+
+    Raises UserError where two runs were measured on other samples.
+    """
+    by_name = {
+        name: {run.name: outcome(evaluation(study, run, f"validation-{name}", measure)) for run in runs}
+        for name, measure in study.validation.items()
+    }
+    for found in by_name.values():
+        same_samples({run: one for run, one in found.items() if one is not None})
+    return [_mean([found[run.name] for found in by_name.values()]) for run in runs]
+
+
+def _mean(found: list[Outcome | None]) -> float | None:
+    known = [one.accuracy(kind) for one in found if one is not None for kind in KINDS]
+    return sum(known) / len(known) if known and None not in found else None
 
 
 def chosen(study: Study) -> dict[tuple[str, int], Tuned]:
@@ -43,8 +54,8 @@ def chosen(study: Study) -> dict[tuple[str, int], Tuned]:
     """
     only = choices(study)[0]
     if not study.needs_tuning:
-        first = {method: Run(method, points(study)[0], only, study.seeds[0]) for method in study.methods}
-        known = {method: score(study, run) for method, run in first.items()}
+        first = [Run(method, points(study)[0], only, study.seeds[0]) for method in study.methods]
+        known = dict(zip(study.methods, _scores(study, first)))
         return {
             (method, point.number): Tuned(
                 Run(method, point, only, study.seeds[0]),
@@ -56,8 +67,8 @@ def chosen(study: Study) -> dict[tuple[str, int], Tuned]:
         }
     scores: dict[tuple[str, int], dict[int, float | None]] = {}
     runs = tuning_runs(study)
-    for i, run in enumerate(runs):
-        scores.setdefault((run.method, run.point.number), {})[i] = score(study, run)
+    for (i, run), value in zip(enumerate(runs), _scores(study, runs)):
+        scores.setdefault((run.method, run.point.number), {})[i] = value
     found = {}
     for (method, number), by_place in scores.items():
         if any(value is None for value in by_place.values()):

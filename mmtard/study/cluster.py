@@ -10,7 +10,7 @@ from ..launch.plan import Plan, Stage, Work, storing_works
 from ..launch.request import JobRequest
 from ..launch.snapshot import Snapshot
 from ..launch.submit import show_plan, submit_plan
-from . import loading, runs
+from . import loading, measures, runs
 from .choose import chosen
 from .plan import Item, model_items, seed_items, tuning_items
 from .run import Maker, prepare_folder, refuse_at_work
@@ -24,6 +24,7 @@ def submit(study: Study, make: Maker, request: JobRequest, dry: bool) -> int:
     submits the other seeds and settings, and in the end writes the page.
     """
     runs.check(study)
+    measures.check(study, data=False)
     todo = plan(study, request.world)
     for note in todo.notes:
         print(f"# {note}")
@@ -32,10 +33,14 @@ def submit(study: Study, make: Maker, request: JobRequest, dry: bool) -> int:
     snapshot = Snapshot(todo.folder)
     if dry:
         return show_plan(todo, request, snapshot)
+    from ..launch.job import check_slurm  # submitit
+
+    check_slurm("without --jobs slurm it is run on this machine")
     snapshot.refuse_patterns()
     refuse_at_work(study)
     prepare_folder(study)
     make(study)
+    measures.check(study, data=True)
     for stage in todo.stages:
         for work in stage.works:
             if work.config:

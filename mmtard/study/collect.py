@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..evaluation.results import damage_named, read
 from ..files import read_json_lines
 from ..runs import history
-from ..runs.layout import METRICS
+from ..runs.layout import EVENTS, METRICS, OVERFITTED
 from .measures import Measurement
 
 KINDS = ("clean", "robust")
@@ -28,6 +28,7 @@ class Outcome:
     robust: np.ndarray
     chance: float
     fingerprint: str = ""  # of the data
+    failed: tuple[str, ...] = ()  # checks of health
 
     def flags(self, kind: str) -> np.ndarray:
         """Which samples it is right on, bool [N]. kind: clean or robust."""
@@ -64,7 +65,8 @@ def outcome(one: Measurement) -> Outcome | None:
         clean, ids = np.array(samples["clean"], dtype=bool), tuple(samples["ids"])
         if not len(clean) == len(robust) == len(ids) > 0:
             raise ValueError("samples of other numbers")
-        return Outcome(ids, clean, np.array(robust, dtype=bool), float(entry["chance"]), entry["fingerprint"])
+        failed = tuple(f"{line['check']} ({line['detail']})" for line in entry["health"] if line["status"] == "FAIL")
+        return Outcome(ids, clean, np.array(robust, dtype=bool), float(entry["chance"]), entry["fingerprint"], failed)
 
 
 def same_samples(outcomes: dict[str, Outcome]) -> None:
@@ -94,6 +96,16 @@ def cost(run: Path, batch_size: int, stored: float = 0.0) -> Cost:
         if _number(row, "tflops_a_rank") and _number(row, "images_per_s")
     ]
     return Cost(total, by_step, len(rows) * batch_size, float(np.median(flop)) if flop else float("nan"), stored)
+
+
+def alarms(run: Path) -> list[str]:
+    """What a training's alarm for catastrophic overfitting said, each in words."""
+    told = []
+    for row in read_json_lines(run / EVENTS):
+        if row.get("event") == OVERFITTED:
+            more = row.get("attack_steps_from_now_on")
+            told.append(f"at step {row.get('step')}" + (f", {more} attack steps from then on" if more else ""))
+    return told
 
 
 def _number(row: dict, key: str) -> float:

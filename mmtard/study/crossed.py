@@ -8,8 +8,9 @@ alone leaves var(v) out.
 
 The three variances come from the analysis of variance (method of moments; a negative one counts as 0), the degrees of
 freedom from Satterthwaite's approximation (Biometrics Bulletin 2, 1946), as for Clark's quasi F (Journal of Verbal
-Learning and Verbal Behavior 12, 1973). With three seeds that differ much, there are about two degrees of freedom, and
-the interval is as wide as three seeds deserve.
+Learning and Verbal Behavior 12, 1973). The mean square of seeds keeps its few degrees of freedom also where it is no
+larger than that of the rest: a few seeds that happen to agree do not show that seeds agree, and a p that took them for
+it would be far too small. So with three seeds a small p needs a difference that is many times its error.
 
 It assumes that seeds and samples are draws from what the claim is about, that u, v and e do not depend on one another,
 and that the mean of so many right-or-wrong differences is near a normal one. With one seed there is no var(u): the test
@@ -71,16 +72,10 @@ def _variance_of_mean(d: np.ndarray) -> tuple[float, float]:
     of_samples = seeds * float(by_sample.var(ddof=1))
     rest = d - d.mean(1, keepdims=True) - by_sample + d.mean()
     left = float((rest**2).sum()) / ((seeds - 1) * (samples - 1))
-    # Each is kept where its own variance is above 0; their sum, less what is counted twice, is S N var(mean).
-    terms = [(left, (seeds - 1) * (samples - 1))]
-    sign = 1
-    if of_seeds > left:
-        terms.append((of_seeds, seeds - 1))
-        sign -= 1
+    # Their sum, less what is counted twice, is S N var(mean).
+    terms = [(max(of_seeds, left), seeds - 1)]
     if of_samples > left:
-        terms.append((of_samples, samples - 1))
-        sign -= 1
-    terms[0] = (sign * left, terms[0][1])
+        terms += [(of_samples, samples - 1), (-left, (seeds - 1) * (samples - 1))]
     total = sum(square for square, _ in terms)
     freedom = total**2 / max(sum(square**2 / f for square, f in terms), TINY) if total > 0 else seeds - 1
     return total / (seeds * samples), max(freedom, 1.0)

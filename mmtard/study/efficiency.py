@@ -41,17 +41,23 @@ def speed_up(method: Trajectory, baseline: Trajectory, resampling: Resampling) -
 
     0 where it never does. The interval is over the same resampled seeds and samples for both.
     """
-    value = _ratio(method, baseline, method.flags.mean((0, 2)), baseline.flags.mean((0, 2)))
-    ours, theirs = resampling.means(method.flags), resampling.means(baseline.flags)
-    return estimate(value, np.array([_ratio(method, baseline, a, b) for a, b in zip(ours, theirs)]))
+    value = _ratio(*_means(method), *_means(baseline))
+    shares = resampling.seeds / resampling.seeds.sum(1, keepdims=True)
+    drawn = [shares @ method.costs, resampling.means(method.flags), shares @ baseline.costs]
+    drawn.append(resampling.means(baseline.flags))
+    return estimate(value, np.array([_ratio(*one) for one in zip(*drawn)]))
 
 
 def own_speed_up(baseline: Trajectory) -> float:
     """The same for the baseline itself: how early its curve was first as high as at its end. 1 or more."""
-    accuracies = baseline.flags.mean((0, 2))
-    return _ratio(baseline, baseline, accuracies, accuracies)
+    return _ratio(*_means(baseline), *_means(baseline))
 
 
-def _ratio(method: Trajectory, baseline: Trajectory, ours: np.ndarray, theirs: np.ndarray) -> float:
-    at = reached(method.costs.mean(0), ours, theirs[-1])
-    return float(baseline.costs.mean(0)[-1] / at) if np.isfinite(at) else 0.0
+def _means(one: Trajectory) -> tuple[np.ndarray, np.ndarray]:
+    """Costs and accuracies [T], over all seeds."""
+    return one.costs.mean(0), one.flags.mean((0, 2))
+
+
+def _ratio(costs: np.ndarray, accuracies: np.ndarray, their_costs: np.ndarray, theirs: np.ndarray) -> float:
+    at = reached(costs, accuracies, theirs[-1])
+    return float(their_costs[-1] / at) if np.isfinite(at) else 0.0

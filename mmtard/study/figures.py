@@ -41,7 +41,8 @@ def _front(found: Findings, name: str) -> Figure:
         canvas.legend(loc="outside lower center", ncols=2, fontsize=7)
         alt = f"Clean against robust accuracy on {name}, at the tuned settings: {'; '.join(said)}."
         caption = (
-            "Large: the tuned settings, a mean over seeds; small: other settings; lines: the front of each method."
+            "Large: the tuned settings, a mean over seeds; small: other settings, of one seed where only the tuning "
+            "tried them; lines: the front of each method."
         )
         return style.finish(f"front-{file_name(name)}", alt, canvas, caption)
 

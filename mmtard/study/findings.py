@@ -58,6 +58,19 @@ class Findings:
         """The state of each method at each point of the front, at the settings chosen there; the main table's first."""
         return sorted((state for state in self.states if state.tuned), key=lambda state: state.point.number)
 
+    def front_states(self, method: str) -> list[State]:
+        """The settings that the front of a method is judged by: those with as many seeds as any setting has.
+
+        A combination that only the tuning tried has one seed, whose luck no interval would show.
+        """
+        most = max((len(state.runs) for state in self.states), default=0)
+        return [state for state in self.states if state.method == method and len(state.runs) == most]
+
+    @property
+    def front_methods(self) -> list[str]:
+        """The methods that have a front: an ablation, which is run at the main table's setting alone, has none."""
+        return [m for m, method in self.study.methods.items() if method.ablates is None and self.front_states(m)]
+
     def label(self, state: State) -> str:
         """How tables call a state: its method, and the point of the front where it is not the main table's."""
         label = self.study.labels[state.method]

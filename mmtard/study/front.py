@@ -46,14 +46,19 @@ def area(points: Points, reference: tuple[float, float] = (0.0, 0.0)) -> float:
 
 
 def clean_at(points: Points, robust: float) -> float:
-    """The clean accuracy of the front at a robust accuracy, on the straight lines between its points.
+    """The clean accuracy of the front at a robust accuracy, on the highest straight line between two of its points.
 
-    That of its cleanest point where even that one is more robust; NaN where none is robust enough.
+    Two models that take turns by lot have what lies between them, so a point more never lowers it. That of the
+    cleanest point where even that one is more robust; NaN where none is robust enough.
     """
-    kept = points[front(points)]
-    if not len(kept) or robust > kept[-1][1]:
+    above, below = points[points[:, 1] >= robust], points[points[:, 1] < robust]
+    if not len(above):
         return float("nan")
-    return float(np.interp(robust, kept[:, 1], kept[:, 0]))
+    at = above[:, 0].max()  # a point that is more robust than was asked for is robust enough
+    if len(below):
+        share = (robust - below[:, None, 1]) / (above[None, :, 1] - below[:, None, 1])
+        at = max(at, (below[:, None, 0] + share * (above[None, :, 0] - below[:, None, 0])).max())
+    return float(at)
 
 
 @dataclass(frozen=True)

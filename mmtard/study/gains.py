@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .collect import KINDS
-from .findings import Findings, State
+from .findings import Findings
 from .front import Estimate, area, clean_at, estimate
 
 
@@ -37,15 +37,15 @@ def front_gains(found: Findings, name: str, method: str) -> Gains:
 def _front_gains(found: Findings, name: str, method: str) -> Gains:
     ours, reference = _points(found, name, [method]), found.study.front.reference
     dominated = area(ours[0], reference)
-    if found.baseline is None or method == found.baseline:
+    if found.baseline not in found.front_methods or method == found.baseline:
         return Gains(dominated)
     theirs = _points(found, name, [found.baseline])
     gains = np.array([area(a, reference) - area(b, reference) for a, b in zip(ours[1], theirs[1])])
     gain = estimate(dominated - area(theirs[0], reference), gains)
-    main = next(i for i, s in enumerate(_states(found, [found.baseline])) if s.main)
+    main = next(i for i, s in enumerate(found.front_states(found.baseline)) if s.main)
     robust = theirs[0][main][1], theirs[1][:, main, 1]
     # A baseline is no part of what it is held against.
-    others = [m for m in found.main if found.study.methods[m].baseline and m != method]
+    others = [m for m in found.front_methods if found.study.methods[m].baseline and m != method]
     return Gains(
         dominated, gain, _at_equal(ours, theirs, robust), _at_equal(ours, _points(found, name, others), robust)
     )
@@ -61,13 +61,9 @@ def _at_equal(ours: tuple, theirs: tuple, robust: tuple[float, np.ndarray]) -> E
     )
 
 
-def _states(found: Findings, methods: list[str]) -> list[State]:
-    return [state for state in found.states if state.method in methods]
-
-
 def _points(found: Findings, name: str, methods: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """(clean and robust accuracy [P,2] of the methods' settings, the same of each resample [R,P,2])."""
-    states = _states(found, methods)
+    states = [state for method in methods for state in found.front_states(method)]
     means = np.array([[found.accuracy(name, state, kind) for kind in KINDS] for state in states])
     resampled = []
     for state in states:

@@ -8,8 +8,8 @@ from pathlib import Path
 from ..config import Config, Model
 from ..errors import UserError
 from ..evaluation import request
-from ..evaluation.datasets import find_datasets
-from ..evaluation.protocols import Protocol
+from ..evaluation.datasets import DatasetSource, find_datasets
+from ..evaluation.protocols import PROTOCOLS, Protocol
 from ..evaluation.request import EvaluationRequest
 from ..files import settings_digest, slug
 from ..runs.layout import CHECKPOINTS, EVALUATIONS, RESULTS
@@ -36,11 +36,29 @@ class Measurement:
 
     def request(self) -> EvaluationRequest:
         """Raises UserError where its data are not one dataset."""
-        sources = find_datasets(self.measure.data)
-        if len(sources) != 1:
-            names = ", ".join(source.name for source in sources)
-            raise UserError(f"'{self.measure.data}' holds several datasets ({names}); name one of their folders")
+        sources = _one_dataset(self.measure)
         return EvaluationRequest(self.weights, sources, self.protocol, self.out, batch_size=self.measure.batch_size)
+
+
+def check(study: Study, data: bool) -> None:
+    """Raise UserError, before anything is trained, that names a measurement whose attacks are unknown or do not fit.
+
+    data: raise it also for one whose data are not one dataset.
+    """
+    found = {f"evaluations.{name}": one for name, one in study.evaluations.items()}
+    found |= {f"validation.{name}": one for name, one in study.validation.items()}
+    found |= {"curve.measure": study.curve.measure} if study.curve else {}
+    usual = {attack for protocol in PROTOCOLS.values() for attack in protocol.attacks}
+    for place, measure in found.items():
+        try:
+            for attack in set(protocol_of(measure, None).attacks) - usual:
+                from ..attacks import registry  # torch: not for the attacks of the protocols
+
+                registry.find_attack(attack)
+            if data:
+                _one_dataset(measure)
+        except UserError as error:
+            raise UserError(f"{place}: {str(error).removeprefix('--data: ')}") from None
 
 
 def of_run(study: Study, run: Run, tuning: bool, chosen: bool) -> list[Measurement]:
@@ -95,6 +113,14 @@ def protocol_of(measure: Measure, prompts: tuple[str, ...] | None) -> Protocol:
     changes |= {"attacks": measure.attacks and tuple(measure.attacks)}
     changes |= {"templates": tuple(measure.templates) if measure.templates else prompts}
     return request.protocol(measure.protocol, [measure.eps], False, measure.n_samples == "all", **changes)
+
+
+def _one_dataset(measure: Measure) -> list[DatasetSource]:
+    sources = find_datasets(measure.data)
+    if len(sources) != 1:
+        names = ", ".join(source.name for source in sources)
+        raise UserError(f"'{measure.data}' holds several datasets ({names}); name one of their folders")
+    return sources
 
 
 def _state_of(study: Study, run: Run, folder: Path) -> Model:

@@ -26,15 +26,16 @@ KIND = "study"
 INTROS = {
     "compared": "All methods train for the same number of steps, on batches of one size.",
     "accuracy": "Each method at the settings that its tuning chose. Clean: the share of images that are named right. "
-    "Robust: the share that is still named right under every attack. A difference is one of the methods where its "
-    "interval leaves out 0.",
+    "Robust: the share that is still named right under every attack. A difference is one of the methods where "
+    "its p, after Holm's correction, is below 0.05.",
     "front": "A method can buy robust accuracy with clean accuracy: by its learning rate, or by a stronger attack in "
     "training. So a single point says little. A method that only trades moves along the line of another one; a method "
     "that gains has a line further up and to the right.",
     "speed": "How early in its training a method is as robust as the one that it is held against is at its end.",
     "ablations": "A method against the same one but for one part: a part without which nothing is lost does nothing.",
     "cost": "What one training takes.",
-    "tuning": "Every method was tried at the same values, on data that no other table shows, and trained at its best.",
+    "tuning": "Every method was tried at the same values, and trained at its best. The data that decide are in no "
+    "accuracy or front.",
 }
 
 

@@ -83,7 +83,7 @@ def _judged(d: Difference, adjusted: float | None = None) -> dict:
 
 def _fronts(found: Findings) -> str:
     rows = []
-    for method in dict.fromkeys(state.method for state in found.states):
+    for method in found.front_methods:
         for name in found.study.evaluations:
             gains = front_gains(found, name, method)
             row = {"method": method, "evaluation": name, "area": f"{gains.area:.6g}"}
@@ -119,6 +119,8 @@ def _curves(found: Findings) -> str:
 def _tuning(found: Findings) -> str:
     rows = []
     for (method, number), tuned in found.tuned.items():
+        if number and not found.study.grid.tune_each:
+            continue  # tried at the first point alone
         for label, value in tuned.scores.items():
             chosen = int(label == tuned.run.choice.label)
             rows.append({"method": method, "point": number, "setting": label, "score": value, "chosen": chosen})

@@ -7,13 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from ..config import Data
-from ..data.paths import shards_of
 from ..distributed.interruption import Interruption
 from ..errors import UserError
 from ..files import exclusive, held, refuse_special, why_not_written, write_text
-from ..launch.plan import newest_state
-from . import loading, runs
+from . import loading, measures, origin, runs
 from .choose import chosen
 from .here import LOGS, Crew
 from .plan import Item, model_groups, model_items, seed_items, show, tuning_items
@@ -33,7 +30,9 @@ def items(study: Study) -> list[Item]:
 def dry_run(study: Study) -> None:
     """Print what is done and what is missing; nothing is written."""
     runs.check(study)
+    measures.check(study, data=False)
     check_folder(study)
+    origin.check(study)
     planned = items(study)
     for item in planned:
         item.check_settings()
@@ -54,6 +53,7 @@ def run_here(study: Study, make: Maker, command: str, say: Callable = print) -> 
     from . import findings, page  # matplotlib: not before it is needed
 
     runs.check(study)
+    measures.check(study, data=False)
     page.check_folder(study)
     check_folder(study)
     refuse_at_work(study)
@@ -61,7 +61,8 @@ def run_here(study: Study, make: Maker, command: str, say: Callable = print) -> 
     with _alone(folder):
         prepare_folder(study)
         make(study)  # a signal ends it at once: what is half made is not there
-        _refuse_other_data(items(study))
+        measures.check(study, data=True)
+        origin.check_data(items(study))
         with Interruption() as interruption, Crew(study, folder, interruption, say) as crew:
             for group in model_groups(study):
                 crew.do(_checked(group))
@@ -116,6 +117,7 @@ def prepare_folder(study: Study) -> None:
     read the study that is written there.
     """
     check_folder(study)
+    origin.check(study)
     for item in items(study):
         item.check_settings()
     folder = _made(Path(study.out))
@@ -137,36 +139,6 @@ def _made(folder: Path) -> Path:
 
 def _not_written(folder: Path, error: OSError) -> UserError:
     return UserError(f"out: {why_not_written(folder, error)}; name another folder with --out")
-
-
-def _refuse_other_data(planned: list[Item]) -> None:
-    """Raise UserError where a finished run was trained on other data than its shards hold now.
-
-    One that is not finished is refused by the training itself, and data that are gone are needed by no finished one.
-    """
-    from ..data.dataset import open_dataset
-
-    now: dict[str, str | None] = {}
-    for item in planned:
-        if item.config is None or not item.trained:
-            continue
-        data = item.config.data
-        key = data.model_dump_json()
-        if key not in now:
-            now[key] = open_dataset(data).fingerprint if _is_there(data) else None
-        then = newest_state(Path(item.config.run_dir)).get("data_fingerprint")
-        if None not in (then, now[key]) and then != now[key]:
-            raise UserError(
-                f"'{item.config.run_dir}' was trained on other data than '{data.shards}' holds now; restore them, "
-                "name another folder with --out, or remove that run"
-            )
-
-
-def _is_there(data: Data) -> bool:
-    try:
-        return bool(shards_of(data))
-    except UserError:
-        return False
 
 
 def write_page(study: Study, command: str) -> Path:

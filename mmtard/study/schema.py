@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from typing import Annotated, Any, Literal
 
@@ -85,7 +86,9 @@ class Measure(Section):
     eps: Pixels = Field(..., gt=0, lt=1, description="radius of the attacks, L-inf, in units of [0,1]")
     attacks: list[str] | None = Field(None, min_length=1, description="in their order; null: the protocol's")
     iters: Int | None = Field(None, ge=1, description="of each gradient attack; null: the protocol's")
-    n_samples: Int | Literal["all"] | None = Field(None, description="that are attacked; null: the protocol's")
+    n_samples: Annotated[Int, Field(ge=1)] | Literal["all"] | None = Field(
+        None, description="that are attacked; null: the protocol's"
+    )
     seed: Int = Field(0, ge=0, description="of the sample and the attacks' starts")
     templates: list[str] | None = Field(None, min_length=1, description="prompts; null: those of the training")
     batch_size: Int = Field(128, ge=1, description="images that are attacked at once")
@@ -158,6 +161,8 @@ class Study(Section):
         for i, axis in enumerate(grid.vary):
             if not axis:
                 raise ValueError(f"grid.vary.{i}: the axis has no settings; list some, or remove it")
+            for key in sorted({key for one in axis for key in one} & set(grid.tune)):
+                raise ValueError(f"grid.vary.{i}: sets {key}, which grid.tune chooses; leave it to one of them")
         combinations = math.prod(map(len, [*grid.tune.values(), *grid.vary])) * len(self.methods) * len(self.seeds)
         if combinations > MOST_RUNS:
             raise ValueError(
@@ -185,9 +190,9 @@ class Study(Section):
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"methods: two are called '{label}'; give each a label of its own")
-        measured = {measure.data for measure in self.evaluations.values()}
+        measured = {os.path.normpath(measure.data) for measure in self.evaluations.values()}
         for name, measure in self.validation.items():
-            if measure.data in measured:
+            if os.path.normpath(measure.data) in measured:
                 raise ValueError(
                     f"validation.{name}.data: '{measure.data}' is in `evaluations`, too; settings must be chosen on "
                     "data that no table shows"

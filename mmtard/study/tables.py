@@ -77,22 +77,23 @@ def ablations(found: Findings) -> Table | None:
 
 def fronts(found: Findings) -> list[Table]:
     """Of each evaluation: the area that each method dominates, and its clean accuracy at equal robustness."""
-    return [_front(found, name) for name in found.study.evaluations] if found.states else []
+    return [_front(found, name) for name in found.study.evaluations] if found.front_methods else []
 
 
 def _front(found: Findings, name: str) -> Table:
     rows = []
-    for method in dict.fromkeys(state.method for state in found.states):
+    for method in found.front_methods:
         gains = front_gains(found, name, method)
         cells = [Cell(f"{100 * gains.area:.2f}"), _estimate(gains.area_gain)]
         cells += [_estimate(gains.at_equal), _estimate(gains.at_equal_all)]
-        settings = sum(state.method == method for state in found.states)
-        rows.append((f"{found.study.labels[method]}, {settings} settings", cells))
+        settings = len(found.front_states(method))
+        rows.append((f"{found.study.labels[method]}, {settings} setting{'s' * (settings > 1)}", cells))
     titles = ["area", "area minus the baseline's", "clean at equal robustness", "the same, to all baselines"]
     x, y = found.study.front.reference
     notes = [
-        f"area: of clean x robust accuracy dominated from the corner ({x:g}, {y:g}), in % of the unit square; all "
-        "methods have the same grid of settings, so a wider one is no advantage.",
+        f"area: of clean x robust accuracy dominated from the corner ({x:g}, {y:g}), in % of the unit square. Settings "
+        "that lie further apart dominate more of it, on the same line too: a gain shows at equal robustness.",
+        "Settings with fewer seeds than others, such as those that only the tuning tried, are drawn but not counted.",
         "clean at equal robustness: the front's clean accuracy, less that of the baseline's front, where the baseline "
         "at its tuned settings is as robust; in points; – where the method has no setting as robust. To all baselines: "
         "less the front of all methods with one teacher or none together.",
@@ -192,7 +193,8 @@ def tuning(found: Findings) -> Table | None:
         rows.append((name, [Cell(_percent(tuned.scores[x]), "chosen" if x == best else "") for x in labels]))
         edges += [f"{name}: {key} = {tuned.run.choice.settings[key]}" for key in tuned.at_edge]
     notes = [
-        "The mean of clean and robust accuracy on the validation data, in %, of the first seed. No table shows them."
+        "The mean of clean and robust accuracy on the validation data, in %, of the first seed. Neither accuracies nor "
+        "fronts are measured on them."
     ]
     if edges:
         notes.append(f"At the edge of its grid, so that a better value may lie beyond: {'; '.join(edges)}.")

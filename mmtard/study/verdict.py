@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..report.tables import NONE
-from .collect import KINDS
+from .collect import KINDS, alarms
 from .findings import Findings
 from .front import Estimate
 from .gains import front_gains
+from .runs import run_folder
 from .tables import speed
 
 SURE = 0.05
@@ -33,14 +34,16 @@ def verdict(found: Findings) -> list[Said]:
         f"{100 * found.accuracy(name, baseline, 'robust'):.1f} robust"
         for name in found.study.evaluations
     )
-    first = (
-        f"The baseline is “{labels[found.baseline]}”, the best with one teacher or none by validation data: {numbers}"
-    )
+    chosen = "the best with one teacher or none by validation data"
+    if not found.study.validation:
+        chosen = "the first in the study with one teacher or none, for want of validation data to choose by"
+    first = f"The baseline is “{labels[found.baseline]}”, {chosen}: {numbers}"
     said = [Said(f"{first} (%).", speeds.get(found.baseline, []))]
     for method in found.main:
         if method != found.baseline and found.study.methods[method].ablates is None:
             said.append(Said(_sentence(found, method), _front_sentences(found, method) + speeds.get(method, [])))
-    return said
+    doubts = _doubts(found)
+    return said + ([Said("Before these numbers are believed:", doubts)] if doubts else [])
 
 
 def lines(found: Findings) -> list[str]:
@@ -72,16 +75,20 @@ def _sentence(found: Findings, method: str) -> str:
 
 
 def _front_sentences(found: Findings, method: str) -> list[str]:
-    """Whether its whole front lies further out, for each evaluation with several settings."""
+    """Whether its whole front dominates more, for each evaluation with several settings."""
     told = []
     for name in found.study.evaluations:
-        if sum(state.method == method for state in found.states) < 2:
+        if len(found.front_states(method)) < 2:
             continue
         gains = front_gains(found, name, method)
         if gains.area_gain is None:
             continue
         low, high = gains.area_gain.low, gains.area_gain.high
-        reach = "lies further out than" if low > 0 else "lies within" if high < 0 else "is not told apart from"
+        reach = (
+            "dominates a larger area than" if low > 0
+            else "dominates a smaller area than" if high < 0
+            else "dominates an area not told apart from"
+        )  # fmt: skip
         at = ""
         if gains.at_equal is not None:
             at = f"; at the baseline's robust accuracy {_points(gains.at_equal)} of clean accuracy"
@@ -91,8 +98,21 @@ def _front_sentences(found: Findings, method: str) -> list[str]:
     return told
 
 
+def _doubts(found: Findings) -> list[str]:
+    """The checks that an evaluation failed, and the trainings that overfitted to their attack."""
+    told = []
+    for (name, measured), one in {**found.outcomes, **found.models}.items():
+        told += [f"The evaluation {name} of {measured} fails its check of health: {check}." for check in one.failed]
+    for state in found.states:
+        for run in state.runs:
+            for alarm in alarms(run_folder(found.study, run)):
+                told.append(f"The training {run.words} overfitted to its one-step attack {alarm}.")
+    return told
+
+
 def _points(one: Estimate) -> str:
-    return f"{100 * one.value:+.1f} points ({100 * one.low:+.1f} to {100 * one.high:+.1f})"
+    unknown = f"; not as robust in {100 * one.unknown:.0f} % of resamples" if one.unknown > 0.005 else ""
+    return f"{100 * one.value:+.1f} points ({100 * one.low:+.1f} to {100 * one.high:+.1f}, p {one.p:.2g}{unknown})"
 
 
 def _several_baselines(found: Findings) -> bool:

@@ -18,9 +18,9 @@ from ..distillation.training_attack import perturb
 from ..distributed.ranks import Ranks
 from ..evaluation.statistics import wilson_interval
 from ..losses import cross_entropy, top1
+from ..runs.layout import OVERFITTED
 from ..runs.metrics import SilentLogger
 
-EVENT = "alarm: catastrophic overfitting"
 REMEDY = "raise attack.steps, or lower attack.step_size or attack.eps; earlier checkpoints may be more robust"
 STEPS = 10
 
@@ -62,7 +62,7 @@ class OverfittingAlarm:
         else:
             report["attack_steps_from_now_on"] = self.alarm_steps
             self.task.fell_back = True
-        self.logger.event(step, EVENT, **report)
+        self.logger.event(step, OVERFITTED, **report)
         return report
 
     def _hits(self, images: Tensor, labels: Tensor, seeds: Tensor, stored: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

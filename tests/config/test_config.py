@@ -231,3 +231,12 @@ def test_every_method_but_the_main_one_has_its_baseline():
 def test_a_configuration_without_end_is_one_line():
     with pytest.raises(UserError, match="cannot read configuration '/dev/zero': it is longer than 10 MiB"):
         config.load("/dev/zero")
+
+
+@pytest.mark.parametrize("word", ["on", "off", "auto", "graphs"])
+def test_on_and_off_are_words_though_yaml_takes_them_for_true_and_false(tree, write, word):
+    assert config.load(write(tree), [f"engine.compile={word}"]).engine.compile == word
+    assert (
+        config.load(write(tree | {"engine": {"compile": {"on": True, "off": False}.get(word, word)}})).engine.compile
+        == word
+    )

@@ -347,6 +347,14 @@ def test_without_pipeline_a_missing_teacher_is_pointed_out(submit, teachers):
     assert [s[0] for s in stages(printed)] == ["training"]
 
 
+def test_a_student_is_not_queued_to_fail_for_want_of_a_teacher(submit, teachers, tmp_path):
+    refused = submit("--gpus-per-node", "4")
+    assert refused.returncode == 2 and not (tmp_path / "run" / "submissions").exists()
+    assert "robust holds no checkpoint yet; --pipeline trains it first, or --slurm dependency=" in refused.stderr
+    waits = submit("--gpus-per-node", "4", "--slurm", "dependency=afterok:1")
+    assert waits.stderr.startswith("submit.py: no Slurm here")
+
+
 def test_in_a_pipeline_the_place_of_the_data_is_everybodys_and_the_rest_the_students(submit, teachers, tmp_path):
     (tmp_path / "other.tar").touch()
     printed = submit(

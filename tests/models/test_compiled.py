@@ -203,4 +203,5 @@ def test_batches_that_shrink_are_computed_by_the_graphs_that_are_there(tower, co
                 x = X[:n].clone().requires_grad_(gradient)
                 z = twin(x)
             assert torch.allclose(z, expected[:n], atol=1e-6)
-    assert compiling["stats"]["unique_graphs"] == 2 and not compiling["graph_break"] and said == []
+    # On a CPU what asks for no gradient is computed without a graph.
+    assert compiling["stats"]["unique_graphs"] == 1 and not compiling["graph_break"] and said == []

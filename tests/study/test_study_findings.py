@@ -1,7 +1,9 @@
 """What a study says of results whose answer is known; nothing is trained."""
 
 import csv
+import dataclasses
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +87,30 @@ def test_the_sentences_name_the_joint_front(found):
     assert "; at the baseline's robust accuracy +12.5 points (" in line
     assert line.endswith(" against all baselines together.")
     assert "  " + line in verdict.lines(found)
+
+
+def test_a_front_counts_no_setting_with_fewer_seeds_than_others(found):
+    """A setting that only the tuning tried has one seed."""
+    (state,) = [s for s in found.states if s.method == "teacher" and s.point.number == 1]
+    few = dataclasses.replace(state, runs=state.runs[:1])
+    one = dataclasses.replace(found, states=[few if s is state else s for s in found.states], gains={})
+    assert [s.point.number for s in one.front_states("teacher")] == [0]
+    assert gains.front_gains(one, "test", "teacher").area == pytest.approx(25 * 16 / N**2)
+    assert "teacher, 1 setting" in [name for name, _ in tables.fronts(one)[0].rows]
+    assert not any("front" in line for s in verdict.verdict(one) if "“teacher”" in s.line for line in s.more)
+
+
+def test_failed_checks_and_overfitted_trainings_are_told_with_what_was_found(found):
+    assert not any("believed" in line for line in verdict.lines(found))
+    (name, run), outcome = next(iter(found.outcomes.items()))
+    bad = dataclasses.replace(outcome, failed=("NaN (3 of 40 samples)",))
+    events = Path(found.study.out) / "runs" / run / "events.jsonl"
+    events.write_text('{"step": 3, "event": "alarm: catastrophic overfitting", "attack_steps_from_now_on": 3}\n')
+    told = verdict.lines(dataclasses.replace(found, outcomes=found.outcomes | {(name, run): bad}))
+    events.unlink()
+    at = told.index("Before these numbers are believed:")
+    assert told[at + 1] == f"  The evaluation {name} of {run} fails its check of health: NaN (3 of 40 samples)."
+    assert told[at + 2].endswith(" overfitted to its one-step attack at step 3, 3 attack steps from then on.")
 
 
 def test_models_that_were_measured_on_other_data_are_not_compared(tmp_path):

@@ -14,7 +14,7 @@ from mmtard.errors import UserError
 from mmtard.examples.shapes import make_data
 from mmtard.files import exclusive
 from mmtard.launch.plan import steps_done
-from mmtard.study import choose, loading, measures, plan, run as study_run, runs
+from mmtard.study import choose, loading, measures, origin, plan, run as study_run, runs
 
 
 @pytest.fixture
@@ -232,12 +232,77 @@ def test_a_finished_run_of_other_data_is_named(study, tmp_path):
     images = tmp_path / "out" / "data" / "images"
     make_data(images, train=4, test=0, zeroshot=0)
     finished(item, data_fingerprint=open_dataset(item.config.data).fingerprint)
-    study_run._refuse_other_data([item])
+    origin.check_data([item])
     images.rename(tmp_path / "away")
-    study_run._refuse_other_data([item])  # a page of finished runs needs no data
+    origin.check_data([item])  # a page of finished runs needs no data
     make_data(images, train=4, test=0, zeroshot=0, seed=1)
     with pytest.raises(UserError, match="was trained on other data than '.*' holds now; restore them, name another"):
-        study_run._refuse_other_data([item])
+        origin.check_data([item])
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        (
+            "models.robust.settings.train.lr=2e-3",
+            "models.robust.settings.train.lr: is '2e-3', but .* made with '0.001'",
+        ),
+        ("models.robust.settings.attack.steps=3", "models.robust.settings.attack: is .*, but .* made with nothing"),
+        (
+            "data.options.test=40",
+            "data.options.test: is '40', but what lies in '.*out' was made with '36'; name another",
+        ),
+    ],
+)
+def test_what_the_models_of_a_folder_came_of_is_not_changed_under_them(study, change, line):
+    study_run.prepare_folder(study())
+    study_run.prepare_folder(study(change))  # nothing is trained yet
+    study_run.prepare_folder(study())
+    item = plan.tuning_items(study())[0]
+    Path(item.config.run_dir).mkdir(parents=True)
+    (Path(item.config.run_dir) / "config.yaml").write_text(dump(item.config))
+    for step in (study_run.prepare_folder, study_run.dry_run):
+        with pytest.raises(UserError, match=f"^{line}"):
+            step(study(change))
+    study_run.prepare_folder(study("models.another.settings.method.name=tecoa", "data.source=elsewhere"))
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ("evaluations.test.attacks=[pgd, foo]", "evaluations.test: unknown attack 'foo'"),
+        ("evaluations.test.n_samples=-5", "evaluations.test.n_samples: '-5': input should be greater"),
+        ("curve.measure.protocol=quikc", "curve.measure: unknown protocol 'quikc'; known: .*quick"),
+        ("validation.test.data='{study}/data/images/test/'", "validation.test.data: '.*' is in `evaluations`, too"),
+        ("grid.vary=[[{train.lr: 1e-3}]]", "grid.vary.0: sets train.lr, which grid.tune chooses; leave it to one"),
+    ],
+)
+def test_a_measurement_that_cannot_be_is_refused_before_anything_is_trained(study, change, line):
+    with pytest.raises(UserError, match=f"^{line}"):
+        study_run.dry_run(study(change))
+
+
+def test_data_of_a_measurement_that_are_missing_are_named_before_anything_is_trained(study, tmp_path):
+    with pytest.raises(UserError, match="^evaluations.test: data.shards: missing shard '/nonexistent'; no such folder"):
+        study_run.run_here(
+            study(
+                "curve.measure.data=/nonexistent",
+                "evaluations.test.data=/nonexistent",
+                "evaluations.zeroshot.data=/nonexistent",
+            ),
+            lambda _: None,
+            "mmtard study",
+        )
+    assert not list((tmp_path / "out").rglob("config.yaml"))
+
+
+def test_settings_are_not_chosen_by_runs_that_were_measured_on_other_samples(study):
+    one = study()
+    for i, run in enumerate(runs.tuning_runs(one)):
+        (validation,) = [m for m in measures.of_run(one, run, True, False) if m.out.name.startswith("validation-test-")]
+        results(validation.out, [True, False], [True, False], ids=[0, 1 + (i == 2)])
+    with pytest.raises(UserError, match="were measured on other samples, so that no difference can be paired"):
+        choose.chosen(one)
 
 
 def test_a_study_that_is_refused_leaves_what_its_workers_and_jobs_read(study, tmp_path):

@@ -5,6 +5,7 @@ arithmetic.
 import json
 import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from mmtard.config import Model, validate
 from mmtard.errors import UserError
 from mmtard.models import loading, student
 from mmtard.training import memory
+
+
+ROOT = Path(__file__).parents[2]
 
 
 class Alive(TorchDispatchMode):
@@ -235,3 +239,29 @@ def test_what_to_lower_is_said_with_what_it_saves(small):
     )
     assert "engine.checkpoint_activations=true" in saved
     assert list(saved.values()) == sorted(saved.values(), reverse=True), "most first"
+
+
+HEADER = re.compile(r"mmtard config (\S+) --memory --world (\d+)((?: \w+(?:\.\w+)+=[\w./-]+)*)")
+
+
+@pytest.mark.slow
+def test_the_memory_that_a_configuration_names_is_what_its_own_command_prints(capsys, monkeypatch):
+    """In the header of each: `2.5 GiB`, with the command behind it."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "160")
+    checked = 0
+    for file in sorted(Path("configs").rglob("*.yaml")):
+        text = " ".join(line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#"))
+        command = HEADER.search(text)
+        if command is None:
+            continue
+        config, world, more = command.groups()
+        assert Path(config.rstrip(".")) == file
+        assert main(["config", str(file), "--memory", "--world", world, *(w.rstrip(".") for w in more.split())]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        head, total = (next(line for line in printed if word in line) for word in ("ZeRO 2 *", "total"))
+        column = [cell.strip() for cell in re.split("[┃│]", head)].index("ZeRO 2 *")
+        found = float(re.split("[┃│]", total)[column])
+        assert re.search(r"([\d.]+) GiB", text)[1] == f"{found:.1f}", file
+        checked += 1
+    assert checked > 30
