@@ -18,7 +18,6 @@ from mmtard.errors import UserError
 from mmtard.models import loading, student
 from mmtard.training import memory
 
-
 ROOT = Path(__file__).parents[2]
 
 
