@@ -48,6 +48,15 @@ def add(parts) -> None:
 
 
 def _run(args) -> None:
+    from ..evaluation.request import in_flags
+
+    try:
+        _compare(args)
+    except UserError as error:
+        raise UserError(in_flags(str(error))) from None
+
+
+def _compare(args) -> None:
     from ..evaluation.datasets import find_datasets
 
     check_out(args.out)

@@ -24,6 +24,8 @@ def check(study: Study) -> None:
         if study.data.maker not in MAKERS:
             raise unknown_name("data.maker", study.data.maker, MAKERS)
         _options(study.data)
+        if study.data.source is not None and not Path(study.data.source).is_dir():
+            raise UserError(f"data.source: '{study.data.source}' is no folder; name the one that holds the images")
     for name, how in study.pretrain.items():
         if not _architecture(how.architecture).is_file():
             raise UserError(

@@ -43,14 +43,15 @@ class Outcome:
 class Cost:
     """Of a training. seconds: of all its steps; by_step: until each of them. gflop: of one image, NaN if unknown.
 
-    stored: seconds that it took, once, to store the teachers' embeddings which the method reads; in none of the others.
+    stored: seconds that it took, once, to store the teachers' embeddings which the method reads; in none of the others;
+    None where it reads some that another process than the study's stored.
     """
 
     seconds: float
     by_step: dict[int, float]
     images: int
     gflop: float
-    stored: float = 0.0
+    stored: float | None = 0.0
 
 
 def outcome(one: Measurement) -> Outcome | None:
@@ -80,7 +81,7 @@ def same_samples(outcomes: dict[str, Outcome]) -> None:
             )
 
 
-def cost(run: Path, batch_size: int, stored: float = 0.0) -> Cost:
+def cost(run: Path, batch_size: int, stored: float | None = 0.0) -> Cost:
     """What a training took, by its own metrics; a step that was lost and done again counts once."""
     rows = [row for row in read_json_lines(run / METRICS) if type(row.get("step")) is int]
     total, by_step = 0.0, {}

@@ -121,8 +121,11 @@ class Findings:
         config = configuration(self.study, run)
         return cost(run_folder(self.study, run), config.train.batch_size, self._storing(_stored(config)))
 
-    def _storing(self, read: set[tuple[str, str]]) -> float:
-        """Seconds that it took to store what a method reads: of the first run that read as much, or more."""
+    def _storing(self, read: set[tuple[str, str]]) -> float | None:
+        """Seconds that it took to store what a method reads: of the first run that read as much, or more.
+
+        None where no run of this study's own stored any of it, such as on a cluster, where a job does.
+        """
         if not read:
             return 0.0
         alike = [
@@ -131,7 +134,7 @@ class Findings:
             if read <= _stored(configuration(self.study, state.runs[0]))
             for run in state.runs
         ]
-        return max((stored_seconds(self.study, run.name) for run in alike), default=0.0)
+        return max((stored_seconds(self.study, run.name) for run in alike), default=0.0) or None
 
     def trajectory(self, state: State, over: str, kind: str = "robust") -> Trajectory | None:
         """A method's way over `seconds` or `images`, over the seeds that have all of it; None where none has."""
@@ -145,7 +148,9 @@ class Findings:
             steps = [int(one.out.name.split("-")[1]) for one in way]
             costs.append(
                 [
-                    spent.stored + spent.by_step.get(step, spent.seconds) if over == "seconds" else step * batch
+                    (spent.stored or 0.0) + spent.by_step.get(step, spent.seconds)
+                    if over == "seconds"
+                    else step * batch
                     for step in steps
                 ]
             )

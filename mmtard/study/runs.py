@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import itertools
 import json
 from collections.abc import Iterator
@@ -119,6 +120,10 @@ def configuration(study: Study, run: Run) -> Config:
     """The resolved configuration of a run. Raises UserError that names the method and the setting that does not fit."""
     method = study.methods[run.method]
     tree = copy.deepcopy(merge(_base(study, method), method.settings))  # overrides change it in place
+    if "method" not in tree:
+        near = difflib.get_close_matches(run.method, [name for name in study.methods if name != run.method], n=1)
+        hint = f", or did you mean '{near[0]}'?" if near else ""
+        raise UserError(f"methods.{run.method}: has no settings.method, such as {{name: tecoa}}{hint}")
     for key, value in {**run.point.settings, **run.choice.settings}.items():
         override(tree, f"{key}={json.dumps(value)}")
     tree |= {"seed": run.seed, "run_dir": str(run_folder(study, run))}

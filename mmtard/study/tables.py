@@ -167,14 +167,16 @@ def costs(found: Findings) -> Table:
         gflop = spent[0].gflop
         cells = [Cell("–" if np.isnan(gflop) else f"{gflop:.3g}"), Cell(str(spent[0].images)), _mean(seconds, "{:.0f}")]
         cells.append(_mean([one.images / one.seconds for one in spent if one.seconds], "{:.0f}"))
-        cells.append(Cell(f"{spent[0].stored:.0f}" if spent[0].stored else "–"))
+        storing = spent[0].stored
+        cells.append(Cell("?" if storing is None else f"{storing:.0f}" if storing else "–"))
         rows.append((found.label(state), cells))
     columns = ("method", "GFLOP an image", "images", "seconds", "images/s", "storing, once, s")
     head = [[(column, 1) for column in columns]]
     notes = [
         "GFLOP an image: attack, teachers and student, a multiply-add counted as two. Seconds are those of the "
         f"training steps, {found.study.at_once} run(s) side by side. {SEVERAL}.",
-        "storing: of the teachers' embeddings that it reads, once for all of its runs; counted in the curves.",
+        "storing: of the teachers' embeddings that it reads, once for all of its runs; counted in the curves. ?: not "
+        "known, as of a job that stored them, and in no curve.",
     ]
     return Table(head, rows, "Cost of a training", notes, "cost")
 

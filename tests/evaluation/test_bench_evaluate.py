@@ -82,3 +82,10 @@ def test_a_suite_that_needs_more_classes_is_refused_before_anything_is_timed():
             lambda x: x.flatten(1)[:, :3], torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
         )
     assert not asked
+
+
+def test_what_is_wrong_is_told_in_the_commands_own_flags(colours, command, capsys):
+    assert command("bench", "evaluate", "openai", "--data", colours) == 2
+    assert "mmtard: --arch: weights 'openai' do not name their architecture; set it" in capsys.readouterr().err
+    assert command("bench", "evaluate", "openai", "--data", "nowhere") == 2
+    assert "mmtard: --data: missing shard 'nowhere'" in capsys.readouterr().err

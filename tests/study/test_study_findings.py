@@ -113,6 +113,14 @@ def test_failed_checks_and_overfitted_trainings_are_told_with_what_was_found(fou
     assert told[at + 2].endswith(" overfitted to its one-step attack at step 3, 3 attack steps from then on.")
 
 
+def test_the_time_of_storing_that_no_process_of_the_study_did_is_not_called_none(found):
+    one = runs.all_runs(found.study)[found.main["teacher"].runs[0].name]
+    config = runs.configuration(found.study, one)
+    assert found.cost(one).stored == 0 and found._storing({("robust", config.teachers["robust"].weights)}) is None
+    (row,) = [cells for name, cells in tables.costs(found).rows if name == "teacher"]
+    assert row[-1].text == "–"
+
+
 def test_models_that_were_measured_on_other_data_are_not_compared(tmp_path):
     """Other data of as many samples have the same sample ids."""
     one, other = (Outcome((0, 1), np.ones(2, bool), np.ones(2, bool), 0.5, fingerprint) for fingerprint in "ab")

@@ -271,6 +271,7 @@ def test_what_the_models_of_a_folder_came_of_is_not_changed_under_them(study, ch
     "change, line",
     [
         ("evaluations.test.attacks=[pgd, foo]", "evaluations.test: unknown attack 'foo'"),
+        ("methods.teecher.label=x", "methods.teecher: has no settings.method, .*, or did you mean 'teacher'?"),
         ("evaluations.test.n_samples=-5", "evaluations.test.n_samples: '-5': input should be greater"),
         ("curve.measure.protocol=quikc", "curve.measure: unknown protocol 'quikc'; known: .*quick"),
         ("validation.test.data='{study}/data/images/test/'", "validation.test.data: '.*' is in `evaluations`, too"),
@@ -359,6 +360,7 @@ def test_a_dry_run_refuses_data_that_nothing_makes(tmp_path, vit, capsys):
     for change, line in (
         ("data.maker=shape", "unknown data.maker 'shape'; known: cifar, shapes"),
         ("data.options.trian=5", "unknown key of data.options 'trian'; known: "),
+        ("data.source=/nowhere", "data.source: '/nowhere' is no folder; name the one that holds the images"),
         ("pretrain={student: {architecture: big_clip, data: x, steps: 1}}", "'big_clip' is no .json model config"),
     ):
         assert main(["study", str(file), change, "--dry-run"]) == 2
