@@ -11,7 +11,7 @@ from .values import Int, Number, PathText, Pixels, Section
 
 def _switch(value: Any) -> Any:
     """`on` and `off`, which YAML takes for true and false, as the words that they are."""
-    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+    return ("off", "on")[value] if isinstance(value, bool) else value
 
 
 Decay = Annotated[Number, Field(ge=0, lt=1)]

@@ -37,12 +37,14 @@ def front_gains(found: Findings, name: str, method: str) -> Gains:
 def _front_gains(found: Findings, name: str, method: str) -> Gains:
     ours, reference = _points(found, name, [method]), found.study.front.reference
     dominated = area(ours[0], reference)
-    if found.baseline not in found.front_methods or method == found.baseline:
+    if found.baseline is None or method == found.baseline:
+        return Gains(dominated)
+    main = next((i for i, s in enumerate(found.front_states(found.baseline)) if s.main), None)
+    if main is None:  # other settings have more seeds so far
         return Gains(dominated)
     theirs = _points(found, name, [found.baseline])
     gains = np.array([area(a, reference) - area(b, reference) for a, b in zip(ours[1], theirs[1])])
     gain = estimate(dominated - area(theirs[0], reference), gains)
-    main = next(i for i, s in enumerate(found.front_states(found.baseline)) if s.main)
     robust = theirs[0][main][1], theirs[1][:, main, 1]
     # A baseline is no part of what it is held against.
     others = [m for m in found.front_methods if found.study.methods[m].baseline and m != method]

@@ -100,6 +100,14 @@ def test_a_front_counts_no_setting_with_fewer_seeds_than_others(found):
     assert not any("front" in line for s in verdict.verdict(one) if "“teacher”" in s.line for line in s.more)
 
 
+def test_a_page_half_way_needs_no_front_of_the_baseline(found):
+    """Its main setting has fewer seeds so far than others have."""
+    states = [dataclasses.replace(s, runs=s.runs[:1]) if s.method == "tecoa" and s.main else s for s in found.states]
+    one = dataclasses.replace(found, states=states, gains={})
+    assert one.baseline == "tecoa" and gains.front_gains(one, "test", "teacher").area_gain is None
+    assert tables.fronts(one) and verdict.lines(one)
+
+
 def test_failed_checks_and_overfitted_trainings_are_told_with_what_was_found(found):
     assert not any("believed" in line for line in verdict.lines(found))
     (name, run), outcome = next(iter(found.outcomes.items()))
