@@ -19,8 +19,10 @@ def rows(run):
 
 def test_imagenette_at_224_with_the_main_jobs_models(job, tmp_path):
     small, large = ({"arch": arch, "weights": "random"} for arch in ("ViT-B-32", "ViT-L-14"))
-    config, run = job(
+    run = tmp_path / "imagenette"  # 1.6 GB, which go with the test
+    config, _ = job(
         "imagenette",
+        run_dir=str(run),
         student=small,
         teachers={"clean": small, "robust": {**large, "placement": "sharded"}},
         method={"name": "mmtard", "weighting": "official"},
