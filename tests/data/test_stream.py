@@ -322,10 +322,10 @@ got = []
 signal.signal(signal.SIGUSR2, lambda *_: got.append(len(multiprocessing.active_children())))
 import mmtard.data.loader as module
 start = module._start_worker
-def slow(i):
+def slow(*given):
     os.kill(os.getppid(), signal.SIGUSR2)
     os.kill(os.getpid(), signal.SIGTERM)  # here torch has made it fatal
-    start(i)
+    start(*given)
 module._start_worker = slow
 before = os.fork
 def fork():
@@ -336,6 +336,39 @@ print(sum(len(b) for b in run(20)), bool(got), flush=True)
 """
     out = launch(body).communicate(timeout=60)[0]
     assert out.strip() == "160 True"
+
+
+STUCK = """
+import mmtard.data.loader as module
+module.BEGUN_WITHIN_S = 1.0
+forks, before = [], os.fork
+def fork():
+    forks.append(1)
+    child = before()
+    if not child and len(forks) {which}:
+        time.sleep(1000)  # as one that waits for another thread's lock
+    return child
+os.fork = fork
+try:
+    seen = [i for b in run(20) for i in b.sample_ids.tolist()]
+    print(len(seen), len(set(seen)), len(forks), flush=True)
+except module.ProcessLostError as error:
+    print(error, len(forks), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_forked_and_never_begins_is_forked_again(launch):
+    out = launch(STUCK.format(which="== 2")).communicate(timeout=60)[0]
+    assert out.split()[0] == "160" and out.split()[2] == "4", out
+    plain = launch(STUCK.format(which="< 0")).communicate(timeout=60)[0]
+    assert plain.split() == [*out.split()[:2], "2"]
+
+
+@pytest.mark.slow
+def test_workers_that_never_begin_are_a_lost_process(launch):
+    out = launch(STUCK.format(which="% 2 == 0")).communicate(timeout=60)[0]
+    assert out.strip() == "a loader process did not begin within 1 s, 3 times; lower data.workers (now 2) 6"
 
 
 @pytest.mark.slow
