@@ -62,6 +62,8 @@ def _study_path(text: str) -> Path:
 def _study(args) -> int:
     from ..study import loading, run
 
+    if args.jobs == "here":
+        _refuse_flags_of_jobs(args)
     study = loading.load(args.study, args.overrides, args.out)
     command = shlex.join(["mmtard", *sys.argv[1:]])
     if args.measure:
@@ -81,6 +83,18 @@ def _study(args) -> int:
     summary.show(findings.collect(study))
     print(f"Look at it in a browser: {page.resolve().as_uri()}")
     return 0
+
+
+def _refuse_flags_of_jobs(args) -> None:
+    from ..launch.arguments import add_cluster, add_job
+
+    of_jobs = argparse.ArgumentParser(add_help=False)
+    add_job(of_jobs.add_argument_group())
+    add_cluster(of_jobs.add_argument_group())
+    for name, default in vars(of_jobs.parse_args([])).items():
+        if getattr(args, name) != default:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag}: says what a job asks Slurm for; add --jobs slurm, or leave {flag} out")
 
 
 def _on_slurm(study, args, command: str) -> int:

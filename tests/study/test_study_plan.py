@@ -337,6 +337,14 @@ def test_an_unknown_study_is_answered_with_the_known_ones(capsys):
     assert "unknown study 'shaeps'; known: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [["--nodes", "2"], ["--no-exclusive"], ["--partition", "gpu"]])
+def test_flags_of_jobs_are_refused_where_no_job_is_submitted(flags, tmp_path, vit, capsys):
+    file = write(tmp_path / "study.yaml", tree(tmp_path / "out", vit))
+    assert main(["study", str(file), *flags, "--dry-run"]) == 2
+    name = flags[0].replace("--no-", "--")
+    assert f"{name}: says what a job asks Slurm for; add --jobs slurm, or leave {name} out" in capsys.readouterr().err
+
+
 def test_a_study_on_slurm_submits_what_can_be_known_now(tmp_path, vit, capsys):
     """The teacher, then the tuning after it; the seeds are named as a second step. Nothing is written."""
     (tmp_path / "out" / "data" / "images" / "train").mkdir(parents=True)
