@@ -12,7 +12,7 @@ from ..launch.snapshot import Snapshot
 from ..launch.submit import show_plan, submit_plan
 from . import loading, measures, runs
 from .choose import chosen
-from .plan import Item, model_items, seed_items, tuning_items
+from .plan import Item, model_groups, seed_items, tuning_items
 from .run import Maker, prepare_folder, refuse_at_work
 from .schema import Study
 
@@ -53,8 +53,8 @@ def plan(study: Study, world: int) -> Plan:
     stages: list[Stage] = []
     notes: list[str] = []
     before: tuple[Path, ...] = ()
-    for item in model_items(study):
-        stages += _stages(study, f"model {item.words}", [item], world, before)
+    for group in model_groups(study):
+        stages += [stage for item in group for stage in _stages(study, f"model {item.words}", [item], world, before)]
         before = tuple(work.run_dir for stage in stages for work in stage.works if work.config)
     won = {key: tuned.run for key, tuned in chosen(study).items()}
     waiting = [item for item in tuning_items(study) if not item.done]

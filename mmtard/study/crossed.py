@@ -40,13 +40,13 @@ class Difference:
     freedom: float
 
 
-def paired_difference(a: np.ndarray, b: np.ndarray) -> Difference:
+def difference_over_seeds(a: np.ndarray, b: np.ndarray) -> Difference:
     """How b differs from a: [S,N] bool or numbers, the same seeds and the same samples in both.
 
     Raises ValueError for arrays of other shapes, or without a sample.
     """
     if a.shape != b.shape or a.ndim != 2 or not a.size:
-        raise ValueError(f"paired_difference: shapes {a.shape} and {b.shape}; give two alike, [seeds, samples]")
+        raise ValueError(f"difference_over_seeds: shapes {a.shape} and {b.shape}; give two alike, [seeds, samples]")
     d = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
     seeds, samples = d.shape
     mean = float(d.mean())

@@ -30,7 +30,7 @@ def reached(costs: np.ndarray, accuracies: np.ndarray, target: float) -> float:
     if not len(above):
         return float("inf")
     i = int(above[0])
-    if i == 0 or accuracies[i] == accuracies[i - 1]:
+    if i == 0:
         return float(costs[i])
     share = (target - accuracies[i - 1]) / (accuracies[i] - accuracies[i - 1])
     return float(costs[i - 1] + share * (costs[i] - costs[i - 1]))

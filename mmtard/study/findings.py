@@ -10,12 +10,12 @@ import numpy as np
 from ..config import Config
 from .choose import Tuned, best_baseline, chosen
 from .collect import Cost, Outcome, cost, outcome, same_samples
-from .crossed import Difference, holm, paired_difference
+from .crossed import Difference, difference_over_seeds, holm
 from .efficiency import Trajectory
 from .front import Resampling
-from .measures import START, evaluation, of_model, on_the_way
+from .measures import evaluation, of_model, on_the_way
 from .runs import Point, Run, configuration, points, run_folder, tuning_runs
-from .schema import Study
+from .schema import START, Study
 from .worker import stored_seconds
 
 
@@ -107,7 +107,7 @@ class Findings:
         if not seeds:
             return None
         pair = [tuple(run for seed in seeds for run in s.runs if run.seed == seed) for s in (a, b)]
-        return paired_difference(self.flags(name, a, kind, pair[0]), self.flags(name, b, kind, pair[1]))
+        return difference_over_seeds(self.flags(name, a, kind, pair[0]), self.flags(name, b, kind, pair[1]))
 
     def against(self, other: str, name: str, kind: str) -> dict[str, tuple[Difference, float]]:
         """Method -> (difference from `other`, Holm's p over all of these methods)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ class Crew:
     study: Study
     out: Path
     interruption: Interruption
-    say: Callable[[str], None] = print
 
     def __enter__(self) -> Crew:
         study, file = self.study, self.out / FILE
@@ -70,21 +68,22 @@ class Crew:
                 if status == 0 and seconds is not None:
                     done += 1
                     progress.advance()
-                    self.say(f"[{done}/{total}] {item.phase}: {item.words}: {seconds:.0f} s")
+                    print(f"[{done}/{total}] {item.phase}: {item.words}: {seconds:.0f} s")
                 elif status and seconds is not None:
                     errors.append((item, status, message))
                 if status and not self.interruption:
-                    self.say(f"{item.phase}: {item.words}: failed; its log is '{self.log(item)}'")
+                    print(f"{item.phase}: {item.words}: failed; its log is '{self.log(item)}'")
             if self.interruption and not told:
                 told = True
-                self.say(f"stopped by {self.interruption.name}; the runs under way are being saved")
+                print(f"stopped by {self.interruption.name}; the runs under way are being saved")
                 for team in self.teams:
                     team.terminate()
         if self.interruption:
             raise RunError(
                 f"stopped by {self.interruption.name}; what is done is kept, the same command goes on", EXIT_REQUEUE
             )
-        for item, status, message in errors:
+        if errors:
+            item, status, message = errors[0]
             reason = " ".join(message.split()).rstrip(".") or f"status {status}"
             raise RunError(
                 f"{item.words}: {reason}; its log is '{self.log(item)}'. The same command goes on from here",

@@ -14,9 +14,8 @@ from ..evaluation.request import EvaluationRequest
 from ..files import settings_digest, slug
 from ..runs.layout import CHECKPOINTS, EVALUATIONS, RESULTS
 from .runs import MODELS, Run, all_runs, checkpoints, configuration, model_configuration, model_folder, run_folder
-from .schema import Measure, Study
+from .schema import START, Measure, Study
 
-START = "start"  # the student before any training, measured like the models
 CURVE = "curve"
 
 

@@ -13,9 +13,9 @@ from ..errors import UserError
 from ..evaluation.table import print_table
 from ..launch.plan import steps_done
 from ..runs.layout import CONFIG
-from .measures import START, Measurement, of_model, of_run
+from .measures import Measurement, of_model, of_run
 from .runs import Run, all_runs, configuration, model_configuration, points, tuning_runs
-from .schema import Study
+from .schema import START, Study
 from .worker import MEASURE, OF_MODEL, STORE, TRAIN
 
 TUNING, SEEDS, TEACHERS, STARTS = "tuning", "seeds", "models", "start"
@@ -149,7 +149,7 @@ def asked_by_key(study: Study, key: str) -> dict:
         return {"name": name, OF_MODEL: True}
     run = all_runs(study).get(name)
     if run is None or phase not in (TUNING, SEEDS):
-        raise UserError(f"--measure: '{key}' is nothing of this study; `mmtard study CONFIG --dry-run` lists what is")
+        raise UserError(f"--measure: '{key}' is nothing of this study; it is what a job of this study passes")
     return run_item(study, run, phase, phase == SEEDS).asked
 
 

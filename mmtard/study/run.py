@@ -11,7 +11,7 @@ from ..distributed.interruption import Interruption
 from ..errors import UserError
 from ..files import exclusive, held, refuse_special, why_not_written, write_text
 from . import loading, measures, origin, runs
-from .choose import chosen
+from .choose import Tuned, chosen
 from .here import LOGS, Crew
 from .plan import Item, model_groups, model_items, seed_items, show, tuning_items
 from .schema import Study
@@ -23,7 +23,11 @@ Maker = Callable[[Study], None]  # makes the data and the pretrained models of a
 
 def items(study: Study) -> list[Item]:
     """All that is to be trained and measured, as far as settings are chosen."""
-    won = {key: tuned.run for key, tuned in chosen(study).items()}
+    return _items(study, chosen(study))
+
+
+def _items(study: Study, tuned: dict[tuple[str, int], Tuned]) -> list[Item]:
+    won = {key: one.run for key, one in tuned.items()}
     return [*model_items(study), *tuning_items(study), *seed_items(study, won)]
 
 
@@ -33,18 +37,19 @@ def dry_run(study: Study) -> None:
     measures.check(study, data=False)
     check_folder(study)
     origin.check(study)
-    planned = items(study)
+    tuned = chosen(study)
+    planned = _items(study, tuned)
     for item in planned:
         item.check_settings()
     show(study, planned)
-    waiting = [name for name in study.methods if (name, 0) not in chosen(study)]
+    waiting = [name for name in study.methods if (name, 0) not in tuned]
     points = [len(runs.points_of(study, method)) for method in waiting]
-    tuned = points if study.grid.tune_each else [1] * len(points)  # with the first seed, by the tuning itself
-    if more := len(study.seeds) * sum(points) - sum(tuned):
+    by_tuning = points if study.grid.tune_each else [1] * len(points)  # with the first seed, by the tuning itself
+    if more := len(study.seeds) * sum(points) - sum(by_tuning):
         print(f"after tuning, up to {more} trainings more: the other seeds and settings of {', '.join(waiting)}")
 
 
-def run_here(study: Study, make: Maker, command: str, say: Callable = print) -> Path:
+def run_here(study: Study, make: Maker, command: str) -> Path:
     """Do on this machine what is missing, and write the page; its path.
 
     Raises UserError for what the user can mend, before anything is trained where it can be seen then; RunError where a
@@ -63,7 +68,7 @@ def run_here(study: Study, make: Maker, command: str, say: Callable = print) -> 
         make(study)  # a signal ends it at once: what is half made is not there
         measures.check(study, data=True)
         origin.check_data(items(study))
-        with Interruption() as interruption, Crew(study, folder, interruption, say) as crew:
+        with Interruption() as interruption, Crew(study, folder, interruption) as crew:
             for group in model_groups(study):
                 crew.do(_checked(group))
             crew.do(_checked(tuning_items(study)))

@@ -24,6 +24,7 @@ def _number(value: Any) -> Any:
 
 Value = Annotated[Any, BeforeValidator(_number)]
 LEARNING_RATE = "train.lr"
+START = "start"  # the student before any training, measured like the models
 MOST_RUNS = 20_000  # that a study may come to have
 
 
@@ -158,11 +159,18 @@ class Study(Section):
         for key, values in grid.tune.items():
             if not values or len({str(v) for v in values}) < len(values):
                 raise ValueError(f"grid.tune.{key}: {values}: list each value once, and at least one")
+        earlier: set[str] = set()
         for i, axis in enumerate(grid.vary):
             if not axis:
                 raise ValueError(f"grid.vary.{i}: the axis has no settings; list some, or remove it")
-            for key in sorted({key for one in axis for key in one} & set(grid.tune)):
+            if len({str(one) for one in axis}) < len(axis):
+                raise ValueError(f"grid.vary.{i}: {axis}: list each of its settings once")
+            keys = {key for one in axis for key in one}
+            for key in sorted(keys & set(grid.tune)):
                 raise ValueError(f"grid.vary.{i}: sets {key}, which grid.tune chooses; leave it to one of them")
+            for key in sorted(keys & earlier):
+                raise ValueError(f"grid.vary.{i}: sets {key}, which an earlier axis sets; leave it to one of them")
+            earlier |= keys
         combinations = math.prod(map(len, [*grid.tune.values(), *grid.vary])) * len(self.methods) * len(self.seeds)
         if combinations > MOST_RUNS:
             raise ValueError(
@@ -177,6 +185,8 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _names_are_known(self):
+        if START in self.models:
+            raise ValueError(f"models.{START}: so the student before any training is called; give it another name")
         for name, method in self.methods.items():
             if method.ablates is not None and (method.ablates not in self.methods or method.ablates == name):
                 raise ValueError(

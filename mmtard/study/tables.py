@@ -15,8 +15,8 @@ from .efficiency import own_speed_up, speed_up
 from .findings import Findings, State
 from .front import Estimate
 from .gains import front_gains
-from .measures import START
 from .runs import points
+from .schema import START
 
 SEVERAL = "±: standard deviation of a run over seeds, n - 1 in its denominator"
 
@@ -36,7 +36,7 @@ def accuracies(found: Findings) -> Table:
     chance = ", ".join(f"{n} {_percent(o.chance)}" for (n, m), o in found.models.items() if m == START)
     notes = [f"In %. {SEVERAL}; small: seeds. Chance level: {chance or 'not known'}."]
     notes.append("Clean accuracy is of the samples that were attacked, so that both columns are of the same.")
-    return Table(_head(found, ""), rows, "Accuracy at the tuned settings", notes, "accuracy")
+    return Table(_head(found), rows, "Accuracy at the tuned settings", notes, "accuracy")
 
 
 def differences(found: Findings) -> Table | None:
@@ -55,7 +55,7 @@ def differences(found: Findings) -> Table | None:
         *_one_seed(found),
     ]
     caption = f"Difference from {found.study.labels[found.baseline]}, the best with one teacher or none"
-    return Table(_head(found, ""), rows, caption, notes, "differences")
+    return Table(_head(found), rows, caption, notes, "differences")
 
 
 def ablations(found: Findings) -> Table | None:
@@ -72,7 +72,7 @@ def ablations(found: Findings) -> Table | None:
     if not rows:
         return None
     notes = ["In points: what is lost (-) or gained (+) by the change; small: 95 % interval and p, not corrected."]
-    return Table(_head(found, ""), rows, "Ablations: one part changed at a time", notes + _one_seed(found), "ablations")
+    return Table(_head(found), rows, "Ablations: one part changed at a time", notes + _one_seed(found), "ablations")
 
 
 def fronts(found: Findings) -> list[Table]:
@@ -122,7 +122,7 @@ def matched(found: Findings) -> Table | None:
         return None
     notes = ["In points; small: 95 % interval and p over samples and seeds, not corrected for the number of rows."]
     caption = f"Difference from {found.study.labels[found.baseline]} at the same setting"
-    return Table(_head(found, ""), rows, caption, notes, "matched")
+    return Table(_head(found), rows, caption, notes, "matched")
 
 
 def speed(found: Findings) -> Table | None:
@@ -208,9 +208,9 @@ def tuning(found: Findings) -> Table | None:
 # ---------------------------------------------------------------- the parts
 
 
-def _head(found: Findings, corner: str) -> list[list[tuple[str, int]]]:
+def _head(found: Findings) -> list[list[tuple[str, int]]]:
     names = list(found.study.evaluations)
-    return [[(corner, 1), *((n, 2) for n in names)], [("method", 1), *((k, 1) for _ in names for k in KINDS)]]
+    return [[("", 1), *((n, 2) for n in names)], [("method", 1), *((k, 1) for _ in names for k in KINDS)]]
 
 
 def _spread(found: Findings, name: str, state: State, kind: str) -> Cell:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..distributed.interruption import EXIT_REQUEUE
+from ..distributed.processes import RANK_VARIABLES
 from ..resources import PACKAGE
 
 OTHERS_TURN_S = 30  # for the other ranks to answer after one that failed
@@ -84,7 +85,8 @@ class Team:
 
     def _start(self, rank: int) -> Rank:
         read, write = os.pipe()
-        env = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONSAFEPATH": "1"}
+        env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+        env |= {"OMP_NUM_THREADS": str(self.threads), "PYTHONSAFEPATH": "1"}
         env.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin slow each other down on shared cores
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
         if self.ranks > 1:

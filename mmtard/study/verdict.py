@@ -128,8 +128,9 @@ def _speed_sentences(found: Findings) -> dict[str, list[str]]:
     methods = {found.study.labels[m]: m for m in found.main if m != against}
     for name, cells in table.rows:
         if name in methods and cells[0].text not in ("never", NONE.text):
+            k = cells[0].text if cells[0].text.startswith("≥") else f"= {cells[0].text}"
             told[methods[name]] = [
                 f"It reaches the final robust accuracy of “{found.study.labels[against]}” in 1/k of that method's "
-                f"seconds, k = {cells[0].text} ({cells[0].below})."
+                f"seconds, k {k} ({cells[0].below})."
             ]
     return told

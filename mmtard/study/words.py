@@ -5,12 +5,12 @@ from __future__ import annotations
 import yaml
 
 from ..config import show_pixels
-from ..report.tables import NONE, Cell, Table
+from ..report.tables import Cell, Table
 from .collect import KINDS
 from .findings import Findings
-from .measures import START, protocol_of
+from .measures import protocol_of
 from .runs import Run, choices, configuration, points
-from .schema import Contender, Measure
+from .schema import START, Contender, Measure
 
 BASELINE = "baseline: one teacher, or none"
 
@@ -66,7 +66,8 @@ def _settings(method: Contender) -> str:
 def _number(measure: Measure, known: int | None) -> str:
     if known is not None:
         return str(known)
-    return NONE.text if measure.n_samples is None else str(measure.n_samples)
+    n = protocol_of(measure, None).n_samples
+    return "all" if n is None else str(n)
 
 
 def _attacks(measure: Measure) -> str:

@@ -107,7 +107,7 @@ def stored_note(study: Study, name: str) -> Path:
 
 
 def stored_seconds(study: Study, name: str) -> float:
-    """How long the storing took that a run waited for; 0 where it reads none, or found them stored."""
+    """How long a run waited for what it reads to be stored, or to be found stored; 0 where it reads none."""
     try:
         seconds = float(json.loads(stored_note(study, name).read_text())["seconds"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

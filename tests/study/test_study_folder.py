@@ -82,8 +82,8 @@ def test_damaged_metrics_cost_their_own_numbers_alone(tmp_path):
 
 
 def test_a_grid_beyond_all_bounds_is_counted_not_laid_out(tmp_path, vit):
-    axis = [[{"attack.steps": i} for i in range(1, 90)] for _ in range(6)]
-    grid = {"tune": {"train.lr": [i / 1000 for i in range(1, 90)]}, "vary": axis}
+    axes = [[{f"attack.{key}": i} for i in range(1, 90)] for key in "abcdef"]
+    grid = {"tune": {"train.lr": [i / 1000 for i in range(1, 90)]}, "vary": axes}
     file = write(tmp_path / "s.yaml", tree(tmp_path / "out", vit, grid=grid))
     with pytest.raises(UserError, match="grid: [0-9]{10,} trainings .* more than 20000; list fewer values"):
         loading.load(file)

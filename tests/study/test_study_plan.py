@@ -14,7 +14,7 @@ from mmtard.errors import UserError
 from mmtard.examples.shapes import make_data
 from mmtard.files import exclusive
 from mmtard.launch.plan import steps_done
-from mmtard.study import choose, loading, measures, origin, plan, run as study_run, runs
+from mmtard.study import choose, cluster, loading, measures, origin, plan, run as study_run, runs
 
 
 @pytest.fixture
@@ -106,6 +106,12 @@ def test_a_methods_moving_average_is_measured_apart_from_its_weights(study):
         (["curve.measure.epz=1"], "unknown key 'curve.measure.epz'; did you mean 'curve.measure.eps'?"),
         (["grid.tune={seed: [1]}"], "grid.tune: has no train.lr"),
         (["grid.tune.train.lr=[1e-3, 1e-3]"], "list each value once"),
+        (["grid.vary=[[{attack.steps: 1}, {attack.steps: 1}]]"], "grid.vary.0: [{'attack.steps': 1}, "),
+        (
+            ["grid.vary=[[{attack.steps: 1}], [{attack.steps: 2}]]"],
+            "grid.vary.1: sets attack.steps, which an earlier",
+        ),
+        (["models.start.settings.method.name=tecoa"], "models.start: so the student before any training is called"),
         (["seeds=[]"], "seeds: "),
         (["seeds=[1, 1]"], "seeds: [1, 1]: name each seed once"),
         (["validation={}"], "validation: several values in grid.tune need data to choose by"),
@@ -361,6 +367,16 @@ def test_a_study_on_slurm_submits_what_can_be_known_now(tmp_path, vit, capsys):
     assert "study " in printed and "--measure tuning:tecoa/attack.steps=1/train.lr=0.001/seed-0" in printed
     assert "the same command submits the seeds at the settings that were chosen" in printed
     assert not (tmp_path / "out" / "study.yaml").exists()
+
+
+def test_on_slurm_models_wait_for_those_that_they_learn_from_alone(study):
+    robust = {"settings": {"method": {"name": "tecoa"}}}
+    taught = {"settings": {"method": {"name": "rslad"}, "teachers": {"robust": {"weights": "{study}/models/robust"}}}}
+    one = study(models={"robust": robust, "clean": robust, "taught": taught})
+    after = {stage.title: [run.name for run in stage.after] for stage in cluster.plan(one, 1).stages}
+    assert after["model robust: training"] == after["model clean: training"] == []
+    assert after["model taught: training"] == ["robust", "clean"]
+    assert after["tuning: training"] == ["robust", "clean", "taught"]
 
 
 def test_a_dry_run_refuses_data_that_nothing_makes(tmp_path, vit, capsys):

@@ -17,7 +17,7 @@ def test_a_study_says_what_is_under_way_and_how_much_is_done(tmp_path, monkeypat
         for n in range(3)
     ]
     study = SimpleNamespace(ranks=1, threads=1, at_once=1)
-    with Interruption() as interruption, Crew(study, tmp_path, interruption, lambda line: None) as crew:
+    with Interruption() as interruption, Crew(study, tmp_path, interruption) as crew:
         [team] = crew.teams
         seen = []
         team.start = lambda: None

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mmtard.study.crossed import holm, paired_difference, t_quantile, two_sided_p
+from mmtard.study.crossed import difference_over_seeds, holm, t_quantile, two_sided_p
 from mmtard.study.efficiency import Trajectory, own_speed_up, reached, speed_up
 from mmtard.study.front import Resampling, area, clean_at, estimate, front, staircase
 
@@ -36,7 +36,7 @@ def simulated(rng, effect=0.0, seed_sd=0.0, sample_sd=0.0, noise=1.0, seeds=SEED
 def test_where_nothing_differs_five_in_a_hundred_studies_say_so(kinds):
     rng = np.random.default_rng(0)
     n = 1500
-    found = [paired_difference(*simulated(rng, **kinds)) for _ in range(n)]
+    found = [difference_over_seeds(*simulated(rng, **kinds)) for _ in range(n)]
     rate = sum(d.p < 0.05 for d in found) / n
     # Two standard errors of 1500 are 1.1 points at 5 in a hundred. Satterthwaite's approximation is careful where seeds
     # and samples add nothing, and two points careless at its worst, where seeds add ten times what is left.
@@ -51,14 +51,14 @@ def test_a_test_over_samples_alone_would_call_seeds_a_difference():
     """What the mixed model is for: with seeds that differ, McNemar's kind of test finds differences of no method."""
     rng = np.random.default_rng(1)
     data = [simulated(rng, seed_sd=0.5) for _ in range(300)]
-    over_samples = [paired_difference(a.mean(0, keepdims=True), b.mean(0, keepdims=True)).p < 0.05 for a, b in data]
-    over_both = [paired_difference(a, b).p < 0.05 for a, b in data]
+    over_samples = [difference_over_seeds(a.mean(0, keepdims=True), b.mean(0, keepdims=True)).p < 0.05 for a, b in data]
+    over_both = [difference_over_seeds(a, b).p < 0.05 for a, b in data]
     assert np.mean(over_samples) > 0.5 and np.mean(over_both) < 0.09
 
 
 def test_a_difference_that_is_there_is_found_with_its_size():
     rng = np.random.default_rng(2)
-    found = [paired_difference(*simulated(rng, effect=0.3, seed_sd=0.02, sample_sd=0.5)) for _ in range(300)]
+    found = [difference_over_seeds(*simulated(rng, effect=0.3, seed_sd=0.02, sample_sd=0.5)) for _ in range(300)]
     assert np.mean([d.mean for d in found]) == pytest.approx(0.3, abs=0.01)
     assert np.mean([d.p < 0.05 for d in found]) > 0.9
     assert np.mean([d.low <= 0.3 <= d.high for d in found]) > 0.92
@@ -67,7 +67,7 @@ def test_a_difference_that_is_there_is_found_with_its_size():
 def test_right_and_wrong_flags_are_compared_pair_by_pair():
     """By hand: one seed, four samples, b alone is right on two of them: mean 1/2, variance 1/3 over 4 samples."""
     a, b = np.array([[False, False, True, True]]), np.array([[True, True, True, True]])
-    found = paired_difference(a, b)
+    found = difference_over_seeds(a, b)
     assert (found.mean, found.seeds, found.samples, found.freedom) == (0.5, 1, 4, 3)
     half = 3.182446305284263 * np.sqrt(1 / 3 / 4)  # t of 3 degrees of freedom
     assert (found.low, found.high) == pytest.approx((0.5 - half, 0.5 + half))
@@ -87,7 +87,7 @@ def test_the_variance_is_that_of_the_analysis_of_variance():
     assert ms_seeds > ms_left and ms_samples > ms_left
     total = ms_seeds + ms_samples - ms_left
     freedom = total**2 / (ms_seeds**2 / (s - 1) + ms_samples**2 / (n - 1) + ms_left**2 / ((s - 1) * (n - 1)))
-    found = paired_difference(np.zeros_like(d), d)
+    found = difference_over_seeds(np.zeros_like(d), d)
     half = t_quantile(0.975, freedom) * np.sqrt(total / (s * n))
     assert found.freedom == pytest.approx(freedom)
     assert found.high - found.mean == pytest.approx(half)
@@ -95,9 +95,9 @@ def test_the_variance_is_that_of_the_analysis_of_variance():
 
 def test_models_that_never_differ_have_no_difference():
     same = np.ones((3, 10), dtype=bool)
-    assert paired_difference(same, same).p == 1.0
+    assert difference_over_seeds(same, same).p == 1.0
     with pytest.raises(ValueError, match="give two alike"):
-        paired_difference(same, same[:2])
+        difference_over_seeds(same, same[:2])
 
 
 @pytest.mark.parametrize("freedom", [1.0, 2.0, 2.7, 10.0, 300.0, 1e5])
