@@ -17,7 +17,7 @@ Forward = Callable[[Tensor], Tensor]
 
 def perturb(attack: Attack, loss_fn: LossFn, images: Tensor, seeds: Tensor) -> Tensor:
     """The adversarial images of an `attack` section: maximises `loss_fn(images) -> [B]` inside the ball of
-    radius `attack.eps` around `images`, into which `project` of `attacks/threat_model.py` brings each step; N-FGSM's
+    radius `attack.eps` around `images`, into which `into_ball` of `attacks/threat_model.py` brings each step; N-FGSM's
     may leave it. `Attack.at` gives the section of an update, whose step is a number.
 
     With restarts, each sample keeps the images of its largest loss; the first restart's start is that of a single

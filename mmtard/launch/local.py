@@ -17,10 +17,11 @@ OTHERS_TURN_S = 30  # for the other ranks to end by themselves after one that en
 
 
 def run(python: str, words: tuple[str, ...], code: Path, world: int) -> int:
-    """`python -m mmtard WORDS` as `world` ranks with `code` first on their path; the exit status, of the worst rank.
+    """`python -m mmtard WORDS` as `world` ranks with `code` first on their path; the exit status.
 
-    Signals are passed on. A rank that ends badly takes the others with it. A launcher that is killed leaves no rank
-    behind: each is told to save its state and end.
+    It is EXIT_REQUEUE where any rank ended with that, else the first rank's that is not 0, of a signal as 128 + its
+    number. Signals are passed on. A rank that ends badly takes the others with it. A launcher that is killed leaves
+    no rank behind: each is told to save its state and end.
     """
     received: list[int] = []
     before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in Interruption.heeded()}
