@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -61,29 +61,28 @@ REMEDY = "choose another folder, or move what is yours out of it"
 
 
 @contextmanager
-def replace_folder(folder: Path, kind: str, earlier: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
+def replace_folder(folder: Path, kind: str) -> Iterator[Path]:
     """Yields a new, empty folder that takes the place of `folder` when the block ends well.
 
     For folders that mmtard makes as a whole and may make again: a report, an exported model. `kind` says which
     ("report"). A manifest in the folder lists what mmtard wrote there, with checksums. UserError, before anything is
     written, where `folder` exists and is not mmtard's own: no manifest of this kind, a file that the manifest does not
-    list, or one that was changed since. An empty folder may be taken. `earlier` says whether a folder without a
-    manifest was made by a version that wrote none. Where the block fails, the old folder stays and the new one is
-    removed.
+    list, or one that was changed since. An empty folder may be taken. Where the block fails, the old folder stays and
+    the new one is removed.
     """
     folder = Path(folder)
-    check_replaceable(folder, kind, earlier)
+    check_replaceable(folder, kind)
     with _new_folder(folder) as scratch:
         yield scratch
         digests = {name: _digest(scratch / name) for name in _files_of(scratch)}
         listed = json.dumps({"made_by": "mmtard", "kind": kind, "files": digests}, indent=1)
         (scratch / MANIFEST).write_text(listed + "\n", encoding="utf-8")
-        check_replaceable(folder, kind, earlier)
+        check_replaceable(folder, kind)
         while not _swap(scratch, folder):
-            check_replaceable(folder, kind, earlier)
+            check_replaceable(folder, kind)
 
 
-def check_replaceable(folder: Path, kind: str, earlier: Callable[[Path], bool] = lambda _: False) -> None:
+def check_replaceable(folder: Path, kind: str) -> None:
     """Raises UserError where `replace_folder` would remove something that mmtard did not make, or cannot look at it.
 
     A folder that another process puts in its place meanwhile is looked at anew.
@@ -91,7 +90,7 @@ def check_replaceable(folder: Path, kind: str, earlier: Callable[[Path], bool] =
     for tries_left in reversed(range(TRIES)):
         seen = _identity(folder)
         try:
-            return _check_own(folder, kind, earlier)
+            return _check_own(folder, kind)
         except (UserError, OSError) as error:
             if tries_left and _identity(folder) != seen:
                 continue
@@ -108,7 +107,7 @@ def _identity(folder: Path) -> int | None:
         return None
 
 
-def _check_own(folder: Path, kind: str, earlier: Callable[[Path], bool]) -> None:
+def _check_own(folder: Path, kind: str) -> None:
     if folder.is_symlink():
         raise UserError(f"'{folder}' is a link, which mmtard does not replace; name the folder itself")
     if not folder.exists():
@@ -123,9 +122,7 @@ def _check_own(folder: Path, kind: str, earlier: Callable[[Path], bool]) -> None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         known = None
     if known is None:
-        if (folder / MANIFEST).exists() or not earlier(folder):
-            raise UserError(f"'{folder}' exists and is not a {kind} that mmtard made; {REMEDY}")
-        return
+        raise UserError(f"'{folder}' exists and is not a {kind} that mmtard made; {REMEDY}")
     refuse_special(folder)
     foreign = sorted(set(_files_of(folder)) - known.keys() - {MANIFEST})
     if foreign:
