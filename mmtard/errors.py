@@ -39,5 +39,5 @@ class RunError(Exception):
 class ProcessLostError(RunError):
     """A process of the run was lost (killed, or its node failed). What was done is kept: started again, it goes on."""
 
-    def __init__(self, message: str, status: int = 75):
-        super().__init__(message, status)
+    def __init__(self, message: str):
+        super().__init__(message, status=75)  # that of a job to be started again

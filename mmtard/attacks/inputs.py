@@ -16,14 +16,14 @@ from ..errors import UserError
 FLOATS = (torch.float32, torch.float64)
 
 
-def check_batch(images: Tensor, name: str = "images") -> None:
+def check_batch(images: Tensor) -> None:
     """UserError unless `images` is a floating-point tensor [B,...]."""
     if not isinstance(images, Tensor):
-        raise UserError(f"{name}: a {type(images).__name__}, not a tensor; give float32 [B,C,H,W] in [0,1]")
+        raise UserError(f"images: a {type(images).__name__}, not a tensor; give float32 [B,C,H,W] in [0,1]")
     if not images.is_floating_point():
-        raise UserError(f"{name}: {images.dtype} instead of float32; divide 8-bit pixels by 255: images.float() / 255")
+        raise UserError(f"images: {images.dtype} instead of float32; divide 8-bit pixels by 255: images.float() / 255")
     if images.dim() < 2:
-        raise UserError(f"{name}: shape {list(images.shape)}; give a batch, [B,C,H,W]")
+        raise UserError(f"images: shape {list(images.shape)}; give a batch, [B,C,H,W]")
 
 
 def check_images(images: Tensor) -> None:

@@ -17,9 +17,9 @@ TRACE = b'"schemaVersion"'  # near the beginning of a profile that torch wrote
 LARGEST = 256 * 2**20  # bytes of a result; a larger file is none
 
 
-def check_out(path: Path, flag: str = "--out") -> None:
+def check_out(path: Path) -> None:
     """Raise UserError where a benchmark's result cannot be written, or would replace what is none."""
-    _check(path, flag, "result of mmtard bench", _is_result)
+    _check(path, "--out", "result of mmtard bench", _is_result)
 
 
 def check_trace(path: Path | None) -> None:

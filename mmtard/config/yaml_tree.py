@@ -13,6 +13,7 @@ from .values import plain_text, shorten
 
 MOST_BYTES = 10 * 2**20
 DEEPEST, LARGEST = 20, 100_000  # levels and values of a tree: more are no configuration, and would take for ever
+MESSAGE = 300  # characters of a library's message
 
 
 def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict:
@@ -136,11 +137,11 @@ def parse(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def shorten_text(text: str, most: int = 300) -> str:
+def shorten_text(text: str) -> str:
     """A library's message on one line, and no longer than one reads."""
     line = " ".join(text.split())
     line = line if line.isprintable() else ascii(line)[1:-1]
-    return line if len(line) <= most else f"{line[:most]}..."
+    return line if len(line) <= MESSAGE else f"{line[:MESSAGE]}..."
 
 
 def _siblings(path: Path) -> str:

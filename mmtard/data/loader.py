@@ -174,7 +174,7 @@ def _raise_lost_wherever_told(workers: int) -> None:
     The handler runs when a worker dies, wherever the main thread then is: often inside a model's forward, where nobody
     could tell its RuntimeError from a fault of the model, and a run that may go on would end for good.
     """
-    if not workers or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         return
     torchs = signal.getsignal(signal.SIGCHLD)
     torchs = getattr(torchs, "wrapped", torchs)

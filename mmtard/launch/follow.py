@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .resubmit import successor
 
+PAUSE_S = 2.0  # between two looks at the logs
 ENDED = (
     "COMPLETED",
     "FAILED",
@@ -36,7 +37,7 @@ class Followed:
     state: str = ""
 
 
-def follow(jobs: list[Followed], pause: float = 2.0) -> int:
+def follow(jobs: list[Followed]) -> int:
     """Print what the logs gain, each line with its job's name if there are several; 0 when all jobs completed.
 
     Ctrl-C ends the following and leaves the jobs alone.
@@ -46,7 +47,7 @@ def follow(jobs: list[Followed], pause: float = 2.0) -> int:
             for job in jobs:
                 if job.state not in ENDED:
                     _look(job, several=len(jobs) > 1)
-            time.sleep(0 if all(job.state in ENDED for job in jobs) else pause)
+            time.sleep(0 if all(job.state in ENDED for job in jobs) else PAUSE_S)
     except KeyboardInterrupt:
         print(f"\nno longer followed; to end them: scancel {' '.join(job.job for job in jobs)}")
         return 130

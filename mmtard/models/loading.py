@@ -79,7 +79,7 @@ def load_skeleton(spec: Model, where: str) -> Clip:
             f" {where}.arch=ViT-L-14 or another"
         )
     if spec.arch is None:
-        cfg, preprocess = folder_config(folder / CONFIG_FILE, where, str(folder))
+        cfg, preprocess = folder_config(folder / CONFIG_FILE, where)
         with torch.device("meta"):
             return as_clip(build(cfg, preprocess), f"local-dir:{folder}", cfg)
     name = architecture(spec.arch, f"{where}.arch")

@@ -70,15 +70,12 @@ def check_preprocess(cfg: object, where: str, path: str) -> dict:
     return cfg
 
 
-def build(cfg: dict, preprocess: dict | None = None, quick_gelu: bool | None = None) -> nn.Module:
+def build(cfg: dict, preprocess: dict | None = None) -> nn.Module:
     """open_clip's model of a checked `model_cfg`, in float32 with random weights, drawn from torch's generator.
 
-    preprocess: what its folder says of `preprocess_cfg`. quick_gelu: in place of what the configuration says.
-    Raises UserError when there is no such model.
+    preprocess: what its folder says of `preprocess_cfg`. Raises UserError when there is no such model.
     """
     cfg = copy.deepcopy(cfg)
-    if quick_gelu is not None:
-        cfg["quick_gelu"] = quick_gelu
     hf_text = "hf_model_name" in cfg["text_cfg"]
     if "timm_model_name" in cfg["vision_cfg"]:
         cfg["vision_cfg"]["timm_model_pretrained"] = False

@@ -48,7 +48,7 @@ def read_folder(config: Path, weights: Path, name: str, where: str) -> Clip:
     open_clip's own reader would pass on every key of the config, and stretch positional embeddings of another size to
     fit, without a word.
     """
-    cfg, preprocess = folder_config(config, where, name)
+    cfg, preprocess = folder_config(config, where)
     with unfilled():
         clip = as_clip(build(cfg, preprocess), name, cfg)
     state = in_names_of(clip.model, read_state_dict(weights, where))
@@ -58,7 +58,7 @@ def read_folder(config: Path, weights: Path, name: str, where: str) -> Clip:
     return clip
 
 
-def folder_config(path: Path, where: str, source: str) -> tuple[dict, dict]:
+def folder_config(path: Path, where: str) -> tuple[dict, dict]:
     """(model_cfg, preprocess_cfg) of an open_clip_config.json, every key of them known."""
     where = f"{where}.weights"
     content = read_json(path, where)

@@ -17,7 +17,7 @@ from ...config import Lora
 from ...errors import UserError
 from ..batch_layout import BatchLayout
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _OPEN_CLIP, _TIMM = re.compile(r"resblocks\.\d+\.attn$"), re.compile(r"\.attn\.(qkv|q_proj|k_proj|v_proj|proj)$")
 
 
