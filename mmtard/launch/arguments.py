@@ -9,9 +9,8 @@ import sys
 
 from ..config.argument_types import natural, path, path_text, positive
 from ..errors import UserError
-from .request import JobRequest, minutes, words_of
+from .request import DEFAULT_CONFIG, JobRequest, minutes, words_of
 
-DEFAULT_CONFIG = "configs/vitb32_mmtard.yaml"
 # What --slurm may not set, since the checks and the requeueing here would not know of it: the flag that does.
 FLAG_OF = {
     "signal": "--signal-lead",

@@ -23,11 +23,10 @@ from ..distributed import slurm
 from ..distributed.interruption import EXIT_INTERRUPTED
 from ..errors import UserError
 from .environment import announcement, rendezvous, say
-from .request import words_of
+from .request import DEFAULT_CONFIG, words_of
 from .requeue import MAX_REQUEUES, CannotGoOnError, go_on, ignore_signals, may_start, wants_more
 from .resubmit import submit_script_again
 
-DEFAULT_CONFIG = "configs/vitb32_mmtard.yaml"
 # How the log calls the work of a command.
 WORK = {"train": "training", "cache": "storing", "evaluate": "evaluation", "preflight": "checking"}
 
@@ -63,7 +62,7 @@ def _run(script: str, command: str, configs: list[str], arguments: list[str]) ->
     os.environ.update(rendezvous(os.environ))
     words = _evaluation(arguments) if command == "evaluate" else _configured(configs, arguments)
     say(announcement(os.environ, f", {' '.join(words)}"))
-    if command == "train" and (refused := _may_start("now", words)):
+    if command == "train" and (refused := may_start("now", words, _one_rank())):
         return refused
     commands = [command]
     if command == "train" and (missing := _not_stored(words)):
@@ -88,7 +87,7 @@ def _may_go_on(command: str, words: tuple[str, ...], status: int) -> bool:
     """Whether the work may be started again by itself: a training knows from its run who stopped it."""
     if command != "train":
         return status != EXIT_INTERRUPTED and slurm.starts() <= MAX_REQUEUES
-    return _may_start("again", words) == 0
+    return may_start("again", words, _one_rank()) == 0
 
 
 def _srun(*flags: str) -> list[str]:
@@ -100,16 +99,14 @@ def _python() -> str:
     return os.environ.get("MMTARD_PYTHON") or "python"
 
 
-def _may_start(when: str, words: tuple[str, ...]) -> int:
-    """The status of the check that one rank can do for all: in the ranks' container, where there is one."""
-    one_rank = ("--nodes=1", "--ntasks=1")
-    return may_start(when, words, _srun(*one_rank) if os.environ.get("MMTARD_SRUN") else [_python()])
+def _one_rank() -> list[str]:
+    """The Python of what one rank does for all: in the ranks' container, where there is one."""
+    return _srun("--nodes=1", "--ntasks=1") if os.environ.get("MMTARD_SRUN") else [_python()]
 
 
 def _not_stored(words: tuple[str, ...]) -> list[str]:
     """The teachers that are set to be stored and are not yet; none where that cannot be asked: training says why."""
-    one_rank = _srun("--nodes=1", "--ntasks=1") if os.environ.get("MMTARD_SRUN") else [_python()]
-    command = [*one_rank, "-m", "mmtard", "config", "--not-stored", *words]
+    command = [*_one_rank(), "-m", "mmtard", "config", "--not-stored", *words]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=ignore_signals)
     return done.stdout.split() if done.returncode == 0 else []
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from ..errors import UserError
 
+DEFAULT_CONFIG = "configs/vitb32_mmtard.yaml"
+
 
 @dataclass(frozen=True)
 class JobRequest:
