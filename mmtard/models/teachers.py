@@ -1,18 +1,10 @@
 """Frozen teachers: towers that are asked for predictions, whole on every rank or sharded over the ranks of a node.
 
-A ViT-L/14 in float32 beside a ViT-B/32 student with PGD-10, one image a rank on 2 ranks (CPU, gloo; the commands head
-configs/benchmarks/vitl14_teacher.yaml; mean of steps 2 and 3, on cores shared with other programs):
-
-    replicated   1160 MiB a rank    44 s a step
-    sharded       580 MiB a rank    60 s a step
-    stored          0 MiB a rank    25 s a step
-
-All three trained to the same bits. Sharding saves (1 - 1/local) of the bytes, with `local` ranks a node (all
-ranks where a node has one), and gathers all of the tower once a
-forward, whatever the micro-batch: that time is bytes / bandwidth, so it weighs less the more images a rank takes at
-once. Rule of thumb: store a teacher that sees clean images alone; replicate the others; shard one only where the
-memory it frees lets `train.micro_batch_size` grow (or fit at all), and only where nodes are linked fast enough to
-gather it in a fraction of its forward.
+Sharding saves (1 - 1/local) of the bytes, with `local` ranks a node (all ranks where a node has one), and gathers all
+of the tower once a forward, whatever the micro-batch: that time is bytes / bandwidth, so it weighs less the more images
+a rank takes at once. docs/performance.md has what was measured. Rule of thumb: store a teacher that sees clean images
+alone; replicate the others; shard one only where the memory it frees lets `train.micro_batch_size` grow (or fit at
+all), and only where nodes are linked fast enough to gather it in a fraction of its forward.
 """
 
 from __future__ import annotations
