@@ -1,4 +1,4 @@
-"""A small valid configuration, and open_clip models of a few thousand weights, for the tests of every room."""
+"""A small valid configuration, and open_clip models of a few thousand weights, for the tests of every folder."""
 
 import json
 import os

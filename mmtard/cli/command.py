@@ -62,7 +62,7 @@ def config_path(text: str) -> Path:
 
 
 def name_flags(message: str, flags: dict[str, str]) -> str:
-    """A message of a room that knows settings alone, with the flags of the command line that set them.
+    """A message of a package that knows settings alone, with the flags of the command line that set them.
 
     flags: what the message may say -> what the user writes.
     """

@@ -1,4 +1,4 @@
-"""One random model for the tests of this room."""
+"""One random model for the tests of this folder."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a model gives, and how a setting is refused, for the tests of this room."""
+"""What a model gives, and how a setting is refused, for the tests of this folder."""
 
 import copy
 import re
