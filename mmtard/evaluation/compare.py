@@ -37,15 +37,6 @@ class Mean:
     deviation: float
 
 
-def compare(a: Path, b: Path) -> list[dict]:
-    """How B's accuracy differs from A's, for each dataset and eps: {"dataset","eps" (None: clean),"a","b",...}.
-
-    a, b: results.json, or the folder of one. Raises UserError naming what differs when settings, data or samples are
-    not the same.
-    """
-    return [row for first, second in _strict_pairs(a, b) for row in _paired(first, second)]
-
-
 def compare_all(paths: list[Path], labels: list[str] | None = None) -> list[Row]:
     """The rows of any number of runs or evaluations, each against the first; the rows of one dataset and eps together.
 

@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import binomtest
 
 from mmtard.errors import UserError
-from mmtard.evaluation.compare import compare, compare_all, means
+from mmtard.evaluation.compare import compare_all, means
 from mmtard.evaluation.comparison_tables import as_csv, as_latex
 from mmtard.evaluation.statistics import mcnemar, newcombe_interval, paired_difference
 
@@ -105,16 +105,11 @@ def test_each_dataset_and_eps_has_its_row(pair, command, capsys):
         other["datasets"][0]["samples"]["eps"]["2/255"]["robust"] = [False, True, True]
 
     a, b = pair(change)
-    clean, robust = compare(a, b)
-    assert (clean["eps"], clean["difference"], clean["p"]) == (None, 0, 1.0)
-    assert (robust["eps"], robust["a"], robust["b"], robust["only_a"], robust["only_b"], robust["p"]) == (
-        "2/255",
-        1 / 3,
-        2 / 3,
-        1,
-        2,
-        1.0,
-    )
+    clean, other_clean, robust, other_robust = compare_all([a, b])
+    assert (clean.eps, other_clean.difference["difference"], other_clean.difference["p"]) == (None, 0, 1.0)
+    assert (robust.eps, robust.accuracy, other_robust.accuracy) == ("2/255", 1 / 3, 2 / 3)
+    found = other_robust.difference
+    assert (found["only_a"], found["only_b"], found["p"]) == (1, 2, 1.0)
     assert command("compare", a, b) == 0 and "+33.33" in capsys.readouterr().out
 
 
@@ -142,7 +137,7 @@ def test_each_dataset_and_eps_has_its_row(pair, command, capsys):
 ])  # fmt: skip
 def test_what_is_no_pair_is_refused_by_name(pair, change, message):
     with pytest.raises(UserError, match=message):
-        compare(*pair(change))
+        compare_all([*pair(change)])
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from tiny_datasets import write
 from mmtard import losses
 from mmtard.errors import RunError, UserError
 from mmtard.evaluation import evaluate, model, partial_results, results, table
-from mmtard.evaluation.compare import compare
+from mmtard.evaluation.compare import compare_all
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_damaged_results_are_one_line(tmp_path, damage):
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[" * 100_000, b"", b"{", b"null", b'"text"'])
 def test_bytes_that_are_no_results_are_one_line(tmp_path, content):
     (tmp_path / "results.json").write_bytes(content)
-    for read in (results.read, lambda path: compare(path, path)):
+    for read in (results.read, lambda path: compare_all([path, path])):
         with pytest.raises(UserError, match="results.json' (is not JSON|has format None)"):
             read(tmp_path)
 

@@ -8,7 +8,7 @@ from tiny_datasets import COLOURS, strip_seconds, write
 
 from mmtard.attacks import checks, ensemble
 from mmtard.evaluation import results, retrieval, zeroshot
-from mmtard.evaluation.compare import compare
+from mmtard.evaluation.compare import compare_all
 from mmtard.models import image_tower
 
 
@@ -61,7 +61,7 @@ def test_sanity_is_added_to_what_is_measured_and_stays(measure, tmp_path, monkey
     at_once = measure(root, tmp_path / "at once", sanity=True)
     plain = measure(root)
     assert plain["settings"] == at_once["settings"] and [d["sanity"] for d in plain["datasets"]] == [False, False]
-    compare(tmp_path / "at once", tmp_path / "out")
+    compare_all([tmp_path / "at once", tmp_path / "out"])
     for module, name in ((zeroshot, "measure"), (retrieval, "measure"), (ensemble, "run_attacks")):
         monkeypatch.setattr(module, name, None)  # measuring again would fail
     added = measure(root, sanity=True, say=said.append)
