@@ -18,11 +18,17 @@ class Row:
 
     dataset: str
     eps: str | None
+    against: Path  # the first model's results that it is compared with: they tell evaluations of one dataset apart
     label: str
     accuracy: float
     n: int
     path: Path
     difference: dict | None = None  # as `paired_difference` gives it; None for the first model itself
+
+    @property
+    def column(self) -> tuple[str, str | None, Path]:
+        """What it has in common with the rows that it may be averaged with."""
+        return self.dataset, self.eps, self.against
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Mean:
 
     dataset: str
     eps: str | None
+    against: Path
     label: str
     runs: int
     accuracy: float
@@ -47,30 +54,29 @@ def compare_all(paths: list[Path], labels: list[str] | None = None) -> list[Row]
         raise UserError("compare: needs two or more runs or evaluations; name them one after the other")
     if labels is not None and len(labels) != len(paths):
         raise UserError(f"--labels: {len(labels)} labels for {len(paths)} runs; give one each, in their order")
-    labels = labels or _names(paths)
+    labels = labels or distinct_names(paths)
     first_rows: dict[tuple, Row] = {}
     others: dict[tuple, list[Row]] = {}
     for label, path in zip(labels[1:], paths[1:]):
         for first, second in _pairs(paths[0], path):
             for row in _paired(first, second):
-                at = (row["dataset"], row["eps"], first.path)
-                n, where = row["n"], (row["dataset"], row["eps"])
-                first_rows.setdefault(at, Row(*where, labels[0], row["a"], n, first.path))
-                others.setdefault(at, []).append(Row(*where, label, row["b"], n, second.path, row))
+                at, n = (row["dataset"], row["eps"], first.path), row["n"]
+                first_rows.setdefault(at, Row(*at, labels[0], row["a"], n, first.path))
+                others.setdefault(at, []).append(Row(*at, label, row["b"], n, second.path, row))
     return [row for at, first in first_rows.items() for row in (first, *others[at])]
 
 
 def means(rows: list[Row]) -> list[Mean]:
-    """The means over the runs of each label, for each dataset and eps; [] where no label has several runs."""
+    """The means over the runs of each label, for each dataset, eps and evaluation; [] where no label has several."""
     groups: dict[tuple, list[float]] = {}
     for row in rows:
-        groups.setdefault((row.dataset, row.eps, row.label), []).append(row.accuracy)
+        groups.setdefault((*row.column, row.label), []).append(row.accuracy)
     if all(len(found) == 1 for found in groups.values()):
         return []
     return [Mean(*at, len(a), mean(a), stdev(a) if len(a) > 1 else 0.0) for at, a in groups.items()]
 
 
-def _names(paths: list[Path]) -> list[str]:
+def distinct_names(paths: list[Path]) -> list[str]:
     """The last part of each path in which any of them differ."""
     parts = [path.resolve().parts for path in paths]
     for end in range(1, min(map(len, parts)) + 1):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import re
+from pathlib import Path
 
 from rich.table import Table
 
-from .compare import Mean, Row, means
+from .compare import Mean, Row, distinct_names, means
+from .matching import file_of
 from .table import plain_console, print_table
 
 CSV = (
@@ -21,19 +23,20 @@ _LATEX |= {character: f"\\{character}" for character in "&%$#_{}"}
 
 def show(rows: list[Row]) -> None:
     """Print every model's accuracy and its difference from the first, and the means over the runs of one label."""
-    first = rows[0].label
+    first, names = rows[0].label, _dataset_names(rows)
     table = _table(f"accuracy in %, and its difference from {first} in points")
     columns = ("accuracy %", f"minus {first} (95 % interval)", f"only {first} right", "only it right", "McNemar p")
     _columns(table, ("dataset", "eps", "model"), columns)
     for row in rows:
-        where = (row.dataset, row.eps or "clean") if row.difference is None else ("", "")
+        where = (names[row.dataset, row.against], row.eps or "clean") if row.difference is None else ("", "")
         table.add_row(*where, row.label, _percent(row.accuracy), *_differs(row.difference))
     print_table(table)
     if found := means(rows):
         table = _table("means over the runs of one label, with the standard deviation of a run")
         _columns(table, ("dataset", "eps", "model"), ("runs", "accuracy %"))
         for mean in found:
-            table.add_row(mean.dataset, mean.eps or "clean", mean.label, str(mean.runs), _with_deviation(mean))
+            where = names[mean.dataset, mean.against], mean.eps or "clean"
+            table.add_row(*where, mean.label, str(mean.runs), _with_deviation(mean))
         print_table(table)
     files = dict.fromkeys((row.label, str(row.path)) for row in rows)
     for label, path in files:
@@ -42,49 +45,63 @@ def show(rows: list[Row]) -> None:
 
 def as_csv(rows: list[Row]) -> str:
     """A line for each model, dataset and eps, then one for each mean; shares, not percents. eps is empty for clean."""
-    out = io.StringIO()
+    out, names = io.StringIO(), _dataset_names(rows)
     writer = csv.DictWriter(out, CSV, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        cells = {"dataset": row.dataset, "eps": row.eps, "model": row.label, "runs": 1, "n": row.n}
-        cells |= {"accuracy": row.accuracy, "results": row.path}
+        cells = {"dataset": names[row.dataset, row.against], "eps": row.eps, "model": row.label, "runs": 1}
+        cells |= {"n": row.n, "accuracy": row.accuracy, "results": row.path}
         if (d := row.difference) is not None:
             low, high = d["interval95"]
             cells |= {"difference": d["difference"], "low95": low, "high95": high, "mcnemar_p": d["p"]}
             cells |= {"only_first": d["only_a"], "only_this": d["only_b"]}
         writer.writerow(cells)
     for mean in means(rows):
-        cells = {"dataset": mean.dataset, "eps": mean.eps, "model": mean.label, "runs": mean.runs}
-        writer.writerow(cells | {"accuracy": mean.accuracy, "deviation": mean.deviation})
+        cells = {"dataset": names[mean.dataset, mean.against], "eps": mean.eps, "model": mean.label}
+        writer.writerow(cells | {"runs": mean.runs, "accuracy": mean.accuracy, "deviation": mean.deviation})
     return out.getvalue()
 
 
 def as_latex(rows: list[Row]) -> str:
-    """A `tabular` of booktabs: a row for each label, a column for each dataset and eps, accuracies in percent.
+    """A `tabular` of booktabs: a row for each label, a column for each dataset, evaluation and eps, in percent.
 
     Several runs of one label give mean and deviation; a star marks a single run that differs from the first with
     McNemar's p below 0.05.
     """
-    columns = list(dict.fromkeys((row.dataset, row.eps) for row in rows))
-    averaged = {(m.dataset, m.eps, m.label): m for m in means(rows)}
+    columns = list(dict.fromkeys(row.column for row in rows))
+    averaged, names = {(m.dataset, m.eps, m.against, m.label): m for m in means(rows)}, _dataset_names(rows)
+    heads = [_escape(f"{names[dataset, against]} {eps or 'clean'}") for dataset, eps, against in columns]
     lines = [
         f"% accuracy in %; *: differs from {_escape(rows[0].label)} with McNemar's p < 0.05",
         r"% needs \usepackage{booktabs}",
         rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
         r"\toprule",
-        " & ".join(["", *(_escape(f"{dataset} {eps or 'clean'}") for dataset, eps in columns)]) + r" \\",
+        " & ".join(["", *heads]) + r" \\",
         r"\midrule",
     ]
     for label in dict.fromkeys(row.label for row in rows):
-        cells = [_cell([r for r in rows if (r.dataset, r.eps, r.label) == (*at, label)], averaged) for at in columns]
+        cells = [_cell([r for r in rows if (r.column, r.label) == (at, label)], averaged) for at in columns]
         lines.append(" & ".join([_escape(label), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _dataset_names(rows: list[Row]) -> dict[tuple[str, Path], str]:
+    """(dataset, the first model's results) -> its name, with the evaluation's folder where several measured it."""
+    measured: dict[str, dict[Path, None]] = {}
+    for row in rows:
+        measured.setdefault(row.dataset, {})[row.against] = None
+    names = {}
+    for dataset, files in measured.items():
+        folders = distinct_names([file_of(file).parent for file in files])
+        for file, folder in zip(files, folders):
+            names[dataset, file] = dataset if len(files) == 1 else f"{dataset} ({folder})"
+    return names
 
 
 def _cell(rows: list[Row], averaged: dict[tuple, Mean]) -> str:
     if not rows:
         return "--"
-    mean = averaged.get((rows[0].dataset, rows[0].eps, rows[0].label))
+    mean = averaged.get((*rows[0].column, rows[0].label))
     if mean is not None and mean.runs > 1:
         return rf"{_percent(mean.accuracy)} $\pm$ {_percent(mean.deviation)}"
     difference = rows[0].difference

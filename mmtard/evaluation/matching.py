@@ -57,7 +57,7 @@ def measured_of(path: Path, beside: Path | None = None) -> dict[str, Measured]:
         found, unreadable = [(path, read(path), True)], []
     else:
         found, unreadable = _of_run(path)
-        other = _file_of(beside) if beside is not None and is_results(beside) else None
+        other = file_of(beside) if beside is not None and is_results(beside) else None
         found = [one for one in found if one[0].resolve() != other]
     if not found:
         told = f" ({'; '.join(unreadable)})" if unreadable else ""
@@ -80,7 +80,8 @@ def measured_of(path: Path, beside: Path | None = None) -> dict[str, Measured]:
     return ways
 
 
-def _file_of(results: Path) -> Path:
+def file_of(results: Path) -> Path:
+    """The results.json that a path names: the file itself, or that of a folder."""
     return (results / RESULTS if results.is_dir() else results).resolve()
 
 

@@ -210,6 +210,33 @@ def test_runs_of_one_label_are_averaged(runs):
     assert [r["runs"] for r in csv.DictReader(io.StringIO(as_csv(rows)))] == ["1"] * 6 + ["2", "1"] * 2
 
 
+def test_evaluations_of_one_run_are_no_seeds_of_one_another(runs, command, tmp_path, capsys):
+    """Two runs, each measured by two protocols: two comparisons, with names of their own."""
+
+    def fare(*flags):
+        return lambda r: (r["settings"].update(iters=100), robust(*flags)(r))
+
+    a, b = runs(
+        a={"quick": robust(True, False, False), "fare": fare(True, True, True)},
+        b={"quick": robust(True, True, False), "fare": fare(False, False, False)},
+    )
+    rows = compare_all([a, b])
+    assert means(rows) == []
+    assert {r["dataset"] for r in csv.DictReader(io.StringIO(as_csv(rows)))} == {"pets (fare)", "pets (quick)"}
+    lines = [line.removesuffix(r" \\").split(" & ") for line in as_latex(rows).splitlines() if " & " in line]
+    latex = {column[0]: column[1:] for column in zip(*lines)}
+    assert latex == {
+        "": ("a", "b"),
+        "pets (quick) clean": ("66.67", "66.67"),
+        "pets (quick) 2/255": ("33.33", "66.67"),
+        "pets (fare) clean": ("66.67", "66.67"),
+        "pets (fare) 2/255": ("100.00", "0.00"),
+    }
+    assert command("compare", a, b) == 0 and "pets (quick)" in capsys.readouterr().out
+    seeds = {(m.against.parent.name, m.eps): m for m in means(compare_all([a, b], ["A", "A"]))}
+    assert [(seeds[at, "2/255"].runs, seeds[at, "2/255"].accuracy) for at in ("fare", "quick")] == [(2, 0.5), (2, 0.5)]
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda r: r["settings"].update(norm="l2"), "no evaluation of '.*b' matches one of '.*a': .* norm is linf and l2"),
     (lambda r: r["datasets"][0].update(fingerprint="g"), "matches one of '.*a': pets: fingerprint differs, f and g"),
