@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from ..errors import UserError
-from .matching import DECIDES, FREE, Measured, is_results, measured_of
+from .matching import DECIDES, FREE, Measured, deciding_settings, is_results, measured_of
 from .results import damage_named, read
 from .statistics import paired_difference
 
@@ -137,6 +137,7 @@ def _same_datasets(a: Path, b: Path, first: dict, second: dict) -> list[tuple[Me
 
 
 def _check_settings(a: Path, b: Path, first: dict, second: dict) -> None:
+    first, second = deciding_settings(first), deciding_settings(second)
     for key in sorted(first.keys() | second.keys()):
         x, y = first.get(key), second.get(key)
         if key not in FREE and x != y:

@@ -24,9 +24,10 @@ from ..runs.environment import device_name, environment
 from . import partial_results, results
 from .chunks import CPU_BATCH, CUDA_BATCH
 from .corruptions import corruption_error
+from .matching import deciding_settings
 from .model import EvaluatedModel, load_model
 from .request import EvaluationRequest
-from .session import EvaluationSession, deciding_settings
+from .session import EvaluationSession
 from .trained_with import trained_with
 
 PATIENCE = timedelta(days=2)  # longer than any chunk under all attacks

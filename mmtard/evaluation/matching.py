@@ -32,13 +32,19 @@ class Measured:
         entry, samples = self.entry, self.entry["samples"]
         return settings_digest(
             {
-                "settings": {k: v for k, v in self.settings.items() if k not in FREE},
+                "settings": {k: v for k, v in deciding_settings(self.settings).items() if k not in FREE},
                 "name": entry["name"],
                 **{key: entry.get(key) for key in DECIDES},
                 "eps": list(entry["eps"]),
                 "samples": [samples.get("ids"), samples.get("labels")],
             }
         )
+
+
+def deciding_settings(settings: dict) -> dict:
+    """The settings without where the other model's weights came from; its `transfer_from` is None without one."""
+    other = settings.get("transfer_from")
+    return settings | {"transfer_from": other and {k: v for k, v in other.items() if k != "weights"}}
 
 
 def is_results(path: Path) -> bool:

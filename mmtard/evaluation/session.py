@@ -19,6 +19,7 @@ from . import data_checks, results, retrieval, zeroshot
 from .chunks import ChunkedWork
 from .class_folders import with_shards
 from .datasets import DatasetSource
+from .matching import deciding_settings
 from .model import EvaluatedModel
 from .partial_results import PartialResults
 from .prompts import names_of, prompts_of
@@ -204,12 +205,6 @@ class EvaluationSession:
         prompts = [before + name + after for name in measured["classes"]]
         pairs = self.ranks.run_on_first(lambda: self.model.read_alike(prompts))
         return [tuple(p.removeprefix(before).removesuffix(after) for p in pair) for pair in pairs]
-
-
-def deciding_settings(settings: dict) -> dict:
-    """The settings without where the other model's weights came from."""
-    other = settings["transfer_from"]
-    return settings | {"transfer_from": other and {k: v for k, v in other.items() if k != "weights"}}
 
 
 def _native_size(dataset: Dataset, cache: Cache) -> tuple[int, int]:

@@ -237,6 +237,20 @@ def test_evaluations_of_one_run_are_no_seeds_of_one_another(runs, command, tmp_p
     assert [(seeds[at, "2/255"].runs, seeds[at, "2/255"].accuracy) for at in ("fare", "quick")] == [(2, 0.5), (2, 0.5)]
 
 
+def test_where_the_weights_of_transfer_lay_is_no_difference_but_which_they_were_is(runs):
+    def follows(weights, sha256):
+        return lambda r: r["settings"].update(transfer_from={"weights": weights, "sha256": sha256})
+
+    a, b, c = runs(
+        a={"x": follows("here", "0")},
+        b={"x": follows("there", "0")},
+        c={"x": follows("here", "1")},
+    )
+    assert len(compare_all([a, b])) == len(compare_all([r / "evaluations" / "x" for r in (a, b)])) == 4
+    with pytest.raises(UserError, match="transfer_from is {'sha256': '0'} and {'sha256': '1'}"):
+        compare_all([a, c])
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda r: r["settings"].update(norm="l2"), "no evaluation of '.*b' matches one of '.*a': .* norm is linf and l2"),
     (lambda r: r["datasets"][0].update(fingerprint="g"), "matches one of '.*a': pets: fingerprint differs, f and g"),
