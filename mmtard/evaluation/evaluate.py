@@ -37,9 +37,9 @@ PATIENCE = timedelta(days=2)  # longer than any chunk under all attacks
 def evaluate(request: EvaluationRequest, ranks: Ranks, say=say, interruption: Interruption | None = None) -> dict:
     """Measure and write; returns the results, the same on every rank and at every world size. Collective.
 
-    Datasets that OUT/results.json already holds for the same weights, data and settings are taken over, also those that
-    are not asked for now; of `sanity` only what is missing is measured. Raises UserError for a model or data that do
-    not fit, RunError with status REQUEUE when a rank was interrupted: the same call then goes on.
+    Datasets that OUT/results.json already holds by their name for the same weights, data and settings are taken over,
+    also those that are not asked for now; of `sanity` only what is missing is measured. Raises UserError for a model or
+    data that do not fit, RunError with status REQUEUE when a rank was interrupted: the same call then goes on.
     """
     began = time.monotonic()
     if not ranks.is_first:

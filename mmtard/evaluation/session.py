@@ -116,14 +116,16 @@ class EvaluationSession:
         return settings_digest({"model": self.model.identity, "data": measured, "settings": settings})
 
     def _stored(self, source: DatasetSource, stored: dict, key: str) -> dict | None:
-        """The entry of this key among stored results; says where one of that name has another key."""
+        """The stored entry of this name and key; says where the name has another key."""
         for entry in stored["datasets"]:
-            if entry["name"] == source.name and entry["key"] != key:
+            if entry["name"] == source.name and entry["key"] == key:
+                return entry
+            if entry["name"] == source.name:
                 self.say(
                     f"{source.name}: '{self.request.out / results.FILE}' holds results of another model, data or "
                     "settings; they will be replaced"
                 )
-        return next((entry for entry in stored["datasets"] if entry["key"] == key), None)
+        return None
 
     def _work(self, source: DatasetSource, dataset: Dataset, transform: Transform | Native) -> ChunkedWork:
         return ChunkedWork(

@@ -84,6 +84,19 @@ def test_an_added_dataset_leaves_the_others_as_they_are(colours, measure, tmp_pa
     )
 
 
+def test_datasets_of_equal_content_keep_their_names_and_a_renamed_one_is_another(measure, tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    for name in ("colours", "twin"):
+        write(root / name, 8)
+    both = measure(root, iters=1)
+    monkeypatch.setattr(ensemble, "run_attacks", None)  # measuring again would fail
+    assert [d["name"] for d in measure(root, iters=1)["datasets"]] == ["colours", "twin"]
+    monkeypatch.undo()
+    (root / "twin").rename(root / "renamed")
+    found = measure(root, iters=1)["datasets"]
+    assert [d["name"] for d in found] == ["colours", "renamed", "twin"] and found[2] == both["datasets"][1]
+
+
 def test_fewer_datasets_are_asked_for_and_none_is_lost(colours, measure, tmp_path, monkeypatch):
     root = tmp_path / "root"
     root.mkdir()
