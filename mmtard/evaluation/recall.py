@@ -37,7 +37,8 @@ class Captions:
         for i, own in zip(ids, captions):
             if not own:
                 raise UserError(f"'{dataset.name(i)}' has no caption; retrieval needs a .txt member beside each image")
-        return cls(sum(captions, []), torch.tensor([place for place, own in enumerate(captions) for _ in own]))
+        texts = [text for own in captions for text in own]
+        return cls(texts, torch.tensor([place for place, own in enumerate(captions) for _ in own]))
 
     def of(self, chosen: np.ndarray) -> tuple[Captions, Tensor]:
         """The captions of the images at the places `chosen`, sorted, and which of these captions they are: bool [T]."""
