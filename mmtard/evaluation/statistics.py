@@ -4,13 +4,15 @@ import math
 
 import numpy as np
 
+Z = 1.959964  # the normal quantile of 95 % intervals
 
-def wilson_interval(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+
+def wilson_interval(hits: int, n: int) -> tuple[float, float]:
     """The 95 % interval of a proportion of `hits` in `n` (Wilson 1927), as two fractions; (0, 1) for n = 0."""
     if n == 0:
         return 0.0, 1.0
-    p, z2 = hits / n, z * z
-    centre, half = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    p, z2 = hits / n, Z * Z
+    centre, half = p + z2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     low, high = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
     return min(p, max(0.0, low)), max(p, min(1.0, high))  # p itself, where rounding puts it outside
 
@@ -45,13 +47,13 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def paired_difference(a: list[bool], b: list[bool], z: float = 1.959964) -> dict:
+def paired_difference(a: list[bool], b: list[bool]) -> dict:
     """How b's accuracy differs from a's on the same samples.
 
     The difference, its 95 % interval (`newcombe_interval`) and McNemar's p.
     """
     n, only_a, only_b = len(a), sum(x and not y for x, y in zip(a, b)), sum(y and not x for x, y in zip(a, b))
-    low, high = newcombe_interval(sum(x and y for x, y in zip(a, b)), only_a, only_b, n, z)
+    low, high = newcombe_interval(sum(x and y for x, y in zip(a, b)), only_a, only_b, n)
     return {
         "difference": (only_b - only_a) / n,
         "interval95": [low, high],
@@ -62,7 +64,7 @@ def paired_difference(a: list[bool], b: list[bool], z: float = 1.959964) -> dict
     }
 
 
-def newcombe_interval(both: int, only_a: int, only_b: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def newcombe_interval(both: int, only_a: int, only_b: int, n: int) -> tuple[float, float]:
     """The 95 % interval of b's proportion minus a's on the same n samples.
 
     The hybrid score interval, method 10 of Newcombe, "Improved confidence intervals for the difference between binomial
@@ -71,7 +73,7 @@ def newcombe_interval(both: int, only_a: int, only_b: int, n: int, z: float = 1.
     """
     neither = n - both - only_a - only_b
     a, b = (both + only_a) / n, (both + only_b) / n
-    (low_a, high_a), (low_b, high_b) = wilson_interval(both + only_a, n, z), wilson_interval(both + only_b, n, z)
+    (low_a, high_a), (low_b, high_b) = wilson_interval(both + only_a, n), wilson_interval(both + only_b, n)
     product = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
     covariance = both * neither - only_a * only_b
     if covariance > 0:
