@@ -20,7 +20,8 @@ def wilson_interval(hits: int, n: int) -> tuple[float, float]:
 def stratified(labels: np.ndarray, n: int | None, seed: int) -> np.ndarray:
     """Sample ids, sorted: all labelled ones, or `n` of them spread over the classes as evenly as their sizes allow.
 
-    labels: int64 [N], -1 where unknown (never chosen). Which samples of a class are taken depends on `seed` alone.
+    labels: int64 [N], -1 where unknown (never chosen). Which samples of a class are taken depends on `seed` alone,
+    within one version of numpy: numpy may change how it shuffles.
     """
     known = np.flatnonzero(labels >= 0)
     if n is None or n >= len(known):
