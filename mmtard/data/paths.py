@@ -15,6 +15,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 
 from ..config import Data
 from ..errors import UserError
+from ..files import user_cache
 
 MOST_SHARDS = 1_000_000  # that a pattern may name
 MOST_TEXT = 2**30  # bytes of all their names
@@ -141,7 +142,7 @@ def cached_index(shards: list[str], label_key: str | None = None, caption_key: s
     words = [os.path.abspath(s) if not is_remote(s) else s for s in shards]
     words += [f"{name}:{key}" for name, key in (("label", label_key), ("caption", caption_key)) if key is not None]
     digest = hashlib.sha256("\n".join(words).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmtard" / f"index-{digest}.npz"
+    return user_cache() / f"index-{digest}.npz"
 
 
 def _natural(path: Path) -> tuple[list, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..data.shard_writer import RECORD, write_shards
 from ..errors import UserError
+from ..files import user_cache
 from .datasets import DatasetSource
 
 UNUSED_S = 24 * 3600.0  # shards of earlier contents that no evaluation used for so long are removed
@@ -24,7 +25,7 @@ def with_shards(source: DatasetSource, say) -> DatasetSource:
     """
     if source.folder is None:
         return source
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmtard"
+    cache = user_cache()
     place = hashlib.sha256(str(source.folder.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     shards = cache / f"shards-{place}-{_content(source)}"
     if not shards.exists():

@@ -1,4 +1,4 @@
-"""Paths as others leave them: not seen yet, to be removed, or a pipe where a file should be."""
+"""The user's cache folder, and paths as others leave them: not seen yet, to be removed, a pipe in place of a file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from pathlib import Path
 from ..errors import UserError
 
 MOST_FOLDERS = 5000  # that are searched for what is no file
+
+
+def user_cache() -> Path:
+    """The folder of mmtard in the user's cache folder (XDG Base Directory Specification)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmtard"
 
 
 def wait_for(path: Path, patience_s: float = 120.0) -> None:
