@@ -112,6 +112,15 @@ def write_shards(
     return Written(len(plan), len(index), len(names), skipped, folder.left_out)
 
 
+def is_whole(out: Path) -> bool:
+    """Whether `write_shards` has finished in `out`, its last file being the index, and all shards are still there."""
+    try:
+        number = int((out / NUMBER).read_text())
+    except (OSError, ValueError):
+        return False
+    return (out / INDEX).is_file() and len(list(out.glob("*.tar"))) == number
+
+
 def _survey(images: Path, out: Path, nested: bool) -> ImageFolder:
     if out.resolve().is_relative_to(images.resolve()):
         raise UserError(

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from ..data.shard_writer import RECORD, write_shards
+from ..data.shard_writer import RECORD, is_whole, write_shards
 from ..errors import UserError
 from ..files import user_cache
 from .datasets import DatasetSource
@@ -31,7 +31,8 @@ def with_shards(source: DatasetSource, say) -> DatasetSource:
     if not shards.exists():
         changed = " anew, for they changed" if any(cache.glob(f"shards-{place}-*")) else " the first time"
         say(f"{source.name}: '{source.folder}' is read from shards, which are written to '{shards}'{changed}")
-    write_shards(source.folder, shards, classnames=_names(source), progress=False)
+    if not is_whole(shards):
+        write_shards(source.folder, shards, classnames=_names(source), progress=False)
     os.utime(shards)  # in use now
     for other in cache.glob(f"shards-{place}-*"):
         if other != shards and (other / RECORD).is_file() and time.time() - other.stat().st_mtime > UNUSED_S:

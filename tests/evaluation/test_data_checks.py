@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from tiny_datasets import COLOURS, write
 
 from mmtard.config import Model
-from mmtard.data.shard_writer import RECORD
+from mmtard.data.shard_writer import INDEX, NUMBER, RECORD
 from mmtard.errors import UserError
 from mmtard.evaluation import class_folders, data_checks, datasets, table
 
@@ -160,6 +161,19 @@ def test_shards_of_earlier_contents_go_once_nobody_used_them_for_a_day(photos, t
     os.utime(first, (0, 0))
     assert class_folders.with_shards(source, said.append).data.shards == second
     assert not os.path.exists(first) and other.exists()
+
+
+def test_shards_of_an_unchanged_folder_are_written_once_and_completed_where_some_are_missing(photos):
+    (source,) = datasets.find_datasets(str(photos))
+    shards = Path(class_folders.with_shards(source, print).data.shards)
+    before = (shards / INDEX).stat()
+    class_folders.with_shards(source, print)
+    after = (shards / INDEX).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    for lost in (INDEX, NUMBER, "000000.tar"):
+        (shards / lost).unlink()
+        class_folders.with_shards(source, print)
+        assert (shards / lost).is_file()
 
 
 def test_every_rank_takes_the_same_checkpoint_of_a_run(exported, ranks, tmp_path, monkeypatch):
