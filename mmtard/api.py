@@ -90,8 +90,8 @@ def attack(
     name: pgd, apgd-ce, apgd-dlr, apgd-t, fab-t, square, transfer, autoattack (pyautoattack's own), or several in
     their order, each on what still stands. iters, restarts: of every gradient attack. queries: of Square. targets:
     classes that a targeted attack aims at. step_size: of pgd, default 2.5 eps / iters. seed: of the random starts;
-    the batch size changes nothing. source: the model that `transfer` follows. Raises UserError for whatever does not
-    fit.
+    the batch size changes nothing, except under `autoattack`, whose library draws for a whole batch. source: the model
+    that `transfer` follows. Raises UserError for whatever does not fit.
 
     Sources: PGD Madry et al., ICLR 2018; APGD, FAB, AutoAttack Croce & Hein, ICML 2020; Square Andriushchenko et al.,
     ECCV 2020.
