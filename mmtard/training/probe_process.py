@@ -67,8 +67,9 @@ def measure(request: dict) -> dict:
             left_out += batch.left_out
             if not len(batch):
                 continue
-            images, *rest = (t.to(ranks.device) for t in (batch.images, batch.labels, batch.seeds))
-            outcome = ensemble.run_attacks(logits, images.float() / 255, *rest, ["pgd"], settings)
+            batch = batch.to(ranks.device)
+            images = batch.pixels(ranks.device)
+            outcome = ensemble.run_attacks(logits, images, batch.labels, batch.seeds, ["pgd"], settings)
             clean += outcome.clean.tolist()
             robust += outcome.robust.tolist()
     chunks.check_left_out("probe.data", left_out, len(ids), source.max_replaced)

@@ -33,7 +33,7 @@ def optimizer_step(
     terms, finite, update = TermSums(), [], None
     for micro in batch.split(engine.micro_batch_size):
         micro = micro.to(device)
-        images = micro.pixels(device)  # float32 in [0, 1] here and nowhere else
+        images = micro.pixels(device)
         loss, named_terms = task(images, micro.labels, micro.seeds, micro.teacher_embeddings, micro.sample_ids)
         finite.append(torch.isfinite(loss.detach()))
         # One non-finite sample makes the gradient non-finite on every rank, and the engine skips the update.
