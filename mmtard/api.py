@@ -212,10 +212,10 @@ def train(config: str | Path | dict | settings.Config, overrides: Sequence[str] 
     refused = history.why_not_restart(Path(run.run_dir), run.resume)
     if refused:
         raise RunError(f"'{run.run_dir}': {refused}")
-    choose_accelerator(run.engine.device)
-    from .training.train import train as run_training
-
     with environment_as_it_was(), signals_as_they_were():
+        choose_accelerator(run.engine.device)
+        from .training.train import train as run_training
+
         interruption = Interruption()
         if threading.current_thread() is not threading.main_thread():  # only there may Python set handlers of signals
             return run_training(run, interruption)

@@ -10,15 +10,18 @@ from contextlib import contextmanager
 
 from .interruption import Interruption
 
+# Joining a process group sets the first three, keeping DeepSpeed off a GPU the last.
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR")
+
 
 @contextmanager
 def environment_as_it_was() -> Iterator[None]:
-    """Puts RANK and its like back, which joining a process group sets: a later child process is no rank."""
+    """Puts the variables that mmtard sets back: a later child process is no rank, and chooses its own accelerator."""
     before = dict(os.environ)
     try:
         yield
     finally:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        for name in VARIABLES:
             if name in before:
                 os.environ[name] = before[name]
             else:

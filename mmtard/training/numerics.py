@@ -11,6 +11,8 @@ import torch
 from ..config.training import Engine
 from ..models.precision import full_float32
 
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
 
 @contextmanager
 def numerics(engine: Engine) -> Iterator[None]:
@@ -18,7 +20,7 @@ def numerics(engine: Engine) -> Iterator[None]:
 
     `precision: float32` turns TF32 off: cuDNN's convolutions would keep 10 of a float32's 23 bits. `deterministic`
     asks for deterministic kernels; an operation that has none warns. Must begin before CUDA does, whose cuBLAS reads
-    its workspace from the environment.
+    its workspace from the environment, and keeps it.
     """
     with ExitStack() as stack:
         if engine.precision == "float32":
@@ -31,9 +33,12 @@ def numerics(engine: Engine) -> Iterator[None]:
 @contextmanager
 def _deterministic() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    ours = WORKSPACE not in os.environ
+    os.environ.setdefault(WORKSPACE, ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        if ours:
+            os.environ.pop(WORKSPACE, None)

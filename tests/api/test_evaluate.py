@@ -121,20 +121,21 @@ def trained(monkeypatch):
 
     def run(config, interruption):
         begun.append((config, interruption, signal.getsignal(signal.SIGINT)))
-        os.environ["RANK"] = "0"
+        os.environ |= {"RANK": "0", "DS_ACCELERATOR": "cpu"}
         return 0
 
     monkeypatch.setattr(train, "train", run)
     return begun
 
 
-def test_training_leaves_signals_and_environment_to_the_program(trained, tree, write):
+def test_training_leaves_signals_and_environment_to_the_program(trained, tree, write, monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     before = signal.getsignal(signal.SIGINT)
     assert mmtard.train(tree) == 0
     assert mmtard.train(write(tree), ["train.steps=7"]) == 0
     assert [config.train.steps for config, *_ in trained] == [10, 7]
     assert all(handler == interruption._note for _, interruption, handler in trained)
-    assert signal.getsignal(signal.SIGINT) is before and "RANK" not in os.environ
+    assert signal.getsignal(signal.SIGINT) is before and not {"RANK", "DS_ACCELERATOR"} & set(os.environ)
 
 
 def test_training_runs_in_a_thread_too_where_no_handler_may_be_set(trained, tree):
