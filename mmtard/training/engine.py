@@ -109,14 +109,21 @@ class Engine:
             "zero_optimization": {
                 "stage": config.engine.zero_stage,
                 "reduce_bucket_size": bucket_size(self.elements),
-                # Reduce while the backward goes on; stage 3 does so by itself, and a CPU has no second stream.
-                "overlap_comm": config.engine.zero_stage == 3 or self.ranks.device.type == "cuda",
+                "overlap_comm": self._overlaps(config.engine.zero_stage),
                 "memory_efficient_linear": False,  # would replace F.linear for the whole process, the teachers included
             },
             "steps_per_print": 2**31,
             # DeepSpeed's timer waits for the whole device at every forward of the module, each attack step's included.
             "timers": {"throughput": {"enabled": False}},
         }
+
+    def _overlaps(self, stage: int) -> bool:
+        """Whether gradients travel while the backward goes on.
+
+        In stages 1 and 2 DeepSpeed then waits for the whole device after each backward that reduces: not worth its
+        while on one GPU, and a CPU has no second stream.
+        """
+        return stage == 3 or self.ranks.world_size > 1 and self.ranks.device.type == "cuda"
 
     @property
     def micro_batch_size(self) -> int:

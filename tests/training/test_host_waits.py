@@ -1,12 +1,14 @@
 """How often the host waits for the device in a step: what is read of the device, by where it is read.
 
-The published step waits 23 times (PGD-10, one micro-batch): DeepSpeed's timer in each forward of the module, the
-losses, and each term alone. Counted on the CPU: `mmtard` on a pretended GPU, DeepSpeed by the numbers that it reads.
+Counted on the CPU: `mmtard` on a pretended GPU, DeepSpeed by the numbers that it reads, the constants that it copies to
+the device, and its waits for a device that it takes to have streams.
 """
 
 import traceback
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -23,8 +25,8 @@ from mmtard.training.step import optimizer_step
 from mmtard.zero_shot import ZeroShotHead
 
 
-class HostReads(TorchDispatchMode):
-    """Counts the numbers that the host reads of tensors, by file, and DeepSpeed's own waits for the whole device.
+class HostWaits(TorchDispatchMode):
+    """Counts what makes the host wait, by file: numbers read of tensors, what `note` replaces.
 
     Not those of torch's optimizer: AdamW keeps its count of steps on the CPU, also beside a GPU.
     """
@@ -46,23 +48,65 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.fixture
+def waits(ranks, monkeypatch):
+    """The waits of a step on a CPU that DeepSpeed takes for a GPU: with streams, and far from the host."""
+    from deepspeed.accelerator import get_accelerator
+
+    found, tensor = HostWaits(), torch.tensor
+    stream = mock.MagicMock(synchronize=found.note)
+    as_a_gpu = {
+        "synchronize": found.note,
+        "resolves_data_dependency": lambda self: False,
+        "is_synchronized_device": lambda self: False,
+        "Stream": lambda self, *a, **k: stream,
+        "current_stream": lambda self, *a: stream,
+        "stream": lambda self, stream: nullcontext(),
+    }
+    for name, value in as_a_gpu.items():
+        monkeypatch.setattr(type(get_accelerator()), name, value)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+
+    def copied(*args, device=None, **kwargs):
+        if device is not None:
+            found.note()
+        return tensor(*args, device=device, **kwargs)
+
+    monkeypatch.setattr(torch, "tensor", copied)
+    return found
+
+
+@pytest.fixture
 def batch():
     images = torch.randint(0, 255, (8, 3, 16, 16), dtype=torch.uint8)
     return Batch(images, torch.arange(8) % five_steps.CLASSES, torch.arange(8), torch.arange(8), [""] * 8)
 
 
+IN_UTILS, IN_ZERO = "runtime/utils.py", "runtime/zero/stage_1_and_2.py"
+
+
 @pytest.mark.parametrize(
-    "stage, clip, places",
+    "stage, clip, micro, ranks_to_reduce_over, places",
     [
-        (0, None, {"training/engine.py": 1}),
-        (2, None, {"runtime/utils.py": 1}),
-        (2, 1.0, {"runtime/utils.py": 3}),
+        # Whether the norm is finite, and with grad_clip two constants.
+        (0, None, 8, False, {"training/engine.py": 1}),
+        (0, 1.0, 8, False, {"training/engine.py": 1, IN_UTILS: 2}),
+        # Whether the norm is finite, a constant for each of the two groups of weights, and with grad_clip one of each.
+        (1, None, 2, False, {IN_UTILS: 3}),
+        (2, None, 2, False, {IN_UTILS: 3}),
+        (2, 1.0, 8, False, {IN_UTILS: 5}),
+        # Between GPUs, also each backward that reduces: at stage 1 that of the last micro-batch.
+        (1, None, 8, True, {IN_UTILS: 3, IN_ZERO: 1}),
+        (1, None, 2, True, {IN_UTILS: 3, IN_ZERO: 1}),
+        (2, None, 8, True, {IN_UTILS: 3, IN_ZERO: 1}),
+        (2, 1.0, 2, True, {IN_UTILS: 5, IN_ZERO: 4}),
     ],
 )
-def test_attack_and_loss_read_nothing_and_the_update_the_gradients_norm(ranks, batch, monkeypatch, stage, clip, places):
-    from deepspeed.accelerator import get_accelerator
-
-    config = five_steps.settings(stage, "replicated", "float32", 8)
+def test_attack_and_loss_wait_for_nothing_and_the_update_for_the_gradients_norm(
+    ranks, batch, waits, monkeypatch, stage, clip, micro, ranks_to_reduce_over, places
+):
+    if ranks_to_reduce_over:
+        monkeypatch.setattr(Engine, "_overlaps", lambda engine, stage: True)
+    config = five_steps.settings(stage, "replicated", "float32", micro)
     config = config.model_copy(update={"train": config.train.model_copy(update={"grad_clip": clip})})
     engine, head = Engine(config, five_steps.tower(0), ranks), ZeroShotHead(five_steps.text(), 20.0)
     teachers = {
@@ -70,12 +114,17 @@ def test_attack_and_loss_read_nothing_and_the_update_the_gradients_norm(ranks, b
         for seed, name in enumerate(("clean", "robust"), 1)
     }
     task = DistillationTask(config, engine, head, teachers)
-    for _ in range(3):  # DeepSpeed's timer began with the third step; in the first, teachers are looked at once
-        reads = HostReads()
-        monkeypatch.setattr(type(get_accelerator()), "synchronize", reads.note)
-        with reads:
+    for _ in range(3):  # in the first, teachers are looked at once; DeepSpeed's timer would begin with the third
+        waits.places.clear()
+        with waits:
             optimizer_step(task, engine, batch, 1e-4, ranks.device)
-    assert reads.places == places
+    assert waits.places == places
+
+
+@pytest.mark.parametrize("device, world, stages", [("cpu", 2, [3]), ("cuda", 1, [3]), ("cuda", 2, [1, 2, 3])])
+def test_gradients_travel_during_the_backward_where_there_are_other_gpus(device, world, stages):
+    engine = SimpleNamespace(ranks=SimpleNamespace(device=torch.device(device), world_size=world))
+    assert [stage for stage in (1, 2, 3) if Engine._overlaps(engine, stage)] == stages
 
 
 def test_the_numbers_of_a_step_are_read_in_one_wait_and_bad_samples_where_there_are_any(ranks):
