@@ -59,6 +59,7 @@ class Engine:
         tower.autocast = torch.bfloat16 if config.engine.precision == "bf16" else None
         tower.to(ranks.device)
         self.checkpoint_attack = config.engine.checkpoint_attack
+        self.attacks = bool(config.attack_objective)
         self.attack_copy = self._attack_copy(config, tower)
         self.ds, *_ = deepspeed.initialize(
             model=tower,
@@ -80,14 +81,29 @@ class Engine:
 
     def compile(self, setting: str, say: Callable[[str], None]) -> None:
         """Let the attack, and the trained tower where its weights lie whole, be compiled graphs, as `engine.compile`
-        says. `say` is told of what runs uncompiled.
+        says. `say` is told of what runs uncompiled, or without the CUDA graphs that were asked for.
         """
         if not wants_compiling(setting, self.ranks.device):
             return
+        graphs = setting == "graphs"
+        if graphs and (reason := self._without_cuda_graphs()):
+            say(f"engine.compile 'graphs' is 'on' here: {reason}")
+            graphs = False
         if self.attack_copy:
-            compile_tower(self.attack_copy.tower, "the attack's student", say, graphs=setting == "graphs")
-        if self.stage < 3:  # stage 3 gathers weights between the layers
+            compile_tower(self.attack_copy.tower, "the attack's student", say, graphs)
+        if self.stage < 3:
             compile_tower(self.ds.module, "the student", say)
+        else:
+            who = "the student and its attack run" if self.attacks and not self.attack_copy else "the student runs"
+            say(f"{who} uncompiled: engine.zero_stage 3 gathers the weights between the layers")
+
+    def _without_cuda_graphs(self) -> str | None:
+        """Why none can be made; None where they can."""
+        if self.ranks.device.type == "cpu":
+            return "a CPU has no CUDA graphs"
+        if not self.attacks:
+            return "CUDA graphs are the attack's, and the method makes none"
+        return None if self.attack_copy else "CUDA graphs are those of the attack's copy; set engine.attack_copy=true"
 
     def _attack_copy(self, config: Config, tower: ImageTower) -> AttackCopy | None:
         if not config.engine.attack_copy or not config.attack_objective:
