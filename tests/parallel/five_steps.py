@@ -2,11 +2,14 @@
 out.
 
 Usage: five_steps.py OUT CASE...; CASE is `plain` (PyTorch alone) or STAGE-PLACEMENT-PRECISION-MICROBATCH, such as
-`2-sharded-float32-4`.
+`2-sharded-float32-4`; with -WAY after it, one of SETTINGS or of `way`.
 """
 
 import json
+import os
 import sys
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,11 @@ from mmtard.models.image_tower import ImageTower
 from mmtard.zero_shot import ZeroShotHead
 
 STEPS, BATCH, CLASSES, LR = 5, 8, 5, 1e-3
+SMALL_BUCKET = 7_000  # the largest tensor fits, all 24,064 weights take four
+SETTINGS = {  # of `engine`, for the ways that are settings
+    "uncopied": {"attack_copy": False},
+    "checkpointed": {"checkpoint_activations": True, "checkpoint_attack": True},
+}
 
 
 def tower(seed: int) -> ImageTower:
@@ -42,7 +50,9 @@ def batches():
         )
 
 
-def settings(stage: int, placement: str, precision: str, micro: int, device: str = "cpu") -> config.Config:
+def settings(
+    stage: int, placement: str, precision: str, micro: int, device: str = "cpu", **engine: bool
+) -> config.Config:
     teacher = {"weights": "random", "placement": placement}
     return config.validate(
         {
@@ -53,7 +63,7 @@ def settings(stage: int, placement: str, precision: str, micro: int, device: str
             "attack": {"eps": "8/255", "step_size": "2/255", "steps": 3, "momentum": 0.9},
             "data": {"shards": "unused", "lanes": BATCH},
             "train": {"steps": STEPS, "batch_size": BATCH, "micro_batch_size": micro, "lr": LR, "weight_decay": 0.1},
-            "engine": {"zero_stage": stage, "precision": precision, "device": device},
+            "engine": {"zero_stage": stage, "precision": precision, "device": device, **engine},
         }
     )
 
@@ -92,15 +102,49 @@ def plain() -> dict:
     return {"losses": reported, "weights": student.state_dict()}
 
 
+@contextmanager
+def way(name: str):
+    """While it lasts: `buckets` of gradients are small, and if `overlapped`, they are reduced during the backward;
+    torch.compile makes graphs without writing C++ (`compiled`).
+    """
+    from mmtard.training import optimizer
+    from mmtard.training.engine import Engine
+
+    make = torch.compile
+    with ExitStack() as stack:
+        if name in ("buckets", "overlapped"):
+            stack.enter_context(mock.patch.object(optimizer, "BUCKET", SMALL_BUCKET))
+        if name == "overlapped":
+            stack.enter_context(mock.patch.object(Engine, "_overlaps", lambda engine, stage: True))
+        if name == "compiled":
+            from torch._dynamo import config as dynamo, utils
+
+            def aot_eager(function, mode=None, **settings):
+                return make(function, backend="aot_eager", **settings)
+
+            torch._dynamo.reset()
+            utils.counters.clear()
+            stack.enter_context(mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="0"))
+            stack.enter_context(dynamo.patch(disable=False))
+            stack.enter_context(mock.patch.object(torch, "compile", aot_eager))
+        yield
+
+
 def engine(ranks: Ranks, case: str) -> dict:
     from mmtard.distillation.task import DistillationTask
     from mmtard.models.image_tower import DTYPES
+    from mmtard.models.student import checkpoint_activations
     from mmtard.models.teachers import FrozenTeacher
     from mmtard.training.engine import Engine
 
-    stage, placement, precision, micro = case.split("-")
-    cfg = settings(int(stage), placement, precision, int(micro), ranks.device.type)
-    student, head = Engine(cfg, tower(0), ranks), ZeroShotHead(text().to(ranks.device), 20.0)
+    stage, placement, precision, micro, name = (*case.split("-"), "")[:5]
+    cfg = settings(int(stage), placement, precision, int(micro), ranks.device.type, **SETTINGS.get(name, {}))
+    trained = tower(0)
+    if cfg.engine.checkpoint_activations:
+        checkpoint_activations(trained)
+    student, head = Engine(cfg, trained, ranks), ZeroShotHead(text().to(ranks.device), 20.0)
+    said: list[str] = []
+    student.compile("on" if name == "compiled" else "off", said.append)
     teachers = {
         name: FrozenTeacher(name, cfg.teachers[name], tower(seed), head, ranks, DTYPES[precision])
         for seed, name in enumerate(("clean", "robust"), 1)
@@ -120,13 +164,25 @@ def engine(ranks: Ranks, case: str) -> dict:
     weights, _, updates = student.full_state()
     assert not ranks.is_first or updates == STEPS
     sizes = {"held": held, "whole": {name: t.bytes_whole for name, t in teachers.items()}}
-    return {"losses": reported, "weights": weights, "bytes": json.dumps(sizes)}
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] if name == "compiled" else 0
+    buckets = student.elements / student.ds.optimizer.reduce_bucket_size if int(stage) else 0
+    return {
+        "losses": reported,
+        "weights": weights,
+        "bytes": json.dumps(sizes),
+        "said": said,
+        "graphs": graphs,
+        "buckets": buckets,
+    }
 
 
 if __name__ == "__main__":
     out, *cases = sys.argv[1:]
     ranks = process_group.start("cpu")
-    results = {case: plain() if case == "plain" else engine(ranks, case) for case in cases}
+    results = {}
+    for case in cases:
+        with way(case.rpartition("-")[2]):
+            results[case] = plain() if case == "plain" else engine(ranks, case)
     if ranks.is_first:
         torch.save(results, out)
     process_group.stop()

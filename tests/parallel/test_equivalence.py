@@ -1,4 +1,6 @@
-"""ZeRO 0-3, one rank and two, teachers replicated and sharded: all the same training as plain PyTorch, PGD included."""
+"""ZeRO 0-3, one rank and two, teachers replicated and sharded, and what saves time or memory: all the same training as
+plain PyTorch, PGD included.
+"""
 
 import json
 from pathlib import Path
@@ -41,6 +43,18 @@ def two_ranks(tmp_path_factory):
     )
 
 
+WAYS = [
+    *((stage, "buckets") for stage in (1, 2, 3)),
+    *((stage, "overlapped") for stage in (1, 2)),
+    *((stage, way) for way in ("uncopied", "checkpointed", "compiled") for stage in (2, 3)),
+]
+
+
+@pytest.fixture(scope="module")
+def other_ways(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("ways"), 2, [f"{stage}-replicated-float32-2-{way}" for stage, way in WAYS])
+
+
 def largest_difference(a: dict, b: dict) -> float:
     assert a.keys() == b.keys()
     return max((settled(k, a[k]) - settled(k, b[k])).abs().max().item() for k in a)
@@ -74,6 +88,19 @@ def test_two_ranks_equal_plain_pytorch(plain, two_ranks, stage, placement):
 
 def test_accumulated_micro_batches_equal_one_batch(plain, two_ranks):
     assert_same_training(two_ranks["2-replicated-float32-2"], plain)
+
+
+@pytest.mark.parametrize("stage, way", WAYS)
+def test_ways_that_save_time_or_memory_equal_plain_pytorch(plain, other_ways, stage, way):
+    """Two micro-batches a rank. Several buckets of gradients, after the backward or during it; the attack on the
+    trained tower; activations computed again, in the attack, too; compiled.
+    """
+    ours = other_ways[f"{stage}-replicated-float32-2-{way}"]
+    assert_same_training(ours, plain)
+    assert (ours["buckets"] > 3) == (way in ("buckets", "overlapped"))
+    # The attack's and the trained tower's; under ZeRO-3 that one's weights come layer by layer.
+    assert ours["graphs"] == ({2: 2, 3: 1}[stage] if way == "compiled" else 0)
+    assert len(ours["said"]) == (way == "compiled" and stage == 3)
 
 
 def test_sharded_teachers_are_half_as_large_on_each_of_two_ranks(two_ranks):
