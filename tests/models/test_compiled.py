@@ -1,7 +1,12 @@
 """Compiled forwards: one graph a shape, never a second in silence, and none where it cannot be made."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from processes import python_path
 
 from mmtard.config import Model
 from mmtard.models import compiled, image_tower, loading
@@ -160,6 +165,35 @@ def test_what_a_replayed_graph_returns_is_copied_out_of_its_memory(tower, monkey
 )
 def test_auto_compiles_on_gpus(setting, device, wanted):
     assert compiled.wants_compiling(setting, torch.device(device)) is wanted
+
+
+WITHOUT_A_COMPILER = """
+import sys, torch
+from mmtard.config import Model
+from mmtard.models import compiled, loading
+from mmtard.models.attack_copy import frozen_twin
+tower, said = frozen_twin(loading.load_clip(Model(arch=sys.argv[1], weights="random"), seed=3).tower().eval()), []
+x = torch.rand(4, 3, 16, 16, requires_grad=True)
+plain = torch.autograd.grad(tower(x).square().sum(), x)[0]
+for any_batch in (False, True):
+    torch._dynamo.reset()
+    compiled.compile_tower(tower, "the model", said.append, any_batch=any_batch)
+    for _ in range(2):
+        assert torch.autograd.grad(tower(x).square().sum(), x)[0].equal(plain)
+print(*said, sep="\\n")
+"""
+
+
+@pytest.mark.slow  # a process that imports the compiler
+def test_a_real_compiler_that_finds_no_cxx_is_said_once_and_all_goes_on(vit, tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    env |= {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": python_path()}
+    words = [sys.executable, "-c", WITHOUT_A_COMPILER, vit]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert len(said) == 2 and all(line.startswith("the model runs uncompiled: ") for line in said), said
+    assert all("compiler" in line for line in said), said
 
 
 @pytest.fixture
