@@ -1,26 +1,30 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in at most nine minutes: tests/gpu, then the benchmarks. Results go to OUT (default gpu_check)
+# What only a GPU can show, in at most 13 minutes: tests/gpu, then the benchmarks. Results go to OUT (default gpu_check)
 # as they come, so that a run which is cut short keeps what it had; a summary comes last.
 #
 #     bash launch/gpu_check.sh [--wheels DIR] [OUT]      on a machine with a GPU
 #     bash launch/gpu_check.sh --rehearse [OUT]          the same on a CPU, with tiny shapes: shows that it runs
 #
+# What the benchmarks answer: bench-256, images/s beside the published float32 step's and the share of the matrix product;
+# bench-32, what small batches lose of that, with CUDA graphs; bench-32-zero2, what ZeRO's buckets cost one GPU.
+# --tests, --benchmarks: that part alone.
 # --wheels DIR: packages that the machine lacks and cannot fetch, installed beside its own for this run alone.
 # PYTHON: the interpreter that has torch; else .venv/bin/python where there is one, else python3.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-out=gpu_check rehearse='' wheels=''
+out=gpu_check rehearse='' wheels='' only=''
 while [ $# -gt 0 ]; do
     case $1 in
     --rehearse) rehearse=1 ;;
+    --tests | --benchmarks) only=$1 ;;
     --wheels)
         [ $# -ge 2 ] || { echo "gpu_check.sh: --wheels needs a folder" >&2; exit 2; }
         wheels=$2
         shift
         ;;
     -*)
-        echo "gpu_check.sh: '$1' is no option; it takes --rehearse, --wheels DIR and a folder for results" >&2
+        echo "gpu_check.sh: '$1' is no option; it takes --rehearse, --tests, --benchmarks, --wheels DIR and a results folder" >&2
         exit 2
         ;;
     *) out=$1 ;;
@@ -46,9 +50,9 @@ if [ -n "$wheels" ]; then
     "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheels"/*.whl || exit 1
 fi
 export PYTHONPATH="${site:+$site:}$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-[ -z "$rehearse" ] || export MMTARD_GPU_TESTS=rehearse OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+[ -z "$rehearse" ] || export MMTARD_GPU_TESTS=rehearse OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCHDYNAMO_DISABLE=1
 
-limit=540 slower=1 # seconds in all
+limit=780 slower=1 # seconds in all
 [ -z "$rehearse" ] || { limit=3600 slower=6; } # a CPU that others use, too
 began=$(date +%s)
 left() { echo $((limit - $(date +%s) + began)); }
@@ -82,11 +86,11 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else f"no GPU, {
 if shutil.which("nvidia-smi"):
     subprocess.run(["nvidia-smi"])
 '
-part tests 250 "$python" -m pytest tests/gpu -v -s -ra -p no:cacheprovider --durations=8
-# bench IMAGES SECONDS SETTINGS_AND_FLAGS... : the training step at its real shapes, on random images.
+[ "$only" = --benchmarks ] || part tests 230 "$python" -m pytest tests/gpu -v -s -ra -p no:cacheprovider --durations=8
+# bench NAME IMAGES SECONDS SETTINGS_AND_FLAGS... : the training step at its real shapes, on random images.
 bench() {
-    local images=$1 most=$2
-    shift 2
+    local name=$1 images=$2 most=$3
+    shift 3
     local what=(benchmarks/vitb32_vitl14 engine.device=cuda engine.precision=bf16 "train.batch_size=$images" "$@")
     if [ -n "$rehearse" ]; then
         local tiny=$PWD/mmtard/examples/tiny_clip.json
@@ -95,12 +99,17 @@ bench() {
         what+=(--warm-up 1 --rounds 1 --steps 1 --classes 10)
         what+=("student.arch=$tiny" "teachers.clean.arch=$tiny" "teachers.robust.arch=$tiny")
     fi
-    part "bench-$images" "$most" "$python" -m mmtard bench train "${what[@]}" --out "$out/bench-$images.json"
+    part "$name" "$most" "$python" -m mmtard bench train "${what[@]}" --out "$out/$name.json"
 }
-# The published step computes in float32 and is not compiled: with 256 images it alone would take the time.
-bench 32 100 engine.compile=off --against published --warm-up 1 --rounds 3 --steps 2
-bench 256 200 --variants mmtard "mmtard, clean stored" "mmtard, uncompiled" --warm-up 2 --rounds 2 --steps 2
-grep -hE '^(=+ .*(passed|failed|error)|FAILED|ERROR|ZeRO |SKIPPED \[)' "$out/tests.txt" >>"$out/summary.txt"
+if [ "$only" != --tests ]; then
+    # The published step computes in float32 and is not compiled: four of its steps are what the time allows.
+    bench bench-256 256 240 --against published --variants published mmtard "mmtard, clean stored" "mmtard, uncompiled" \
+        --warm-up 1 --rounds 3 --steps 1
+    bench bench-32 32 150 engine.compile=graphs --variants mmtard "mmtard, uncompiled" --warm-up 2 --rounds 3 --steps 4
+    bench bench-32-zero2 32 90 engine.compile=graphs engine.zero_stage=2 --variants mmtard \
+        --warm-up 2 --rounds 3 --steps 4
+fi
+grep -hE '^(=+ .*(passed|failed|error)|FAILED|ERROR|ZeRO |SKIPPED \[)' "$out/tests.txt" >>"$out/summary.txt" 2>/dev/null
 echo "== summary, $((limit - $(left))) s in all${rehearse:+, rehearsed on the CPU}"
 cat "$out/summary.txt"
 exit "$failed"

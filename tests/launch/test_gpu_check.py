@@ -17,7 +17,10 @@ def check(*words, **env):
 @pytest.mark.parametrize(
     "words, told",
     [
-        (["--fast"], "'--fast' is no option; it takes --rehearse, --wheels DIR and a folder for results"),
+        (
+            ["--fast"],
+            "'--fast' is no option; it takes --rehearse, --tests, --benchmarks, --wheels DIR and a results folder",
+        ),
         (["--wheels"], "--wheels needs a folder"),
         (["--wheels", "/nowhere"], "--wheels: '/nowhere' has no wheels"),
     ],
