@@ -125,13 +125,14 @@ def of_run(config: Config, world: int) -> dict[str, list[float]]:
     batch = config.train.batch_size // world // accumulated
     whole, share = FLOAT32 * trained, FLOAT32 * trained / world
     bucket = FLOAT32 * bucket_size(trained)
+    buckets = bucket * (2 if world > 1 else 1)  # one travels while the next one fills
     everything = whole + FLOAT32 * frozen
     rows = {
         "weights": [everything, everything, everything, everything / world],
         "weights gathered for use, at most": [0, 0, 0, everything],
         "weights the optimiser holds": [0, share, share, share],
         "gradients": [whole, whole, share, share],
-        "gradients under way": [0, 2 * bucket, 2 * bucket, 2 * bucket],  # one travels while the next one fills
+        "gradients under way": [0, buckets, buckets, 2 * bucket],
         "moments of AdamW": [2 * whole, 2 * share, 2 * share, 2 * share],
     }
     if config.train.ema:
