@@ -33,6 +33,7 @@ PARTS = (
 )
 COMPUTE = ("teachers", "attack", "student")
 GRADIENT_BYTES = 4  # of a weight: float32, whatever the precision of the forwards
+KEPT = 10**9  # weights that ZeRO-3 looks ahead before it lets go of one (DeepSpeed's stage3_max_reuse_distance)
 UPDATE_BYTES = 7 * 4  # a weight's update reads weight, gradient and two moments, and writes three of them
 
 
@@ -146,15 +147,19 @@ def predict(work: Work, machine: Machine, world: int) -> Prediction:
 
 
 def travelling_weights(work: Work) -> int:
-    """Weights and gradients, by number, that ZeRO sends in a step.
+    """Weights and gradients, by number, that pass through each rank's link in a step, as DeepSpeed's collectives move them.
 
-    Reduce-scatter of gradients, all-gather of weights; stage 3 gathers all weights for each forward and backward
-    instead, those of the attack once where it has a copy.
+    A ring's all-reduce counts twice: a reduce-scatter and an all-gather. Stages 0 to 2 all-reduce the gradients (also
+    where a rank keeps its share alone); 1 and 2 gather the trained weights after the update. Stage 3 reduce-scatters
+    the gradients and gathers all weights for a forward, of which those of a small tower stay for its backward; the
+    attack's copy asks for the trained ones, without it each attack step for all.
     """
     if work.zero_stage < 3:
-        return 2 * work.trained
-    in_attack = min(work.attack_steps, 1) if work.attack_copy else 2 * work.attack_steps
-    return work.trained + (in_attack + 2) * (work.trained + work.frozen)
+        return (3 if work.zero_stage else 2) * work.trained
+    weights = work.trained + work.frozen
+    for_both = weights if 2 * weights <= KEPT else 2 * weights
+    in_attack = work.trained * min(work.attack_steps, 1) if work.attack_copy else for_both * work.attack_steps
+    return work.trained + in_attack + for_both
 
 
 def zero_bytes(work: Work, world: int) -> float:

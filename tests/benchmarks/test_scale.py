@@ -7,7 +7,16 @@ import pytest
 
 from mmtard import config as settings, resources
 from mmtard.benchmarks.machine import Machine, measured
-from mmtard.benchmarks.scale import PARTS, ScaleBenchmark, Work, bandwidth_of, binds_first, predict, work_of
+from mmtard.benchmarks.scale import (
+    PARTS,
+    ScaleBenchmark,
+    Work,
+    bandwidth_of,
+    binds_first,
+    predict,
+    travelling_weights,
+    work_of,
+)
 from mmtard.config import Lora
 from mmtard.errors import UserError
 
@@ -65,7 +74,7 @@ def test_of_a_student_with_adapters_these_alone_travel_and_are_updated(main_run)
     whole, work = work_of(main_run), work_of(adapted)
     assert work.trained < whole.trained / 50 and work.frozen == whole.trained
     stage3 = predict(replace(work, zero_stage=3), PLAIN, 4).parts["ZeRO traffic"]
-    gathers = 3 * (work.trained + work.frozen)  # the attack's copy, forward and backward
+    gathers = work.trained + work.trained + work.frozen  # the attack's copy; forward and backward
     assert stage3 == pytest.approx((work.trained + gathers) * 4 * 3 / 4 / 8e9)
 
 
@@ -84,7 +93,7 @@ def test_the_parts_are_those_worked_out_by_hand():
     assert eight == pytest.approx({
         "teachers": 0.032, "attack": 0.16, "student": 0.048,
         "optimiser": 1e6 * 28 / 8 / 28e9,
-        "ZeRO traffic": 2 * 7 / 8 * 4e6 / 4e9,  # gradients and weights, between nodes
+        "ZeRO traffic": 3 * 7 / 8 * 4e6 / 4e9,  # gradients there and back, and weights, between nodes
         "teacher gathers": 8e6 * 3 / 4 / 8e9,  # within a node alone
         "agreement": 0.007, "host": 0.002,
         "loading": 0.0,  # 0.08 s beside the rest
@@ -94,14 +103,23 @@ def test_the_parts_are_those_worked_out_by_hand():
     assert one.compute == pytest.approx(64 * 30e9 / 1e12)
 
 
-def test_stage_3_gathers_the_weights_for_every_forward_and_backward():
+@pytest.mark.parametrize("stage, volumes", [(0, 2), (1, 3), (2, 3)])
+def test_gradients_are_all_reduced_and_zeros_weights_gathered(stage, volumes):
+    seconds = predict(replace(SMALL, zero_stage=stage), PLAIN, 4).parts["ZeRO traffic"]
+    assert seconds == pytest.approx(volumes * 3 / 4 * 4e6 / 8e9)
+
+
+def test_stage_3_gathers_the_weights_for_every_forward():
     stage3 = predict(replace(SMALL, zero_stage=3), PLAIN, 4).parts["ZeRO traffic"]
-    assert stage3 == pytest.approx((1 + 20 + 2) * 3 / 4 * 4e6 / 8e9)
+    assert stage3 == pytest.approx((1 + 10 + 1) * 3 / 4 * 4e6 / 8e9)
+    large = replace(SMALL, zero_stage=3, trained=10**9)  # too large to stay for the backward
+    assert travelling_weights(large) == (1 + 20 + 2) * 10**9
 
 
-def test_the_attacks_copy_gathers_the_weights_once_a_step():
-    copied = predict(replace(SMALL, zero_stage=3, attack_copy=True), PLAIN, 4).parts["ZeRO traffic"]
-    assert copied == pytest.approx((1 + 1 + 2) * 3 / 4 * 4e6 / 8e9)
+def test_the_attacks_copy_gathers_the_trained_weights_once_a_step():
+    copied = replace(SMALL, zero_stage=3, attack_copy=True)
+    assert predict(copied, PLAIN, 4).parts["ZeRO traffic"] == pytest.approx((1 + 1 + 1) * 3 / 4 * 4e6 / 8e9)
+    assert travelling_weights(replace(copied, frozen=5)) == 3 * 10**6 + 5
 
 
 def test_slow_loaders_and_launches_bind_where_they_are_slowest():
@@ -136,7 +154,7 @@ def test_the_bandwidth_is_fitted_to_what_ranks_spent_in_collectives(main_run, wo
     found = tmp_path / "weak.json"
     content = {"config": main_run.model_dump(mode="json"), "communication": {"1": [0.0], "2": [0.3, 0.1, 0.2]}}
     found.write_text(json.dumps(content))
-    assert bandwidth_of(found) == pytest.approx(2 * 1 / 2 * 87849216 * 4 / 0.2)  # gradients and weights, half of each
+    assert bandwidth_of(found) == pytest.approx(3 * 1 / 2 * 87849216 * 4 / 0.2)  # of three volumes, half
     fitted = predict(work, replace(Machine(), within=bandwidth_of(found)), 2)
     assert fitted.parts["ZeRO traffic"] == pytest.approx(0.2)
     found.write_text(json.dumps({**content, "communication": {"1": [0.0]}}))
