@@ -84,16 +84,18 @@ class EvaluationBenchmark:
             for name in suite.attacks:
                 if reason := not_defined(name, classes):
                     raise UserError(f"--suites: '{suite.name}' needs {reason}; give data of more classes")
-        ways: Ways = {"mmtard": (ours, model)} | ({COMPILED: (self._ours_fused, compiled)} if compiled else {})
-        compiling = self._warm_up(ways, model, images[:8])
-        ways[LIBRARY] = (theirs, model)
+        own_ways: Ways = {"mmtard": (ours, model)}
+        if compiled:
+            own_ways[COMPILED] = (self._ours_fused, compiled)
+        compiling = self._warm_up(own_ways, model, images[:8])
+        ways: Ways = {**own_ways, LIBRARY: (theirs, model)}
         most = self._most_passes(ways, len(images), classes)
         self.progress.part("", self.rounds * sum(most.values()))
         report = BenchmarkReport(numbers={"settings": vars(self.settings), "samples": len(images), "suites": {}})
         table = BenchmarkTable(self._title(len(images)), list(COLUMNS))
         for suite in self.suites:
             measured = self._measured(suite, ways, most, images, labels)
-            for name in list(ways)[:-1]:
+            for name in own_ways:
                 title = suite.name if name != COMPILED else f"{suite.name}, compiled"
                 report.numbers["suites"][title] = found = _found(measured[name], measured[LIBRARY])
                 table.rows.append(_row(title, found, len(images)))
@@ -112,12 +114,14 @@ class EvaluationBenchmark:
         labels = model(images).argmax(1)
         settings = replace(self.settings, eps=1e-6, iters=3, queries=60)  # none falls, so that all are asked
         attacks = {name: Suite(name, (name,)) for suite in self.suites for name in suite.attacks}
+
+        def seconds(attack: Callable[..., Measured], asked: Classifier) -> float:
+            return sum(attack(asked, images, labels, settings, alone).seconds for alone in attacks.values())
+
         found = {}
-        for name, (attack, asked) in ways.items():
-            first, again = (
-                sum(attack(asked, images, labels, settings, alone).seconds for alone in attacks.values())
-                for _ in range(2)
-            )
+        for name, way in ways.items():
+            first = seconds(*way)
+            again = seconds(*way)
             found[name] = first - again
         return found
 
@@ -153,8 +157,9 @@ class EvaluationBenchmark:
         for suite in self.suites:
             own = sum(gradient.get(name, 0) for name in suite.attacks) * s.iters
             own += s.queries if "square" in suite.attacks else 0
-            theirs_alone = (suite.their_restarts - 1) * s.iters
-            found |= {(suite, name): samples * (own + (name == LIBRARY) * theirs_alone) for name in ways}
+            for name in ways:
+                more_restarts = suite.their_restarts - 1 if name == LIBRARY else 0
+                found[suite, name] = samples * (own + more_restarts * s.iters)
         return found
 
 
