@@ -20,7 +20,7 @@ class AttackPasses:
 
     def __init__(self, parts: ResidentParts):
         attack = parts.task.attack
-        self.number = attack.steps * attack.restarts
+        self.number = (attack.steps + (attack.algorithm == "apgd")) * attack.restarts  # APGD also asks about its start
         self._parts = parts
         self._forward: Callable[[], AbstractContextManager] = parts.engine.attack_forward
 

@@ -166,9 +166,12 @@ def test_the_passes_that_an_attack_is_held_to_are_its_own():
         yield lambda x: asked.append((len(x), x.requires_grad)) or x.flatten(1)
 
     engine = SimpleNamespace(attack_forward=attack_forward, micro_batch_size=2)
-    task = SimpleNamespace(attack=SimpleNamespace(steps=3, restarts=2))
-    AttackPasses(SimpleNamespace(task=task, engine=engine, batch=random_batch(4, (16, 16), CLASSES)))()
-    assert asked == [(2, True)] * 2 * 6
+    for algorithm, passes in (("pgd", 3 * 2), ("apgd", 4 * 2)):  # APGD also asks about its start
+        asked.clear()
+        task = SimpleNamespace(attack=SimpleNamespace(steps=3, restarts=2, algorithm=algorithm))
+        of_attack = AttackPasses(SimpleNamespace(task=task, engine=engine, batch=random_batch(4, (16, 16), CLASSES)))
+        of_attack()
+        assert asked == [(2, True)] * 2 * passes and of_attack.number == passes
     share, said = share_of_passes([2.1, 2.2], [2.0, 2.0], 10)
     assert (share.low, share.high) == pytest.approx((1.05, 1.1)) and "1.075 (1.050-1.100)" in said
 
