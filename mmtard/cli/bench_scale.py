@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import config as settings, resources
 from ..benchmarks.out_file import check_out, scratch_folder
 from ..config.argument_types import path, positive, separated
-from ..errors import RunError
+from ..errors import RunError, UserError
 from ..launch import local
 from .command import add_command, add_config_arguments, heavy_imports
 
@@ -46,6 +46,8 @@ def add(parts) -> None:
 
 def _run(args) -> None:
     check_out(args.out)
+    if args.weak:
+        _check_flags(args)
     config = settings.load(args.config, args.overrides)
     if args.weak:
         measured = [_measured(args, config, world) for world in args.weak]
@@ -55,6 +57,12 @@ def _run(args) -> None:
     with heavy_imports():
         from ..benchmarks.scale import ScaleBenchmark
     return ScaleBenchmark(config, args.world, train=args.train, data=args.data, ranks=args.ranks).run(args.out)
+
+
+def _check_flags(args) -> None:
+    for flag in ("train", "data", "ranks"):
+        if file := getattr(args, flag):
+            raise UserError(f"--{flag}: '{file}' is read for a prediction, and --weak measures; leave one of them out")
 
 
 def _measured(args, config: settings.Config, world: int) -> dict:

@@ -178,3 +178,10 @@ def test_the_table_says_that_it_is_a_prediction_and_what_it_assumes(main_run, tm
 def test_a_world_that_the_batch_does_not_divide_over_is_refused(main_run, tmp_path):
     with pytest.raises(UserError, match="64 lanes cannot be shared by 7 ranks"):
         ScaleBenchmark(main_run, [7]).run(tmp_path / "scale.json")
+
+
+def test_a_measurement_reads_no_file_of_a_prediction(command, tmp_path, capsys):
+    for flag in ("--train", "--data", "--ranks"):
+        words = ["bench", "scale", "benchmarks/vitb32_vitl14", "--weak", "1,2", flag, tmp_path / "found.json"]
+        assert command(*words, "--out", tmp_path / "out.json") == 2
+        assert f"{flag}: '{tmp_path / 'found.json'}' is read for a prediction" in capsys.readouterr().err
