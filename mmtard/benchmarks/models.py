@@ -13,7 +13,6 @@ from ..config import Config, check_world
 from ..data.samples import Batch
 from ..distillation.task import DistillationTask
 from ..distributed.ranks import Ranks
-from ..errors import UserError
 from ..models.attack_copy import frozen_twin
 from ..models.clip import Clip
 from ..models.image_tower import DTYPES, freeze
@@ -57,7 +56,8 @@ class ResidentParts:
 def resident_parts(
     config: Config, ranks: Ranks, classes: int, published: bool, samples: int | None = None
 ) -> ResidentParts:
-    """Make them. published: also copies of the models for the published step, in float32.
+    """Make them. published: also copies of the models for the published step, in float32, of a configuration that
+    `check_comparable` accepts.
 
     samples: of the data that the step is shown; None: the resident batch alone.
     """
@@ -98,9 +98,6 @@ def resident_parts(
 def _published_models(
     clips: dict[str, Clip], heads: dict[str, ZeroShotHead], device: torch.device, own_teachers: bool
 ) -> PublishedModels:
-    for name in ("clean", "robust"):
-        if name not in clips:
-            raise UserError(f"teachers.{name}: the published step needs this teacher; add it, or leave --against out")
     towers = {"student": copy.deepcopy(clips["student"].tower()).to(device)}
     for name in ("clean", "robust"):
         tower = clips[name].tower().to(device)

@@ -50,20 +50,50 @@ class PublishedOptions:
     frozen_attack: bool = False
 
 
+def check_comparable(config: Config, world_size: int = 1) -> None:
+    """UserError for a configuration whose step has another loss or attack than the published one, or several ranks."""
+    method, attack, terms = config.method, config.attack, config.terms
+    remedy = "take benchmarks/vitb32_vitl14, or leave --against out"
+    if method.name != "mmtard":
+        raise UserError(f"method.name: '{method.name}', but the published step is that of 'mmtard'; {remedy}")
+    published = {
+        "method.weighting": (method.weighting, "official"),
+        "method.views": (method.views, {"clean": "clean", "robust": "adv"}),
+        "method.temperatures": (method.temperatures, {}),
+        "method.trust": (method.trust, "whole"),
+        "method.cross_modal_weight": (method.cross_modal_weight, 0),
+        "attack.objective": (config.attack_objective, "kl_clean"),
+        "attack.algorithm": (attack.algorithm, "pgd"),
+        "attack.norm": (attack.norm, "linf"),
+        "attack.momentum": (attack.momentum, 0),
+        "attack.restarts": (attack.restarts, 1),
+        "attack.random_start": (attack.random_start, True),
+    }
+    for place, (value, theirs) in published.items():
+        if value != theirs:
+            raise UserError(f"{place}: {value!r}, but the published step has {theirs!r}; set that, or {remedy}")
+    added = {"attack.ramp": attack.ramp}
+    added |= {f"terms.{name}": getattr(terms, name) for name in ("anchor", "feature", "bound")}
+    for place, part in added.items():
+        if part is not None:
+            words = ", ".join(f"{name} {value}" for name, value in part.model_dump(mode="json").items())
+            raise UserError(f"{place}: {words}, which the published step does not have; set {place}=null, or {remedy}")
+    if world_size > 1:
+        raise UserError(
+            f"--against: the published step has no gradients of other ranks, and here are {world_size}; start one "
+            "process, or leave --against out"
+        )
+
+
 class PublishedStep:
     """One student and its AdamW: each call is one update on images [B,3,H,W], labels and seeds int64 [B].
 
-    Several variants may share it: what differs comes with the call.
+    Several variants may share it: what differs comes with the call. The configuration is one that `check_comparable`
+    accepts.
     """
 
     def __init__(self, config: Config, models: PublishedModels, clock: PhaseClock):
-        settings = config.method
-        if settings.name != "mmtard" or settings.weighting != "official" or set(settings.views) != {"clean", "robust"}:
-            raise UserError(
-                f"method.name: the published step is that of 'mmtard' with weighting 'official' and the teachers "
-                f"'clean' and 'robust', not of '{settings.name}'; take vitb32_mmtard, or leave --against out"
-            )
-        self.settings, self.attack, self.models, self.clock = settings, config.attack.at(0), models, clock
+        self.settings, self.attack, self.models, self.clock = config.method, config.attack.at(0), models, clock
         train = config.train
         self.optimizer = torch.optim.AdamW(
             models.student.parameters(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay

@@ -26,7 +26,7 @@ from .matrix import matrix_rate
 from .models import ResidentParts, resident_parts
 from .options import as_open_clip, every_target_stored, one_noisy_step, recomputing, uncompiled, without_attack_copy
 from .phases import PhaseClock
-from .published import PublishedOptions, PublishedStep
+from .published import PublishedOptions, PublishedStep, check_comparable
 from .report import BenchmarkReport, BenchmarkTable
 from .timing import Spread, alternately, ratios, timed
 
@@ -75,6 +75,8 @@ class TrainingBenchmark:
             WorkProgress(ranks.is_first) as progress,
             timed_collectives(PhaseClock(ranks.device)) as collectives,
         ):
+            if self.against:
+                check_comparable(self.config, ranks.world_size)
             progress.part("models")
             clock = PhaseClock(ranks.device)
             parts = resident_parts(self.config, ranks, self.classes, published=self.against is not None)

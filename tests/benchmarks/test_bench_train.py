@@ -111,13 +111,43 @@ def test_what_makes_the_published_step_slow_changes_none_of_its_numbers(both):
     assert not torch.equal(found[0][2], start["visual.proj"])  # it is trained
 
 
-def test_another_method_has_no_published_step(config, both):
-    from mmtard.benchmarks.phases import PhaseClock
-    from mmtard.benchmarks.published import PublishedStep
+@pytest.mark.parametrize(
+    "changed, place",
+    [
+        ({"method": {"name": "mmtard", "weighting": "uniform"}}, "method.weighting: 'uniform'"),
+        ({"method": {"name": "mmtard", "views": {"clean": "clean", "robust": "clean_for_adv"}}}, "method.views: "),
+        ({"attack": {"norm": "l2"}}, "attack.norm: 'l2', but the published step has 'linf'"),
+        ({"attack": {"algorithm": "apgd"}}, "attack.algorithm: 'apgd'"),
+        ({"attack": {"objective": "ce"}}, "attack.objective: 'ce', but the published step has 'kl_clean'"),
+        ({"attack": {"momentum": 0.9}}, "attack.momentum: 0.9"),
+        ({"attack": {"ramp": {"until": 9, "steps": 1}}}, "attack.ramp: until 9, eps 1.*set attack.ramp=null"),
+        ({"terms": {"anchor": {"teacher": "start"}}}, "terms.anchor: teacher start.*set terms.anchor=null"),
+    ],
+)
+def test_a_step_with_another_loss_or_attack_is_not_measured_against_the_published_one(config, changed, place):
+    from mmtard.benchmarks.published import check_comparable
 
-    other = validate({**config.model_dump(mode="json"), "method": {"name": "mmtard", "weighting": "uniform"}})
-    with pytest.raises(UserError, match="leave --against out"):
-        PublishedStep(other, both[2], PhaseClock(torch.device("cpu")))
+    plain = config.model_dump(mode="json", exclude_unset=True)
+    check_comparable(validate(plain))
+    other = plain | {name: plain.get(name, {}) | part for name, part in changed.items()}
+    with pytest.raises(UserError, match=f"{place}.*or leave --against out"):
+        check_comparable(validate(other))
+
+
+def test_several_ranks_are_not_measured_against_the_published_step(config):
+    from mmtard.benchmarks.published import check_comparable
+
+    with pytest.raises(UserError, match="no gradients of other ranks, and here are 2; start one"):
+        check_comparable(config, world_size=2)
+
+
+def test_what_cannot_be_compared_is_told_before_models_are_made(command, config, write, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mmtard.benchmarks.training.resident_parts", lambda *_, **__: pytest.fail("models were made"))
+    path = write(config.model_dump(mode="json"))
+    assert (
+        command("bench", "train", path, "attack.norm=l2", "--against", "published", "--out", tmp_path / "o.json") == 2
+    )
+    assert "attack.norm: 'l2'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
