@@ -228,7 +228,7 @@ def loop_times(
 ) -> tuple[list[float], list[float]]:
     """(seconds that the loop waited for each batch, seconds of each step), after a first step. Collective."""
     train = config.train.model_copy(update={"steps": steps + 1})
-    stored = parts.stored(parts.task)
+    stored = parts.stored_by_configuration(parts.task)
     waits, took = [], []
     batches = iter(
         train_stream(config.model_copy(update={"train": train}), dataset, ranks, parts.engine.ds.module.image_size)
@@ -240,7 +240,7 @@ def loop_times(
         batch = next(batches)
         had = time.perf_counter()
         labels = batch.labels.clamp_min(0)
-        batch = replace(batch, labels=labels, teacher_embeddings=stored if _uses_stored(config) else {})
+        batch = replace(batch, labels=labels, teacher_embeddings=stored)
         optimizer_step(parts.task, parts.engine, batch, config.train.lr, ranks.device)
         wait_for_device(ranks.device)
         waits.append(had - began)
@@ -248,7 +248,3 @@ def loop_times(
         progress.advance()
     batches.close()
     return waits[1:], took[1:]
-
-
-def _uses_stored(config: Config) -> bool:
-    return any(teacher.stored for teacher in config.teachers.values())

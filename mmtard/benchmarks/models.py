@@ -19,7 +19,7 @@ from ..models.image_tower import DTYPES, freeze
 from ..models.loading import load_clip_on_all_ranks
 from ..models.student import trainable_tower
 from ..models.teachers import FrozenTeacher, compile_teachers
-from ..models.vision_transformer import restore
+from ..models.vision_transformer import lighten, restore
 from ..seeding import purpose_salt
 from ..training.engine import Engine
 from ..training.setup import learned_of
@@ -38,19 +38,24 @@ class ResidentParts:
     heads: dict[str, ZeroShotHead]
     batch: Batch
     flops: dict[str, float]  # of one image's forward, by model
-    published_flops: dict[str, float]
+    open_clip_flops: dict[str, float]  # the same where towers compute as open_clip has them
     published: PublishedModels | None
 
     def stored(self, task: DistillationTask) -> dict[str, Tensor]:
-        """The embeddings [b,D] of the batch's clean images, of each teacher that a task shows no others."""
+        """The embeddings [b,D] of the batch's clean images, of each teacher that could be stored for a task."""
         pixels = self.batch.pixels(self.batch.images.device)
         asked = task.passes | task.reference_passes
         return {
             name: teacher(pixels).embeddings
             for name, teacher in self.teachers.items()
             if {p.image for p in asked if p.model == name} == {"clean"}
+            and name not in task.token_models
             and (task.objective is None or task.objective.through_teacher != name)
         }
+
+    def stored_by_configuration(self, task: DistillationTask) -> dict[str, Tensor]:
+        """Of `stored`, the embeddings of the teachers that the configuration stores."""
+        return {name: z for name, z in self.stored(task).items() if task.config.ensemble[name].stored}
 
 
 def resident_parts(
@@ -72,14 +77,12 @@ def resident_parts(
         )
         for name, clip in clips.items()
     }
-    flops = forward_flops_of(clips)
+    flops, open_clip_flops = forward_flops_of(clips), flops_as_open_clip(clips)
     student = clips["student"].tower()
     learned = learned_of(config, clips, device, samples or config.train.batch_size)
     # Teachers in float32 serve both sides.
     own = config.engine.precision != "float32"
     originals = _published_models(clips, heads, device, own) if published else None
-    as_published = vars(originals) if originals else {}
-    published_flops = {name: forward_flops(as_published[name]) for name in ("student", "clean", "robust") if originals}
     engine = Engine(config, trainable_tower(config, clips["student"], None), ranks)
     dtype = DTYPES[config.engine.precision]
     teachers = {
@@ -92,7 +95,18 @@ def resident_parts(
     share = config.train.batch_size // ranks.world_size
     check_world(config, ranks.world_size)
     batch = random_batch(share, student.size, classes, ranks.rank).to(device)
-    return ResidentParts(engine, task, teachers, heads, batch, flops, published_flops, originals)
+    return ResidentParts(engine, task, teachers, heads, batch, flops, open_clip_flops, originals)
+
+
+def flops_as_open_clip(clips: dict[str, Clip]) -> dict[str, float]:
+    """FLOPs of one image's forward through each model's tower where it computes as open_clip does, by name."""
+    found = {}
+    for name, clip in clips.items():
+        tower = clip.tower()
+        restore(tower.visual)
+        found[name] = forward_flops(tower)
+        lighten(tower.visual)
+    return found
 
 
 def _published_models(

@@ -19,12 +19,13 @@ from ..runs.metrics import SilentLogger
 from ..training.numerics import numerics
 from ..training.record import StepRecord
 from ..training.step import optimizer_step
-from ..training.throughput import memory, sample_flops
+from ..training.throughput import memory
 from .attack_cost import PASSES, AttackPasses, share_of_passes
 from .instruments import instrument, instrument_task, timed_collectives
 from .matrix import matrix_rate
 from .models import ResidentParts, resident_parts
 from .options import as_open_clip, every_target_stored, one_noisy_step, recomputing, uncompiled, without_attack_copy
+from .phase_flops import phase_flops
 from .phases import PhaseClock
 from .published import PublishedOptions, PublishedStep, check_comparable
 from .report import BenchmarkReport, BenchmarkTable
@@ -35,15 +36,20 @@ PUBLISHED, OURS = "published", "mmtard"
 
 @dataclass
 class Variant:
-    """One way to take a step. `run` takes one step; `flops` are those of an image; what was measured is added."""
+    """One way to take a step. `run` takes one step; what was measured is added."""
 
     name: str
     run: Callable[[], object]
-    flops: float
+    flops_by_phase: dict[str, float]  # of an image
     seconds: list[float] = field(default_factory=list)  # a step, round by round
     phases: list[dict[str, float]] = field(default_factory=list)
     communication: list[float] = field(default_factory=list)  # seconds in collectives, whichever phase they are in
-    memory: float = 0.0  # GiB, the largest of the rounds
+    memory: float = 0.0  # GiB, the largest of the rounds; the models of all variants count
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of an image."""
+        return sum(self.flops_by_phase.values())
 
 
 @dataclass
@@ -106,17 +112,22 @@ class TrainingBenchmark:
         batch, images = parts.batch, parts.batch.pixels(parts.batch.images.device)
         with torch.no_grad():
             clean = parts.published.clean(images)
-        flops = parts.published_flops
-        teacher, of_student = flops["clean"], (2 * self.config.attack.steps + 6) * flops["student"] + flops["robust"]
+        forward = parts.open_clip_flops
+
+        def by_phase(clean_forwards: int) -> dict[str, float]:
+            teachers = clean_forwards * forward["clean"] + forward["robust"]
+            attack = 2 * self.config.attack.steps * forward["student"]
+            return {"teachers": teachers, "attack": attack, "student": 6 * forward["student"]}
+
         options = {
-            PUBLISHED: (PublishedOptions(), of_student + 2 * teacher),
-            "published, no third teacher": (PublishedOptions(third_teacher=False), of_student + teacher),
-            "published, clean stored": (PublishedOptions(clean_embeddings=clean), of_student + teacher),
-            "lean loop": (PublishedOptions(False, clean, frozen_attack=True), of_student),
+            PUBLISHED: (PublishedOptions(), by_phase(2)),
+            "published, no third teacher": (PublishedOptions(third_teacher=False), by_phase(1)),
+            "published, clean stored": (PublishedOptions(clean_embeddings=clean), by_phase(1)),
+            "lean loop": (PublishedOptions(False, clean, frozen_attack=True), by_phase(0)),
         }
         return [
-            Variant(name, lambda o=chosen: step(images, batch.labels, batch.seeds, o), flops)
-            for name, (chosen, flops) in options.items()
+            Variant(name, lambda o=chosen: step(images, batch.labels, batch.seeds, o), counted)
+            for name, (chosen, counted) in options.items()
         ]
 
     def _ours(self, parts: ResidentParts, clock: PhaseClock, ranks: Ranks) -> list[Variant]:
@@ -126,17 +137,19 @@ class TrainingBenchmark:
         noisy = one_noisy_step(self.config, parts)
         for task in filter(None, (parts.task, all_stored, noisy)):
             instrument_task(task, clock)
-        stored = parts.stored(parts.task)
-        found = [self._variant(OURS, parts, parts.task, ranks, clock)]
-        if stored:
+        own, stored = parts.stored_by_configuration(parts.task), parts.stored(parts.task)
+        found = [self._variant(OURS, parts, parts.task, ranks, clock, own)]
+        if own:
+            found.append(self._variant(f"{OURS}, nothing stored", parts, parts.task, ranks, clock, {}))
+        if len(stored) > len(own):
             name = f"{OURS}, {' and '.join(stored)} stored"
             found.append(self._variant(name, parts, parts.task, ranks, clock, stored))
         if all_stored:
             name = f"{OURS}, every target stored"
             found.append(self._variant(name, parts, all_stored, ranks, clock, parts.stored(all_stored)))
         if noisy:
-            found.append(self._variant(f"{OURS}, one noisy step (N-FGSM)", parts, noisy, ranks, clock))
-        without = {"open_clip's own towers": as_open_clip}
+            found.append(self._variant(f"{OURS}, one noisy step (N-FGSM)", parts, noisy, ranks, clock, own))
+        without = {"open_clip's own towers, uncompiled" if compiled else "open_clip's own towers": as_open_clip}
         if self.config.engine.checkpoint_activations and not self.config.engine.checkpoint_attack:
             without["checkpoint_attack"] = recomputing
         if parts.engine.attack_copy:
@@ -144,7 +157,7 @@ class TrainingBenchmark:
         if compiled:
             without["uncompiled"] = uncompiled
         for words, option in without.items():
-            found.append(self._variant(f"{OURS}, {words}", parts, parts.task, ranks, clock, option=option))
+            found.append(self._variant(f"{OURS}, {words}", parts, parts.task, ranks, clock, own, option))
         clock.seconds()  # forget what was asked to make them
         return found
 
@@ -155,15 +168,15 @@ class TrainingBenchmark:
         task: DistillationTask,
         ranks: Ranks,
         clock: PhaseClock,
-        stored: dict[str, Tensor] | None = None,
+        stored: dict[str, Tensor],
         option: Callable[[ResidentParts], AbstractContextManager] | None = None,
     ) -> Variant:
         """A step of `task`. stored: embeddings that come with the batch. option: what is otherwise while it runs."""
-        batch = replace(parts.batch, teacher_embeddings=stored or {})
-        flops = parts.published_flops if option is as_open_clip and parts.published_flops else parts.flops
-        flops = {model: 0.0 if model in batch.teacher_embeddings else count for model, count in flops.items()}
+        batch = replace(parts.batch, teacher_embeddings=stored)
+        of_towers = parts.open_clip_flops if option is as_open_clip else parts.flops
+        forward = {model: 0.0 if model in stored else count for model, count in of_towers.items()}
         adapters = bool(self.config.student.lora)
-        of_sample = sample_flops(flops, task.passes, task.objective, task.attack, adapters)
+        counted = phase_flops(forward, task.passes, task.objective, task.attack, adapters)
         lr = self.config.train.lr
 
         def run() -> None:
@@ -172,7 +185,7 @@ class TrainingBenchmark:
             with clock("agreement"):
                 self.record.agree(done, batch, stop=False)
 
-        return Variant(name, run, of_sample)
+        return Variant(name, run, counted)
 
     def _measure(
         self,
@@ -223,33 +236,25 @@ class TrainingBenchmark:
         base = next((v for v in variants if v.name == PUBLISHED), variants[0])
         numbers = {"config": self.config.model_dump(mode="json"), "matrix_flops": rate, "world_size": ranks.world_size}
         report = BenchmarkReport(numbers=numbers)
-        table = BenchmarkTable(
-            f"A training step: {images} images on {ranks.world_size} x {ranks.device.type}",
-            ["", "s a step", "images/s", f"x {base.name}", "GFLOP an image", "of a matrix product", "GiB"],
-        )
+        on_gpu = ranks.device.type == "cuda"
+        columns = ["", "s a step", "images/s", f"x {base.name}", "GFLOP an image", "of a matrix product"]
+        if on_gpu:  # on a CPU the process's memory says nothing of one variant
+            columns.append("GiB")
+        title = f"A training step: {images} images on {ranks.world_size} x {ranks.device.type}"
+        table = BenchmarkTable(title, columns)
         report.tables = [table, _phase_table(variants)]
         report.numbers["variants"] = {}
         for v in variants:
-            seconds = Spread.of(v.seconds)
             ratio = Spread.of(ratios(base.seconds, v.seconds))
-            share = images / ranks.world_size * v.flops / seconds.median / rate
-            table.rows.append(
-                [
-                    v.name,
-                    str(seconds),
-                    f"{images / seconds.median:.4g}",
-                    f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})",
-                    f"{v.flops / 1e9:.4g}",
-                    f"{100 * share:.0f} %",
-                    f"{v.memory:.2f}",
-                ]
-            )
+            share = images / ranks.world_size * v.flops / Spread.of(v.seconds).median / rate
+            table.rows.append(_row(v, images, ratio, share)[: len(columns)])
             report.numbers["variants"][v.name] = {
                 "seconds": v.seconds,
                 "phases": v.phases,
                 "communication": v.communication,
                 "first_step_seconds": self.first[v.name],
                 "flops_an_image": v.flops,
+                "flops_by_phase": v.flops_by_phase,
                 "share_of_matrix_product": share,
                 "ratio": vars(ratio),
                 "memory_gib": v.memory,
@@ -258,6 +263,8 @@ class TrainingBenchmark:
             f"Median (smallest-largest) of {self.rounds} rounds of {self.steps} steps each, all variants in every "
             f"round. The matrix product reaches {rate / 1e9:.4g} GFLOP/s."
         )
+        if on_gpu:
+            report.notes.append("GiB: the peak while the variant ran; the models of all variants lie there, too.")
         ours = next((v for v in variants if v.name == OURS), None)
         if ours:
             self._note_attack(ours, report)
@@ -271,6 +278,19 @@ class TrainingBenchmark:
             share, sentence = share_of_passes(attack, self.pass_seconds, self.passes.number)
             report.numbers["attack_by_its_passes"] = vars(share)
             report.notes.append(sentence)
+
+
+def _row(v: Variant, images: int, ratio: Spread, share: float) -> list[str]:
+    seconds = Spread.of(v.seconds)
+    return [
+        v.name,
+        str(seconds),
+        f"{images / seconds.median:.4g}",
+        f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})",
+        f"{v.flops / 1e9:.4g}",
+        f"{100 * share:.0f} %",
+        f"{v.memory:.2f}",
+    ]
 
 
 def _phase_table(variants: list[Variant]) -> BenchmarkTable:

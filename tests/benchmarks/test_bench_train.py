@@ -156,6 +156,7 @@ def test_a_benchmark_writes_ratios_of_one_run_with_its_command(command, config, 
     words = ["bench", "train", path, "--against", "published", "--rounds", "2", "--classes", "5", "--out", out]
     assert command(*words, "--trace", tmp_path / "trace.json") == 0
     found = json.loads(out.read_text())
+    assert "GiB" not in found["tables"][0]["columns"]  # of a process that holds the models of all variants
     names = list(found["variants"])
     assert names[0] == "published" and {"lean loop", "mmtard", "mmtard, clean stored"} <= set(names)
     for name, variant in found["variants"].items():
@@ -173,6 +174,12 @@ def test_a_benchmark_writes_ratios_of_one_run_with_its_command(command, config, 
     flops = {name: variant["flops_an_image"] for name, variant in found["variants"].items()}
     forward = flops["published"] / (2 * 4 + 6 + 3)  # student and teachers are of one architecture
     assert flops["lean loop"] == pytest.approx(15 * forward)
+    assert flops["mmtard, open_clip's own towers"] == pytest.approx(16 * forward)
+    for name, variant in found["variants"].items():
+        assert sum(variant["flops_by_phase"].values()) == pytest.approx(flops[name])
+    by_phase = found["variants"]["mmtard"]["flops_by_phase"]
+    assert by_phase == pytest.approx({"teachers": 2 * flops["mmtard"] / 16, "attack": flops["mmtard"] / 2,
+                                      "student": 6 * flops["mmtard"] / 16})  # fmt: skip
     ours = flops["mmtard"] / 16
     assert flops["mmtard, clean stored"] == pytest.approx(15 * ours) and ours < forward  # see vision_transformer.py
     assert flops["mmtard, one noisy step (N-FGSM)"] == pytest.approx((2 + 6 + 2) * ours)  # for PGD's 4 steps
@@ -221,6 +228,28 @@ def test_collectives_are_timed_whoever_asks_for_them_and_left_as_they_were():
         assert began.keys() == {"communication"} and 0 < began["communication"] < 60
         assert clock.seconds() == {}
     assert own == (dist.all_reduce, dist.Work.wait)
+
+
+@pytest.mark.slow
+def test_a_teacher_that_the_configuration_stores_is_not_run(command, config, write, tmp_path):
+    tree, out = config.model_dump(mode="json"), tmp_path / "train.json"
+    tree["teachers"]["clean"]["stored"] = True
+    words = ["bench", "train", write(tree), "--rounds", "1", "--classes", "5", "--out", out]
+    assert command(*words) == 0
+    found = json.loads(out.read_text())["variants"]
+    flops = {name: variant["flops_an_image"] for name, variant in found.items()}
+    assert list(found)[:2] == ["mmtard", "mmtard, nothing stored"] and "mmtard, clean stored" not in found
+    assert flops["mmtard, nothing stored"] == pytest.approx(16 / 15 * flops["mmtard"])
+    # Its towers are counted as open_clip has them, also where no published step stands beside.
+    assert flops["mmtard, open_clip's own towers"] > 1.01 * flops["mmtard"]
+
+
+@pytest.mark.slow
+def test_the_row_of_open_clips_towers_says_that_they_run_uncompiled(command, config, write, tmp_path):
+    name, out = "mmtard, open_clip's own towers, uncompiled", tmp_path / "train.json"
+    words = ["bench", "train", write(config.model_dump(mode="json")), "engine.compile=on", "--variants", name]
+    assert command(*words, "--rounds", "1", "--warm-up", "0", "--classes", "5", "--out", out) == 0
+    assert list(json.loads(out.read_text())["variants"]) == [name]
 
 
 def test_a_variant_that_is_not_there_is_refused_with_those_that_are(command, config, write, capsys):
