@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import UserError
@@ -26,7 +26,6 @@ class Machine:
     measurement says. No A100 was at hand.
     """
 
-    name: str = "A100, assumed"
     gpus_a_node: int = 8
     # Shares of the peak: large matrices, small ones between many elementwise kernels, forward and backward.
     teachers: float = 0.45 * 312e12
@@ -39,25 +38,62 @@ class Machine:
     between: float = 0.75 * 8 * 25e9  # of a node to the others, all its cards together
     hop_s: float = 8e-6  # a small message from one GPU to the next
     loaders: int = 12  # cores that decode, a GPU: those of slurm/train_vitb32.sh
-    images_a_core: float = 120.0  # images/s from shards of ImageNet as it is
+    images_a_core: float = 300.0  # images/s of 500x375, ImageNet's commonest size: docs/performance.md has 306
     host_s: float = 5e-3  # a step: what the loop does while the GPU has nothing to do
+    measured_in: dict[str, str] = field(default_factory=dict)  # the file's name, by the field that it replaced
+
+    @property
+    def name(self) -> str:
+        """What its GPUs are, in a table's title."""
+        file = self.measured_in.get("attack") or self.measured_in.get("student")
+        return f"GPUs as measured in {file}" if file else "assumed A100s"
+
+    def with_measured(self, path: Path, found: dict[str, float]) -> Machine:
+        """The machine with what a file says of some of its fields."""
+        return replace(self, **found, measured_in=self.measured_in | dict.fromkeys(found, path.name))
+
+    def sources(self) -> list[str]:
+        """A sentence for each file that something was measured in, and one of what is assumed."""
+        words = {
+            "teachers": f"teachers {self.teachers / 1e12:.3g} TFLOP/s a GPU",
+            "attack": f"attack {self.attack / 1e12:.3g} TFLOP/s a GPU",
+            "student": f"student {self.student / 1e12:.3g} TFLOP/s a GPU",
+            "images_a_core": f"{self.images_a_core:.4g} images/s a core",
+            "within": f"{self.within / 1e9:.4g} GB/s in a node",
+            "between": f"{self.between / 1e9:.4g} GB/s a node to others",
+            "memory_bandwidth": f"{self.memory_bandwidth / 1e9:.4g} GB/s of a GPU's memory",
+            "kernel_s": f"{1e6 * self.kernel_s:.3g} us a kernel at least",
+            "hop_s": f"{1e6 * self.hop_s:.3g} us a hop",
+            "loaders": f"{self.loaders} cores a GPU that load",
+            "host_s": f"{1e3 * self.host_s:.3g} ms of the host a step",
+        }
+        files = list(dict.fromkeys(self.measured_in.values()))
+        measured = [
+            f"Measured in {file}: {', '.join(words[name] for name in words if self.measured_in.get(name) == file)}."
+            for file in files
+        ]
+        assumed = ", ".join(of_field for name, of_field in words.items() if name not in self.measured_in)
+        return [*measured, f"Assumed, as of A100s: {assumed}. Traffic does not overlap with arithmetic."]
 
 
-def measured(machine: Machine, train: Path | None, data: Path | None, flops: dict[str, float]) -> Machine:
+def measured(machine: Machine, train: Path | None, data: Path | None) -> Machine:
     """The machine with what `mmtard bench train` and `mmtard bench data` found (their JSON) in place of assumptions.
 
-    flops: of one image, by phase: teachers, attack, student. Raises UserError for a file that holds no such results.
+    A phase that the file's configuration does not have keeps its assumption. Raises UserError for a file that holds no
+    such results.
     """
     if train is not None:
-        machine = replace(machine, name=f"as measured in {train.name}", **_rates(train, flops))
+        machine = machine.with_measured(train, _rates(train))
     if data is not None:
-        machine = replace(machine, images_a_core=_images_a_core(data))
+        machine = machine.with_measured(data, {"images_a_core": _images_a_core(data)})
     return machine
 
 
-def _rates(path: Path, flops: dict[str, float]) -> dict[str, float]:
+def _rates(path: Path) -> dict[str, float]:
+    """FLOP/s of each phase: the file's own count, since its models may be others than those predicted for."""
     content = read_results(path, "variants")
-    with damage_named(path, "--train", "holds no phases of the variant 'mmtard'; run mmtard bench train again"):
+    problem = "holds no seconds and FLOPs of each phase of the variant 'mmtard'; run mmtard bench train again"
+    with damage_named(path, "--train", problem):
         own = content["variants"]["mmtard"]
         images = _positive(content["config"]["train"]["batch_size"]) / _positive(content.get("world_size", 1))
         seconds = {
@@ -65,11 +101,9 @@ def _rates(path: Path, flops: dict[str, float]) -> dict[str, float]:
         }
         student = seconds.get("student forward", 0.0) + seconds.get("student backward", 0.0)
         taken = {"teachers": seconds.get("teachers", 0.0), "attack": seconds.get("attack", 0.0), "student": student}
-        # The file's own models may be others than those predicted for: its FLOPs an image scale ours.
-        scale = _positive(own["flops_an_image"]) / sum(flops.values())
-        return {
-            name: images * flops[name] * scale / _positive(taken[name]) for name in taken if taken[name] and flops[name]
-        }
+        flops = own["flops_by_phase"]
+        ran = [name for name in taken if taken[name] or name == "student"]  # no step is without the student's
+        return {name: images * _positive(flops[name]) / _positive(taken[name]) for name in ran}
 
 
 def _images_a_core(path: Path) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,8 +15,9 @@ from ..errors import UserError
 from ..models.image_tower import DTYPES
 from ..models.loading import load_skeleton
 from ..training.memory import trained_tower
-from ..training.throughput import forward_flops_of, sample_flops
+from ..training.throughput import forward_flops_of
 from .machine import Machine, damage_named, measured, read_results
+from .phase_flops import COMPUTE, phase_flops
 from .report import BenchmarkReport, BenchmarkTable
 from .timing import Spread
 
@@ -31,7 +32,6 @@ PARTS = (
     "host",
     "loading",
 )
-COMPUTE = ("teachers", "attack", "student")
 GRADIENT_BYTES = 4  # of a weight: float32, whatever the precision of the forwards
 KEPT = 10**9  # weights that ZeRO-3 looks ahead before it lets go of one (DeepSpeed's stage3_max_reuse_distance)
 UPDATE_BYTES = 7 * 4  # a weight's update reads weight, gradient and two moments, and writes three of them
@@ -84,21 +84,7 @@ def work_of(config: Config) -> Work:
     named = config.attack_objective
     objective = attack_objectives.find_objective(named, config.fusion) if named else None
     asked = {*passes, *(objective.reference_passes if objective else ())}
-    adapters = bool(config.student.lora)
-    # Phase by phase: the same count with the other phases' models at nothing.
-    own = {**dict.fromkeys(models, 0.0), "student": forward["student"]}
-    flops = {
-        "teachers": sum(forward[p.model] for p in asked if p.model in running),
-        "student": sample_flops(own, passes, None, config.attack, adapters),
-    }
-    whole = sample_flops(
-        {name: flop if name == "student" or name in running else 0.0 for name, flop in forward.items()},
-        passes,
-        objective,
-        config.attack,
-        adapters,
-    )
-    flops["attack"] = whole - sum(flops.values())
+    that_run = {name: flops if name in ("student", *running) else 0.0 for name, flops in forward.items()}
     steps, dtype = (config.attack.steps * config.attack.restarts if objective else 0), DTYPES[config.engine.precision]
     gathers = {name: sum(p.model == name for p in asked) for name in running}
     if objective and objective.through_teacher in gathers:
@@ -111,7 +97,7 @@ def work_of(config: Config) -> Work:
     )
     return Work(
         images=config.train.batch_size,
-        flops=flops,
+        flops=phase_flops(that_run, passes, objective, config.attack, bool(config.student.lora)),
         attack_steps=steps,
         teacher_forwards=sum(p.model in running for p in asked),
         trained=trained,
@@ -147,7 +133,7 @@ def predict(work: Work, machine: Machine, world: int) -> Prediction:
 
 
 def travelling_weights(work: Work) -> int:
-    """Weights and gradients, by number, that pass through each rank's link in a step, as DeepSpeed's collectives move them.
+    """Weights and gradients, by number, that a rank sends in a step, and receives, as DeepSpeed's collectives do.
 
     A ring's all-reduce counts twice: a reduce-scatter and an all-gather. Stages 0 to 2 all-reduce the gradients (also
     where a rank keeps its share alone); 1 and 2 gather the trained weights after the update. Stage 3 reduce-scatters
@@ -212,9 +198,9 @@ class ScaleBenchmark:
         for world in self.worlds:
             check_world(self.config, world)
         work = work_of(self.config)
-        machine = measured(self.machine, self.train, self.data, work.flops)
+        machine = measured(self.machine, self.train, self.data)
         if self.ranks:
-            machine = replace(machine, within=bandwidth_of(self.ranks))
+            machine = machine.with_measured(self.ranks, {"within": bandwidth_of(self.ranks)})
         self.report(work, machine).publish(out, torch.device("cpu"))
 
     def report(self, work: Work, machine: Machine) -> BenchmarkReport:
@@ -243,14 +229,9 @@ class ScaleBenchmark:
 
 
 def _notes(predictions: list[Prediction], work: Work, machine: Machine) -> list[str]:
-    tera = {name: getattr(machine, name) / 1e12 for name in COMPUTE}
     return [
         f"Binds first: {binds_first(predictions, work, machine)}. Of ideal: one GPU's time for all images, shared out.",
         f"Counted: {sum(work.flops.values()) / 1e9:.4g} GFLOP an image, {work.trained / 1e6:.4g} M trained weights, "
         f"{work.attack_steps} attack steps, {work.teacher_forwards} teacher forwards, ZeRO {work.zero_stage}.",
-        f"Assumed, {machine.name}: teachers {tera['teachers']:.3g}, attack {tera['attack']:.3g}, student "
-        f"{tera['student']:.3g} TFLOP/s a GPU; {1e6 * machine.kernel_s:.3g} us a kernel at least; "
-        f"{machine.within / 1e9:.4g} GB/s in a node, {machine.between / 1e9:.4g} GB/s a node to others; "
-        f"{1e6 * machine.hop_s:.3g} us a hop; {machine.loaders} cores a GPU of {machine.images_a_core:.4g} images/s; "
-        f"{1e3 * machine.host_s:.3g} ms of the host a step. Traffic does not overlap with arithmetic.",
+        *machine.sources(),
     ]

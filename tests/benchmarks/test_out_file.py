@@ -11,6 +11,7 @@ from mmtard.errors import UserError
 
 CONFIG = {"train": {"batch_size": 8}}
 FLOPS = {"teachers": 1.0, "attack": 1.0, "student": 1.0}
+SECONDS = {"teachers": 1.0, "attack": 1.0, "student forward": 0.5, "student backward": 1.0}
 
 
 def test_a_file_of_the_users_own_is_kept_and_named(tmp_path):
@@ -59,27 +60,29 @@ def test_a_scratch_folder_that_cannot_be_made_is_one_line(tmp_path):
         {},
         {"variants": 5},
         {"variants": {"mmtard": {"phases": []}}, "config": CONFIG},
-        {"variants": {"mmtard": {"phases": [{"attack": "x"}], "flops_an_image": 1}}, "config": CONFIG},
-        {"variants": {"mmtard": {"phases": [{"attack": 1}]}}, "config": CONFIG},
-        {"variants": {"mmtard": {"phases": [{"attack": 1}], "flops_an_image": "1"}}, "config": CONFIG},
-        {"variants": {"mmtard": {"phases": [{"attack": -1}], "flops_an_image": 1}}, "config": CONFIG},
-        {"variants": {"mmtard": {"phases": [{"attack": 1}], "flops_an_image": 1}}, "config": CONFIG, "world_size": 0},
+        {"variants": {"mmtard": {"phases": [SECONDS | {"attack": "x"}], "flops_by_phase": FLOPS}}, "config": CONFIG},
+        {"variants": {"mmtard": {"phases": [SECONDS]}}, "config": CONFIG},
+        {"variants": {"mmtard": {"phases": [SECONDS], "flops_by_phase": 5}}, "config": CONFIG},
+        {"variants": {"mmtard": {"phases": [SECONDS], "flops_by_phase": FLOPS | {"attack": "1"}}}, "config": CONFIG},
+        {"variants": {"mmtard": {"phases": [SECONDS | {"attack": -1}], "flops_by_phase": FLOPS}}, "config": CONFIG},
+        {"variants": {"mmtard": {"phases": [{"attack": 1}], "flops_by_phase": FLOPS}}, "config": CONFIG},
+        {"variants": {"mmtard": {"phases": [SECONDS], "flops_by_phase": FLOPS}}, "config": CONFIG, "world_size": 0},
     ],
 )  # fmt: skip
 def test_a_damaged_train_file_is_one_line(tmp_path, content):
     (tmp_path / "train.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="train.json' holds no .*bench train"):
-        measured(Machine(), tmp_path / "train.json", None, FLOPS)
+        measured(Machine(), tmp_path / "train.json", None)
 
 
 @pytest.mark.parametrize("rates", [[], "fast", ["a"], [0], [-1], [None], {"a": 1}, 5])
 def test_a_damaged_data_file_is_one_line(tmp_path, rates):
     (tmp_path / "data.json").write_text(json.dumps({"core": {"as stored": {"images_per_cpu_s": rates}}}))
     with pytest.raises(UserError, match="--data: '.*data.json' holds no rate .*run mmtard bench data again"):
-        measured(Machine(), None, tmp_path / "data.json", FLOPS)
+        measured(Machine(), None, tmp_path / "data.json")
 
 
 def test_a_pipe_in_place_of_a_measurement_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "data.json")
     with pytest.raises(UserError, match="cannot be read"):
-        measured(Machine(), None, tmp_path / "data.json", FLOPS)
+        measured(Machine(), None, tmp_path / "data.json")

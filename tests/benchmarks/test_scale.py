@@ -130,24 +130,78 @@ def test_slow_loaders_and_launches_bind_where_they_are_slowest():
     assert predict(SMALL, launched, 64).parts["attack"] == pytest.approx(10 * 500 * 1e-3)
 
 
-def test_a_measurement_takes_the_place_of_an_assumption(tmp_path):
-    flops = {"teachers": 4e9, "attack": 20e9, "student": 6e9}
-    phases = {"teachers": 0.1, "attack": 0.5, "student forward": 0.05, "student backward": 0.1}
-    train = tmp_path / "train.json"
-    train.write_text(json.dumps({
-        "config": {"train": {"batch_size": 8}},
-        "variants": {"mmtard": {"phases": [phases], "flops_an_image": 30e9}},
-    }))  # fmt: skip
-    shared = tmp_path / "two_ranks.json"
-    shared.write_text(json.dumps(json.loads(train.read_text()) | {"world_size": 2}))
-    assert measured(Machine(), shared, None, flops).attack == pytest.approx(160e9)  # a rank took half of the batch
+@pytest.fixture
+def train_file(tmp_path):
+    """Call with what is otherwise in it: JSON of `bench train` with phases at 320 GFLOP/s, of 8 images a step."""
+
+    def make(name="train.json", **changed):
+        own = {
+            "phases": [{"teachers": 0.1, "attack": 0.5, "student forward": 0.05, "student backward": 0.1}],
+            "flops_an_image": 30e9,
+            "flops_by_phase": {"teachers": 4e9, "attack": 20e9, "student": 6e9},
+        }
+        content = {"config": {"train": {"batch_size": 8}}, "variants": {"mmtard": own}}
+        path = tmp_path / name
+        path.write_text(json.dumps(content | changed))
+        return path
+
+    return make
+
+
+def test_a_measurement_takes_the_place_of_an_assumption(train_file, tmp_path):
+    shared = train_file("two_ranks.json", world_size=2)
+    assert measured(Machine(), shared, None).attack == pytest.approx(160e9)  # a rank took half of the batch
     data = tmp_path / "data.json"
     data.write_text(json.dumps({"core": {"as stored": {"images_per_cpu_s": [90.0, 100.0, 300.0]}}}))
-    found = measured(Machine(), train, data, flops)
+    found = measured(Machine(), train_file(), data)
     assert (found.teachers, found.attack, found.student) == pytest.approx((320e9, 320e9, 320e9))
     assert found.images_a_core == 100 and found.within == Machine().within
     with pytest.raises(UserError, match="holds no 'variants'; give the --out of mmtard bench train"):
-        measured(Machine(), data, None, flops)
+        measured(Machine(), data, None)
+
+
+def test_a_phases_rate_is_of_the_files_own_arithmetic(train_file):
+    """A file of two teachers that run says the same of each phase, whatever share the predicted run gives to it."""
+    own = {
+        "phases": [{"teachers": 0.8, "attack": 0.5, "student forward": 0.05, "student backward": 0.1}],
+        "flops_by_phase": {"teachers": 32e9, "attack": 20e9, "student": 6e9},
+    }
+    found = measured(Machine(), train_file(variants={"mmtard": own}), None)
+    assert (found.teachers, found.attack, found.student) == pytest.approx((320e9, 320e9, 320e9))
+    one_runs = predict(SMALL, replace(found, kernel_s=0), 8).parts  # its only running teacher takes 4 GFLOP an image
+    assert one_runs["teachers"] == pytest.approx(8 * 4e9 / 320e9)
+    assert one_runs["attack"] == pytest.approx(8 * 20e9 / 320e9)
+
+
+def test_a_phase_that_the_file_does_not_have_keeps_its_assumption(train_file):
+    own = {"phases": [{"attack": 0.5, "student forward": 0.15}],
+           "flops_by_phase": {"teachers": 0.0, "attack": 20e9, "student": 6e9}}  # fmt: skip
+    found = measured(Machine(), train_file(variants={"mmtard": own}), None)
+    assert found.teachers == Machine().teachers and found.attack == pytest.approx(320e9)
+
+
+def test_a_file_without_flops_of_each_phase_is_refused_with_what_to_do(train_file):
+    own = {"phases": [{"attack": 0.5, "student forward": 0.15}], "flops_an_image": 30e9}
+    with pytest.raises(
+        UserError, match="--train: .* FLOPs of each phase of the variant 'mmtard'; run mmtard bench train again"
+    ):
+        measured(Machine(), train_file(variants={"mmtard": own}), None)
+
+
+def test_what_is_measured_is_told_from_what_is_assumed(train_file, tmp_path):
+    assumed = Machine().sources()
+    assert len(assumed) == 1 and assumed[0].startswith("Assumed, as of A100s: teachers 140 TFLOP/s a GPU, attack")
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps({"core": {"as stored": {"images_per_cpu_s": [100.0]}}}))
+    machine = measured(Machine(), train_file(), data).with_measured(tmp_path / "weak.json", {"within": 5e9})
+    *found, assumed = machine.sources()
+    assert found == [
+        "Measured in train.json: teachers 0.32 TFLOP/s a GPU, attack 0.32 TFLOP/s a GPU, student 0.32 TFLOP/s a GPU.",
+        "Measured in data.json: 100 images/s a core.",
+        "Measured in weak.json: 5 GB/s in a node.",
+    ]
+    assert assumed.startswith("Assumed, as of A100s: 150 GB/s a node to others") and "a core" not in assumed
+    assert machine.name == "GPUs as measured in train.json"
 
 
 def test_the_bandwidth_is_fitted_to_what_ranks_spent_in_collectives(main_run, work, tmp_path):
@@ -168,7 +222,9 @@ def test_the_bandwidth_is_fitted_to_what_ranks_spent_in_collectives(main_run, wo
 def test_the_table_says_that_it_is_a_prediction_and_what_it_assumes(main_run, tmp_path, capsys):
     ScaleBenchmark(main_run, [1, 8, 64]).run(tmp_path / "scale.json")
     printed = capsys.readouterr().out
-    assert "PREDICTION, no measurement" in printed and "Binds first: " in printed and "Assumed, A100" in printed
+    assert (
+        "PREDICTION, no measurement" in printed and "Binds first: " in printed and "Assumed, as of A100s: " in printed
+    )
     content = json.loads((tmp_path / "scale.json").read_text())
     assert content["prediction"].keys() == {"1", "8", "64"}
     speeds = [512 / sum(parts.values()) for parts in content["prediction"].values()]
