@@ -76,7 +76,8 @@ def check_comparable(config: Config, world_size: int = 1) -> None:
     added |= {f"terms.{name}": getattr(terms, name) for name in ("anchor", "feature", "bound")}
     for place, part in added.items():
         if part is not None:
-            words = ", ".join(f"{name} {value}" for name, value in part.model_dump(mode="json").items())
+            found = part.model_dump(mode="json", exclude_none=True)
+            words = ", ".join(f"{name} {value}" for name, value in found.items())
             raise UserError(f"{place}: {words}, which the published step does not have; set {place}=null, or {remedy}")
     if world_size > 1:
         raise UserError(

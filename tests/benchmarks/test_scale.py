@@ -191,6 +191,7 @@ def test_a_file_without_flops_of_each_phase_is_refused_with_what_to_do(train_fil
 def test_what_is_measured_is_told_from_what_is_assumed(train_file, tmp_path):
     assumed = Machine().sources()
     assert len(assumed) == 1 and assumed[0].startswith("Assumed, as of A100s: teachers 140 TFLOP/s a GPU, attack")
+    assert "300 images/s a core" in assumed[0] and Machine().name == "assumed A100s"
     data = tmp_path / "data.json"
     data.write_text(json.dumps({"core": {"as stored": {"images_per_cpu_s": [100.0]}}}))
     machine = measured(Machine(), train_file(), data).with_measured(tmp_path / "weak.json", {"within": 5e9})
