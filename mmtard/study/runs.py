@@ -6,7 +6,6 @@ import copy
 import difflib
 import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from .. import config as settings, resources
 from ..config import Config
 from ..config.yaml_tree import merge, override, read_tree
 from ..errors import UserError
-from ..files import slug
+from ..files import settings_digest
+from .grid import dotted, names_of, refuse_one_name
 from .schema import Contender, Settings, Study, Trained
 
 RUNS, MODELS = "runs", "models"  # folders of a study
@@ -25,14 +25,10 @@ QUIET = {"log": {"tensorboard": False, "wandb": None}, "probe": None}
 
 @dataclass(frozen=True)
 class Choice:
-    """A combination of the values that are tuned."""
+    """A combination of the values that are tuned. name: what it sets, as a part of a path; "" where it sets nothing."""
 
     settings: Settings
-
-    @property
-    def name(self) -> str:
-        """What it sets, as a part of a path; "" where it sets nothing."""
-        return _slug(self.settings)
+    name: str
 
     @property
     def label(self) -> str:
@@ -70,7 +66,7 @@ class Run:
 def points(study: Study) -> list[Point]:
     """Every setting that fronts are drawn over; the first is the main table's."""
     merged = [_joined(parts) for parts in itertools.product(*study.grid.vary)]
-    return [Point(settings=one, number=i) for i, one in enumerate(merged)]
+    return [Point(one, name, number=i) for i, (one, name) in enumerate(zip(merged, names_of(merged)))]
 
 
 def points_of(study: Study, method: str) -> list[Point]:
@@ -81,7 +77,8 @@ def points_of(study: Study, method: str) -> list[Point]:
 def choices(study: Study) -> list[Choice]:
     """Every combination of the values that are tuned."""
     tune = study.grid.tune
-    return [Choice(dict(zip(tune, values))) for values in itertools.product(*tune.values())]
+    every = [dict(zip(tune, values)) for values in itertools.product(*tune.values())]
+    return [Choice(one, name) for one, name in zip(every, names_of(every))]
 
 
 def tuning_runs(study: Study) -> list[Run]:
@@ -139,25 +136,29 @@ def model_configuration(study: Study, name: str) -> Config:
 
 
 def check(study: Study) -> None:
-    """Raise UserError where a configuration does not fit, or methods are not compared at one budget and one grid."""
+    """Raise UserError where a configuration does not fit, or methods are not compared at one budget and one grid.
+
+    Also where two settings would share a folder, or mean the same trainings.
+    """
+    refuse_one_name("grid.vary", [(point.name, point.settings) for point in points(study)])
+    refuse_one_name("grid.tune", [(choice.name, choice.settings) for choice in choices(study)])
     for name in study.models:
         model_configuration(study, name)
     fixed = {*study.grid.tune, *(key for axis in study.grid.vary for one in axis for key in one)}
     for name, method in study.methods.items():
-        for key in sorted(fixed & set(_dotted(method.settings))):
+        for key in sorted(fixed & set(dotted(method.settings))):
             raise UserError(
                 f"methods.{name}.settings: sets {key}, which the grid sets for every method; remove it there"
             )
+    trained: dict[str, Settings] = {}  # what all methods' trainings at a setting are -> the setting
     for point in points(study):
         budgets: dict[tuple, str] = {}
-        for method, choice in itertools.product(study.methods, choices(study)):
-            train = configuration(study, Run(method, point, choice, study.seeds[0])).train
-            if study.methods[method].ema and train.ema is None:
-                raise UserError(
-                    f"methods.{method}.ema: its runs keep no moving average of weights; set methods.{method}.settings."
-                    "train.ema, such as 0.99, or leave ema out"
-                )
-            budgets.setdefault((train.steps, train.batch_size), method)
+        for choice in choices(study):
+            configs = {m: configuration(study, Run(m, point, choice, study.seeds[0])) for m in study.methods}
+            for method, config in configs.items():
+                _refuse_no_average(study, method, config)
+                budgets.setdefault((config.train.steps, config.train.batch_size), method)
+            _refuse_again(trained, {**point.settings, **choice.settings}, configs)
         if len(budgets) > 1:
             told = ", ".join(f"methods.{m} trains {s} steps of {b} images" for (s, b), m in list(budgets.items())[:2])
             raise UserError(
@@ -191,6 +192,32 @@ def _with_checkpoints(study: Study, tree: Settings, measured: bool) -> Settings:
     return merge(tree, {"checkpoint": {"every": every, "keep_every": every if at else None}})
 
 
+def _refuse_no_average(study: Study, method: str, config: Config) -> None:
+    if study.methods[method].ema and config.train.ema is None:
+        raise UserError(
+            f"methods.{method}.ema: its runs keep no moving average of weights; set methods.{method}.settings."
+            "train.ema, such as 0.99, or leave ema out"
+        )
+
+
+def _refuse_again(trained: dict[str, Settings], one: Settings, configs: dict[str, Config]) -> None:
+    """Raise UserError where every method's training is one that an earlier setting gave; note it otherwise.
+
+    That a single method's is so is no mistake: it may have by default what a point sets for all.
+    """
+    same = settings_digest({m: config.model_dump(mode="json", exclude={"run_dir"}) for m, config in configs.items()})
+    if same in trained:
+        other = trained[same]
+        told = [_apart(other, one), _apart(one, other)]
+        raise UserError(f"grid: {told[0]} and {told[1]} mean the same training; list it once")
+    trained[same] = one
+
+
+def _apart(one: Settings, other: Settings) -> str:
+    differ = {key: value for key, value in one.items() if key not in other or repr(other[key]) != repr(value)}
+    return ", ".join(f"{key}={value}" for key, value in differ.items()) or "no setting"
+
+
 def _validated(where: str, tree: Settings) -> Config:
     try:
         return settings.validate(tree)
@@ -198,23 +225,11 @@ def _validated(where: str, tree: Settings) -> Config:
         raise UserError(f"{where}: {error}") from None
 
 
-def _dotted(tree: Settings, prefix: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        place = f"{prefix}{key}"
-        yield place
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{place}.")
-
-
 def _joined(parts: tuple[Settings, ...]) -> Settings:
     joined: Settings = {}
     for part in parts:
         joined |= part
     return joined
-
-
-def _slug(one: Settings) -> str:
-    return "_".join(slug(f"{key}={value}") for key, value in one.items())
 
 
 def _label(one: Settings) -> str:

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..config.values import Int, Number, PathText, Pixels, Section
+from .grid import Settings, refuse_own
 
 NAME = r"^[A-Za-z0-9][\w.+-]*$"
 Name = Annotated[str, Field(pattern=NAME, max_length=60)]
-Settings = dict[str, Any]
 
 
 def _number(value: Any) -> Any:
@@ -157,12 +157,16 @@ class Study(Section):
                 f"list values of it, such as {LEARNING_RATE}: [1e-3, 4e-3]"
             )
         for key, values in grid.tune.items():
+            for value in values:
+                refuse_own("grid.tune", {key: value})
             if not values or len({str(v) for v in values}) < len(values):
                 raise ValueError(f"grid.tune.{key}: {values}: list each value once, and at least one")
         earlier: set[str] = set()
         for i, axis in enumerate(grid.vary):
             if not axis:
                 raise ValueError(f"grid.vary.{i}: the axis has no settings; list some, or remove it")
+            for one in axis:
+                refuse_own(f"grid.vary.{i}", one)
             if len({str(one) for one in axis}) < len(axis):
                 raise ValueError(f"grid.vary.{i}: {axis}: list each of its settings once")
             keys = {key for one in axis for key in one}
@@ -181,6 +185,15 @@ class Study(Section):
             raise ValueError("validation: several values in grid.tune need data to choose by, which no table shows")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {self.seeds}: name each seed once")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_count(self):
+        refuse_own("settings", self.settings, ("seed",) if self.models else ())  # that of the models' trainings
+        for name, model in self.models.items():
+            refuse_own(f"models.{name}.settings", model.settings, ("seed",))
+        for name, method in self.methods.items():
+            refuse_own(f"methods.{name}.settings", method.settings)
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """A study's file: what it resolves to, what is refused and with which words, what a dry run lists."""
 
 import json
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -39,6 +40,29 @@ def test_every_method_gets_the_same_grid_and_seeds(study, tmp_path):
     assert config.run_dir == str(tmp_path / "out" / "runs" / run.name)
     assert config.teachers["robust"].weights == str(tmp_path / "out" / "models" / "robust")
     assert runs.configuration(one, runs.tuning_runs(one)[0]).train.lr == 1e-3  # no run changes another's settings
+
+
+def test_two_settings_have_two_folders_though_their_characters_have_no_place_in_a_path(study):
+    prompts = ["a photo of a {}", "a photo of a {}!", "a_photo_of_a_", "{}"]
+    one = study("grid.tune.train.lr=[2e-3]", f"grid.tune.data.templates={json.dumps(prompts)}")
+    named = [choice.name for choice in runs.choices(one)]
+    assert named[2] == "train.lr=0.002_data.templates=a_photo_of_a_"  # no character of it changed
+    assert all(re.fullmatch(named[2] + "-[0-9a-f]{8}", name) for name in named[:2]) and named[0] != named[1]
+    assert named[3] == "train.lr=0.002_data.templates=_"
+    assert len(runs.all_runs(one)) == 2 * 2 * 4 * 2  # methods, points, prompts, seeds
+    vary = [[{"data.shards": "/d/a b"}, {"data.shards": "/d/a,b"}, {"data.shards": "/d/c"}]]
+    first, second, third = (point.name for point in runs.points(study(grid={"tune": {"train.lr": [1]}, "vary": vary})))
+    assert first != second and first.startswith("data.shards=_d_a_b-") and third == "data.shards=_d_c"
+
+
+def test_the_names_of_runs_that_no_other_shares_stay_as_folders_have_them(study):
+    axes = "[[{attack.eps_factor: 1}, {attack.eps_factor: 1.4}], [{attack.steps: 3, attack.step_size: 2/255}]]"
+    one = study("grid.tune.train.lr=[2e-3]", "grid.tune.train.betas=[[0.9, 0.98]]", f"grid.vary={axes}")
+    assert [point.name for point in runs.points(one)] == [
+        "attack.eps_factor=1_attack.steps=3_attack.step_size=2_255",
+        "attack.eps_factor=1.4_attack.steps=3_attack.step_size=2_255",
+    ]
+    assert [choice.name for choice in runs.choices(one)] == ["train.lr=0.002_train.betas=_0.9_0.98_"]
 
 
 def test_a_method_that_is_null_is_left_out(study):
@@ -111,6 +135,17 @@ def test_a_methods_moving_average_is_measured_apart_from_its_weights(study):
             ["grid.vary=[[{attack.steps: 1}], [{attack.steps: 2}]]"],
             "grid.vary.1: sets attack.steps, which an earlier",
         ),
+        (
+            ["grid.tune.seed=[1, 2]"],
+            "grid.tune: sets seed, which the study sets itself; remove it: list the seeds of the",
+        ),
+        (["grid.tune.run_dir=[a, b]"], "grid.tune: sets run_dir, which the study sets itself"),
+        (["grid.tune.checkpoint=[{every: 5}, {keep_last: 3}]"], "grid.tune: sets checkpoint.every, which the study"),
+        (["grid.vary=[[{checkpoint.every: 5}]]"], "grid.vary.0: sets checkpoint.every, which the study sets itself"),
+        (["settings.run_dir=a"], "settings: sets run_dir, which the study sets itself; remove it: each run has a"),
+        (["methods.tecoa.settings.seed=3"], "methods.tecoa.settings: sets seed, which the study sets itself"),
+        (["settings.seed=3", "models={}"], "settings: sets seed, which the study sets itself"),
+        (["models.robust.settings.checkpoint.keep_every=3"], "models.robust.settings: sets checkpoint.keep_every, "),
         (["models.start.settings.method.name=tecoa"], "models.start: so the student before any training is called"),
         (["seeds=[]"], "seeds: "),
         (["seeds=[1, 1]"], "seeds: [1, 1]: name each seed once"),
@@ -145,6 +180,15 @@ def test_what_does_not_fit_is_named_with_its_place_and_remedy(study, overrides, 
         ),
         (["methods.tecoa.settings.method.name=tecao"], "methods.tecoa: method.name: unknown method 'tecao'"),
         (["models.robust.settings.train.steps=0"], "models.robust: train.steps: "),
+        (
+            ["grid.tune.attack.eps=[6/255, 12/510]"],
+            "grid: attack.eps=6/255 and attack.eps=12/510 mean the same training; list it once",
+        ),
+        (["grid.vary=[[{}, {attack.eps: 8/255}]]"], "grid: no setting and attack.eps=8/255 mean the same training"),
+        (
+            ["grid.vary=[[{data.lanes: 16}, {data.lanes: '16'}]]"],
+            "grid.vary: {'data.lanes': 16} and {'data.lanes': '16'} would both be kept as 'data.lanes=16'; write",
+        ),
         (["grid.vary=[[{attack.stepz: 1}]]"], "methods.tecoa: unknown key 'attack.stepz'; did you mean 'attack.steps'"),
     ],
 )
