@@ -13,7 +13,7 @@ from ..data.paths import check_openers, expand_shards
 from ..embeddings.settings import embedding_recipe, stored_teachers
 from ..errors import UserError
 from ..files import slug
-from ..runs import layout
+from ..runs import layout, manifest
 
 # Of the student's overrides, those that say where data and devices are; the rest is the student's own.
 SHARED = ("data.shards", "data.index", "data.classnames", "data.cache", "engine.device", "log")
@@ -83,18 +83,16 @@ def plan(path: Path, overrides: list[str], sweeps: list[str], pipeline: bool, ev
 
 
 def steps_done(run: Path) -> int:
-    """The step of a run's newest checkpoint; 0 where there is none."""
+    """The step of a run's newest whole checkpoint; 0 where there is none."""
     step = newest_state(run).get("step")
     return step if isinstance(step, int) else 0
 
 
 def newest_state(run: Path) -> dict:
-    """The state of a run's newest checkpoint; {} where there is none."""
-    latest = run / layout.CHECKPOINTS / layout.LATEST
+    """The state of a run's newest checkpoint that is whole by its files' sizes; {} where there is none."""
+    checkpoint, _ = manifest.newest(run)
     try:
-        if latest.is_file():  # on a file system without links it holds the checkpoint's name
-            latest = latest.parent / Path(latest.read_text(encoding="utf-8").strip()).name
-        state = json.loads((latest / "state.json").read_bytes())
+        state = json.loads((checkpoint / manifest.STATE).read_bytes()) if checkpoint else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return state if isinstance(state, dict) else {}

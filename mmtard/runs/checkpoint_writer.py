@@ -15,9 +15,10 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import FULL, discard, free_space, size_in_words, write_text
 from . import checkpoints
-from .checkpoints import FILES, FORMAT, MANIFEST, OPTIMIZER, STATE, WEIGHTS, published, why_invalid
+from .checkpoints import why_invalid
 from .checksums import describe
 from .layout import CHECKPOINTS, LATEST, MOST_ROBUST
+from .manifest import FILES, FORMAT, MANIFEST, OPTIMIZER, STATE, WEIGHTS, published
 
 MARGIN_BYTES = 2**20  # beside the tensors: the headers, the state, the manifest
 

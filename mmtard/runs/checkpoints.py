@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -26,21 +25,24 @@ from ..errors import UserError
 from ..files import publish, refuse_special
 from .checksums import describe
 from .layout import CHECKPOINTS, LATEST, MOST_ROBUST
+from .manifest import (
+    FILES,
+    MANIFEST,
+    OPTIMIZER,
+    PUBLISHED,
+    STATE,
+    TRIES,
+    WEIGHTS,
+    WRONG,
+    newest,
+    published,
+    why_of_other_size,
+    why_unreadable,
+)
 
-FORMAT = 1
-MANIFEST, WEIGHTS, OPTIMIZER, STATE = "manifest.json", "weights.safetensors", "optimizer.safetensors", "state.json"
-FILES = (WEIGHTS, OPTIMIZER, STATE)
 EMA = "ema."  # how the optimizer's keys of the moving average begin
-TRIES = 20  # at reading the newest checkpoint of a run that goes on, and may retire it meanwhile
-_PUBLISHED = re.compile(r"step-(0|[1-9]\d{0,17})$")
 
 T = TypeVar("T")
-
-
-def published(folder: Path) -> dict[int, Path]:
-    """Step -> folder of every published checkpoint under `checkpoints/`, valid or not."""
-    matches = ((_PUBLISHED.match(path.name), path) for path in folder.glob("step-*")) if folder.is_dir() else ()
-    return {int(match[1]): path for match, path in matches if match}
 
 
 def any_manifest(run: Path) -> bool:
@@ -50,41 +52,26 @@ def any_manifest(run: Path) -> bool:
 
 def why_invalid(checkpoint: Path) -> str | None:
     """Why a checkpoint must not be used, or None when every file is there with its size and checksum."""
+    # What is quick to see comes first, so that of many damaged checkpoints not every weight is read.
+    if (reason := why_of_other_size(checkpoint)) is not None:
+        return reason
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            return f"{checkpoint.name}: format {manifest['format']!r:.40}, this version reads {FORMAT}"
-        files = manifest["files"]
-        # What is quick to see comes first, so that of many damaged checkpoints not every weight is read.
-        for name in FILES:
-            if (reason := _why_of_other_size(checkpoint / name, files[name])) is not None:
-                return f"{checkpoint.name}: {name} {reason}"
         for name in (STATE, *(name for name in FILES if name != STATE)):
-            if describe(checkpoint / name)["sha256"] != files[name]["sha256"]:
+            if describe(checkpoint / name)["sha256"] != manifest["files"][name]["sha256"]:
                 return f"{checkpoint.name}: {name} does not match its checksum"
             if name == STATE and (reason := _why_of_other_step(checkpoint, manifest["step"])) is not None:
                 return reason
     except FileNotFoundError:
         return f"{checkpoint.name}: no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"{checkpoint.name}: unreadable {MANIFEST} ({' '.join(str(error).split())[:200]})"
+    except WRONG as error:
+        return why_unreadable(checkpoint, error)
     return None
 
 
 def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
     """(the newest checkpoint of a run that is whole or None, why each newer one was passed over)."""
-    passed_over: list[str] = []
-    for _ in range(TRIES):
-        passed_over = []
-        listed = sorted(published(run / CHECKPOINTS).items(), reverse=True)
-        for _, checkpoint in listed:
-            reason = why_invalid(checkpoint)
-            if reason is None:
-                return checkpoint, passed_over
-            passed_over.append(reason)
-        if all(checkpoint.exists() for _, checkpoint in listed):
-            break  # else some were retired while they were read, and newer ones are there
-    return None, passed_over
+    return newest(run, why_invalid)
 
 
 def resolve(folder: Path) -> tuple[Path, Path]:
@@ -98,7 +85,7 @@ def resolve(folder: Path) -> tuple[Path, Path]:
     if in_checkpoints and folder.name in (LATEST, MOST_ROBUST) and folder.is_file():
         folder = folder.parent / _name_in(folder)
     refuse_special(folder.parent.parent if in_checkpoints else folder)
-    if in_checkpoints and (_PUBLISHED.match(folder.name) or (folder / MANIFEST).is_file()):
+    if in_checkpoints and (PUBLISHED.match(folder.name) or (folder / MANIFEST).is_file()):
         reason = why_invalid(folder)
         if reason is not None:
             raise UserError(f"checkpoint '{folder}' cannot be used: {reason}")
@@ -186,17 +173,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         scratch.chmod(mode)  # safetensors itself leaves a file for the owner alone
 
 
-def _why_of_other_size(path: Path, expected: dict) -> str | None:
-    if not path.is_file():
-        return "is missing"
-    size = path.stat().st_size
-    return None if size == expected["bytes"] else f"has {size} bytes, not {expected['bytes']!r:.40}"
-
-
 def _why_of_other_step(checkpoint: Path, noted: int) -> str | None:
     """Why a checkpoint is not the one that its manifest or its folder's name says, by its state."""
     step = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("step", noted)
-    of_name = _PUBLISHED.match(checkpoint.name)
+    of_name = PUBLISHED.match(checkpoint.name)
     if step != noted or (of_name and int(of_name[1]) != step):
         return f"{checkpoint.name}: it is the checkpoint of step {step!r:.40}"
     return None
@@ -205,4 +185,4 @@ def _why_of_other_step(checkpoint: Path, noted: int) -> str | None:
 def _name_in(link: Path) -> str:
     """The checkpoint's name in a file that stands for a link, as file systems without links keep it."""
     name = link.read_bytes()[:64].decode("utf-8", "replace").strip()
-    return name if _PUBLISHED.fullmatch(name) else link.name
+    return name if PUBLISHED.fullmatch(name) else link.name

@@ -66,14 +66,15 @@ def of_run(study: Study, run: Run, tuning: bool, chosen: bool) -> list[Measureme
     named = dict(study.evaluations)
     if tuning:
         named |= {f"validation-{name}": measure for name, measure in study.validation.items()}
-    found = [_measurement(name, m, config, folder, _state_of(study, run, folder)) for name, m in named.items()]
+    last = _state_of(study, run, _last(folder, config))
+    found = [_measurement(name, m, config, folder, last) for name, m in named.items()]
     return found + (on_the_way(study, run) if chosen else [])
 
 
 def evaluation(study: Study, run: Run, name: str, measure: Measure) -> Measurement:
     """One evaluation of a run; validation data have names of their own, `validation-NAME`."""
-    folder = run_folder(study, run)
-    return _measurement(name, measure, configuration(study, run), folder, _state_of(study, run, folder))
+    config, folder = configuration(study, run), run_folder(study, run)
+    return _measurement(name, measure, config, folder, _state_of(study, run, _last(folder, config)))
 
 
 def on_the_way(study: Study, run: Run) -> list[Measurement]:
@@ -96,7 +97,7 @@ def of_model(study: Study, name: str) -> list[Measurement]:
         folder, weights = Path(study.out) / MODELS / START, Model(**known)
     else:
         config, folder = model_configuration(study, name), model_folder(study, name)
-        weights = Model(weights=str(folder))
+        weights = Model(weights=str(_last(folder, config)))
     return [_measurement(n, measure, config, folder, weights) for n, measure in study.evaluations.items()]
 
 
@@ -124,6 +125,11 @@ def _one_dataset(measure: Measure) -> list[DatasetSource]:
 
 def _state_of(study: Study, run: Run, folder: Path) -> Model:
     return Model(weights=str(folder), ema=study.methods[run.method].ema)
+
+
+def _last(folder: Path, config: Config) -> Path:
+    """The checkpoint of a run's last step, by its name: where it is damaged, the run itself means an earlier one."""
+    return folder / CHECKPOINTS / f"step-{config.train.steps}"
 
 
 def _measurement(name: str, measure: Measure, config: Config, folder: Path, weights: Model) -> Measurement:

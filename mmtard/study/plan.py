@@ -12,6 +12,7 @@ from ..config import Config
 from ..errors import UserError
 from ..evaluation.table import print_table
 from ..launch.plan import steps_done
+from ..runs import manifest
 from ..runs.layout import CONFIG
 from .measures import Measurement, of_model, of_run
 from .runs import Run, all_runs, configuration, model_configuration, points, tuning_runs
@@ -37,6 +38,14 @@ class Item:
         return self.config is None or steps_done(Path(self.config.run_dir)) >= self.config.train.steps
 
     @property
+    def damaged(self) -> str:
+        """What is wrong with the newest checkpoint of a training that goes on from an earlier one; "" otherwise."""
+        if self.trained or self.config is None:
+            return ""
+        whole, reasons = manifest.newest(Path(self.config.run_dir))
+        return f"{reasons[0]}; its training goes on from {whole.name}" if whole and reasons else ""
+
+    @property
     def to_measure(self) -> int:
         """Measurements that are not done."""
         return sum(not one.done for one in self.measured)
@@ -51,7 +60,8 @@ class Item:
         """In words, for the table of what is done."""
         if not self.trained and self.config:
             steps = steps_done(Path(self.config.run_dir))
-            return f"{steps} of {self.config.train.steps} steps" if steps else "to train"
+            at = f"{steps} of {self.config.train.steps} steps" if steps else "to train"
+            return f"{at}; {self.damaged}" if self.damaged else at
         if self.to_measure:
             return f"{'trained; ' if self.config else ''}{self.to_measure} of {len(self.measured)} to measure"
         return "done"

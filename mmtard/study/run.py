@@ -161,4 +161,6 @@ def write_page(study: Study, command: str) -> Path:
 def _checked(planned: list[Item]) -> list[Item]:
     for item in planned:
         item.check_settings()
+        if item.damaged:
+            print(f"WARN {item.config.run_dir}: {item.damaged}")
     return planned

@@ -19,6 +19,7 @@ from ..distributed.launcher import choose_accelerator
 from ..distributed.processes import die_with_parent, exit_process
 from ..errors import RunError, UserError
 from ..files import slug, why_not_written, write_text
+from ..runs.layout import CHECKPOINTS
 from . import loading
 from .measures import Measurement, of_model, of_run, start_configuration
 from .runs import all_runs, configuration, model_configuration
@@ -128,15 +129,31 @@ def measurements(study: Study, asked: dict) -> list[Measurement]:
 
 
 def measure(todo: list[Measurement], interruption: Interruption, device: str) -> None:
-    """Measure what is not measured yet. Collective over the ranks of this launch."""
+    """Measure what is not measured yet. Collective over the ranks of this launch.
+
+    Raises UserError for a checkpoint that is damaged.
+    """
     from ..distributed.ranks import process_group
     from ..evaluation.evaluate import evaluate
 
     with process_group(device) as ranks:
         for one in todo:
             if not ranks.run_on_first(lambda one=one: one.done):
+                ranks.run_on_first(lambda one=one: refuse_damaged(Path(one.weights.weights)))
                 evaluate(one.request(), ranks, interruption=interruption)
             interruption.stop(ranks, "what is measured is kept")
+
+
+def refuse_damaged(checkpoint: Path) -> None:
+    """Raise UserError, with what mends it, where a checkpoint of a run is there and not as it was written."""
+    from ..runs.checkpoints import why_invalid
+
+    reason = why_invalid(checkpoint) if checkpoint.parent.name == CHECKPOINTS and checkpoint.is_dir() else None
+    if reason is not None:
+        raise UserError(
+            f"'{checkpoint}' is damaged ({reason}); remove that folder, and the study trains it again from the "
+            "checkpoint before"
+        )
 
 
 if __name__ == "__main__":

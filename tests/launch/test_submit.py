@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from published_checkpoints import publish
 
 from mmtard import config as settings
 from mmtard.embeddings.settings import embedding_recipe, embeddings_folder
@@ -229,8 +231,8 @@ def teachers(tmp_path, tree, write):
 
 
 def done(run, step):
-    (run / "checkpoints" / "latest").mkdir(parents=True)
-    (run / "checkpoints" / "latest" / "state.json").write_text(json.dumps({"step": step}))
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    return publish(run, step)
 
 
 def stages(printed):
@@ -264,7 +266,7 @@ def test_the_pipeline_goes_on_where_it_stands(submit, teachers, tmp_path):
         "teacher robust",
         "training",
     ]
-    (teachers / "robust" / "checkpoints" / "latest" / "state.json").write_text('{"step": 20}')
+    done(teachers / "robust", 20)
     assert stages(submit("--gpus-per-node", "4", "--pipeline", "--dry-run").stdout) == [
         ("training", "mmtard-run", None)
     ]
@@ -274,6 +276,13 @@ def test_the_pipeline_goes_on_where_it_stands(submit, teachers, tmp_path):
     assert [
         s[0] for s in stages(submit("--gpus-per-node", "4", "--pipeline", "--dry-run", "train.steps=11").stdout)
     ] == ["training"]
+
+
+def test_a_teacher_whose_last_checkpoint_is_damaged_is_not_complete(submit, teachers, tmp_path):
+    publish(teachers / "robust", 10)
+    (publish(teachers / "robust", 20) / "weights.safetensors").write_bytes(b"tens")
+    words = ("--gpus-per-node", "4", "--pipeline", "--dry-run")
+    assert [title for title, *_ in stages(submit(*words).stdout)] == ["teacher robust", "training"]
 
 
 def stored(tmp_path, overrides=()):
@@ -307,7 +316,7 @@ def test_embeddings_of_other_settings_or_of_a_teacher_still_in_training_are_stor
     stored(tmp_path)
     words = ("--gpus-per-node", "4", "--pipeline", "--dry-run", "teachers.clean.stored=true")
     assert "stored embeddings" in [s[0] for s in stages(submit(*words, "data.resize=256").stdout)]
-    (teachers / "clean" / "checkpoints" / "latest" / "state.json").write_text('{"step": 19}')
+    done(teachers / "clean", 19)
     assert [s[0] for s in stages(submit(*words).stdout)] == [
         "teacher clean",
         "teacher robust",

@@ -6,6 +6,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from published_checkpoints import publish
+from saved_checkpoints import save
 from tiny_study import measure, results, tree, write
 
 from mmtard.cli.main import main
@@ -15,7 +17,8 @@ from mmtard.errors import UserError
 from mmtard.examples.shapes import make_data
 from mmtard.files import exclusive
 from mmtard.launch.plan import steps_done
-from mmtard.study import choose, cluster, loading, measures, origin, plan, run as study_run, runs
+from mmtard.runs.checkpoint_writer import Checkpoints
+from mmtard.study import choose, cluster, loading, measures, origin, plan, run as study_run, runs, worker
 
 
 @pytest.fixture
@@ -271,9 +274,42 @@ def test_a_dry_run_tells_of_no_trainings_after_the_tuning_where_there_are_none(t
 
 def finished(item, **state):
     """The folder of a run whose last checkpoint is there."""
-    latest = Path(item.config.run_dir) / "checkpoints" / "latest"
-    latest.mkdir(parents=True)
-    (latest / "state.json").write_text(json.dumps({"step": item.config.train.steps, **state}))
+    return publish(Path(item.config.run_dir), item.config.train.steps, **state)
+
+
+def test_a_run_whose_last_checkpoint_is_damaged_is_not_trained(study):
+    item = plan.tuning_items(study())[0]
+    publish(Path(item.config.run_dir), 2)
+    last = finished(item)
+    assert item.trained and not item.damaged
+    (last / "weights.safetensors").write_bytes(b"ten")
+    assert not item.trained and item.works[0]["work"] == "train"
+    assert item.state == (
+        "2 of 4 steps; step-4: weights.safetensors has 3 bytes, not 7; its training goes on from step-2"
+    )
+    (last / "manifest.json").unlink()
+    assert item.damaged == "step-4: no manifest.json; its training goes on from step-2"
+
+
+def test_what_is_measured_of_a_finished_run_is_its_last_step_by_name(study):
+    one = study()
+    run = runs.tuning_runs(one)[0]
+    of_run = [Path(m.weights.weights) for m in measures.of_run(one, run, tuning=True, chosen=True)]
+    of_model = [Path(m.weights.weights) for m in measures.of_model(one, "robust")]
+    assert [path.name for path in of_run + of_model] == ["step-4"] * 3 + ["step-2", "step-4"] + ["step-4"] * 2
+    assert {path.parents[1] for path in of_run} == {runs.run_folder(one, run)}
+
+
+def test_a_damaged_checkpoint_is_not_measured_and_its_remedy_is_told(tmp_path):
+    saver = Checkpoints(tmp_path, keep_last=3)
+    save(saver, 1, 2)
+    last = tmp_path / "checkpoints" / "step-2"
+    worker.refuse_damaged(last)
+    weights = bytearray((last / "weights.safetensors").read_bytes())
+    weights[-1] ^= 1  # its size is as before
+    (last / "weights.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match="step-2' is damaged .*does not match its checksum.*; remove that folder, and"):
+        worker.refuse_damaged(last)
 
 
 def test_a_finished_run_of_other_data_is_named(study, tmp_path):
@@ -374,10 +410,8 @@ def test_a_study_that_is_refused_leaves_what_its_workers_and_jobs_read(study, tm
 
 
 def test_a_checkpoint_is_known_where_the_file_system_has_no_links(tmp_path):
-    checkpoints = tmp_path / "checkpoints"
-    (checkpoints / "step-7").mkdir(parents=True)
-    (checkpoints / "step-7" / "state.json").write_text('{"step": 7}')
-    (checkpoints / "latest").write_text("step-7\n")
+    publish(tmp_path, 5)
+    (publish(tmp_path, 7).parent / "latest").write_text("step-7\n")
     assert steps_done(tmp_path) == 7
 
 

@@ -1,6 +1,7 @@
 """A whole study at tiny size: trained, killed, gone on with, measured, and shown on its page."""
 
 import csv
+import hashlib
 import json
 import re
 import signal
@@ -143,6 +144,25 @@ def test_a_second_call_trains_nothing_and_writes_the_same(whole, capsys, quick_f
     assert "[1/" not in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in out.rglob("metrics.jsonl")} == before
     assert {name: rows(out, name) for name in numbers} == numbers
+
+
+def test_a_damaged_last_checkpoint_is_trained_again_and_measured(whole, tmp_path, monkeypatch, capsys, quick_figures):
+    """Its newest whole checkpoint is gone on from, and no accuracy of an earlier step stands for the last one's."""
+    monkeypatch.setenv("PYTHONPATH", python_path(without_transformers(tmp_path)))
+    file, out = whole
+    before = rows(out, "runs.csv")
+    run = next((out / "runs" / "teacher").rglob("seed-1"))
+    weights = run / "checkpoints" / "step-4" / "weights.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    with weights.open("r+b") as file_of_weights:
+        file_of_weights.truncate(1000)
+    for results in run.rglob("results.json"):
+        results.unlink()
+    assert main(["study", str(file), "--dry-run"]) == 0
+    assert "1 to train" in capsys.readouterr().out
+    assert main(["study", str(file)]) == 0
+    assert re.search(rf"WARN {run}: step-4: .* has 1000 bytes.*goes on from step-", capsys.readouterr().out)
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == digest and rows(out, "runs.csv") == before
 
 
 def test_killed_and_stopped_on_the_way_it_ends_with_the_same_numbers(whole, tmp_path, monkeypatch, quick_figures):
