@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from .. import config as settings
-from ..config import Config
+from ..config import Config, Model
 from ..distributed.ranks import Ranks
 from ..errors import RunError, UserError
 from ..files import discard, refuse_special, wait_for, why_not_written, write_text
@@ -34,6 +34,7 @@ WRITTEN = (
     layout.HEARTBEATS,
     layout.PROBE,
 )
+TEACHERS = "teachers_sha256"  # of a start and of a checkpoint's state: teacher -> the hash of its weights
 MAY_BE_LINKS = (layout.CHECKPOINTS,)  # a folder on another disk
 
 
@@ -118,6 +119,35 @@ def _prepare(
     return run, newest, state, passed_over
 
 
+def note_teachers(folder: RunFolder, config: Config, found: dict[str, str]) -> None:
+    """Write the sha256 of each teacher's weights, as `found` at this start, to its line of history. First rank alone.
+
+    Raises UserError when the run was trained with other weights and `resume.allow` lists neither this nor the setting
+    that says which weights to take. A checkpoint of an earlier version knows none, and any are taken.
+    """
+    known = folder.state.get(TEACHERS, {})
+    changed = {
+        f"teachers.{name}.sha256": (known[name], sha256)
+        for name, sha256 in found.items()
+        if known.get(name, sha256) != sha256
+    }
+    refused = [key for key in changed if not any(_is_allowed(k, config) for k in (key, *_decide_weights(key, config)))]
+    if refused:
+        listed = "; ".join(f"{key}: {changed[key][0][:12]} -> {changed[key][1][:12]}" for key in refused)
+        raise UserError(
+            f"'{folder.path}' was trained with other weights of its teachers ({listed}); put the old weights back, "
+            f"or go on with the new ones by resume.allow=[{','.join(refused)}]"
+        )
+    history.add_to_start(folder.path, {key: list(values) for key, values in changed.items()}, **{TEACHERS: found})
+
+
+def _decide_weights(key: str, config: Config) -> list[str]:
+    """The settings that say which weights the teacher of `teachers.NAME.sha256` takes."""
+    teacher = key.removesuffix(".sha256")
+    drawn = config.ensemble[teacher.removeprefix("teachers.")].weights == "random"
+    return [f"{teacher}.{field}" for field in Model.model_fields] + ["seed"] * drawn
+
+
 def refuse_foreign(run: Path) -> None:
     """Raise UserError when a start in this folder would replace files that are not a run's."""
     found = [name for name in WRITTEN if (run / name).exists()]
@@ -159,8 +189,7 @@ def _refuse_links(run: Path) -> None:
 def _refuse_changes(run: Path, config: Config, state: dict, fingerprint: str) -> dict[str, tuple]:
     """What changed since the run was started, by key; UserError when `resume.allow` does not list all of it."""
     changed = _changes(run, config, state, fingerprint)
-    allowed = config.resume.allow
-    refused = [key for key in changed if not any(key == a or key.startswith(f"{a}.") for a in allowed)]
+    refused = [key for key in changed if not _is_allowed(key, config)]
     if refused:
         listed = "; ".join(f"{key}: {changed[key][0]!r} -> {changed[key][1]!r}" for key in refused)
         raise UserError(
@@ -168,6 +197,10 @@ def _refuse_changes(run: Path, config: Config, state: dict, fingerprint: str) ->
             "restore them, list the keys in resume.allow, or choose another run_dir"
         )
     return changed
+
+
+def _is_allowed(key: str, config: Config) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in config.resume.allow)
 
 
 def _changes(run: Path, config: Config, state: dict, fingerprint: str) -> dict[str, tuple]:

@@ -39,19 +39,22 @@ def record_start(run: Path, start: dict) -> None:
     _write(run, [*read(run), {"time": _now(), **start, "job": slurm.job(), "restart": slurm.restarts()}])
 
 
+def add_to_start(run: Path, changed: dict, **found) -> None:
+    """Add to the newest start what it `found` after it was recorded, and to its `changed` what of that is new.
+
+    Raises UserError when the start cannot be written, or the history is gone.
+    """
+    *earlier, newest = _known_starts(run)
+    _write(run, [*earlier, {**newest, **found, "changed": {**newest.get("changed", {}), **changed}}])
+
+
 def record_end(run: Path, kind: str, reason: str, step: int) -> None:
     """Note how the newest start ended.
 
     The first note stays, but a failure or a person's stop replaces a loss, since it caused the loss. Raises UserError
     when the note cannot be written, or the history is gone.
     """
-    starts = read(run)
-    if not starts:
-        raise UserError(
-            f"'{run / HISTORY}' is gone: the run's folder was moved or removed while the run went on; "
-            "start the run again where its checkpoints are"
-        )
-    *earlier, newest = starts
+    *earlier, newest = _known_starts(run)
     known = newest.get("end")
     if known is None or (known["kind"] == LOST and kind in FOR_GOOD):
         _write(run, [*earlier, {**newest, "end": {"time": _now(), "kind": kind, "reason": reason, "step": step}}])
@@ -149,6 +152,16 @@ def newest_step(run: Path) -> int:
     """Return the step of the newest published checkpoint, whole or not; 0 without one."""
     matches = (re.fullmatch(r"step-(0|[1-9]\d*)", path.name) for path in (run / CHECKPOINTS).glob("step-*"))
     return max((int(match[1]) for match in matches if match), default=0)
+
+
+def _known_starts(run: Path) -> list[dict]:
+    starts = read(run)
+    if not starts:
+        raise UserError(
+            f"'{run / HISTORY}' is gone: the run's folder was moved or removed while the run went on; "
+            "start the run again where its checkpoints are"
+        )
+    return starts
 
 
 def _is_start(start: dict) -> bool:

@@ -25,8 +25,9 @@ from ..models.image_tower import DTYPES, require_places, require_tokens
 from ..models.loading import load_clip_on_all_ranks
 from ..models.student import start_model, trainable_tower
 from ..models.teachers import FrozenTeacher, compile_teachers
+from ..models.weights import tensors_sha256
 from ..runs.checkpoints import read_optimizer
-from ..runs.folder import RunFolder
+from ..runs.folder import RunFolder, note_teachers
 from ..runs.metrics import SilentLogger
 from ..zero_shot import ZeroShotHead
 from .class_targets import build_class_targets
@@ -49,6 +50,7 @@ class TrainingParts:
     engine: Engine
     task: DistillationTask
     cost: Callable[[float], dict[str, float]]  # seconds of a step -> its speed and memory
+    teachers_sha256: dict[str, str]
 
 
 def build_training(
@@ -60,6 +62,7 @@ def build_training(
         name: load_clip_on_all_ranks(teacher, ranks, config.seed, f"teachers.{name}")
         for name, teacher in config.ensemble.items()
     }
+    teachers_sha256 = ranks.run_on_first(lambda: _note_teachers(config, folder, clips))
     require = require_tokens if config.method.tokens else require_places
     for name in sorted(config.token_models):
         require(clips[name].tower(), name)
@@ -89,7 +92,15 @@ def build_training(
         engine,
         task,
         _step_cost(config, ranks, task, flops),
+        teachers_sha256,
     )
+
+
+def _note_teachers(config: Config, folder: RunFolder, clips: dict[str, Clip]) -> dict[str, str]:
+    """The hash of each teacher as it was loaded, before anything is sharded or cast, also of one that is stored."""
+    found = {name: tensors_sha256(clips[name].model.state_dict()) for name in config.ensemble}
+    note_teachers(folder, config, found)
+    return found
 
 
 def _step_cost(

@@ -155,6 +155,7 @@ class Trainer:
             "method": self.parts.task.state,
             "fell_back": self.parts.task.fell_back,
             "data_fingerprint": self.dataset.fingerprint,
+            run_folder.TEACHERS: self.parts.teachers_sha256,
             "world_size": self.ranks.world_size,
         }
         self.ranks.run_on_first(lambda: self.checkpoints.save(self.step, weights, moments, state))

@@ -118,6 +118,9 @@ def test_training_on_stored_embeddings_is_training_with_the_teacher_to_the_last_
     live = trained(run(f"run_dir={tmp_path}/live", *augmentation))
     assert len(on_disk[0]) == 12 and on_disk[0][-1]["replaced"] == 2
     assert on_disk == live
+    ends = (tmp_path / name / "checkpoints" / "latest" / "state.json" for name in ("stored", "live"))
+    stored_too, same = (json.loads(path.read_text())["teachers_sha256"] for path in ends)
+    assert stored_too == same and same.keys() == {"clean", "robust"}
 
 
 def test_the_views_of_a_sample_come_round_and_its_random_start_does_not(shards):

@@ -184,6 +184,54 @@ def test_other_data_under_the_same_name_is_refused_unless_allowed(prepare, run):
     assert prepare("resume.allow=[data.fingerprint]", fingerprint="c3d4").step == 6
 
 
+@pytest.fixture
+def start_with(prepare, tmp_path):
+    """Call with the hash of the clean teacher and overrides: a start of a run trained with the clean teacher "old"."""
+    prepare()
+    saver = Checkpoints(tmp_path / "run", keep_last=5)
+    state = {"step": 3, "data_fingerprint": FINGERPRINT, "teachers_sha256": {"clean": "old", "robust": "r"}}
+    saver.save(3, {"w": torch.ones(2)}, {}, state)
+    saver.wait()
+
+    def call(sha256, *overrides):
+        found = {"clean": sha256, "robust": "r", "third": "t"}
+        settings = config.load(tmp_path / "run" / "config.yaml", list(overrides))
+        folder.note_teachers(prepare(*overrides), settings, found)
+        return history(tmp_path / "run")[-1]
+
+    return call
+
+
+def test_the_hashes_of_teachers_are_recorded_and_other_weights_refused(start_with):
+    start = start_with("old")
+    assert start["teachers_sha256"] == {"clean": "old", "robust": "r", "third": "t"} and start["changed"] == {}
+    with pytest.raises(
+        UserError, match=r"\(teachers.clean.sha256: old -> new\); .*resume.allow=\[teachers.clean.sha256\]"
+    ):
+        start_with("new")
+
+
+@pytest.mark.parametrize("allow", ["teachers.clean.sha256", "teachers.clean", "teachers", "teachers.clean.weights"])
+def test_resume_allow_takes_other_weights_of_a_teacher(start_with, allow):
+    assert start_with("new", f"resume.allow=[{allow}]")["changed"] == {"teachers.clean.sha256": ["old", "new"]}
+
+
+def test_a_teacher_of_other_weights_by_its_setting_is_allowed_with_it(start_with):
+    start = start_with("new", "teachers.clean.weights=else.pt", "resume.allow=[teachers.clean.weights]")
+    assert start["changed"].keys() == {"teachers.clean.weights", "teachers.clean.sha256"}
+
+
+@pytest.mark.parametrize("allow", ["teachers.clean.placement", "teachers.robust", "seed", "train"])
+def test_what_else_is_allowed_takes_no_other_weights(start_with, allow):
+    with pytest.raises(UserError, match="teachers.clean.sha256: old -> new"):
+        start_with("new", f"resume.allow=[{allow}]")
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_with_the_teachers_that_are_there(prepare, run, write, tree):
+    folder.note_teachers(prepare(), config.load(write(tree)), {"clean": "new", "robust": "r"})
+    assert history(run)[-1]["teachers_sha256"]["clean"] == "new" and history(run)[-1]["changed"] == {}
+
+
 def test_a_run_that_never_reached_a_checkpoint_may_change(prepare):
     prepare()
     found = prepare("train.lr=1e-3", fingerprint="c3d4")

@@ -19,6 +19,7 @@ from mmtard.config import Model
 from mmtard.distributed.interruption import EXIT_REQUEUE
 from mmtard.errors import RunError, UserError
 from mmtard.models import loading
+from mmtard.models.weights import tensors_sha256
 from mmtard.training import overfitting_alarm
 from mmtard.training.train import Trainer
 from mmtard.training.watchdog import Watchdog
@@ -343,3 +344,33 @@ def test_a_device_without_memory_is_one_line_that_says_what_to_lower(train, sett
         RunError, match=r"^step 1: cpu has too little memory; set .*=.* \(.* GiB less\).*Tried to allocate"
     ):
         train(given, Never())
+
+
+def test_a_teacher_whose_weights_were_replaced_is_refused_where_the_run_goes_on(train, settings, vit, tmp_path, capfd):
+    def write_teacher(seed):
+        spec = Model(arch=str(vit), weights="random")
+        clip = loading.load_clip(spec, seed)
+        clip.save(tmp_path / "teacher")
+        return tensors_sha256(clip.model.state_dict())
+
+    def starts(run):
+        return [json.loads(line) for line in (run / "resume.jsonl").read_text().splitlines()]
+
+    old, changes = write_teacher(1), {"teachers": {"robust": {"weights": str(tmp_path / "teacher")}}}
+    changes |= {"method": {"name": "ard"}, "train": {"steps": 6, "batch_size": 8, "lr": 1e-3}}
+    given, run = settings("replaced", **changes)
+    assert train(given, AfterTwoSteps()) == EXIT_REQUEUE
+    saved = json.loads((run / "checkpoints/step-2/state.json").read_text())
+    assert saved["teachers_sha256"] == starts(run)[0]["teachers_sha256"] == {"robust": old}
+    new = write_teacher(2)
+    message = rf"teachers.robust.sha256: {old[:12]} -> {new[:12]}.*put the old weights back.*resume.allow=\["
+    with pytest.raises(UserError, match=message):
+        train(given, Never())
+    assert write_teacher(1) == old
+    assert train(given, AfterTwoSteps()) == EXIT_REQUEUE, "the old weights are back"
+    assert write_teacher(2) == new
+    allowed, _ = settings("replaced", **changes, resume={"allow": ["teachers.robust.sha256"]})
+    assert train(allowed, Never()) == 0
+    assert starts(run)[-1]["changed"] == {"teachers.robust.sha256": [old, new]}
+    saved = json.loads((run / "checkpoints/step-6/state.json").read_text())
+    assert saved["teachers_sha256"] == {"robust": new}
