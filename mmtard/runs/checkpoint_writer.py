@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -48,11 +49,18 @@ class Checkpoints:
             for scratch in self.folder.glob(pattern):
                 discard(scratch)
 
-    def save(self, step: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict) -> None:
+    def save(
+        self,
+        step: int,
+        weights: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        state: dict,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
         """Write and publish `step-N` in the background. The tensors must be CPU copies that nobody changes afterwards.
 
-        Waits for the previous write first; raises what that write raised. Raises UserError when the run's folder is
-        gone.
+        before: called there when all is written and nothing published; it raises nothing. Waits for the previous write
+        first; raises what that write raised. Raises UserError when the run's folder is gone.
         """
         self.wait()
         if _identity(self.run) != self._opened:
@@ -60,7 +68,8 @@ class Checkpoints:
                 f"run_dir: '{self.run}' was moved, removed or replaced while the run went on, so step {step} "
                 "cannot be saved; start the run again where its checkpoints are"
             )
-        self._writer = threading.Thread(target=self._write, args=(step, weights, optimizer, state), name="checkpoint")
+        args = (step, weights, optimizer, state, before)
+        self._writer = threading.Thread(target=self._write, args=args, name="checkpoint")
         self._writer.start()
 
     @property
@@ -127,7 +136,7 @@ class Checkpoints:
 
     # ---------------------------------------------------------------- in the background
 
-    def _write(self, step: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict) -> None:
+    def _write(self, step: int, weights: dict, optimizer: dict, state: dict, before: Callable[[], None]) -> None:
         scratch = self.folder / f".writing-{step}-{os.getpid()}"
         try:
             _refuse_non_finite(step, weights)
@@ -135,6 +144,7 @@ class Checkpoints:
             scratch.mkdir(parents=True)
             self._make_room(step, [*weights.values(), *optimizer.values()])
             self._write_files(scratch, step, weights, optimizer, state)
+            before()
             final = self.folder / f"step-{step}"
             discard(final)  # an earlier, invalid one of the same step
             scratch.rename(final)

@@ -16,12 +16,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..distributed.console import lasting, printable
 from ..errors import UserError
-from .journal import Journal
+from ..files import read_json_lines
+from .journal import Journal, missing
 from .layout import EVENTS, METRICS, PROBES
 from .trackers import Tracker, curves
 
 # The columns that differ between equal runs.
 TIMINGS = ("seconds", "images_per_s", "tflops_a_rank", "mfu", "memory_gib", "reserved_gib")
+NO_METRICS = "steps without metrics"  # an event
 LONGEST_S = 10**9 * 3600  # that is shown as the time left
 # What a console line leaves out of a row, beside the quantiles.
 NOT_SHOWN = ("step", "batch", "skipped", "replaced", *(name for name in TIMINGS if name != "mfu"))
@@ -60,6 +62,8 @@ class SilentLogger:
 
     def print(self, text: str) -> None: ...
 
+    def sync(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -67,9 +71,10 @@ class MetricLogger(SilentLogger):
     """The reports of one run, written by its first rank.
 
     Opening cuts its files back to the step the run goes on from, so that a step that was lost in an interruption and
-    done again stands there once. `trackers` open one each; one that fails is named and left out from then on. Raises
-    UserError where a file cannot be opened. A row that cannot be written later, such as on a full disk, is kept as
-    `failure`, and no row follows it: the ranks agree on the end.
+    done again stands there once; steps before it whose rows a crash of the machine took are named. `trackers` open one
+    each; one that fails is named and left out from then on. Raises UserError where a file cannot be opened. A row that
+    cannot be written later, such as on a full disk, is kept as `failure`, and no row follows it: the ranks agree on the
+    end.
     """
 
     failure: UserError | None = None
@@ -94,6 +99,7 @@ class MetricLogger(SilentLogger):
         for name, journal in self._journals.items():
             if journal.damaged:
                 self.event(start, "damaged lines left out", file=name, lines=journal.damaged)
+        self._name_missing(start)
         for name, make in (trackers or {}).items():
             self._attempt(name, lambda: self._trackers.update({name: make()}))
 
@@ -146,6 +152,11 @@ class MetricLogger(SilentLogger):
             self._console_is_gone = True
             self.event(self._start, "the console was closed", remedy="mmtard runs shows how the run goes on")
 
+    def sync(self) -> None:
+        """Bring every record to the disk, as a checkpoint must find it that is gone on from. Any thread may ask."""
+        for journal in self._journals.values():
+            journal.sync()
+
     def close(self) -> None:
         """Every record is on disk, every tracker told that this start is over, the terminal as it was."""
         for journal in self._journals.values():
@@ -160,6 +171,15 @@ class MetricLogger(SilentLogger):
                 self._journals[name].append(_storable(row))
             except UserError as error:
                 self.failure = error
+
+    def _name_missing(self, start: int) -> None:
+        gaps = missing(self._journals[METRICS].steps, start)
+        steps = [f"{first}" if first == last else f"{first} to {last}" for first, last in gaps]
+        if not steps:
+            return
+        told = [row.get("steps") for row in read_json_lines(self.run / EVENTS) if row.get("event") == NO_METRICS]
+        if steps not in told:
+            self.event(start, NO_METRICS, steps=steps)
 
     def _open_bar(self, start: int) -> Progress:
         columns = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ..errors import UserError
 from ..evaluation.results import damage_named, read
 from ..files import read_json_lines
 from ..runs import history
+from ..runs.journal import missing
 from ..runs.layout import EVENTS, METRICS, OVERFITTED
 from .measures import Measurement
 
@@ -41,7 +43,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a training. seconds: of all its steps; by_step: until each of them. gflop: of one image, NaN if unknown.
+    """Of a training. seconds: of all its steps; by_step: until each of them; NaN from the first step that is missing
+    in its metrics on. gflop: of one image, NaN if unknown.
 
     stored: seconds that it took, once, to store the teachers' embeddings which the method reads; in none of the others;
     None where it reads some that another process than the study's stored.
@@ -82,11 +85,16 @@ def same_samples(outcomes: dict[str, Outcome]) -> None:
 
 
 def cost(run: Path, batch_size: int, stored: float | None = 0.0) -> Cost:
-    """What a training took, by its own metrics; a step that was lost and done again counts once."""
+    """What a training took, by its own metrics; a step that was lost and done again counts once.
+
+    A crash of the machine may have taken the rows of some steps: their seconds are not known, their images are.
+    """
     rows = [row for row in read_json_lines(run / METRICS) if type(row.get("step")) is int]
+    last = max((row["step"] for row in rows), default=0)
+    gaps = missing((row["step"] for row in rows), last)
     total, by_step = 0.0, {}
     for row in rows:
-        total += _number(row, "seconds")
+        total += _number(row, "seconds") if not gaps or row["step"] < gaps[0][0] else math.nan
         by_step[row["step"]] = total
     starts = history.read(run)
     world = int(_number(starts[-1], "world_size")) if starts else 1
@@ -96,7 +104,7 @@ def cost(run: Path, batch_size: int, stored: float | None = 0.0) -> Cost:
         for row in rows
         if _number(row, "tflops_a_rank") and _number(row, "images_per_s")
     ]
-    return Cost(total, by_step, len(rows) * batch_size, float(np.median(flop)) if flop else float("nan"), stored)
+    return Cost(total, by_step, last * batch_size, float(np.median(flop)) if flop else float("nan"), stored)
 
 
 def alarms(run: Path) -> list[str]:

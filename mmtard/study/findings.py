@@ -146,14 +146,10 @@ class Findings:
                 continue
             spent, batch = self.cost(run), configuration(self.study, run).train.batch_size
             steps = [int(one.out.name.split("-")[1]) for one in way]
-            costs.append(
-                [
-                    (spent.stored or 0.0) + spent.by_step.get(step, spent.seconds)
-                    if over == "seconds"
-                    else step * batch
-                    for step in steps
-                ]
-            )
+            seconds = [(spent.stored or 0.0) + spent.by_step.get(step, spent.seconds) for step in steps]
+            if over == "seconds" and np.isnan(seconds).any():
+                continue
+            costs.append(seconds if over == "seconds" else [step * batch for step in steps])
             flags.append([one.flags(kind) for one in found])
             seeds.append(run.seed)
         return Trajectory(np.array(costs, dtype=float), np.array(flags), tuple(seeds)) if costs else None

@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import math
 
 from ..runs.environment import environment
 from .collect import KINDS
@@ -107,9 +108,11 @@ def _curves(found: Findings) -> str:
         if ways["images"] is None or clean is None:
             continue
         seeds, states, _ = clean.flags.shape
+        timed = {} if ways["seconds"] is None else dict(zip(ways["seconds"].seeds, ways["seconds"].costs))
         for s in range(seeds):
             for t in range(states):
-                spent = {"seconds": f"{ways['seconds'].costs[s, t]:.1f}", "images": int(ways["images"].costs[s, t])}
+                seconds = timed[clean.seeds[s]][t] if clean.seeds[s] in timed else math.nan  # of a run with a gap
+                spent = {"seconds": f"{seconds:.1f}", "images": int(ways["images"].costs[s, t])}
                 found_there = {"clean": clean.flags[s, t].mean(), "robust": ways["images"].flags[s, t].mean()}
                 of = {"method": state.method, "setting": state.label, "main": int(state.main)}
                 rows.append({**of, "seed": clean.seeds[s], **spent, **found_there})

@@ -163,10 +163,13 @@ def costs(found: Findings) -> Table:
     rows = []
     for state in found.tuned_states:
         spent = [found.cost(run) for run in state.runs]
-        seconds = [one.seconds for one in spent]
+        timed = [one for one in spent if not np.isnan(one.seconds)]
         gflop = spent[0].gflop
-        cells = [Cell("–" if np.isnan(gflop) else f"{gflop:.3g}"), Cell(str(spent[0].images)), _mean(seconds, "{:.0f}")]
-        cells.append(_mean([one.images / one.seconds for one in spent if one.seconds], "{:.0f}"))
+        cells = [Cell("–" if np.isnan(gflop) else f"{gflop:.3g}"), Cell(str(spent[0].images))]
+        cells.append(_mean([one.seconds for one in timed], "{:.0f}") if timed else Cell("?"))
+        cells.append(
+            _mean([one.images / one.seconds for one in timed if one.seconds], "{:.0f}") if timed else Cell("?")
+        )
         storing = spent[0].stored
         cells.append(Cell("?" if storing is None else f"{storing:.0f}" if storing else "–"))
         rows.append((found.label(state), cells))
@@ -174,7 +177,8 @@ def costs(found: Findings) -> Table:
     head = [[(column, 1) for column in columns]]
     notes = [
         "GFLOP an image: attack, teachers and student, a multiply-add counted as two. Seconds are those of the "
-        f"training steps, {found.study.at_once} run(s) side by side. {SEVERAL}.",
+        f"training steps, {found.study.at_once} run(s) side by side; ?: not known, since a crash "
+        f"took metrics of every run; in no curve. {SEVERAL}.",
         "storing: of the teachers' embeddings that it reads, once for all of its runs; counted in the curves. ?: not "
         "known, as of a job that stored them, and in no curve.",
     ]

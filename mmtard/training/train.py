@@ -158,7 +158,8 @@ class Trainer:
             run_folder.TEACHERS: self.parts.teachers_sha256,
             "world_size": self.ranks.world_size,
         }
-        self.ranks.run_on_first(lambda: self.checkpoints.save(self.step, weights, moments, state))
+        sync = self.logger.sync  # the rows of the steps before are as safe as the checkpoint
+        self.ranks.run_on_first(lambda: self.checkpoints.save(self.step, weights, moments, state, sync))
 
     def _finish(self, kind: Callable[[], str], reason: str, interruption: Interruption) -> None:
         """Note how this start ended. RunError when the run must not be started again though it is not complete.

@@ -2,12 +2,13 @@ import errno
 import io
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
 
 from mmtard.errors import UserError
-from mmtard.runs.journal import cut
+from mmtard.runs.journal import cut, missing
 from mmtard.runs.metrics import MetricLogger, SilentLogger
 
 
@@ -124,6 +125,44 @@ def test_damaged_lines_are_told_of_and_bytes_that_are_no_text_are_left_out(tmp_p
     assert rows(tmp_path / "events.jsonl") == [
         {"step": 2, "event": "damaged lines left out", "file": "metrics.jsonl", "lines": 1}
     ]
+
+
+def test_steps_whose_rows_a_crash_of_the_machine_took_are_named_once(tmp_path, opened, capsys):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row(n)) + "\n" for n in (1, 3, 4, 8, 10, 11)))
+    opened(tmp_path, start=10)
+    assert capsys.readouterr().out == "step 10: steps without metrics  steps 2, 5 to 7, 9\n"
+    named = [{"step": 10, "event": "steps without metrics", "steps": ["2", "5 to 7", "9"]}]
+    assert rows(tmp_path / "events.jsonl") == named
+    opened(tmp_path, start=10)
+    assert rows(tmp_path / "events.jsonl") == named and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "steps, last, gaps",
+    [
+        ([], 0, []),
+        ([], 3, [(1, 3)]),
+        ([1, 2], 2, []),
+        ([3, 1, 1, -5, 9], 5, [(2, 2), (4, 5)]),
+        ([2], 10**18, [(1, 1), (3, 10**18)]),
+    ],
+)
+def test_the_gaps_among_steps(steps, last, gaps):
+    assert missing(steps, last) == gaps
+
+
+def test_the_rows_are_brought_to_the_disk_when_asked_and_a_closed_file_is_there(tmp_path, opened, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{file}"))), fsync(file))
+    )
+    metrics = opened(tmp_path)
+    metrics.write_row(row(1))
+    metrics.sync()
+    assert synced == ["metrics.jsonl", "events.jsonl"]
+    metrics.close()
+    metrics.sync()
+    assert len(synced) == 4
 
 
 def test_a_full_disk_is_one_line_that_names_it_and_leaves_no_half_row(tmp_path, opened):

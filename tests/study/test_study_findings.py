@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -135,6 +136,35 @@ def test_models_that_were_measured_on_other_data_are_not_compared(tmp_path):
     same_samples({"a": one, "b": one})
     with pytest.raises(UserError, match="'a' and 'b' were measured on other samples, so that no difference"):
         same_samples({"a": one, "b": other})
+
+
+def write_metrics(run, steps):
+    (run / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "seconds": 2}}\n' for n in steps))
+
+
+def test_steps_without_metrics_leave_the_seconds_unknown_and_the_images_as_they_are(tmp_path):
+    write_metrics(tmp_path, (1, 2, 4, 5))
+    spent = cost(tmp_path, 8)
+    assert np.isnan(spent.seconds) and spent.images == 40
+    assert spent.by_step[2] == 4 and np.isnan(spent.by_step[4]) and np.isnan(spent.by_step[5])
+
+
+def test_a_method_whose_metrics_have_gaps_has_a_question_mark_and_no_time_in_its_curve(found, monkeypatch):
+    state, outcome = found.main["teacher"], found.outcomes["test", found.main["teacher"].runs[0].name]
+    monkeypatch.setattr(findings, "on_the_way", lambda *_: [SimpleNamespace(out=Path(f"step-{n}")) for n in (2, 4)])
+    monkeypatch.setattr(findings, "outcome", lambda _: outcome)
+    folders = [Path(found.study.out) / "runs" / run.name for run in state.runs]
+    made, seconds = [folder / "metrics.jsonl" for folder in folders], []
+    for steps in [(1, 2, 3, 4), (1, 2, 4)]:  # of the last run, then of both
+        write_metrics(folders[0], (1, 2, 3, 4) if not seconds else (1, 3, 4))
+        write_metrics(folders[1], steps)
+        (row,) = [cells for name, cells in tables.costs(found).rows if name == "teacher"]
+        curves = [line for line in csv.DictReader(io.StringIO(records._curves(found))) if line["method"] == "teacher"]
+        seconds.append(([cell.text for cell in row[2:4]], [line["seconds"] for line in curves[:4]]))
+    for path in made:
+        path.unlink()
+    assert seconds[0] == (["8 ± 0", "4 ± 0"], ["4.0", "8.0"] * 2)
+    assert seconds[1] == (["?", "?"], ["nan"] * 4)
 
 
 def test_a_damaged_row_of_metrics_costs_nothing_else(tmp_path):

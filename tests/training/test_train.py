@@ -20,6 +20,7 @@ from mmtard.distributed.interruption import EXIT_REQUEUE
 from mmtard.errors import RunError, UserError
 from mmtard.models import loading
 from mmtard.models.weights import tensors_sha256
+from mmtard.runs.journal import Journal
 from mmtard.training import overfitting_alarm
 from mmtard.training.train import Trainer
 from mmtard.training.watchdog import Watchdog
@@ -332,6 +333,23 @@ def test_a_newer_checkpoint_that_is_not_whole_is_told_where_the_run_goes_on(trai
     said = capfd.readouterr().out
     assert "tecoa goes on from step-1" in said
     assert "WARN a newer checkpoint is not whole and was passed over: step-2: weights.safetensors has 1000 " in said
+
+
+def test_the_rows_of_all_steps_are_on_the_disk_before_their_checkpoint(train, settings, monkeypatch):
+    """A power cut leaves no checkpoint whose steps have no metrics."""
+    changes = {"method": {"name": "tecoa"}, "train": {"steps": 3, "batch_size": 8, "warmup_steps": 0}}
+    given, run = settings("synced", checkpoint={"every": 1, "keep_last": 5}, **changes)
+    order, sync = [], Journal.sync
+
+    def noted(journal):
+        if journal.path.name == "metrics.jsonl":
+            there = {int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")}
+            order.append((len(rows(run)), max(there, default=0)))
+        sync(journal)
+
+    monkeypatch.setattr(Journal, "sync", noted)
+    assert train(given, Never()) == 0
+    assert all(metrics > published for metrics, published in order[:3]) and [p for _, p in order] == [0, 1, 2, 3]
 
 
 def test_a_device_without_memory_is_one_line_that_says_what_to_lower(train, settings, monkeypatch):
