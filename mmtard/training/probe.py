@@ -19,19 +19,27 @@ from ..data.class_names import classnames, templates
 from ..data.dataset import open_dataset
 from ..distributed.interruption import Interruption
 from ..distributed.processes import RANK_VARIABLES
-from ..files import discard, read_json_lines
+from ..files import discard, read_json_lines, settings_digest
 from ..runs.checkpoint_writer import Checkpoints
 from ..runs.checkpoints import published
 from ..runs.layout import PROBE, PROBES
 from ..runs.metrics import MetricLogger
 
+FINGERPRINT, CLASSES = "fingerprint", "classes"  # of a probe's data; what earlier versions did not note
 PROCESS = [sys.executable, "-m", "mmtard.training.probe_process"]
 
 
-def check(config: Config) -> None:
-    """Raises UserError when the probe's data cannot be read, or lack class names; indexes them when nobody has."""
-    if config.probe is not None:
-        classnames(_source(config), open_dataset(_source(config)))
+def check(config: Config) -> dict[str, str]:
+    """What tells the probe's data from others at the same place: fingerprint and digest of the class names.
+
+    Empty without a probe. Raises UserError when the data cannot be read, or lack class names; indexes them when nobody
+    has.
+    """
+    if config.probe is None:
+        return {}
+    dataset = open_dataset(_source(config))
+    names = classnames(_source(config), dataset)
+    return {FINGERPRINT: dataset.fingerprint, CLASSES: settings_digest({"classes": names})}
 
 
 class SilentProbe:
@@ -46,10 +54,13 @@ class Probe(SilentProbe):
     """The probes of one run, as its first rank makes them; does nothing where `probe` is null.
 
     One process at a time measures the newest published checkpoint that is due; older ones follow while no newer one is.
-    The next start makes up for what an interruption or a failure ended. The process dies with this one.
+    The next start makes up for what an interruption or a failure ended. The process dies with this one. data: what
+    `check` found.
     """
 
-    def __init__(self, config: Config, checkpoints: Checkpoints, metrics: MetricLogger, start: int):
+    def __init__(
+        self, config: Config, checkpoints: Checkpoints, metrics: MetricLogger, start: int, data: dict[str, str]
+    ):
         self.settings, self.steps, self.run = config.probe, config.train.steps, Path(config.run_dir)
         self.checkpoints, self.metrics = checkpoints, metrics
         self.process: subprocess.Popen | None = None
@@ -60,6 +71,7 @@ class Probe(SilentProbe):
         # What makes two probes comparable.
         self.protocol = {
             "data": self.source.shards,
+            **data,
             "norm": config.attack.norm,
             "eps": show_pixels(eps),
             "steps": self.settings.steps,
@@ -68,7 +80,14 @@ class Probe(SilentProbe):
             "templates": templates(self.source),
         }
         discard(self.run / PROBE)
-        self.rows = _read(self.run / PROBES, self.protocol)
+        earlier = _read(self.run / PROBES)
+        self.rows = [row for row in earlier if not _differences([row], self.protocol)]
+        others = [row for row in earlier if row not in self.rows]
+        if others:
+            metrics.print(
+                f"probes of earlier starts are not compared with this one's, nor chosen from: {len(others)} that "
+                f"differ in {', '.join(_differences(others, self.protocol))}"
+            )
         done = {row["step"] for row in self.rows}
         self.pending = {step for step in published(checkpoints.folder) if step <= start and self._due(step)} - done
         self._keep_best(start)
@@ -201,8 +220,16 @@ def _source(config: Config) -> Data:
     return Data(shards=p.data, index=p.index, classnames=p.classnames, **shared)
 
 
-def _read(path: Path, protocol: dict) -> list[dict]:
-    """The earlier probes that this run's can be compared with; damaged lines are left out."""
+def _read(path: Path) -> list[dict]:
+    """The probes of earlier starts; damaged lines are left out."""
     numbers = ("step", "clean", "robust")
-    rows = [row for row in read_json_lines(path) if row.get("protocol") == protocol]
+    rows = [row for row in read_json_lines(path) if isinstance(row.get("protocol"), dict)]
     return [row for row in rows if all(isinstance(row.get(name), (int, float)) for name in numbers)]
+
+
+def _differences(rows: list[dict], protocol: dict) -> list[str]:
+    """What some of these probes' protocols say otherwise; one of an earlier version does not say which data it saw."""
+    unsaid = {key: protocol[key] for key in (FINGERPRINT, CLASSES) if key in protocol}
+    others = [unsaid | row["protocol"] for row in rows]
+    keys = [*protocol, *sorted({key for other in others for key in other} - protocol.keys())]
+    return [key for key in keys if any(other.get(key) != protocol.get(key) for other in others)]

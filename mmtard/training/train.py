@@ -53,7 +53,7 @@ class Trainer:
         self.config, self.ranks, self.watchdog = config, ranks, watchdog
         torch.manual_seed(config.seed)
         self.dataset = open_dataset_on_all_ranks(config.data, ranks)
-        ranks.run_on_first(lambda: probe.check(config))
+        self.probed_data = ranks.run_on_first(lambda: probe.check(config))
         self.folder = run_folder.prepare(config, self.dataset.fingerprint, ranks)
         self.step = self.folder.step
         watchdog.at(self.step, "set-up")
@@ -67,7 +67,7 @@ class Trainer:
         self.checkpoints.clean()
         opened = trackers.chosen(config, self.step)
         self.logger = MetricLogger(run, self.step, config.train.steps, config.log.every, opened)
-        self.probe = probe.Probe(config, self.checkpoints, self.logger, self.step)
+        self.probe = probe.Probe(config, self.checkpoints, self.logger, self.step, self.probed_data)
 
     def train(self, interruption: Interruption) -> int:
         """Run to the last step or to an interruption; the exit status."""

@@ -2,15 +2,20 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from processes import alive
 from saved_checkpoints import save, steps
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+from tiny_shards import encode, picture, write_tar
 
 from mmtard.config import validate
 from mmtard.errors import UserError
@@ -21,6 +26,8 @@ from mmtard.training import probe
 from mmtard.training.probe import Probe
 
 ROBUST = {5: 0.25, 10: 0.5, 15: 0.25, 20: 0.5}  # at 10 and 20 alike, but 20 is better on clean images
+
+DATA = {"fingerprint": "a1b2", "classes": "c3d4"}  # as `probe.check` gives them
 
 SCRIPT = """
 import json, os, sys, time
@@ -42,14 +49,14 @@ def start(tree, tmp_path, monkeypatch):
     (tmp_path / "go").touch()
     made = []
 
-    def make(at=0, keep_last=1, **settings):
+    def make(at=0, keep_last=1, data=DATA, **settings):
         tree["train"]["steps"], tree["checkpoint"] = 20, {"every": 5}
         tree["probe"] = {"data": "val", "every": 5, "n_samples": 40, **settings}
         config, run = validate(tree), tmp_path / "run"
         run.mkdir(exist_ok=True)
         checkpoints = Checkpoints(run, keep_last)
         metrics = MetricLogger(run, at, 20, 99)
-        made.append(Probe(config, checkpoints, metrics, at))
+        made.append(Probe(config, checkpoints, metrics, at, data))
         return SimpleNamespace(probe=made[-1], checkpoints=checkpoints, run=run, metrics=metrics)
 
     yield make
@@ -91,6 +98,7 @@ def test_each_due_checkpoint_is_measured_and_the_most_robust_stays(start, capsys
     ]
     assert rows(s)[0]["protocol"] == {
         "data": "val",
+        **DATA,
         "norm": "linf",
         "eps": "2/255",
         "steps": 10,
@@ -206,6 +214,53 @@ def test_probes_of_another_protocol_are_not_compared(start):
     save(s.checkpoints, 15)
     settle(s, 15)
     assert [(r["step"], r["protocol"]["eps"]) for r in rows(s)] == [(10, "2/255"), (10, "1/255"), (15, "1/255")]
+
+
+@pytest.mark.parametrize("other", [{"fingerprint": "ffff"}, {"classes": "ffff"}])
+def test_probes_of_data_that_were_rewritten_are_not_compared_and_left_out_in_a_line(start, capsys, monkeypatch, other):
+    s = start(keep_last=9)
+    save(s.checkpoints, 10)
+    settle(s, 10)
+    assert most_robust(s) == "step-10"
+    capsys.readouterr()
+    monkeypatch.setenv("ROBUST", json.dumps({10: 0.125, 15: 0.25}))
+    s = start(at=10, keep_last=9, data=DATA | other)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "probes of earlier starts are not compared with this one's, nor chosen from: 1 that differ in "
+        + next(iter(other))
+    )
+    save(s.checkpoints, 15)
+    settle(s, 15)
+    assert most_robust(s) == "step-15", "by the data that are there, on which step 10 is measured again"
+
+
+def test_probes_of_an_earlier_version_which_did_not_note_the_data_count_as_before(start, capsys):
+    s = start(keep_last=9, data={})
+    save(s.checkpoints, 10)
+    settle(s, 10)
+    capsys.readouterr()
+    s = start(at=10, keep_last=9)
+    assert "not compared" not in capsys.readouterr().out
+    save(s.checkpoints, 15)
+    settle(s, 15)
+    assert [r["step"] for r in rows(s)] == [10, 15] and most_robust(s) == "step-10"
+
+
+def test_what_is_noted_of_the_data_changes_with_them_and_with_the_names(tree, tmp_path):
+    def data(seed, names, folder=tmp_path / "val"):
+        shutil.rmtree(folder, ignore_errors=True)  # its index, too
+        folder.mkdir()
+        write_tar(folder / "0.tar", [("a.jpg", encode(picture(seed))), ("a.cls", b"0")])
+        (folder / "classnames.txt").write_text(names)
+        return probe.check(validate(tree))
+
+    tree["train"]["steps"], tree["checkpoint"] = 20, {"every": 5}
+    assert probe.check(validate(tree)) == {}
+    tree["probe"] = {"data": str(tmp_path / "val"), "every": 5}
+    first, same, of_pixels, of_names = data(1, "cat\n"), data(1, "cat\n"), data(2, "cat\n"), data(1, "dog\n")
+    assert first == same and first.keys() == {"fingerprint", "classes"}
+    assert [key for key in first if first[key] != of_pixels[key]] == ["fingerprint"]
+    assert [key for key in first if first[key] != of_names[key]] == ["classes"]
 
 
 def test_settings_that_do_not_fit_are_refused(start, tree):
