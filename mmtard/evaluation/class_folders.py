@@ -6,22 +6,24 @@ import hashlib
 import os
 import shutil
 import time
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from ..data.shard_writer import RECORD, is_whole, write_shards
 from ..errors import UserError
-from ..files import user_cache
+from ..files import exclusive, shared, user_cache
 from .datasets import DatasetSource
 
 UNUSED_S = 24 * 3600.0  # shards of earlier contents that no evaluation used for so long are removed
 
 
-def with_shards(source: DatasetSource, say) -> DatasetSource:
+def with_shards(source: DatasetSource, say, held: ExitStack | None = None) -> DatasetSource:
     """The source with shards to read: those of class folders are written into the cache folder first.
 
     The shards' folder is named by where the images lie and by what identifies every file: a folder that changed since
-    is read anew, whatever kept its name and size.
+    is read anew, whatever kept its name and size. held: as long as it is open nobody removes the shards, however long
+    they are read; without it they stay for a day.
     """
     if source.folder is None:
         return source
@@ -31,13 +33,27 @@ def with_shards(source: DatasetSource, say) -> DatasetSource:
     if not shards.exists():
         changed = " anew, for they changed" if any(cache.glob(f"shards-{place}-*")) else " the first time"
         say(f"{source.name}: '{source.folder}' is read from shards, which are written to '{shards}'{changed}")
-    if not is_whole(shards):
-        write_shards(source.folder, shards, classnames=_names(source), progress=False)
+    while True:
+        if not is_whole(shards):
+            write_shards(source.folder, shards, classnames=_names(source), progress=False)
+        if held is not None:
+            with suppress(OSError):  # another one removes them just now, or they cannot be locked
+                held.enter_context(shared(shards / RECORD))
+        if shards.exists():
+            break
     os.utime(shards)  # in use now
     for other in cache.glob(f"shards-{place}-*"):
-        if other != shards and (other / RECORD).is_file() and time.time() - other.stat().st_mtime > UNUSED_S:
-            shutil.rmtree(other, ignore_errors=True)
+        if other != shards:
+            _remove_unused(other)
     return replace(source, data=source.data.model_copy(update={"shards": str(shards)}))
+
+
+def _remove_unused(shards: Path) -> None:
+    """Remove shards that nobody used for long and nobody holds."""
+    with suppress(OSError):  # an evaluation reads them still, or another one has removed them
+        if (shards / RECORD).is_file() and time.time() - shards.stat().st_mtime > UNUSED_S:
+            with exclusive(shards / RECORD, patience=0):
+                shutil.rmtree(shards, ignore_errors=True)
 
 
 def _names(source: DatasetSource) -> Path | None:

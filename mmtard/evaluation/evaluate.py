@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..models.compiled import compile_tower
 from ..models.precision import full_float32
 from ..runs.environment import device_name, environment
-from . import partial_results, results
+from . import out_folder, partial_results, results
 from .chunks import CPU_BATCH, CUDA_BATCH
 from .corruptions import corruption_error
 from .matching import deciding_settings
@@ -38,8 +38,10 @@ def evaluate(request: EvaluationRequest, ranks: Ranks, say=say, interruption: In
     """Measure and write; returns the results, the same on every rank and at every world size. Collective.
 
     Datasets that OUT/results.json already holds by their name for the same weights, data and settings are taken over,
-    also those that are not asked for now; of `sanity` only what is missing is measured. Raises UserError for a model or
-    data that do not fit, RunError with status REQUEUE when a rank was interrupted: the same call then goes on.
+    also those that are not asked for now; of `sanity` only what is missing is measured. Others may measure other
+    datasets into OUT meanwhile. Raises UserError for a model or data that do not fit, and for a dataset that another
+    evaluation is measuring into OUT; RunError with status REQUEUE when a rank was interrupted: the same call then goes
+    on.
     """
     began = time.monotonic()
     if not ranks.is_first:
@@ -49,41 +51,31 @@ def evaluate(request: EvaluationRequest, ranks: Ranks, say=say, interruption: In
     # Ranks wait for one another's chunks of attacks. A rank that is lost shows at once, as a closed connection.
     set_timeouts(PATIENCE)
     hosts = ranks.all_gather(f"{socket.gethostname()} rank {ranks.rank} {device_name(ranks.device)}")
-    stored = ranks.run_on_first(lambda: _stored(request.out))
-    session = _session(request, ranks, say, Interruption() if interruption is None else interruption)
-    entries, new = [], False
-    with fused(say) if request.compile else nullcontext() as fusion:
-        for source in request.sources:
-            entry, measured = session.dataset(source, stored)
-            entries, new = [*entries, entry], new or measured
-    entries += _taken_over(stored, session, {entry["name"] for entry in entries})
-    if not new and len(entries) == len(stored["datasets"]):
-        say(f"'{request.out}' holds these results already; remove it to measure them again")
-        return stored
-    known = environment(hosts)
-    found = {
-        "format": results.FORMAT,
-        "protocol": request.protocol.name,
-        "command": known.pop("command"),
-        "environment": known,
-        "model": session.model.description,
-        "settings": session.settings,
-        "datasets": entries,
-        "averages": results.averages(entries),
-        **({"imagenet_c": found_c} if (found_c := corruption_error(entries)) else {}),
+    with ExitStack() as held:
+        names = [source.name for source in request.sources]
+        ranks.run_on_first(lambda: held.enter_context(out_folder.hold(request.out, names)))
+        stored = ranks.run_on_first(lambda: _stored(request.out))
+        session = _session(request, ranks, say, Interruption() if interruption is None else interruption, held)
+        own, new = [], False
+        with fused(say) if request.compile else nullcontext() as fusion:
+            for source in request.sources:
+                entry, measured = session.dataset(source, stored)
+                own, new = [*own, entry], new or measured
+        if not new and len(_with_stored(own, stored, session)) == len(stored["datasets"]):
+            say(f"'{request.out}' holds these results already; remove it to measure them again")
+            return stored
         # asked for stands in the settings; a compiler may have been missing
-        **({"compiled": not (session.model.tower.graph.failed or fusion.failed)} if request.compile else {}),
-        "seconds": round(time.monotonic() - began, 1),
-    }
-    ranks.run_on_first(lambda: _publish(found, request.out, say))
-    return found
+        compiled = {"compiled": not (session.model.tower.graph.failed or fusion.failed)} if request.compile else {}
+        return ranks.run_on_first(lambda: _publish(own, session, hosts, began, compiled))
 
 
 def _silent(*_) -> None:
     pass
 
 
-def _session(request: EvaluationRequest, ranks: Ranks, say, interruption: Interruption) -> EvaluationSession:
+def _session(
+    request: EvaluationRequest, ranks: Ranks, say, interruption: Interruption, held: ExitStack
+) -> EvaluationSession:
     """The models on every rank, and what all datasets share. Collective."""
     run = ranks.run_on_first(lambda: trained_with(request.model))
     model = load_model(request.model, ranks)
@@ -100,14 +92,15 @@ def _session(request: EvaluationRequest, ranks: Ranks, say, interruption: Interr
             if one is not None:
                 compile_tower(one.tower, name, say, any_batch=True)
     in_batches = AdaptiveBatchSize(batch_size, say)
-    return EvaluationSession(request, ranks, say, interruption, model, other, settings, in_batches, run)
+    return EvaluationSession(request, ranks, say, interruption, model, other, settings, in_batches, held, run)
 
 
-def _taken_over(stored: dict, session: EvaluationSession, names: set[str]) -> list[dict]:
-    """The stored datasets of other names that were measured with the same settings and the same model."""
+def _with_stored(own: list[dict], stored: dict, session: EvaluationSession) -> list[dict]:
+    """With the stored datasets of other names that were measured with the same settings and the same model."""
     if "settings" not in stored or deciding_settings(stored["settings"]) != deciding_settings(session.settings):
-        return []
-    return [d for d in stored["datasets"] if d["name"] not in names] if _same_model(stored, session.model) else []
+        return own
+    names = {entry["name"] for entry in own}
+    return own + [d for d in stored["datasets"] if d["name"] not in names and _same_model(stored, session.model)]
 
 
 def _same_model(stored: dict, model: EvaluatedModel) -> bool:
@@ -125,6 +118,25 @@ def _stored(out: Path) -> dict:
     return found
 
 
-def _publish(found: dict, out: Path, say) -> None:
-    say(f"written: {results.write(found, out)}")
-    partial_results.remove(out)
+def _publish(own: list[dict], session: EvaluationSession, hosts: list[str], began: float, compiled: dict) -> dict:
+    """Write what was measured, beside what others have published meanwhile; the results. First rank."""
+    request = session.request
+    with out_folder.publishing(request.out):
+        entries = _with_stored(own, _stored(request.out), session)
+        known = environment(hosts)
+        found = {
+            "format": results.FORMAT,
+            "protocol": request.protocol.name,
+            "command": known.pop("command"),
+            "environment": known,
+            "model": session.model.description,
+            "settings": session.settings,
+            "datasets": entries,
+            "averages": results.averages(entries),
+            **({"imagenet_c": found_c} if (found_c := corruption_error(entries)) else {}),
+            **compiled,
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        session.say(f"written: {results.write(found, request.out)}")
+    partial_results.remove(request.out, [entry["name"] for entry in own])
+    return found

@@ -41,7 +41,7 @@ class PartialResults:
     def _read(self, name: str, say) -> dict[tuple[str, int], dict]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            of_dataset = [p for p in own_files(self.folder) if re.fullmatch(rf"{re.escape(name)}-\w{{16}}\..*", p.name)]
+            of_dataset = _files_of(self.folder, name)
             stale = [path for path in of_dataset if not path.name.startswith(f"{self.stem}.")]
             for path in stale:
                 path.unlink()
@@ -127,14 +127,16 @@ def own_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.is_file() and _OWN_FILE.fullmatch(path.name))
 
 
-def remove(out: Path) -> None:
-    """Remove the partial results of a finished evaluation, and their folder where nothing else lies in it."""
-    for path in own_files(out / FOLDER):
-        path.unlink(missing_ok=True)
-    try:
-        (out / FOLDER).rmdir()
-    except OSError:
-        pass  # it holds something of the user's own, or another evaluation works there
+def _files_of(folder: Path, stem: str) -> list[Path]:
+    """The files of one dataset, under whatever key."""
+    return [path for path in own_files(folder) if re.fullmatch(rf"{re.escape(stem)}-\w{{16}}\..*", path.name)]
+
+
+def remove(out: Path, names: Sequence[str]) -> None:
+    """Remove the partial results of datasets that are published; those of others stay, for who goes on with them."""
+    for name in names:
+        for path in _files_of(out / FOLDER, slug(name)):
+            path.unlink(missing_ok=True)
 
 
 def _checksum(row: dict) -> int:

@@ -167,8 +167,13 @@ def write(results: dict, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(sealed(results), indent=1) + "\n")
     except OSError as error:
-        raise UserError(
-            f"--out: cannot write '{path}': {error.strerror or error}; free space there and start it again: "
-            "what is measured is kept"
-        ) from None
+        raise not_written(path, error) from None
     return path
+
+
+def not_written(path: Path, error: OSError) -> UserError:
+    """What is said of results that the disk did not take."""
+    return UserError(
+        f"--out: cannot write '{path}': {error.strerror or error}; free space there and start it again: "
+        "what is measured is kept"
+    )

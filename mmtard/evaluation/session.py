@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from ..attacks.batching import AdaptiveBatchSize
@@ -33,7 +34,8 @@ from .zeroshot_task import ZeroShotTask
 class EvaluationSession:
     """What the datasets of one evaluation share.
 
-    settings: as results.json holds them. run: what the model's run says of its training; None where it is no run's.
+    settings: as results.json holds them. held: what is kept from others' hands until the evaluation ends. run: what the
+    model's run says of its training; None where it is no run's.
     """
 
     request: EvaluationRequest
@@ -44,6 +46,7 @@ class EvaluationSession:
     transfer_from: EvaluatedModel | None
     settings: dict
     in_batches: AdaptiveBatchSize
+    held: ExitStack
     run: TrainedWith | None = None
 
     def dataset(self, source: DatasetSource, stored: dict) -> tuple[dict, bool]:
@@ -79,7 +82,7 @@ class EvaluationSession:
 
     def _prepare(self, source: DatasetSource) -> tuple[DatasetSource, tuple[int, int] | None]:
         """The source with shards and an index, and its images' size where they are perturbed at it. First rank."""
-        source = with_shards(source, self.say)
+        source = with_shards(source, self.say, self.held)
         dataset = open_dataset(source.data)
         native = self._perturb_at(source) == "native"
         return source, _native_size(dataset, source.data.cache) if native else None

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,38 @@ def test_shards_of_earlier_contents_go_once_nobody_used_them_for_a_day(photos, t
     os.utime(first, (0, 0))
     assert class_folders.with_shards(source, said.append).data.shards == second
     assert not os.path.exists(first) and other.exists()
+
+
+def test_shards_that_an_evaluation_reads_for_days_stay_until_it_ends(photos):
+    (source,) = datasets.find_datasets(str(photos))
+    with ExitStack() as held:
+        first = Path(class_folders.with_shards(source, print, held).data.shards)
+        (photos / "dog" / "9.png").write_bytes((photos / "cat" / "0.png").read_bytes())
+        os.utime(first, (0, 0))
+        second = Path(class_folders.with_shards(source, print).data.shards)
+        assert first != second and (first / RECORD).is_file() and (first / "000000.tar").is_file()
+    class_folders.with_shards(source, print)
+    assert not first.exists() and second.exists()
+
+
+def test_an_evaluation_holds_the_shards_that_it_reads(photos, measure, monkeypatch):
+    from mmtard.attacks import ensemble
+    from mmtard.files import exclusive
+
+    run, refused = ensemble.run_attacks, []
+
+    def while_held(*args):
+        (record,) = Path(os.environ["XDG_CACHE_HOME"]).rglob(RECORD)
+        with pytest.raises(BlockingIOError), exclusive(record, patience=0):
+            pass
+        refused.append(record)
+        return run(*args)
+
+    monkeypatch.setattr(ensemble, "run_attacks", while_held)
+    measure(photos, attacks=("pgd",), iters=1)
+    assert refused
+    with exclusive(refused[0], patience=0):
+        pass  # given free with the evaluation's end
 
 
 def test_shards_of_an_unchanged_folder_are_written_once_and_completed_where_some_are_missing(photos):
