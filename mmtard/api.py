@@ -169,7 +169,7 @@ def evaluate(
     from .evaluation.datasets import find_datasets
     from .evaluation.evaluate import evaluate as measure
     from .evaluation.python_call import arguments_named, changed_protocol
-    from .evaluation.request import EvaluationRequest, default_out
+    from .evaluation.request import EvaluationRequest, default_out, given
 
     with arguments_named():
         asked = changed_protocol(protocol, eps, norm, n_samples, transfer_from is not None, changes)
@@ -178,6 +178,7 @@ def evaluate(
     surrogate = _spec(transfer_from, transfer_arch) if transfer_from else None
     with _as_weights(model, arch) as (spec, identity), environment_as_it_was(), process_group(device) as ranks:
         others = {"batch_size": batch_size, "transfer": _text(transfer_from), **({"compile": True} if compile else {})}
+        others |= given(_text(index), _text(classnames))
         folder = default_out(identity, asked, sources, str(data), **others) if out is None else Path(out)
         request = EvaluationRequest(
             spec, sources, asked, folder, surrogate, batch_size, workers, sanity, compile=compile

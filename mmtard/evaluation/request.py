@@ -5,6 +5,7 @@ Imports no torch: what is wrong with the words is said at once.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -99,6 +100,7 @@ def default_out(model: Model, chosen: Protocol, sources: list[DatasetSource], ro
     """RUN/evaluations/PROTOCOL-DATA-NORM-EPS-DIGEST of a run or checkpoint folder, else the same below ./evaluations.
 
     The digest stands for every other setting, so that two evaluations share a folder only when they are the same.
+    others: those beside the protocol and the data, such as what `given` says of the data's files.
     """
     path = Path(model.weights)
     checkpoint = path.parent.name == CHECKPOINTS and path.name
@@ -115,6 +117,26 @@ def default_out(model: Model, chosen: Protocol, sources: list[DatasetSource], ro
         settings_digest(others)[:8],
     ]
     return run / EVALUATIONS / slug("-".join([checkpoint, *name] if checkpoint else name))
+
+
+def given(index: str | None = None, classnames: str | None = None, **keys: str | None) -> dict:
+    """What the default folder's digest says of files and keys of the data, where the user gave them.
+
+    A file of class names counts by its content, wherever it lies: other names are another evaluation. Where it is no
+    plain file, or cannot be read, which is told when it is needed, it counts by its path, as an index does.
+    """
+    told = {"index": index and str(Path(index).resolve()), "classnames": classnames and _content(classnames), **keys}
+    return {name: value for name, value in told.items() if value}
+
+
+def _content(file: str) -> str:
+    path = Path(file)
+    try:
+        if path.is_file():  # a pipe can be read but once
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        pass
+    return str(path.resolve())
 
 
 # What a setting is called on the command line of `mmtard evaluate`.
