@@ -177,6 +177,7 @@ def test_partial_results_of_an_earlier_version_are_measured_again_with_a_line(co
     with pytest.raises(RunError):
         measure(colours, interruption=interruption, **settings)
     folder = tmp_path / "out" / partial_results.FOLDER
+    folder.mkdir(parents=True)  # the one that was stopped had nothing to leave
     key = undisturbed["datasets"][0]["key"]
     row = {"part": "colours 4/255", "chunk": 0, "ids": [0], "left_out": [], "broken_by": ["pgd"], "prediction": [0]}
     row = json.dumps(row | {"crc32": zlib.crc32(json.dumps(row, sort_keys=True).encode())})
