@@ -3,8 +3,9 @@
 A weighting is a function of the settings, the teachers' `Prediction`s on the images they see (name -> Prediction),
 the labels, and the state carried from step to step; it returns name -> weight [B] and is called without gradient.
 `mmtard.config.WEIGHTINGS` names them and says which read labels; `FUNCTIONS` has the function of each. All but
-`official`, its factors alone, and `mtard` are ours, not the paper's. A teacher that sees the clean image and teaches
-the adversarial one (`clean_for_adv`) is judged by what it sees and counts as one of the adversarial image.
+`official`, its factors alone, and `mtard` are ours, where the paper has words or nothing. A teacher that sees the clean
+image and teaches the adversarial one (`clean_for_adv`) is judged by what it sees and counts as one of the adversarial
+image.
 """
 
 import math
