@@ -143,7 +143,24 @@ def _evaluation(arguments: list[str]) -> tuple[str, ...]:
     task = int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)
     if task >= len(datasets):
         raise UserError(f"no dataset for task {task} of the array; give as many datasets as the array has tasks")
+    _look_for_datasets_without_task(datasets, task)
     return (model, "--data", datasets[task], *flags)
+
+
+def _look_for_datasets_without_task(datasets: list[str], task: int) -> None:
+    """Raise UserError where one task alone, as without --array, would leave datasets out; say what a larger array does.
+
+    A part of an array that a person submits anew (`--array=3`) is as much as was asked for, and so is task 0 of an
+    array that goes on as a job of its own.
+    """
+    last = int(os.environ.get("SLURM_ARRAY_TASK_MAX") or task)
+    if last == 0 and len(datasets) > 1 and slurm.starts() == 1:
+        raise UserError(
+            f"{len(datasets)} datasets, 1 task: submit with --array=0-{len(datasets) - 1}, or give one dataset"
+        )
+    if 0 < last < len(datasets) - 1:
+        left = ", ".join(datasets[last + 1 :])
+        say(f"no task of this array measures {left}; --array=0-{len(datasets) - 1} has one for each dataset")
 
 
 def _configured(configs: list[str], arguments: list[str]) -> tuple[str, ...]:

@@ -168,6 +168,8 @@ def test_a_setup_file_that_is_not_there_is_named(body, tmp_path):
         ("evaluate.sh", [], "0", "the first argument is the model, such as runs/b32"),
         ("evaluate.sh", ["run", "a"], "1", "no dataset for task 1 of the array"),
         ("evaluate.sh", ["run", "--", "--attacks", "pgd"], "0", "no dataset for task 0 of the array"),
+        ("evaluate.sh", ["run", "a", "b"], "0", "2 datasets, 1 task: submit with --array=0-1, or give one dataset"),
+        ("evaluate.sh", ["run", "a", "b", "--", "x"], "", "2 datasets, 1 task: submit with --array=0-1, or give"),
         ("train_teachers.sh", [], "2", "no configuration for task 2 of the array; ask for --array=0-1"),
     ],
 )
@@ -175,6 +177,30 @@ def test_words_that_are_missing_are_told_before_any_rank_starts(body, tmp_path, 
     done = body(name, *words, SLURM_ARRAY_TASK_ID=task)
     assert done.returncode == 2 and done.stderr.startswith(f"mmtard: {message}"), done.stderr
     assert not (tmp_path / "srun_words").exists()
+
+
+@pytest.mark.parametrize(
+    "first, task, last, again, said",
+    [
+        (0, 0, 2, {}, False),
+        (0, 2, 2, {}, False),
+        (2, 2, 2, {}, False),  # a person submits the last one anew
+        (0, 0, 2, {"SLURM_RESTART_COUNT": "1"}, False),
+        (0, 0, 0, {"MMTARD_SUBMITTED_AGAIN": "1"}, False),  # a job of its own for task 0, which may not be requeued
+        (0, 0, 1, {}, True),
+        (1, 1, 1, {}, True),
+    ],
+)
+def test_a_task_of_an_array_measures_its_dataset_and_says_which_have_no_task(
+    body, tmp_path, first, task, last, again, said
+):
+    bounds = {"MIN": first, "MAX": last, "COUNT": last - first + 1, "ID": task}
+    array = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in bounds.items()}
+    done = body("evaluate.sh", "run", "a", "b", "c", SLURM_ARRAY_JOB_ID="6", **array, **again)
+    assert done.returncode == 0, done.stderr
+    words = (tmp_path / "srun_words").read_text().splitlines()
+    assert words[-2:] == ["--data", "abc"[task]]
+    assert ("no task of this array measures c; --array=0-2 has one for each dataset" in done.stdout) == said
 
 
 @pytest.mark.parametrize(
