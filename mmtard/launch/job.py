@@ -26,9 +26,9 @@ except ImportError:
 SHIELD = ("sh", "-c", 'trap "" USR2 TERM INT; exec "$@"', "sh")
 
 
-def script(stage: Stage, request: JobRequest, snapshot: Snapshot) -> str:
-    """The exact text that sbatch is given for a stage; jobs that it waits for stand as JOB_OF_<run folder>."""
-    executor = _executor(stage, request, snapshot, [f"JOB_OF_{run.name}" for run in stage.after])
+def script(stage: Stage, request: JobRequest, snapshot: Snapshot, after: list[str]) -> str:
+    """The exact text that sbatch is given for a stage; after: what stands for the ids of the jobs that it waits for."""
+    executor = _executor(stage, request, snapshot, after)
     if len(stage.works) > 1:
         executor.parameters["map_count"] = len(stage.works)
     return executor._make_submission_file_text(executor._submitit_command_str, uid="")
@@ -87,7 +87,7 @@ def _executor(stage: Stage, request: JobRequest, snapshot: Snapshot, after: list
     executor = _Executor(snapshot.jobs, python=shlex.join([*SHIELD, request.python]))
     executor.update_parameters(
         job_name=request.job_name
-        or f"mmtard-{stage.works[0].name if len(stage.works) == 1 else snapshot.folder.parents[1].name}",
+        or (stage.works[0].job_name if len(stage.works) == 1 else f"mmtard-{snapshot.folder.parents[1].name}"),
         nodes=request.nodes,
         ntasks_per_node=request.tasks_per_node,
         gpus_per_node=request.gpus_per_node or None,

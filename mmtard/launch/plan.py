@@ -32,6 +32,11 @@ class Work:
         """What the job is called: a training after its run folder, other work with its command in front."""
         return self.run_dir.name if self.words[0] == "train" else f"{self.words[0]}-{self.run_dir.name}"
 
+    @property
+    def job_name(self) -> str:
+        """What Slurm calls a job of this work alone."""
+        return f"mmtard-{self.name}"
+
 
 @dataclass(frozen=True)
 class Stage:

@@ -78,12 +78,15 @@ def _refuse_positional_config(overrides: list[str]) -> None:
 
 
 def show_plan(todo: Plan, request: JobRequest, snapshot: Snapshot) -> int:
-    """Print what sbatch would be given for each stage; 0."""
+    """Print what sbatch would be given for each stage, with JOB_OF_<its name> for the id of each job; 0."""
     from .job import script
 
     print("# dry run: nothing is written or submitted")
+    named: dict[Path, str] = {}  # as the jobs that `submit_plan` waits for: the last one of a run folder
     for stage in todo.stages:
-        print(f"\n# ==== {stage.title}: sbatch reads\n{script(stage, request, snapshot)}")
+        text = script(stage, request, snapshot, [named[run] for run in stage.after])
+        named |= {work.run_dir: f"JOB_OF_{work.job_name}" for work in stage.works if work.config}
+        print(f"\n# ==== {stage.title}: sbatch reads\n{text}")
         for i, work in enumerate(stage.works):
             task = f"array task {i}: " if len(stage.works) > 1 else ""
             print(f"# ---- {task}python -m mmtard {' '.join(snapshot.words(work))}")

@@ -252,8 +252,8 @@ def test_the_pipeline_skips_a_teacher_that_is_complete(submit, teachers, tmp_pat
     assert f"# teacher clean is complete: {teachers / 'clean'}\n" in printed
     assert stages(printed) == [
         ("teacher robust", "mmtard-robust", None),
-        ("training", "mmtard-run", "afterok:JOB_OF_robust"),
-        ("evaluation", "mmtard-evaluate-run", "afterok:JOB_OF_run"),
+        ("training", "mmtard-run", "afterok:JOB_OF_mmtard-robust"),
+        ("evaluation", "mmtard-evaluate-run", "afterok:JOB_OF_mmtard-run"),
     ]
     assert printed.count("#SBATCH --kill-on-invalid-dep=yes\n") == 2
     words = f"evaluate {tmp_path}/run --data {tmp_path}/val.tar --device auto --out {tmp_path}/run/evaluations/"
@@ -300,8 +300,13 @@ def test_the_pipeline_stores_embeddings_between_teachers_and_student(submit, tea
     printed = submit(*words).stdout
     assert stages(printed) == [
         ("teacher robust", "mmtard-robust", None),
-        ("stored embeddings", "mmtard-cache-run", "afterok:JOB_OF_robust"),
-        ("training", "mmtard-run", "afterok:JOB_OF_robust:JOB_OF_run"),
+        ("stored embeddings", "mmtard-cache-run", "afterok:JOB_OF_mmtard-robust"),
+        ("training", "mmtard-run", "afterok:JOB_OF_mmtard-robust:JOB_OF_mmtard-cache-run"),
+    ]
+    every = submit(*words, "--evaluate", "run.yaml", "--job-name", "mine").stdout
+    assert stages(every)[2:] == [
+        ("training", "mine", "afterok:JOB_OF_mmtard-robust:JOB_OF_mmtard-cache-run"),
+        ("evaluation", "mine", "afterok:JOB_OF_mmtard-run"),
     ]
     assert re.search(r"python -m mmtard cache \S+/run/submissions/\S+_run.yaml\n", printed)
     folder = stored(tmp_path)
@@ -344,7 +349,7 @@ def test_missing_embeddings_are_stored_first_without_a_pipeline_too(submit, teac
     words = ("--gpus-per-node", "4", "--dry-run", "teachers.clean.stored=true")
     assert stages(submit(*words).stdout) == [
         ("stored embeddings", "mmtard-cache-run", None),
-        ("training", "mmtard-run", "afterok:JOB_OF_run"),
+        ("training", "mmtard-run", "afterok:JOB_OF_mmtard-cache-run"),
     ]
     stored(tmp_path)
     assert stages(submit(*words).stdout) == [("training", "mmtard-run", None)]
@@ -386,7 +391,7 @@ def test_in_a_pipeline_the_place_of_the_data_is_everybodys_and_the_rest_the_stud
         teacher["data"]["window"],
         student["data"]["window"],
     ) == (1024, 8)
-    assert [s[2] for s in stages(printed)] == ["afterany:7", "afterany:7,afterok:JOB_OF_robust"]
+    assert [s[2] for s in stages(printed)] == ["afterany:7", "afterany:7,afterok:JOB_OF_mmtard-robust"]
 
 
 def test_a_stage_that_cannot_run_is_named(submit, teachers):

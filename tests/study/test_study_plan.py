@@ -441,7 +441,7 @@ def test_a_study_on_slurm_submits_what_can_be_known_now(tmp_path, vit, capsys):
         "model robust: training", "model robust: measuring", "model start: measuring", "tuning: training",
         "tuning: measuring",
     ]  # fmt: skip
-    assert "--partition=gpu" in printed and "--array=0-3" in printed and "afterok:JOB_OF_robust" in printed
+    assert "--partition=gpu" in printed and "--array=0-3" in printed and "afterok:JOB_OF_mmtard-robust" in printed
     assert "study " in printed and "--measure tuning:tecoa/attack.steps=1/train.lr=0.001/seed-0" in printed
     assert "the same command submits the seeds at the settings that were chosen" in printed
     assert not (tmp_path / "out" / "study.yaml").exists()
