@@ -198,10 +198,22 @@ def _teacher_stages(
         if steps_done(run) >= config.train.steps:
             notes += [f"{name} is complete: {run}"] if pipeline else []
         elif pipeline:
+            _refuse_ranks(name, config, world)
             stages.append(Stage(name, (_training(config, world, f"{name}: "),)))
         elif not steps_done(run):
             missing.append(f"{name}: {run} holds no checkpoint yet; --pipeline trains it first")
     return stages, notes, missing
+
+
+def _refuse_ranks(name: str, teacher: Config, world: int) -> None:
+    """Raise UserError where no number of lanes shares a teacher's batch among the ranks: overrides do not reach it."""
+    lanes, batch = teacher.data.lanes, teacher.train.batch_size
+    if batch % world:
+        limit = f"allows at most {batch} ranks, not {world}" if world > batch else f"cannot be shared by {world} ranks"
+        raise UserError(
+            f"{name}: its batch of {batch} {limit}; train this teacher without --pipeline on fewer GPUs "
+            f"(a number that divides {lanes}), then submit the student"
+        )
 
 
 def _evaluation_stages(

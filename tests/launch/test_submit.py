@@ -397,11 +397,23 @@ def test_in_a_pipeline_the_place_of_the_data_is_everybodys_and_the_rest_the_stud
 def test_a_stage_that_cannot_run_is_named(submit, teachers):
     done = submit("--nodes", "4", "--gpus-per-node", "1", "--pipeline", "teachers.robust.arch=x")
     assert "no Slurm here" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "nodes, limit", [("3", "cannot be shared by 3 ranks"), ("16", "allows at most 8 ranks, not 16")]
+)
+def test_a_teacher_whose_batch_the_ranks_cannot_share_is_to_be_trained_on_fewer(submit, teachers, nodes, limit):
+    done = submit("--nodes", nodes, "--gpus-per-node", "1", "--pipeline", "data.lanes=48", "train.batch_size=48")
+    remedy = "train this teacher without --pipeline on fewer GPUs (a number that divides 8), then submit the student"
+    assert (done.returncode, done.stderr) == (2, f"submit.py: teacher robust: its batch of 8 {limit}; {remedy}\n")
+
+
+def test_a_teacher_whose_lanes_alone_are_too_few_is_told_to_have_more(submit, teachers, tmp_path):
+    file = tmp_path / "teachers" / "robust.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"train": {"steps": 20, "batch_size": 48}}))
     done = submit("--nodes", "3", "--gpus-per-node", "1", "--pipeline")
-    assert (
-        done.stderr
-        == "submit.py: teacher robust: data.lanes: 8 lanes cannot be shared by 3 ranks; make it a multiple of 3\n"
-    )
+    told = "teacher robust: data.lanes: 8 lanes cannot be shared by 3 ranks; make it a multiple of 3"
+    assert done.stderr == f"submit.py: {told}\n"
 
 
 def test_requeueing_can_be_left_out_where_it_is_forbidden(submit):
