@@ -57,10 +57,16 @@ def _run(args) -> int:
     snapshot = Snapshot(todo.folder)
     if not args.local:
         snapshot.refuse_patterns()
-    if args.dry_run:
-        return show_plan(todo, request, snapshot)
+    refusal = ""
     if todo.missing and "dependency" not in request.more:
-        raise UserError(f"{todo.missing[0]}, or --slurm dependency=afterok:JOB waits for a job that does")
+        refusal = f"{todo.missing[0]}, or --slurm dependency=afterok:JOB waits for a job that does"
+    if args.dry_run:
+        show_plan(todo, request, snapshot)
+        if refusal:
+            print(f"\n# without --dry-run, submit refuses this: {refusal}")
+        return 0
+    if refusal:
+        raise UserError(refusal)
     if args.python == sys.executable and importlib.util.find_spec("torch") is None:
         raise UserError(f"'{sys.executable}' has no torch; name the Python of the jobs with --python")
     if args.local and shutil.which(args.python) is None:

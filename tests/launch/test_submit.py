@@ -361,6 +361,16 @@ def test_without_pipeline_a_missing_teacher_is_pointed_out(submit, teachers):
     assert [s[0] for s in stages(printed)] == ["training"]
 
 
+def test_a_dry_run_ends_with_what_the_same_command_is_refused_for(submit, teachers):
+    words = ("--gpus-per-node", "4")
+    refusal = submit(*words).stderr.removeprefix("submit.py: ")
+    assert "--pipeline trains it first, or --slurm dependency=" in refusal
+    dry = submit(*words, "--dry-run")
+    assert dry.returncode == 0 and dry.stdout.endswith(f"\n# without --dry-run, submit refuses this: {refusal}")
+    for remedy in (("--pipeline",), ("--slurm", "dependency=afterok:1")):
+        assert "refuses this" not in submit(*words, "--dry-run", *remedy).stdout
+
+
 def test_a_student_is_not_queued_to_fail_for_want_of_a_teacher(submit, teachers, tmp_path):
     refused = submit("--gpus-per-node", "4")
     assert refused.returncode == 2 and not (tmp_path / "run" / "submissions").exists()
