@@ -47,7 +47,7 @@ def add(commands) -> None:
     p.add_argument("--measure", metavar="RUN", help=argparse.SUPPRESS)  # what a job of a study runs
     add_job(p.add_argument_group("jobs of --jobs slurm"))
     add_cluster(p.add_argument_group("the cluster of --jobs slurm"))
-    p.set_defaults(local=False, at_once=256)
+    p.set_defaults(local=False, at_once=None)
 
 
 def _study_path(text: str) -> Path:

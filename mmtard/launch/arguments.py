@@ -69,8 +69,8 @@ def _add_work(p: argparse.ArgumentParser) -> None:
         metavar="KEY=A,B,...",
         help="one run of each value, as a job array; several: of each combination",
     )
-    at_once = "most jobs of an array that run together"
-    what.add_argument("--at-once", type=positive, default=256, metavar="N", help=at_once)
+    at_once = "most jobs of a --sweep that run together (default 256)"
+    what.add_argument("--at-once", type=positive, metavar="N", help=at_once)
     what.add_argument(
         "--pipeline",
         action="store_true",
@@ -161,6 +161,8 @@ def job_request(args: argparse.Namespace) -> JobRequest:
         )
     if args.setup and not args.setup.is_file():
         raise UserError(f"--setup: '{args.setup}' is no file; give the shell lines that the job begins with")
+    if args.at_once and not args.sweep:
+        raise UserError("--at-once: says how many runs of a --sweep go side by side; add one, or leave --at-once out")
     default_gpus = 1 if args.local else 8
     return JobRequest(
         python=args.python,
@@ -171,7 +173,7 @@ def job_request(args: argparse.Namespace) -> JobRequest:
         lead=args.signal_lead,
         exclusive=args.exclusive,
         mem=args.mem,
-        at_once=args.at_once,
+        at_once=args.at_once or JobRequest.at_once,
         job_name=args.job_name,
         partition=args.partition,
         account=args.account,

@@ -44,6 +44,7 @@ WRONG = [  # arguments, what the one line on stderr says
     (["--evaluate", "a/b", "--evaluate", "a_b"], "--evaluate: 'a/b' and 'a_b' would both be kept as 'a_b'; name them"),
     (["--sweep", "train.batch_size=8,9"], "4 lanes do not divide train.batch_size 9"),
     (["--evaluate", "nowhere.tar"], "--evaluate: data.shards: missing shard 'nowhere.tar'"),
+    (["--at-once", "2"], "--at-once: says how many runs of a --sweep go side by side; add one, or leave --at-once out"),
     (["--time", "tomorrow"], "--time: 'tomorrow' is not a time limit; write minutes, H:MM:SS or D-HH:MM:SS"),
     (["--time", "0"], "--time: '0' is not a time limit"),
     (["--time", "2"], "--signal-lead: a warning 120 s ahead needs more than the 2 min of --time 2"),
