@@ -44,6 +44,9 @@ WRONG = [  # arguments, what the one line on stderr says
     (["--evaluate", "a/b", "--evaluate", "a_b"], "--evaluate: 'a/b' and 'a_b' would both be kept as 'a_b'; name them"),
     (["--sweep", "train.batch_size=8,9"], "4 lanes do not divide train.batch_size 9"),
     (["--evaluate", "nowhere.tar"], "--evaluate: data.shards: missing shard 'nowhere.tar'"),
+    (["--mem", "lots"], "--mem: 'lots' is not an amount of memory; write MB, or a unit of K, M, G or T: 200G"),
+    (["--mem", "1.5T"], "--mem: '1.5T' is not an amount of memory"),
+    (["--mem="], "--mem: '' is not an amount of memory"),
     (["--at-once", "2"], "--at-once: says how many runs of a --sweep go side by side; add one, or leave --at-once out"),
     (["--time", "tomorrow"], "--time: 'tomorrow' is not a time limit; write minutes, H:MM:SS or D-HH:MM:SS"),
     (["--time", "0"], "--time: '0' is not a time limit"),
@@ -205,6 +208,11 @@ def test_a_time_limit_is_read_as_slurm_reads_it(time, minutes):
     from mmtard.launch import request
 
     assert request.minutes(time) == minutes
+
+
+@pytest.mark.parametrize("size", ["0", "64000", "200G", "2t"])
+def test_an_amount_of_memory_is_given_to_slurm_as_it_is_written(submit, size):
+    assert f"#SBATCH --mem={size}\n" in submit("--gpus-per-node", "4", "--mem", size, "--dry-run").stdout
 
 
 # ---------------------------------------------------------------- pipeline
