@@ -48,6 +48,13 @@ def test_one_cycle_of_a_single_step_has_the_largest_rate():
     assert learning_rate(0, Train(steps=1, batch_size=1, lr=1e-3, schedule="onecycle")) == 1e-3
 
 
+def test_one_cycle_has_a_rate_for_every_step_of_every_short_run():
+    for steps in range(1, 41):
+        for warmup in range(steps + 1):
+            train = Train(steps=steps, batch_size=1, lr=1.0, warmup_steps=warmup, schedule="onecycle")
+            assert all(0 < learning_rate(t, train) <= 1 for t in range(steps)), (steps, warmup)
+
+
 def test_decay_is_on_matrices_alone_and_every_weight_is_trained_once():
     visual = VisionTransformer(image_size=16, patch_size=8, width=32, layers=1, heads=2, mlp_ratio=2, output_dim=16)
     tower = ImageTower(visual, (0.5,) * 3, (0.2,) * 3)
