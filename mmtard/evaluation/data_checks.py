@@ -90,13 +90,14 @@ def class_name_lines(names: list[str], labels: np.ndarray, same: list[tuple[str,
 
 
 def chance_lines(clean: dict, chance: float) -> list[dict]:
-    """A line where the clean accuracy is not above chance: the names may be in another order than the labels."""
+    """A line where the clean accuracy is not shown to be above chance: its 95 % interval reaches down to chance."""
     if clean["interval95"][0] > chance:
         return []
     low, high = (100 * share for share in clean["interval95"])
     detail = (
-        f"clean accuracy is {100 * clean['accuracy']:.2f} % ({low:.1f} to {high:.1f}), chance {100 * chance:.2f} %: "
-        "are the class names in the order of the labels?"
+        f"not shown: clean accuracy is {100 * clean['accuracy']:.2f} % ({low:.1f} to {high:.1f}), chance "
+        f"{100 * chance:.2f} %; there may be too few samples, the model may not have learned these classes, or the "
+        "class names may not be in the order of the labels"
     )
     return [health_line("above chance", False, detail)]
 

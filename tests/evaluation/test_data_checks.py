@@ -74,7 +74,10 @@ def test_accuracy_that_is_not_above_chance_is_told():
         return accuracy([True] * right + [False] * (n - right))
 
     (line,) = data_checks.chance_lines(clean(26, 100), 0.25)
-    assert line["status"] == "WARN" and "clean accuracy is 26.00 %" in line["detail"] and "25.00 %" in line["detail"]
+    assert (line["status"], line["check"]) == ("WARN", "above chance")
+    assert line["detail"].startswith("not shown: clean accuracy is 26.00 % (") and "chance 25.00 %" in line["detail"]
+    for cause in ("too few samples", "not have learned", "class names may not be in the order of the labels"):
+        assert cause in line["detail"]
     assert data_checks.chance_lines(clean(60, 100), 0.25) == []
 
 
