@@ -14,17 +14,19 @@ from rich.text import Text
 
 from ..distributed.console import is_unread, printable
 from ..errors import UserError
+from .layout import HISTORY
 from .survey import Row, find_runs
 
 COLUMNS = ("run", "state", "step", "images/s", "left", "saved", "starts", "robust")
 RIGHT = ("step", "images/s", "left", "starts", "robust")
+LONGEST_REASON = 160  # characters, two lines of a console
 UNITS = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
 
 
 def show(folder: Path, as_json: bool = False) -> None:
-    """Print the table, and below it why a run ended and what its robustness was measured against.
+    """Print the table, and below it in short why a run ended and what its robustness was measured against.
 
-    as_json: a list of objects instead, for programs. Raises UserError where there is no folder,
+    as_json: a list of objects instead, for programs, with reasons in full. Raises UserError where there is no folder,
     and no run below it.
     """
     if not folder.is_dir():
@@ -76,8 +78,20 @@ def _cells(row: Row, folder: Path) -> list[str]:
 def _notes(row: Row) -> list[str]:
     """What has no room in a cell: why the run is in its state, its robustness in full, damaged files."""
     state, _, reason = row.state.partition(": ")
+    if state != "unreadable":  # which stands nowhere else
+        reason = _shortened(reason)
     notes = [f"{state}: {reason}"] if reason else []
     return [*notes, *([row.robust] if row.robust else []), *row.damaged]
+
+
+def _shortened(reason: str) -> str:
+    """A reason's beginning and its end, where what to do stands; the whole is in the run's history."""
+    reason = " ".join(reason.split())
+    if len(reason) <= LONGEST_REASON:
+        return reason
+    more, end = f" ... (whole in {HISTORY}) ... ", reason[-50:]
+    end = end.partition(" ")[2] or end  # from a whole word on
+    return reason[: LONGEST_REASON - len(more) - len(end)].rstrip() + more + end
 
 
 def _name(row: Row, folder: Path) -> str:

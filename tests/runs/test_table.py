@@ -161,6 +161,22 @@ def test_names_and_reasons_of_others_are_shown_as_they_stand(run, tmp_path, caps
     assert f"x[red]y: stopped: {GLOO}?[2J\n" in shown and "z[/b]" in shown
 
 
+def test_a_long_reason_is_shortened_in_the_table_alone(run, tmp_path, capsys):
+    folder = run("a", None)
+    reason = (
+        "cannot download 'hf-hub:a/b':\n" + "the server did not answer, " * 20 + "look at HF_HUB_OFFLINE and try again"
+    )
+    history.record_end(folder, history.FAILED, reason, 1)
+    table.show(tmp_path / "all")
+    (note,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("a: failed: "))
+    assert len(note) <= len("a: failed: ") + 160, "it fills the console"
+    assert "a: failed: cannot download 'hf-hub:a/b': the server" in note and " ... (whole in resume.jsonl) ... " in note
+    assert note.endswith("look at HF_HUB_OFFLINE and try again")
+    table.show(tmp_path / "all", as_json=True)
+    assert json.loads(capsys.readouterr().out)[0]["state"] == f"failed: {reason}"
+    assert history.read(folder)[-1]["end"]["reason"] == reason
+
+
 BAD = {
     "config.yaml is no YAML": (lambda run: (run / "config.yaml").write_text("a: ["), "unreadable"),
     "config.yaml is no text": (lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe"), "unreadable"),
