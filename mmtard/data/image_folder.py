@@ -25,12 +25,16 @@ class Source:
 
 @dataclass
 class ImageFolder:
-    """What `survey` found; `digest` is of all names and sizes, `left_out` counts images that are no part of it."""
+    """What `survey` found; `digest` is of all names and sizes, `left_out` counts images that are no part of it, by why.
+
+    `unread` are those among them that lie in a class folder and are of a kind that is not read.
+    """
 
     classes: list[str]
     sources: list[Source]
     digest: str
     left_out: dict[str, int] = field(default_factory=dict)
+    unread: list[Path] = field(default_factory=list)
 
 
 def survey(images: Path, nested: bool = False) -> ImageFolder:
@@ -43,11 +47,10 @@ def survey(images: Path, nested: bool = False) -> ImageFolder:
     if not images.is_dir():
         raise UserError(f"'{images}' is not a folder; give one whose sub-folders are the classes")
     classes, left_out = _classes(images, nested)
-    sources, digest = [], hashlib.sha256()
+    sources, unread, digest = [], [], hashlib.sha256()
     for label, name in enumerate(classes):
         found, others = _images_in(images / name)
-        for why, count in others.items():
-            left_out[why] = left_out.get(why, 0) + count
+        unread += others
         if not nested and (below := _images_below(images / name)):
             why = "below a class folder (--nested makes each such folder a class)"
             left_out[why] = left_out.get(why, 0) + below
@@ -56,13 +59,15 @@ def survey(images: Path, nested: bool = False) -> ImageFolder:
         for path in found:
             sources.append(_source(path, label, name, len(sources)))
             digest.update(_identity(name, path))
-    return ImageFolder(classes, sources, digest.hexdigest(), left_out)
+    if unread:
+        left_out[_not_read(unread)] = len(unread)
+    return ImageFolder(classes, sources, digest.hexdigest(), left_out, unread)
 
 
 def _classes(images: Path, nested: bool) -> tuple[list[str], dict[str, int]]:
     """The class folders' names in the order of their labels, and the images beside them by reason."""
     loose, others = _images_in(images)
-    left_out = {f"beside the class folders, in '{images}' itself": len(loose) + sum(others.values())}
+    left_out = {f"beside the class folders, in '{images}' itself": len(loose) + len(others)}
     if nested:
         names = []
         for folder, below, _ in os.walk(images, followlinks=True):
@@ -85,9 +90,9 @@ def _classes(images: Path, nested: bool) -> tuple[list[str], dict[str, int]]:
     return names, {why: count for why, count in left_out.items() if count}
 
 
-def _images_in(folder: Path) -> tuple[list[Path], dict[str, int]]:
-    """The images that lie in a folder itself, sorted, and how many of other kinds, by what they are."""
-    found, others = [], {}
+def _images_in(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images that lie in a folder itself and those of kinds that are not read, each sorted."""
+    found, others = [], []
     for path in folder.iterdir():
         kind = path.suffix[1:].lower()
         if path.name.startswith(".") or path.is_dir():
@@ -95,9 +100,14 @@ def _images_in(folder: Path) -> tuple[list[Path], dict[str, int]]:
         if kind in EXTENSIONS:
             found.append(path)
         elif kind in OTHER_IMAGES:
-            why = f"of a kind that is not read (.{kind}; {', '.join(EXTENSIONS)} are)"
-            others[why] = others.get(why, 0) + 1
-    return sorted(found), others
+            others.append(path)
+    return sorted(found), sorted(others)
+
+
+def _not_read(others: list[Path]) -> str:
+    kinds = sorted({path.suffix.lower() for path in others})
+    what = "a kind that is" if len(kinds) == 1 else "kinds that are"
+    return f"of {what} not read ({', '.join(kinds)}; {', '.join(EXTENSIONS)} are)"
 
 
 def _images_below(folder: Path) -> int:
@@ -109,8 +119,8 @@ def _images_below(folder: Path) -> int:
     return count
 
 
-def _refuse_empty(folder: Path, others: dict[str, int], nested: bool) -> None:
-    told = "".join(f"; {count} are {why}" for why, count in others.items())
+def _refuse_empty(folder: Path, others: list[Path], nested: bool) -> None:
+    told = f"; {len(others)} are {_not_read(others)}" if others else ""
     if not nested and (below := _images_below(folder)):
         told += f"; {below} lie in folders below it: --nested makes each such folder a class"
     raise UserError(

@@ -44,7 +44,8 @@ class Recipe:
 class Written:
     """What a folder of shards holds.
 
-    `skipped` are the unreadable images, as paths; `left_out` counts the images that were no part of it, by reason.
+    `skipped` are the unreadable images, as paths; `left_out` counts the images that were no part of it, by reason;
+    `unread` are those among them that are of a kind that is not read.
     """
 
     shards: int
@@ -52,6 +53,7 @@ class Written:
     classes: int
     skipped: list[str]
     left_out: dict[str, int] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         shards = f"{self.shards} shard{'s' * (self.shards != 1)}"
@@ -63,6 +65,8 @@ class Written:
             total = sum(self.left_out.values())
             reasons = "; ".join(f"{n} {why}" for why, n in self.left_out.items())
             told += f"; {total} image{'s' * (total != 1)} left out: {reasons}"
+            if self.unread:  # whose reason is the last
+                told += ", listed in skipped.txt beside the shards"
         return told
 
 
@@ -83,10 +87,11 @@ def write_shards(
 
     Labels count the class folders in sorted order, as numbers where all are numbers (ImageNet-V2's 0 ... 999); with
     `nested` every folder that holds images is a class, named by its path. `classnames` is a file of one name a line in
-    that order (default: the folder names). `resize` re-encodes images whose shorter side is longer than that as JPEG
-    of `quality`; all else is copied byte for byte. With `resize`, unreadable images are left out and listed in
-    skipped.txt. A `name.txt` beside an image becomes its caption. An interrupted call may be repeated: finished shards
-    stay. Raises UserError when `out` holds shards of other images or settings.
+    that order (default: the folder names). `resize` re-encodes images whose shorter side is longer than that as JPEG of
+    `quality`; all else is copied byte for byte. With `resize`, unreadable images are left out and listed in
+    skipped.txt, as those of a kind that is not read always are. A `name.txt` beside an image becomes its caption. An
+    interrupted call may be repeated: finished shards stay. Raises UserError when `out` holds shards of other images or
+    settings.
     """
     images, out = Path(images), Path(out)
     if samples_per_shard < 1:
@@ -102,14 +107,15 @@ def write_shards(
             index = _write(plan, recipe, out, names, jobs, progress)
             kept = set(index.keys.tolist())
             skipped = sorted(str(s.path) for s in folder.sources if s.key.encode() not in kept)
-            if skipped:
-                text = "".join(f"{path}\n" for path in skipped)
+            unread = [str(path) for path in folder.unread]
+            if skipped or unread:
+                text = "".join(f"{path}\n" for path in sorted(skipped + unread))
                 (out / "skipped.txt").write_text(text, encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise UserError(
             f"cannot write shards: {error.strerror}: '{error.filename or out}'; free space or choose another folder"
         ) from None
-    return Written(len(plan), len(index), len(names), skipped, folder.left_out)
+    return Written(len(plan), len(index), len(names), skipped, folder.left_out, unread)
 
 
 def is_whole(out: Path) -> bool:

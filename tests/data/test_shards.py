@@ -206,7 +206,7 @@ def test_images_that_are_left_out_are_counted_by_why_and_nested_folders_are_take
         "21 samples of 3 classes in 3 shards; 4 images left out: "
         f"1 beside the class folders, in '{images}' itself; "
         "2 below a class folder (--nested makes each such folder a class); "
-        "1 of a kind that is not read (.gif; jpg, jpeg, png, webp are)"
+        "1 of a kind that is not read (.gif; jpg, jpeg, png, webp are), listed in skipped.txt beside the shards"
     )
     nested = write(images, tmp_path / "nested", nested=True)
     assert nested.samples == 23 and nested.classes == 4 and sum(nested.left_out.values()) == 2
@@ -216,6 +216,25 @@ def test_images_that_are_left_out_are_counted_by_why_and_nested_folders_are_take
         (images / "loose.png").unlink()
         (images / "n02" / "old.gif").unlink()
         write(tmp_path, images.parent.parent / f"out-of-the-way-{os.getpid()}")
+
+
+def test_images_of_several_kinds_that_are_not_read_are_one_clause_and_listed_by_name(images, tmp_path):
+    others = [images / "n01" / "b.AVIF", images / "n02" / "a.bmp", images / "n02" / "c.bmp"]
+    for path in others:
+        path.write_bytes(b"not looked into")
+    bad = images / "n10" / "n10_2.v1.JPEG"
+    bad.write_bytes(bad.read_bytes()[:-300])
+    written = write(images, tmp_path / "out", resize=32)
+    assert str(written).endswith(
+        "; 1 unreadable image left out, listed in skipped.txt beside the shards; 3 images left out: "
+        "3 of kinds that are not read (.avif, .bmp; jpg, jpeg, png, webp are), listed in skipped.txt beside the shards"
+    )
+    assert (tmp_path / "out" / "skipped.txt").read_text().splitlines() == [str(path) for path in [*others, bad]]
+    (images / "none").mkdir()
+    for name in ("a.avif", "b.bmp"):
+        (images / "none" / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"none' has no image .*; 2 are of kinds that are not read \(.avif, .bmp; jpg"):
+        write(images, tmp_path / "refused")
 
 
 @pytest.mark.parametrize("more", [{}, {"resize": 32}])
