@@ -81,12 +81,13 @@ def _add_init(commands) -> None:
 
 
 def _init(args) -> None:
-    from .project import write_project
+    from .project import SIZE, write_project
 
     written = write_project(args.folder, args.config)
     print(*written, sep="\n")
     config, script = (shlex.quote(str(path)) for path in (written[0], written[-1]))
-    print(f"\nEdit data.shards, run_dir and the account, then:\n  mmtard config {config}\n  sbatch {script}")
+    print(f"\n{script} asks for {SIZE}, whatever the configuration needs: its first lines say how to change that.")
+    print(f"Edit that size, data.shards, run_dir and the account, then:\n  mmtard config {config}\n  sbatch {script}")
 
 
 def _add_submit(commands) -> None:

@@ -13,12 +13,13 @@ from ..errors import UserError
 from ..files import write_text
 
 SCRIPT = "train_vitb32.sh"  # of slurm/
+SIZE = "2 nodes of 8 GPUs"  # which that script asks for
 _BASE = re.compile(r"^base:.*$", re.MULTILINE)
 # The line of the script that hands over to Python, and the words that name no configuration yet.
 _HANDS_OVER = re.compile(r'(-m mmtard\.launch\.batch .*\btrain) -- "\$@"')
 _HEADER = """\
 #!/bin/bash
-# Trains on 2 nodes of 8 GPUs:
+# Trains on {size}:
 #
 #   {config}
 #
@@ -104,4 +105,4 @@ def _script(path: Path, config: Path) -> str:
     settings, changed = _HANDS_OVER.subn(lambda found: f'{found[1]} {word} -- "$@"', settings)
     if not changed:
         raise UserError(f"slurm/{SCRIPT} of this installation is another version's; install mmtard anew")
-    return _HEADER.format(config=config, script=shlex.quote(str(path))) + settings
+    return _HEADER.format(size=SIZE, config=config, script=shlex.quote(str(path))) + settings

@@ -1,5 +1,6 @@
 """Commands that begin things: configs, init, submit, completion; configurations by their names."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -103,6 +104,15 @@ def test_init_writes_a_configuration_that_loads_and_a_script_that_names_it(elsew
     assert "--gpus-per-node" in script[: script.index("#SBATCH")]
     printed = capsys.readouterr().out
     assert "mine/vitb32_mmtard.yaml" in printed and "sbatch mine/vitb32_mmtard.sh" in printed
+
+
+def test_init_says_how_many_gpus_its_script_asks_for_also_for_a_configuration_of_one(elsewhere, capsys):
+    assert main(["init", "mine", "--config", "your_data"]) == 0
+    script = Path("mine/your_data.sh").read_text()
+    nodes, gpus = (re.search(rf"^#SBATCH --{word}=(\d+)$", script, re.M)[1] for word in ("nodes", "gpus-per-node"))
+    printed = capsys.readouterr().out
+    assert f"mine/your_data.sh asks for {nodes} nodes of {gpus} GPUs" in printed and "Edit that size, " in printed
+    assert f"# Trains on {nodes} nodes of {gpus} GPUs:" in script
 
 
 def test_init_takes_along_what_a_configuration_builds_on():
