@@ -19,7 +19,9 @@ DATA, PRETRAINED = "data", "pretrained"  # folders of a study
 
 
 def check(study: Study) -> None:
-    """Raise UserError for data that nothing makes, options that its maker does not know, and for no architecture."""
+    """Raise UserError for data that nothing makes, options that its maker does not know, and for a pretraining that
+    cannot be: of no architecture, or of 10 steps.
+    """
     if study.data is not None:
         if study.data.maker not in MAKERS:
             raise unknown_name("data.maker", study.data.maker, MAKERS)
@@ -27,6 +29,8 @@ def check(study: Study) -> None:
         if study.data.source is not None and not Path(study.data.source).is_dir():
             raise UserError(f"data.source: '{study.data.source}' is no folder; name the one that holds the images")
     for name, how in study.pretrain.items():
+        if how.steps == 10:  # a tenth of them, its rise, ends at the first one, and torch divides by its length
+            raise UserError(f"pretrain.{name}.steps: torch has no cycle of 10 steps; write 9, or 11 or more")
         if not _architecture(how.architecture).is_file():
             raise UserError(
                 f"pretrain.{name}.architecture: '{how.architecture}' is no .json model config; name a file, or one of "

@@ -126,10 +126,8 @@ def _optimizer(model: open_clip.CLIP, how: Pretraining):
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=how.lr, betas=(0.9, 0.98), weight_decay=0.1)
-    # A tenth of 10 steps ends at the first one, and torch divides by that rise of no length; with a trifle less not.
-    rise = 0.1 if how.steps != 10 else 0.09999
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, how.lr, total_steps=how.steps, pct_start=rise, cycle_momentum=False
+        optimizer, how.lr, total_steps=how.steps, pct_start=0.1, cycle_momentum=False
     )
     return optimizer, schedule
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from mmtard.errors import UserError
 from mmtard.examples import materials
-from mmtard.examples.pretrain import ARCHITECTURE, Pretraining, _optimizer, pretrain
+from mmtard.examples.pretrain import ARCHITECTURE, Pretraining, pretrain
 from mmtard.examples.shapes import make_data
 from mmtard.study import schema
 
@@ -23,32 +23,6 @@ def test_the_architecture_builds_without_a_network(monkeypatch):
     assert (
         model.encode_image(torch.zeros(2, 3, 32, 32)).shape == model.encode_text(tokens.repeat(2, 1)).shape == (2, 64)
     )
-
-
-def _rates(steps):
-    optimizer, schedule = _optimizer(torch.nn.Linear(1, 1), Pretraining(steps=steps, lr=1.0))
-    rates = []
-    for _ in range(steps):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return rates
-
-
-def test_ten_steps_begin_at_the_largest_rate_and_any_other_number_keeps_torch_s_schedule():
-    assert _rates(10)[0] == pytest.approx(1.0) and _rates(10)[-1] < 1e-5
-    assert sorted(_rates(10), reverse=True) == _rates(10)
-    for steps in (1, 2, 9, 11, 20, 300):
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        cycle = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, 1.0, total_steps=steps, pct_start=0.1, cycle_momentum=False
-        )
-        expected = []
-        for _ in range(steps):
-            expected.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            cycle.step()
-        assert _rates(steps) == expected
 
 
 @pytest.mark.slow

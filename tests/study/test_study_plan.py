@@ -464,6 +464,7 @@ def test_a_dry_run_refuses_data_that_nothing_makes(tmp_path, vit, capsys):
         ("data.options.trian=5", "unknown key of data.options 'trian'; known: "),
         ("data.source=/nowhere", "data.source: '/nowhere' is no folder; name the one that holds the images"),
         ("pretrain={student: {architecture: big_clip, data: x, steps: 1}}", "'big_clip' is no .json model config"),
+        ("pretrain={student: {architecture: tiny_clip, data: x, steps: 10}}", "steps: torch has no cycle of 10 steps"),
     ):
         assert main(["study", str(file), change, "--dry-run"]) == 2
         assert line in capsys.readouterr().err
