@@ -50,7 +50,9 @@ def test_an_evaluations_results_say_that_it_was_the_average(run, ranks):
 
 def test_an_average_that_nobody_kept_is_refused(run, tmp_path):
     folder, state, _ = run
-    Checkpoints(folder, keep_last=2)._write(2, state, {}, {})
+    kept = Checkpoints(folder, keep_last=2)
+    kept.save(2, state, {}, {})
+    kept.wait()
     with pytest.raises(UserError, match=r"step-2' holds no moving average of the weights: its run had no train.ema"):
         loading.load_clip(Model(weights=str(folder), ema=True))
     with pytest.raises(UserError, match="model.ema: 'openai' is no run or checkpoint"):
