@@ -29,8 +29,11 @@ def sample_uniform(seeds: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor
     return (_shift(z, 40).to(torch.float32) * 2.0**-24).reshape(len(seeds), *shape)
 
 
-def derive_seeds(seeds: Tensor, k: int) -> Tensor:
-    """Each sample's seed of its k-th restart, target or draw: int64 [B] -> int64 [B], unrelated for any two k."""
+def derive_seeds(seeds: Tensor, k: int | Tensor) -> Tensor:
+    """Each sample's seed of its k-th restart, target or draw: int64 [B] -> int64 [B], unrelated for any two k.
+
+    k: one for all samples, or int64 [B].
+    """
     _check_seeds(seeds)
     # Not the step of sample_uniform, so that no seed is one of its numbers. It wraps as int64 does.
     step = torch.full_like(seeds, _MIX1)

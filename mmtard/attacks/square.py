@@ -10,7 +10,6 @@ from torch import Tensor
 from .. import losses
 from ..errors import UserError
 from ..seeding import derive_seeds, sample_uniform
-from .fused import fusible
 from .pursuit import Pursuit
 from .state import AttackState
 
@@ -51,29 +50,31 @@ def _search(state: AttackState, rows: Tensor, restart: int) -> None:
 
     def begin() -> _Walk:
         seeds = derive_seeds(state.seeds[rows], restart)
-        best = (pursuit.images + eps * _signs(seeds, (c, 1, w))).clamp(0, 1)  # vertical stripes
+        best = (pursuit.images + eps * _signs(seeds, (c, 1, w))).clamp(0, 1).contiguous()  # vertical stripes
         return _Walk(seeds, best, -pursuit(best), *_draw(seeds, 0, c))
 
     def advance(walk: _Walk, i: int) -> _Walk:
         k = i % _DRAWS
         corners, signs = (walk.corners, walk.signs) if k or not i else _draw(walk.seeds, i, c)
-        proposal = _proposal(
-            walk.best, pursuit.images, corners[:, k].contiguous(), signs[:, k].contiguous(), side(i, h, w), eps
-        )
+        # Of every pixel of the squares alone: most are small, and the images' others stay.
+        at = _pixels(corners[:, k], h, w, side(i, h, w))[:, None].expand(-1, c, -1)
+        colours = (pursuit.images.flatten(2).gather(2, at) + eps * signs[:, k, :, None]).clamp(0, 1)
+        proposal = walk.best.clone()
+        proposal.view(-1, c, h * w).scatter_(2, at, colours)
         margin = -pursuit(proposal)
-        better = (margin < walk.lowest).nonzero().flatten()
-        best, lowest = walk.best, walk.lowest
-        if len(better):
-            best = best.index_copy_(0, better, proposal[better])  # in place: nobody asks for the iterate before
-            lowest = torch.minimum(margin, lowest)
-        return _Walk(walk.seeds, best, lowest, corners, signs)
+        better = margin < walk.lowest
+        best = walk.best.view(-1, c, h * w)  # written in place: nobody asks for the iterate before
+        best.scatter_(2, at, torch.where(better[:, None, None], colours, best.gather(2, at)))
+        lowest = torch.where(better, margin, walk.lowest)
+        return _Walk(walk.seeds, walk.best, lowest, corners, signs)
 
     pursuit.run(_Walk, begin, advance, state.settings.queries - 1)
 
 
 def _draw(seeds: Tensor, i: int, channels: int) -> tuple[Tensor, Tensor]:
     """Corners [R,_DRAWS,2] and signs [R,_DRAWS,channels] of the i-th square and those after it."""
-    draws = torch.stack([derive_seeds(seeds, k + 1) for k in range(i, i + _DRAWS)], 1).flatten()
+    ks = torch.arange(i + 1, i + 1 + _DRAWS, device=seeds.device)
+    draws = derive_seeds(seeds.repeat_interleave(_DRAWS), ks.repeat(len(seeds)))
     corners, signs = sample_uniform(draws, (2,)), _signs(draws, (channels,))
     return corners.view(len(seeds), _DRAWS, 2), signs.view(len(seeds), _DRAWS, channels)
 
@@ -84,20 +85,11 @@ def side(i: int, h: int, w: int) -> int:
     return min(max(round((p * h * w) ** 0.5), 1), h, w)
 
 
-@fusible
-def _proposal(best: Tensor, images: Tensor, corners: Tensor, signs: Tensor, side: int, eps: float) -> Tensor:
-    """`best` with a square of each image's own place and colours."""
-    colours = (images + eps * signs[:, :, None, None]).clamp(0, 1)
-    h, w = images.shape[2:]
-    return torch.where(_window(corners, h, w, side), colours, best)
-
-
-def _window(corners: Tensor, h: int, w: int, side: int) -> Tensor:
-    """Where each sample's square lies, uniform over all that fit: [R,2] in [0,1) -> bool [R,1,H,W]."""
-    top, left = ((corners[:, k] * (n - side + 1)).long().view(-1, 1, 1, 1) for k, n in ((0, h), (1, w)))
-    y = torch.arange(h, device=corners.device).view(1, 1, h, 1)
-    x = torch.arange(w, device=corners.device).view(1, 1, 1, w)
-    return ((y >= top) & (y < top + side)) & ((x >= left) & (x < left + side))
+def _pixels(corners: Tensor, h: int, w: int, side: int) -> Tensor:
+    """Of h * w pixels those of each sample's square, uniform over all that fit: [R,2] in [0,1) -> int64 [R,side^2]."""
+    top, left = ((corners[:, k, None] * (n - side + 1)).long() for k, n in ((0, h), (1, w)))
+    along = torch.arange(side, device=corners.device)
+    return ((top + along)[:, :, None] * w + (left + along)[:, None, :]).flatten(1)
 
 
 def _signs(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -16,7 +16,7 @@ from mmtard.attacks import ensemble
 from mmtard.attacks.fab import project_to_hyperplane
 from mmtard.attacks.pgd import pgd
 from mmtard.attacks.registry import ATTACKS, WHITE_BOX
-from mmtard.attacks.square import _window, side
+from mmtard.attacks.square import _pixels, side
 from mmtard.attacks.state import AttackSettings, AttackState
 from mmtard.errors import UserError
 from mmtard.seeding import derive_seeds, sample_uniform
@@ -222,11 +222,12 @@ def test_sides_of_the_squares_are_autoattacks():
 
 
 def test_squares_lie_anywhere_they_fit():
-    corners = [tuple(w[0].nonzero()[0].tolist()) for w in _window(sample_uniform(torch.arange(4000), (2,)), 5, 7, 3)]
+    pixels = _pixels(sample_uniform(torch.arange(4000), (2,)), 5, 7, 3)
     counts = np.zeros((3, 5), int)
-    np.add.at(counts, tuple(np.array(corners).T), 1)
+    np.add.at(counts, np.divmod(pixels[:, 0].numpy(), 7), 1)
     assert counts.sum() == 4000 and abs(counts - 4000 / 15).max() < 5 * math.sqrt(4000 / 15)
-    assert (_window(sample_uniform(torch.arange(100), (2,)), 5, 7, 3).sum((1, 2, 3)) == 9).all()
+    square = [7 * y + x for y in range(3) for x in range(3)]
+    assert ((pixels - pixels[:, :1]) == torch.tensor(square)).all()
 
 
 @pytest.mark.parametrize("norm,library", [("linf", projection_linf), ("l2", projection_l2)])
