@@ -178,7 +178,7 @@ def evaluate(
     surrogate = _spec(transfer_from, transfer_arch) if transfer_from else None
     with _as_weights(model, arch) as (spec, identity), environment_as_it_was(), process_group(device) as ranks:
         others = {"batch_size": batch_size, "transfer": _text(transfer_from), **({"compile": True} if compile else {})}
-        others |= given(_text(index), _text(classnames))
+        others |= given(_text(index), _text(classnames), transfer_arch=transfer_arch)
         folder = default_out(identity, asked, sources, str(data), **others) if out is None else Path(out)
         request = EvaluationRequest(
             spec, sources, asked, folder, surrogate, batch_size, workers, sanity, compile=compile

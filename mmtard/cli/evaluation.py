@@ -193,7 +193,8 @@ def _measure(args, interruption: Interruption) -> int:
     if args.templates and not datasets_prompts:
         protocol = _with_prompts(protocol, args)
     others = {"batch_size": batch_size, "transfer": args.transfer_from}
-    others |= request.given(args.index, args.classnames, label_key=args.label_key, caption_key=args.caption_key)
+    keys = {"label_key": args.label_key, "caption_key": args.caption_key, "transfer_arch": args.transfer_arch}
+    others |= request.given(args.index, args.classnames, **keys)
     others |= {"prompts": "dataset"} if datasets_prompts else {}
     others |= {"compile": True} if args.compile else {}
     out = args.out or request.default_out(model, protocol, sources, args.data, **others)

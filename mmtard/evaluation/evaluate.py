@@ -39,9 +39,9 @@ def evaluate(request: EvaluationRequest, ranks: Ranks, say=say, interruption: In
 
     Datasets that OUT/results.json already holds by their name for the same weights, data and settings are taken over,
     also those that are not asked for now; of `sanity` only what is missing is measured. Others may measure other
-    datasets into OUT meanwhile. Raises UserError for a model or data that do not fit, and for a dataset that another
-    evaluation is measuring into OUT; RunError with status REQUEUE when a rank was interrupted: the same call then goes
-    on.
+    datasets into OUT meanwhile. Raises UserError for a model or data that do not fit, for a dataset that another
+    evaluation is measuring into OUT, and where OUT has results of other datasets by another model or other settings;
+    RunError with status REQUEUE when a rank was interrupted: the same call then goes on.
     """
     began = time.monotonic()
     if not ranks.is_first:
@@ -56,6 +56,7 @@ def evaluate(request: EvaluationRequest, ranks: Ranks, say=say, interruption: In
         ranks.run_on_first(lambda: held.enter_context(out_folder.hold(request.out, names)))
         stored = ranks.run_on_first(lambda: _stored(request.out))
         session = _session(request, ranks, say, Interruption() if interruption is None else interruption, held)
+        _refuse_to_lose(names, stored, session)
         own, new = [], False
         with fused(say) if request.compile else nullcontext() as fusion:
             for source in request.sources:
@@ -103,6 +104,17 @@ def _with_stored(own: list[dict], stored: dict, session: EvaluationSession) -> l
     return own + [d for d in stored["datasets"] if d["name"] not in names and _same_model(stored, session.model)]
 
 
+def _refuse_to_lose(own: list[str], stored: dict, session: EvaluationSession) -> None:
+    """Raise UserError where the stored results of datasets that nobody asks for now would go, being another's."""
+    others = [entry for entry in stored["datasets"] if entry["name"] not in own]
+    if len(_with_stored([], {**stored, "datasets": others}, session)) < len(others):
+        names = ", ".join(entry["name"] for entry in others)
+        raise UserError(
+            f"--out: '{session.request.out}' has results of another model, or of other settings, for {names}; "
+            "choose another folder, or remove these"
+        )
+
+
 def _same_model(stored: dict, model: EvaluatedModel) -> bool:
     return stored["model"] == stored["model"] | model.identity
 
@@ -122,7 +134,9 @@ def _publish(own: list[dict], session: EvaluationSession, hosts: list[str], bega
     """Write what was measured, beside what others have published meanwhile; the results. First rank."""
     request = session.request
     with out_folder.publishing(request.out):
-        entries = _with_stored(own, _stored(request.out), session)
+        stored = _stored(request.out)
+        _refuse_to_lose([entry["name"] for entry in own], stored, session)
+        entries = _with_stored(own, stored, session)
         known = environment(hosts)
         found = {
             "format": results.FORMAT,

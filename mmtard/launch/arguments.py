@@ -161,7 +161,7 @@ def job_request(args: argparse.Namespace) -> JobRequest:
         )
     if args.setup and not args.setup.is_file():
         raise UserError(f"--setup: '{args.setup}' is no file; give the shell lines that the job begins with")
-    if args.mem is not None and not re.fullmatch("[0-9]+[KMGTkmgt]?", args.mem):
+    if args.mem is not None and not re.fullmatch("[0-9]+([KMGTkmgt][Bb]?)?", args.mem):
         raise UserError(f"--mem: '{args.mem}' is not an amount of memory; write MB, or a unit of K, M, G or T: 200G")
     if args.at_once and not args.sweep:
         raise UserError("--at-once: says how many runs of a --sweep go side by side; add one, or leave --at-once out")

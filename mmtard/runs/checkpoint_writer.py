@@ -39,6 +39,7 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._needed = 0  # bytes of the newest checkpoint
+        self._saved: int | None = None  # the newest step that this start has published
         self._protected: set[int] = set()
         # Guards the choice of which checkpoints go. Not held during file I/O, so protect() never waits for a disk.
         self._deciding = threading.Lock()
@@ -120,19 +121,22 @@ class Checkpoints:
         None: remove the link if its target is gone or beyond the step `newest`.
         """
         link = self.folder / MOST_ROBUST
-        target = self._most_robust
+        target = self.most_robust
         if step is not None:
             point(link, f"step-{step}")
         elif target is not None and (target > newest or not (self.folder / f"step-{target}").exists()):
             discard(link)
 
     @property
-    def _most_robust(self) -> int | None:
+    def most_robust(self) -> int | None:
+        """The step that the link `most_robust` points at; None without one."""
         return step_of(self.folder / MOST_ROBUST)
 
     def delete_old(self) -> None:
-        """Remove the checkpoints that need not stay."""
-        self._delete_old(max(published(self.folder), default=0), self.keep_last)
+        """Remove the checkpoints that need not stay: none beyond the newest whole one, where the run goes on."""
+        newest = self._saved or self._newest_whole()
+        if newest is not None:
+            self._delete_old(newest, self.keep_last)
 
     # ---------------------------------------------------------------- in the background
 
@@ -150,6 +154,7 @@ class Checkpoints:
             scratch.rename(final)
             _fsync(self.folder)
             point(self.folder / LATEST, final.name)
+            self._saved = step
             self._delete_old(step, self.keep_last)
         except BaseException as error:  # handed to the loop by wait(): a thread has nobody else to tell
             self._error = error
@@ -169,8 +174,7 @@ class Checkpoints:
         self._needed = sum(tensor.nbytes for tensor in tensors) + MARGIN_BYTES
         if self._has_room():
             return
-        whole = next((n for n in sorted(published(self.folder), reverse=True) if not self._why_invalid(n)), None)
-        self._delete_old(step, max(1, self.keep_last - 1), also={whole})
+        self._delete_old(step, max(1, self.keep_last - 1), also={self._newest_whole()})
         if not self._has_room():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -178,12 +182,15 @@ class Checkpoints:
         usage = shutil.disk_usage(self.folder)
         return usage.total == 0 or usage.free >= self._needed  # some network file systems count nothing
 
+    def _newest_whole(self) -> int | None:
+        return next((n for n in sorted(published(self.folder), reverse=True) if not self._why_invalid(n)), None)
+
     def _why_invalid(self, step: int) -> str | None:
         return why_invalid(self.folder / f"step-{step}")
 
     def _delete_old(self, newest: int, keep: int, also: set[int | None] | None = None) -> None:
         with self._deciding:
-            stay = {self._most_robust, *self._protected, *(also or ())}
+            stay = {self.most_robust, *self._protected, *(also or ())}
             for n in sorted(n for n in published(self.folder) if n <= newest)[:-keep]:
                 if n not in stay and not (self.keep_every and n % self.keep_every == 0):
                     retired = self.folder / f".retired-{n}"

@@ -84,14 +84,13 @@ def same_samples(outcomes: dict[str, Outcome]) -> None:
             )
 
 
-def cost(run: Path, batch_size: int, stored: float | None = 0.0) -> Cost:
-    """What a training took, by its own metrics; a step that was lost and done again counts once.
+def cost(run: Path, steps: int, batch_size: int, stored: float | None = 0.0) -> Cost:
+    """What a training of so many steps took, by its own metrics; a step that was lost and done again counts once.
 
     A crash of the machine may have taken the rows of some steps: their seconds are not known, their images are.
     """
     rows = [row for row in read_json_lines(run / METRICS) if type(row.get("step")) is int]
-    last = max((row["step"] for row in rows), default=0)
-    gaps = missing((row["step"] for row in rows), last)
+    gaps = missing((row["step"] for row in rows), steps)
     total, by_step = 0.0, {}
     for row in rows:
         total += _number(row, "seconds") if not gaps or row["step"] < gaps[0][0] else math.nan
@@ -104,7 +103,13 @@ def cost(run: Path, batch_size: int, stored: float | None = 0.0) -> Cost:
         for row in rows
         if _number(row, "tflops_a_rank") and _number(row, "images_per_s")
     ]
-    return Cost(total, by_step, last * batch_size, float(np.median(flop)) if flop else float("nan"), stored)
+    return Cost(
+        math.nan if gaps else total,
+        by_step,
+        steps * batch_size,
+        float(np.median(flop)) if flop else float("nan"),
+        stored,
+    )
 
 
 def alarms(run: Path) -> list[str]:

@@ -119,7 +119,8 @@ class Findings:
     def cost(self, run: Run) -> Cost:
         """What a run took."""
         config = configuration(self.study, run)
-        return cost(run_folder(self.study, run), config.train.batch_size, self._storing(_stored(config)))
+        train, storing = config.train, self._storing(_stored(config))
+        return cost(run_folder(self.study, run), train.steps, train.batch_size, storing)
 
     def _storing(self, read: set[tuple[str, str]]) -> float | None:
         """Seconds that it took to store what a method reads: of the first run that read as much, or more.

@@ -16,6 +16,9 @@ OWN = {
     "run_dir": "each run has a folder of its own below `out`",
     "checkpoint.every": "`curve.points` says how many checkpoints there are",
     "checkpoint.keep_every": "those that `curve.points` asks for are kept",
+    "probe": "it costs time that would count as a method's, and `curve` measures the checkpoints",
+    "log.tensorboard": "it costs time that would count as a method's, and the page shows the curves",
+    "log.wandb": "it costs time that would count as a method's, and the page shows the curves",
 }
 
 

@@ -113,9 +113,8 @@ class Probe(SilentProbe):
             return
         if self.process is not None and self.process.poll() is not None:
             self._conclude()
-        self.pending = {
-            step for step in self.pending if complete and step == max(published(self.checkpoints.folder), default=0)
-        }
+        last = max(published(self.checkpoints.folder), default=0)
+        self.pending &= {last, self.checkpoints.most_robust} if complete else set()
         until = time.monotonic() + 60 * self.settings.wait_minutes
         while complete and (self.process or self.pending) and not interruption:
             if time.monotonic() > until:
@@ -140,7 +139,8 @@ class Probe(SilentProbe):
     # ---------------------------------------------------------------- the process
 
     def _start_newest(self) -> None:
-        for step in sorted(self.pending, reverse=True):
+        best = self.checkpoints.most_robust  # of other data: before another takes its place, it is measured on these
+        for step in sorted(self.pending, key=lambda step: (step == best, step), reverse=True):
             checkpoint = self.checkpoints.protect(step)
             if checkpoint is not None:
                 self.step = step
@@ -149,7 +149,8 @@ class Probe(SilentProbe):
                 except OSError as error:  # no space, no memory: nothing that training should end of
                     self._failed(str(error), [])
                 # Those gone by now were overtaken; a newer one may be about to be published.
-                self.pending = {s for s in self.pending if s > step or (self.checkpoints.folder / f"step-{s}").exists()}
+                there = published(self.checkpoints.folder)
+                self.pending = {s for s in self.pending if s > step or s in there}
                 return
 
     def _start(self, checkpoint: Path) -> None:

@@ -52,6 +52,7 @@ def test_evaluations_that_read_the_data_otherwise_have_other_folders(out_of, tmp
     index = out_of("--index", str(tmp_path / "index.npz"))
     assert index == out_of(index=tmp_path / "index.npz")
     others = [plain, one, other, index, out_of("--label-key", "k"), out_of("--caption-key", "k")]
+    others += [out_of("--transfer-from", "random", "--transfer-arch", arch) for arch in ("ViT-B-16", "ViT-B-32")]
     assert len(set(others)) == len(others)
 
 

@@ -83,3 +83,20 @@ def test_what_a_killed_evaluation_held_is_free_and_nothing_is_left_where_nothing
     with pytest.raises(UserError):
         measure(root / "a", tmp_path / "new" / "out", model=tmp_path / "none", **MEANS)
     assert not (tmp_path / "new").exists()
+
+
+def test_results_of_other_settings_are_not_lost_to_those_of_another_dataset(root, measure, tmp_path):
+    first = measure(root / "a", tmp_path, **MEANS)
+    for _ in range(2):  # nothing is measured, or stored on the way
+        with pytest.raises(UserError, match="--out: .* has results of another model, or of other settings, for a; "):
+            measure(root / "b", tmp_path, attacks=("pgd",), iters=2)
+    assert results.read(tmp_path) == json.loads(json.dumps(first))
+    assert {d["name"] for d in measure(root / "b", tmp_path, **MEANS)["datasets"]} == {"a", "b"}
+
+
+def test_results_of_other_settings_that_come_meanwhile_are_not_lost_either(root, measure, meanwhile, tmp_path):
+    meanwhile(lambda: measure(root / "b", tmp_path, attacks=("pgd",), iters=2))
+    with pytest.raises(UserError, match="--out: .* for b; choose another folder"):
+        measure(root / "a", tmp_path, **MEANS)
+    assert [d["name"] for d in results.read(tmp_path)["datasets"]] == ["b"]
+    assert partial_results.own_files(tmp_path / partial_results.FOLDER), "what was measured is kept"

@@ -210,7 +210,7 @@ def test_a_time_limit_is_read_as_slurm_reads_it(time, minutes):
     assert request.minutes(time) == minutes
 
 
-@pytest.mark.parametrize("size", ["0", "64000", "200G", "2t"])
+@pytest.mark.parametrize("size", ["0", "64000", "200G", "2t", "200GB", "16gb"])
 def test_an_amount_of_memory_is_given_to_slurm_as_it_is_written(submit, size):
     assert f"#SBATCH --mem={size}\n" in submit("--gpus-per-node", "4", "--mem", size, "--dry-run").stdout
 

@@ -133,6 +133,17 @@ def test_retention(tmp_path, keep_last, keep_every, kept):
     assert steps(tmp_path) == kept
 
 
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_damaged_checkpoint_beyond_where_the_run_goes_on_removes_none_that_is_whole(tmp_path, saves):
+    save(Checkpoints(tmp_path, 2), 9, 10)
+    (tmp_path / "checkpoints" / "step-10" / "weights.safetensors").write_bytes(b"")
+    saver = Checkpoints(tmp_path, keep_last=1)
+    if saves:
+        save(saver, 9)
+    saver.delete_old()
+    assert newest_valid(tmp_path)[0].name == "step-9"
+
+
 def test_a_write_that_was_interrupted_is_never_taken_and_cleaned(run):
     folder = run / "checkpoints"
     (folder / "step-10").rename(folder / ".writing-10-4711")  # whole, but not yet published

@@ -77,8 +77,15 @@ def test_damaged_metrics_cost_their_own_numbers_alone(tmp_path):
     rows = [{"step": 1, "seconds": 2.0}, {"step": 2, "seconds": "x"}, {"step": 3, "seconds": math.nan}, {"step": True}]
     rows += [{"step": 4, "seconds": 3.0, "tflops_a_rank": "x", "images_per_s": [1]}, {"step": 5, "seconds": math.inf}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = cost(tmp_path, 8)
+    found = cost(tmp_path, 5, 8)
     assert (found.seconds, found.images, math.isnan(found.gflop)) == (5.0, 40, True)
+
+
+def test_metrics_that_end_too_early_have_no_whole_time(tmp_path):
+    rows = [{"step": step, "seconds": 1.0} for step in range(1, 8)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = cost(tmp_path, 10, 8)
+    assert math.isnan(found.seconds) and found.by_step[7] == 7.0 and found.images == 80
 
 
 def test_a_grid_beyond_all_bounds_is_counted_not_laid_out(tmp_path, vit):

@@ -145,6 +145,8 @@ def test_a_methods_moving_average_is_measured_apart_from_its_weights(study):
         (["grid.tune.run_dir=[a, b]"], "grid.tune: sets run_dir, which the study sets itself"),
         (["grid.tune.checkpoint=[{every: 5}, {keep_last: 3}]"], "grid.tune: sets checkpoint.every, which the study"),
         (["grid.vary=[[{checkpoint.every: 5}]]"], "grid.vary.0: sets checkpoint.every, which the study sets itself"),
+        (["settings.log.wandb={project: a}"], "settings: sets log.wandb, which the study sets itself; remove it: it"),
+        (["methods.tecoa.settings.probe={data: a}"], "methods.tecoa.settings: sets probe, which the study sets itself"),
         (["settings.run_dir=a"], "settings: sets run_dir, which the study sets itself; remove it: each run has a"),
         (["methods.tecoa.settings.seed=3"], "methods.tecoa.settings: sets seed, which the study sets itself"),
         (["settings.seed=3", "models={}"], "settings: sets seed, which the study sets itself"),

@@ -234,6 +234,22 @@ def test_probes_of_data_that_were_rewritten_are_not_compared_and_left_out_in_a_l
     assert most_robust(s) == "step-15", "by the data that are there, on which step 10 is measured again"
 
 
+def test_the_most_robust_of_data_that_were_rewritten_is_measured_anew_before_it_may_go(start, monkeypatch):
+    monkeypatch.setenv("ROBUST", json.dumps({5: 0.5, 10: 0.25}))
+    s = start()
+    save(s.checkpoints, 5)
+    settle(s, 5)
+    save(s.checkpoints, 10)
+    settle(s, 10)
+    assert most_robust(s) == "step-5", "more robust than step 10"
+    monkeypatch.setenv("ROBUST", json.dumps({5: 0.5, 10: 0.25, 15: 0.125}))
+    s = start(at=10, data=DATA | {"fingerprint": "ffff"})
+    save(s.checkpoints, 15)
+    settle(s, 15)
+    save(s.checkpoints, 20)
+    assert most_robust(s) == "step-5" and steps(s.run) == [5, 20]
+
+
 def test_probes_of_an_earlier_version_which_did_not_note_the_data_count_as_before(start, capsys):
     s = start(keep_last=9, data={})
     save(s.checkpoints, 10)
