@@ -144,7 +144,7 @@ def write_metrics(run, steps):
 
 def test_steps_without_metrics_leave_the_seconds_unknown_and_the_images_as_they_are(tmp_path):
     write_metrics(tmp_path, (1, 2, 4, 5))
-    spent = cost(tmp_path, 8)
+    spent = cost(tmp_path, 5, 8)
     assert np.isnan(spent.seconds) and spent.images == 40
     assert spent.by_step[2] == 4 and np.isnan(spent.by_step[4]) and np.isnan(spent.by_step[5])
 
@@ -169,4 +169,4 @@ def test_a_method_whose_metrics_have_gaps_has_a_question_mark_and_no_time_in_its
 
 def test_a_damaged_row_of_metrics_costs_nothing_else(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "seconds": 2}\n{}\n{"step": 2, "seconds": 3}\n')
-    assert (cost(tmp_path, 8).seconds, cost(tmp_path, 8).images) == (5, 16)
+    assert (cost(tmp_path, 2, 8).seconds, cost(tmp_path, 2, 8).images) == (5, 16)
