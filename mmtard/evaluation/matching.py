@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..files import settings_digest
 from ..runs.layout import CHECKPOINTS, EVALUATIONS, RESULTS
+from ..runs.manifest import newest
 from .results import damage_named, read
 
 # What may differ between two evaluations that measure the same: how fast, and what else was checked.
@@ -94,6 +95,7 @@ def file_of(results: Path) -> Path:
 def _of_run(run: Path) -> tuple[list[tuple[Path, dict, bool]], list[str]]:
     """(file, results, whether the run itself was measured) of each evaluation of a run; what is wrong with others."""
     found, unreadable = [], []
+    its_own = {run.resolve(), (newest(run)[0] or run).resolve()}  # a study names the checkpoint of the last step
     for file in dict.fromkeys([*sorted(run.rglob(RESULTS)), *_beside(run)]):
         try:
             results = read(file)
@@ -101,7 +103,7 @@ def _of_run(run: Path) -> tuple[list[tuple[Path, dict, bool]], list[str]]:
                 weights = Path(str(results.get("model", {}).get("weights", "")))
                 own = run in file.parents and file.relative_to(run).parts[0] == EVALUATIONS
                 if own or _lies_in(weights, run):
-                    found.append((file, results, weights.resolve() == run.resolve()))
+                    found.append((file, results, weights.resolve() in its_own))
         except UserError as error:
             if run in file.parents:
                 unreadable.append(str(error).partition(";")[0])

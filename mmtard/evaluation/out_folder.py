@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from . import results
 from .partial_results import FOLDER
 
 PATIENCE_S = 5.0  # the evaluation before this one may be at its end
+NODE_PATIENCE_S = 60.0  # one that was lost with its node may leave the file system a while to notice
 TRIES = 20  # at a folder that other evaluations remove at the same moment
 PUBLISHING = f".{results.FILE}.lock"
 
@@ -35,13 +37,19 @@ def hold(out: Path, names: Sequence[str]) -> Iterator[None]:
 
 
 def _take(held: ExitStack, out: Path, path: Path, name: str) -> None:
+    patience = PATIENCE_S
     for _ in range(TRIES):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(exclusive(path, patience=PATIENCE_S))
+            held.enter_context(exclusive(path, patience=patience))
         except FileNotFoundError:
             continue  # an evaluation that ended just now has removed the folder
         except BlockingIOError:
+            if patience == PATIENCE_S and not _owner(path).startswith(f"{socket.gethostname()} "):
+                patience = NODE_PATIENCE_S
+                told = f"mmtard: --out: {name} is being measured into '{out}' by {_owner(path)}; waiting up to"
+                print(f"{told} {patience:.0f} s for its end", file=sys.stderr, flush=True)
+                continue
             raise UserError(
                 f"--out: {name} is being measured into '{out}' by {_owner(path)}; "
                 "wait for it to end, end it, or choose another folder"

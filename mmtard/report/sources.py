@@ -9,6 +9,7 @@ from ..errors import UserError
 from ..files import refuse_special
 from ..models.clip import START_FOLDER
 from ..runs.layout import CHECKPOINTS, RESULTS
+from ..runs.manifest import newest
 from . import finding
 from .pool import Pool, age
 from .records import About, Evaluation, read as read_results
@@ -148,7 +149,9 @@ def _columns(run: ReportSource, weights: finding.Weights) -> list[ReportSource]:
     if not run.evaluations:
         return [run]
     of_newest = [e.model.identity for e in reversed(run.evaluations) if e.model.sha256 == weights.newest]
-    named = [e.model.identity for e in reversed(run.evaluations) if _name(e.model, run.path) == run.name]
+    last = newest(run.path)[0]  # where weights have no hash, as adapters have none, by their name
+    as_the_run = {run.name, f"{run.name} {last.name}"} if last else {run.name}
+    named = [e.model.identity for e in reversed(run.evaluations) if _name(e.model, run.path) in as_the_run]
     own = next(iter(of_newest if weights.newest else named), None)
     by_model = _by_model(run.evaluations)
     names = _names(run.path, by_model, {own: run.name})

@@ -22,7 +22,7 @@ from ..files import slug, why_not_written, write_text
 from ..runs.layout import CHECKPOINTS
 from . import loading
 from .measures import Measurement, of_model, of_run, start_configuration
-from .runs import all_runs, configuration, model_configuration
+from .runs import all_runs, configuration, model_configuration, model_folder
 from .schema import Study
 
 STORE, TRAIN, MEASURE, OF_MODEL = "store", "train", "measure", "model"
@@ -83,6 +83,7 @@ def train(study: Study, asked: dict, interruption: Interruption) -> int:
     from ..training.train import train as train_run
 
     config = _configuration(study, asked)
+    _refuse_damaged_models(study, config)
     choose_accelerator(config.engine.device)
     return train_run(config, interruption)
 
@@ -91,8 +92,9 @@ def store(study: Study, asked: dict, interruption: Interruption) -> None:
     """Store the embeddings of the teachers that a run reads, and note how long that took; what is stored stays."""
     from ..embeddings.build import cache
 
-    began = time.monotonic()
-    cache(_configuration(study, asked), interruption)
+    began, config = time.monotonic(), _configuration(study, asked)
+    _refuse_damaged_models(study, config)
+    cache(config, interruption)
     note = stored_note(study, asked["name"])
     seconds = max(stored_seconds(study, asked["name"]), time.monotonic() - began)
     try:
@@ -146,14 +148,26 @@ def measure(todo: list[Measurement], interruption: Interruption, device: str) ->
 
 def refuse_damaged(checkpoint: Path) -> None:
     """Raise UserError, with what mends it, where a checkpoint of a run is there and not as it was written."""
-    from ..runs.checkpoints import why_invalid
+    from ..runs.checkpoints import published, why_invalid
 
     reason = why_invalid(checkpoint) if checkpoint.parent.name == CHECKPOINTS and checkpoint.is_dir() else None
-    if reason is not None:
-        raise UserError(
-            f"'{checkpoint}' is damaged ({reason}); remove that folder, and the study trains it again from the "
-            "checkpoint before"
-        )
+    if reason is None:
+        return
+    remedy = "remove that folder, and the study trains it again from the checkpoint before"
+    if checkpoint != published(checkpoint.parent)[max(published(checkpoint.parent))]:
+        # Nothing trains to a step on the way but the whole run, whose measurements then go with it.
+        remedy = f"remove '{checkpoint.parent.parent}', and the study trains and measures this run anew"
+    raise UserError(f"'{checkpoint}' is damaged ({reason}); {remedy}")
+
+
+def _refuse_damaged_models(study: Study, config: Config) -> None:
+    """Raise UserError where a model of the study that a training reads is damaged: its newest whole one is another."""
+    read = {config.student.weights, *(teacher.weights for teacher in config.teachers.values())}
+    for name in study.models:
+        folder = model_folder(study, name)
+        if str(folder) in read:
+            steps = model_configuration(study, name).train.steps
+            refuse_damaged(folder / CHECKPOINTS / f"step-{steps}")
 
 
 if __name__ == "__main__":

@@ -5,16 +5,19 @@ import csv
 import io
 import json
 import math
+import os
 import random
 
 import numpy as np
 import pytest
+from saved_checkpoints import save
 from scipy.stats import binomtest
 
 from mmtard.errors import UserError
 from mmtard.evaluation.compare import compare_all, means
 from mmtard.evaluation.comparison_tables import as_csv, as_latex
 from mmtard.evaluation.statistics import mcnemar, newcombe_interval, paired_difference
+from mmtard.runs.checkpoint_writer import Checkpoints
 
 
 @pytest.mark.parametrize("only_a, only_b", [(0, 0), (0, 1), (3, 3), (1, 9), (40, 12), (0, 5000), (510, 600)])
@@ -195,6 +198,21 @@ def test_an_evaluation_that_is_named_is_not_taken_for_its_runs_own_as_well(runs,
     rows = [r for r in compare_all([a, named]) if r.eps]
     assert [round(r.accuracy, 3) for r in rows] == [0.333, 1.0] and rows[0].path != rows[1].path
     assert [round(r.accuracy, 3) for r in compare_all([named, a]) if r.eps] == [1.0, 0.333]
+
+
+def test_the_checkpoint_of_the_last_step_is_the_run_itself_and_one_on_the_way_is_not(runs, tmp_path):
+    """A study measures the checkpoints by their names."""
+    steps = {name: tmp_path / "a" / "checkpoints" / f"step-{n}" for name, n in (("last", 8), ("way", 4))}
+
+    def of(name, *flags):
+        return lambda r: (robust(*flags)(r), r["model"].update(weights=str(steps[name])))
+
+    of_a = {"last": of("last", True, True, False), "way": of("way", True, False, False)}
+    [a, b] = runs(a=of_a, b={"x": robust(True, True, False)})
+    for step in steps.values():
+        save(Checkpoints(a, keep_last=9), int(step.name[5:]))
+    os.utime(a / "evaluations" / "last" / "results.json", (1e9, 1e9))  # measured again later: the one on the way
+    assert [round(r.accuracy, 3) for r in compare_all([a, b]) if r.eps][0] == 0.667
 
 
 def test_runs_of_one_label_are_averaged(runs):

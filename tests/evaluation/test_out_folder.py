@@ -100,3 +100,19 @@ def test_results_of_other_settings_that_come_meanwhile_are_not_lost_either(root,
         measure(root / "a", tmp_path, **MEANS)
     assert [d["name"] for d in results.read(tmp_path)["datasets"]] == ["b"]
     assert partial_results.own_files(tmp_path / partial_results.FOLDER), "what was measured is kept"
+
+
+def test_the_lock_of_a_lost_node_is_waited_for(root, measure, meanwhile, tmp_path, monkeypatch, capsys):
+    """A file server holds a dead client's lock for a while."""
+    monkeypatch.setattr(out_folder, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(out_folder, "NODE_PATIENCE_S", 0.2)
+
+    def other():
+        (tmp_path / "out" / partial_results.FOLDER / "a.lock").write_text("another-node process 1")
+        with pytest.raises(UserError, match="being measured into .* by another-node process 1; wait"):
+            measure(root / "a", **MEANS)
+
+    meanwhile(other)
+    measure(root / "a", **MEANS)
+    told = f"mmtard: --out: a is being measured into '{tmp_path / 'out'}' by another-node process 1; waiting up to 0 s"
+    assert told in capsys.readouterr().err

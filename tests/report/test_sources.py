@@ -2,10 +2,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from written import dataset, results, save, write_run
 
 from mmtard.errors import UserError
 from mmtard.report import sources
+from mmtard.runs.checkpoint_writer import Checkpoints
 
 
 def test_a_run_brings_its_files_and_says_what_it_lacks(tmp_path):
@@ -83,6 +85,18 @@ def test_other_weights_of_a_run_are_sources_of_their_own(tmp_path):
         ("b32 most_robust", 1),
         ("b32 ema", 1),
     ]
+
+
+def test_an_adapter_that_was_measured_as_the_last_checkpoint_is_the_runs_own(tmp_path):
+    """The checkpoint itself has no hash, the tower that was measured has; a study names the checkpoint of the last step."""
+    folder = write_run(tmp_path / "b32")
+    saver = Checkpoints(folder, keep_last=1)
+    saver.save(10, {"visual.proj.lora_A.weight": torch.ones(2)}, {}, {"step": 10})
+    saver.wait()
+    content = results([dataset("A", [True], {"2/255": [True]})], str(folder / "checkpoints" / "step-10"), "whole")
+    save(content, folder / "evaluations" / "x")
+    (run,) = sources.read([folder])
+    assert (run.name, len(run.evaluations)) == ("b32", 1)
 
 
 def test_a_run_of_which_a_checkpoint_alone_was_measured_says_so(tmp_path):

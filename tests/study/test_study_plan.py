@@ -312,6 +312,25 @@ def test_a_damaged_checkpoint_is_not_measured_and_its_remedy_is_told(tmp_path):
     (last / "weights.safetensors").write_bytes(weights)
     with pytest.raises(UserError, match="step-2' is damaged .*does not match its checksum.*; remove that folder, and"):
         worker.refuse_damaged(last)
+    way = tmp_path / "checkpoints" / "step-1"
+    (way / "state.json").unlink()
+    with pytest.raises(UserError, match=f"step-1' is damaged .*; remove '{tmp_path}', and the study trains and meas"):
+        worker.refuse_damaged(way)
+
+
+def test_no_student_learns_from_a_damaged_teacher(study):
+    """Its newest whole checkpoint would be another teacher than that of the students before."""
+    one = study()
+    folder = runs.model_folder(one, "robust")
+    folder.mkdir(parents=True)
+    save(Checkpoints(folder, keep_last=3), 2, 4)
+    weights = folder / "checkpoints" / "step-4" / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    name = next(run.name for run in runs.all_runs(one).values() if run.method == "teacher")
+    status, message = worker.carry_out(one, {"work": worker.TRAIN, "name": name}, None)
+    assert status == 2 and "step-4' is damaged" in message and message.endswith("from the checkpoint before")
 
 
 def test_a_finished_run_of_other_data_is_named(study, tmp_path):
