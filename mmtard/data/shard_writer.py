@@ -108,6 +108,7 @@ def write_shards(
             kept = set(index.keys.tolist())
             skipped = sorted(str(s.path) for s in folder.sources if s.key.encode() not in kept)
             unread = [str(path) for path in folder.unread]
+            (out / "skipped.txt").unlink(missing_ok=True)  # of an earlier call
             if skipped or unread:
                 text = "".join(f"{path}\n" for path in sorted(skipped + unread))
                 (out / "skipped.txt").write_text(text, encoding="utf-8", errors="surrogateescape")

@@ -39,7 +39,7 @@ def with_shards(source: DatasetSource, say, held: ExitStack | None = None) -> Da
         if held is not None:
             with suppress(OSError):  # another one removes them just now, or they cannot be locked
                 held.enter_context(shared(shards / RECORD))
-        if shards.exists():
+        if is_whole(shards):
             break
     os.utime(shards)  # in use now
     for other in cache.glob(f"shards-{place}-*"):

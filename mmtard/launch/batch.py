@@ -158,7 +158,7 @@ def _look_for_datasets_without_task(datasets: list[str], task: int) -> None:
         raise UserError(
             f"{len(datasets)} datasets, 1 task: submit with --array=0-{len(datasets) - 1}, or give one dataset"
         )
-    if 0 < last < len(datasets) - 1:
+    if 0 < last < len(datasets) - 1 and slurm.starts() == 1:
         left = ", ".join(datasets[last + 1 :])
         say(f"no task of this array measures {left}; --array=0-{len(datasets) - 1} has one for each dataset")
 

@@ -60,8 +60,8 @@ class Checkpoints:
     ) -> None:
         """Write and publish `step-N` in the background. The tensors must be CPU copies that nobody changes afterwards.
 
-        before: called there when all is written and nothing published; it raises nothing. Waits for the previous write
-        first; raises what that write raised. Raises UserError when the run's folder is gone.
+        before: called there when all is written and nothing published; where it raises, nothing is. Waits for the
+        previous write first; raises what that write raised. Raises UserError when the run's folder is gone.
         """
         self.wait()
         if _identity(self.run) != self._opened:

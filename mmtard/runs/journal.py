@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import IO
@@ -45,17 +46,23 @@ class Journal:
             raise UserError(why_not_written(self.path, error)) from None
 
     def sync(self) -> None:
-        """Bring every row to the disk. Any thread may ask, also while another one adds rows, or closes the file."""
+        """Bring every row to the disk. Any thread may ask, also while another one adds rows, or closes the file.
+
+        Raises UserError where the disk fails: some file systems say only here that rows are lost.
+        """
         if self._file is None:
             return
         try:
             os.fsync(self._file.fileno())
-        except (OSError, ValueError):  # ValueError: of a file that is closed, and so is on the disk
-            pass  # a disk that fails was told of by `append`, or will be by the next start
+        except ValueError:  # of a file that is closed, and so is on the disk
+            pass
+        except OSError as error:
+            raise UserError(why_not_written(self.path, error)) from None
 
     def close(self) -> None:
-        """Bring every row to the disk, and take no more."""
-        self.sync()
+        """Bring every row to the disk, as far as it takes them, and take no more."""
+        with suppress(UserError):  # a disk that fails was told of by `append`, or will be by the next start
+            self.sync()
         if self._file is not None:
             self._file.close()
 

@@ -139,8 +139,11 @@ class Watchdog:
             since = self._since
             if reason := neighbour.why_lost():
                 self._end_process(history.LOST, f"step {self._step}: lost {reason}", since)
-            elif _mark(self.run / HISTORY) != noted and (ended := self._noted_end()):
-                self._end_process(*ended, since)
+            elif (mark := _mark(self.run / HISTORY)) != noted:
+                if ended := self._noted_end():
+                    self._end_process(*ended, since)
+                else:
+                    noted = mark  # a note that ends nothing is read once
             # Whom to name takes two looks, so the watch starts to look a little early.
             early = min(self.silent, max(self.limit / 4, 3 * self.interval))
             if self.heartbeat.place[1] != PHASES[0] and time.monotonic() - self._since > self.limit - early:

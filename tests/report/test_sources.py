@@ -88,7 +88,7 @@ def test_other_weights_of_a_run_are_sources_of_their_own(tmp_path):
 
 
 def test_an_adapter_that_was_measured_as_the_last_checkpoint_is_the_runs_own(tmp_path):
-    """The checkpoint itself has no hash, the tower that was measured has; a study names the checkpoint of the last step."""
+    """Its checkpoint has no hash, the tower that was measured has; a study names the checkpoint of the last step."""
     folder = write_run(tmp_path / "b32")
     saver = Checkpoints(folder, keep_last=1)
     saver.save(10, {"visual.proj.lora_A.weight": torch.ones(2)}, {}, {"step": 10})

@@ -14,6 +14,7 @@ from mmtard.runs import checkpoints
 from mmtard.runs.checkpoint_writer import Checkpoints
 from mmtard.runs.checkpoints import newest_valid, resolve
 from mmtard.runs.checksums import describe
+from mmtard.runs.journal import Journal
 
 
 @pytest.fixture
@@ -378,3 +379,23 @@ def test_of_many_damaged_checkpoints_no_weights_are_read_to_find_the_good_one(ru
     assert newest == folder / "step-10" and len(passed_over) == 4
     assert "step-14: state.json has 1 bytes" in passed_over[0] and "checkpoint of step 10" in passed_over[1]
     assert {path.parent.name for path in read if path.suffix == ".safetensors"} == {"step-10"}
+
+
+def test_where_the_metrics_are_lost_no_checkpoint_is_published(run, monkeypatch):
+    """Some file systems say only at fsync that a quota is used up."""
+    journal = Journal(run / "metrics.jsonl", 10)
+    journal.append({"step": 11})
+    fsync, of_journal = os.fsync, journal._file.fileno()
+
+    def failing(file):
+        if file == of_journal:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    saver = Checkpoints(run, keep_last=2)
+    saver.save(15, tensors(15), {}, {"step": 15}, journal.sync)
+    with pytest.raises(UserError, match="metrics.jsonl"):
+        saver.wait()
+    assert steps(run) == [5, 10]
+    journal.close()  # at the end of a run that has failed already
