@@ -47,7 +47,7 @@ def read_run(path: Path) -> ReportSource:
     source = ReportSource(path.resolve().name, path)
     rows = {name: _rows(source, name) for name in (METRICS, PROBES, EVENTS)}
     source.metrics, source.events = rows[METRICS], rows[EVENTS]
-    source.probes = [row for row in rows[PROBES] if isinstance(row.get("n"), int) and row["n"] > 0 and _shares(row)]
+    source.probes = _probes(source, rows[PROBES])
     source.starts = _starts(source)
     if (path / CONFIG).is_file():
         source.config = (path / CONFIG).read_text(encoding="utf-8", errors="replace")
@@ -63,6 +63,19 @@ def read_run(path: Path) -> ReportSource:
         if not have:
             source.missing.append(f"{what}: no {name}")
     return source
+
+
+def _probes(source: ReportSource, rows: list[dict]) -> list[dict]:
+    """In the order of their steps, those that measured as the last one did; others are counted in `missing`.
+
+    After other settings, or data that were rewritten, a step is measured again.
+    """
+    good = [row for row in rows if isinstance(row.get("n"), int) and row["n"] > 0 and _shares(row)]
+    alike = [row for row in good if row.get("protocol") == good[-1].get("protocol")]
+    if len(alike) < len(good):
+        told = f"{len(good) - len(alike)} of {len(good)} were measured otherwise than the last, or on other data"
+        source.missing.append(f"{PROBES}: {told}, and are not shown")
+    return sorted(alike, key=lambda row: row["step"])
 
 
 def _rows(source: ReportSource, name: str) -> list[dict]:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from written import dataset, results, save, write_run
+from written import PROBES, dataset, results, save, write_run
 
 from mmtard.errors import UserError
 from mmtard.report import sources
@@ -153,3 +153,12 @@ def test_what_is_neither_is_refused(tmp_path, content, words):
 def test_what_is_neither_a_file_nor_a_folder_is_one_line(tmp_path):
     with pytest.raises(UserError, match="'/dev/null' is neither a file nor a folder; give a run's folder"):
         sources.read([Path("/dev/null")])
+
+
+def test_probes_of_other_data_are_left_out_and_the_others_stand_in_their_order(tmp_path):
+    """After the data were rewritten, the newest checkpoint is measured first, and earlier ones anew."""
+    steps = [(2, "a"), (4, "a"), (4, "b"), (2, "b")]
+    rows = [{**PROBES[0], "step": step, "protocol": {"fingerprint": of}} for step, of in steps]
+    (source,) = sources.read([write_run(tmp_path / "a", probes=rows)])
+    assert [(row["step"], row["protocol"]["fingerprint"]) for row in source.probes] == [(2, "b"), (4, "b")]
+    assert "2 of 4 were measured otherwise than the last, or on other data, and are not shown" in source.missing[0]
