@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.utils import logger
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from .optimizer import bucket_size, parameter_groups
 from .portable_state import PortableState
 
 GATHERED_AT_ONCE = 50_000_000  # weights that ZeRO-3 gathers together for the attack's copy
+NORM_MARK = "mask_nan_or_inf_with_val_inplace"  # DeepSpeed's, of a gradient's norm that is not finite
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Engine:
             # Would compile an extension for minutes; only inference_all_reduce uses it.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logger.setLevel(logging.ERROR)
+        mark_norms_without_waiting()
         deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False)
         self.ranks = ranks
         self.accumulation = check_world(config, ranks.world_size)
@@ -231,3 +234,19 @@ class Engine:
     def restore(self, states: dict[str, Tensor], updates: int) -> None:
         """Set the optimizer's states and update count as `full_state` gave them; the weights come with the tower."""
         self.portable.restore(states, updates)
+
+
+def mark_norms_without_waiting() -> None:
+    """Let DeepSpeed mark a norm that is not finite without a copy; a version without that function is left as it is.
+
+    DeepSpeed 0.19 copies the mark, -1, from the host to the device for each group of weights at each update, and the
+    host waits for each copy.
+    """
+    for module in (stage_1_and_2, stage3):
+        if hasattr(module, NORM_MARK):
+            setattr(module, NORM_MARK, _mark)
+
+
+def _mark(norm: Tensor, device: object = None, val: float = -1.0) -> None:
+    """norm: float, any shape; what is infinite or no number becomes `val`, in place. device: the norm's, of no use."""
+    norm.masked_fill_(~norm.isfinite(), val)

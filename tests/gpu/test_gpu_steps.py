@@ -90,9 +90,8 @@ def test_deepspeeds_own_groups_wait_as_long_as_they_are_told_to(gpu_ranks):
     assert backend.options._timeout == timedelta(minutes=47)
 
 
-# Whether the gradient's norm is finite; in stages 1 and 2 also a constant that DeepSpeed copies to the device for each
-# of the two groups of weights. It would wait once more where there are other GPUs to reduce over.
-@pytest.mark.parametrize("stage, in_the_update", [(0, 1), (1, 3), (2, 3)])
+# Whether the gradient's norm is finite. It would wait once more where there are other GPUs to reduce over.
+@pytest.mark.parametrize("stage, in_the_update", [(0, 1), (1, 1), (2, 1)])
 def test_the_host_waits_for_nothing_in_attack_and_loss(gpu_ranks, stage, in_the_update):
     from mmtard.distillation.task import DistillationTask
 
