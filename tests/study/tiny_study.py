@@ -1,8 +1,10 @@
 """A study of two methods that trains in seconds: rendered shapes, a ViT of two blocks, four steps."""
 
 import json
+from pathlib import Path
 
 import yaml
+from published_checkpoints import publish
 
 GRID = {"tune": {"train.lr": [1e-3, 4e-3]}, "vary": [[{"attack.steps": 1}, {"attack.steps": 2}]]}
 DATA = {
@@ -67,3 +69,8 @@ def results(out, clean, robust, ids=None):
     found = {"format": 2, "protocol": "quick", "model": {}, "settings": {}, "datasets": [entry], "averages": {}}
     out.mkdir(parents=True)
     (out / "results.json").write_text(json.dumps(found))
+
+
+def finished(item, **state):
+    """The folder of a run whose last checkpoint is there."""
+    return publish(Path(item.config.run_dir), item.config.train.steps, **state)
