@@ -127,9 +127,11 @@ def test_a_damaged_checkpoint_is_not_measured_and_its_remedy_is_told(tmp_path):
         worker.refuse_damaged(way)
 
 
-def test_no_student_learns_from_a_damaged_teacher(study):
+@pytest.mark.parametrize("out", ["out", "./out", "out/", "./out//"])
+def test_no_student_learns_from_a_damaged_teacher(study, tmp_path, monkeypatch, out):
     """Its newest whole checkpoint would be another teacher than that of the students before."""
-    one = study()
+    monkeypatch.chdir(tmp_path)
+    one = study(f"out={out}")
     folder = runs.model_folder(one, "robust")
     folder.mkdir(parents=True)
     save(Checkpoints(folder, keep_last=3), 2, 4)
