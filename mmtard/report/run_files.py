@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..files import read_json_lines
 from ..runs import history
 from ..runs.layout import CONFIG, ENVIRONMENT, EVENTS, HISTORY, METRICS, PROBES
+from ..runs.probes import differences
 from .records import Evaluation
 
 LARGEST_STEP = 2**53
@@ -71,7 +72,7 @@ def _probes(source: ReportSource, rows: list[dict]) -> list[dict]:
     After other settings, or data that were rewritten, a step is measured again.
     """
     good = [row for row in rows if isinstance(row.get("n"), int) and row["n"] > 0 and _shares(row)]
-    alike = [row for row in good if row.get("protocol") == good[-1].get("protocol")]
+    alike = [row for row in good if not differences([_protocol(row)], _protocol(good[-1]))]
     if len(alike) < len(good):
         told = f"{len(good) - len(alike)} of {len(good)} were measured otherwise than the last, or on other data"
         source.missing.append(f"{PROBES}: {told}, and are not shown")
@@ -95,6 +96,12 @@ def _shares(row: dict) -> bool:
     """Whether a probe's accuracies are shares, so far as they are numbers."""
     values = [row.get(kind) for kind in ("clean", "robust")]
     return all(not isinstance(value, int | float) or 0 <= value <= 1 for value in values)
+
+
+def _protocol(row: dict) -> dict:
+    """How a probe was measured, as far as its row says."""
+    protocol = row.get("protocol")
+    return protocol if isinstance(protocol, dict) else {}
 
 
 def _starts(source: ReportSource) -> list[dict]:

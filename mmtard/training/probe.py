@@ -24,8 +24,8 @@ from ..runs.checkpoint_writer import Checkpoints
 from ..runs.checkpoints import published
 from ..runs.layout import PROBE, PROBES
 from ..runs.metrics import MetricLogger
+from ..runs.probes import CLASSES, FINGERPRINT, differences
 
-FINGERPRINT, CLASSES = "fingerprint", "classes"  # of a probe's data; what earlier versions did not note
 PROCESS = [sys.executable, "-m", "mmtard.training.probe_process"]
 
 
@@ -81,12 +81,12 @@ class Probe(SilentProbe):
         }
         discard(self.run / PROBE)
         earlier = _read(self.run / PROBES)
-        self.rows = [row for row in earlier if not _differences([row], self.protocol)]
-        others = [row for row in earlier if row not in self.rows]
+        self.rows = [row for row in earlier if not differences([row["protocol"]], self.protocol)]
+        others = [row["protocol"] for row in earlier if row not in self.rows]
         if others:
             metrics.print(
                 f"probes of earlier starts are not compared with this one's, nor chosen from: {len(others)} that "
-                f"differ in {', '.join(_differences(others, self.protocol))}"
+                f"differ in {', '.join(differences(others, self.protocol))}"
             )
         done = {row["step"] for row in self.rows}
         self.pending = {step for step in published(checkpoints.folder) if step <= start and self._due(step)} - done
@@ -226,11 +226,3 @@ def _read(path: Path) -> list[dict]:
     numbers = ("step", "clean", "robust")
     rows = [row for row in read_json_lines(path) if isinstance(row.get("protocol"), dict)]
     return [row for row in rows if all(isinstance(row.get(name), (int, float)) for name in numbers)]
-
-
-def _differences(rows: list[dict], protocol: dict) -> list[str]:
-    """What some of these probes' protocols say otherwise; one of an earlier version does not say which data it saw."""
-    unsaid = {key: protocol[key] for key in (FINGERPRINT, CLASSES) if key in protocol}
-    others = [unsaid | row["protocol"] for row in rows]
-    keys = [*protocol, *sorted({key for other in others for key in other} - protocol.keys())]
-    return [key for key in keys if any(other.get(key) != protocol.get(key) for other in others)]

@@ -162,3 +162,15 @@ def test_probes_of_other_data_are_left_out_and_the_others_stand_in_their_order(t
     (source,) = sources.read([write_run(tmp_path / "a", probes=rows)])
     assert [(row["step"], row["protocol"]["fingerprint"]) for row in source.probes] == [(2, "b"), (4, "b")]
     assert "2 of 4 were measured otherwise than the last, or on other data, and are not shown" in source.missing[0]
+
+
+def test_probes_of_an_earlier_version_which_did_not_note_the_data_stand_beside_those_that_do(tmp_path):
+    """As the run itself compares them, which was updated on its way."""
+    noted = {"fingerprint": "a", "classes": "c"}
+    protocols = {2: {"eps": "1/255"}, 4: {"eps": "2/255"}, 6: {"eps": "2/255"}, 8: {"eps": "2/255", **noted}}
+    rows = [{**PROBES[0], "step": step, "protocol": protocol} for step, protocol in protocols.items()]
+    (source,) = sources.read([write_run(tmp_path / "a", probes=rows)])
+    assert [row["step"] for row in source.probes] == [4, 6, 8]
+    assert "1 of 4 were measured otherwise than the last" in source.missing[0]
+    (source,) = sources.read([write_run(tmp_path / "b", probes=rows[1:])])
+    assert [row["step"] for row in source.probes] == [4, 6, 8] and "otherwise" not in " ".join(source.missing)
