@@ -88,9 +88,11 @@ class Probe(SilentProbe):
                 f"probes of earlier starts are not compared with this one's, nor chosen from: {len(others)} that "
                 f"differ in {', '.join(differences(others, self.protocol))}"
             )
+        there, best = {step for step in published(checkpoints.folder) if step <= start}, checkpoints.most_robust
         done = {row["step"] for row in self.rows}
-        self.pending = {step for step in published(checkpoints.folder) if step <= start and self._due(step)} - done
-        self._keep_best(start)
+        self.pending = {step for step in there if self._due(step) or step == best} - done
+        if best not in self.pending:  # otherwise it keeps its link, and so stays, until it is measured
+            self._keep_best(start)
 
     def after_step(self, step: int) -> None:
         """Start the probe that is due, and take in one that has ended; `step` updates are done. Never waits."""

@@ -42,20 +42,20 @@ json.dump({"clean": of(step / 100), "robust": of(json.loads(os.environ["ROBUST"]
 
 @pytest.fixture
 def start(tree, tmp_path, monkeypatch):
-    """Call with settings of the probe: a start of a run of 20 steps that goes on from its newest checkpoint."""
+    """Call with settings of the probe: a start of a run of `total` steps that goes on from its newest checkpoint."""
     monkeypatch.setattr(probe, "PROCESS", [sys.executable, "-c", SCRIPT])
     monkeypatch.setenv("GO", str(tmp_path / "go"))
     monkeypatch.setenv("ROBUST", json.dumps(ROBUST))
     (tmp_path / "go").touch()
     made = []
 
-    def make(at=0, keep_last=1, data=DATA, **settings):
-        tree["train"]["steps"], tree["checkpoint"] = 20, {"every": 5}
+    def make(at=0, keep_last=1, data=DATA, total=20, **settings):
+        tree["train"]["steps"], tree["checkpoint"] = total, {"every": 5}
         tree["probe"] = {"data": "val", "every": 5, "n_samples": 40, **settings}
         config, run = validate(tree), tmp_path / "run"
         run.mkdir(exist_ok=True)
         checkpoints = Checkpoints(run, keep_last)
-        metrics = MetricLogger(run, at, 20, 99)
+        metrics = MetricLogger(run, at, total, 99)
         made.append(Probe(config, checkpoints, metrics, at, data))
         return SimpleNamespace(probe=made[-1], checkpoints=checkpoints, run=run, metrics=metrics)
 
@@ -248,6 +248,35 @@ def test_the_most_robust_of_data_that_were_rewritten_is_measured_anew_before_it_
     settle(s, 15)
     save(s.checkpoints, 20)
     assert most_robust(s) == "step-5" and steps(s.run) == [5, 20]
+
+
+@pytest.mark.parametrize("earlier", [{"every": 5}, {"every": 10, "total": 5}], ids=["every changed", "lengthened"])
+def test_the_most_robust_is_measured_anew_also_where_its_step_is_no_longer_due(start, monkeypatch, earlier):
+    monkeypatch.setenv("ROBUST", json.dumps({5: 0.5, 10: 0.25}))
+    s = start(**earlier)
+    save(s.checkpoints, 5)
+    settle(s, 5)
+    s = start(at=5, every=10, data=DATA | {"fingerprint": "ffff"})
+    save(s.checkpoints, 10)
+    settle(s, 10)
+    assert [(r["step"], r["protocol"]["fingerprint"]) for r in rows(s)] == [(5, "a1b2"), (5, "ffff"), (10, "ffff")]
+    save(s.checkpoints, 15)
+    assert most_robust(s) == "step-5" and steps(s.run) == [5, 15]
+
+
+def test_the_most_robust_by_other_settings_stays_until_it_is_measured_where_a_run_goes_back_to_its_first(start):
+    s = start()
+    save(s.checkpoints, 5)
+    settle(s, 5)
+    s = start(at=5, eps="1/255", keep_last=2)
+    save(s.checkpoints, 10)
+    settle(s, 10)
+    assert most_robust(s) == "step-10"
+    s = start(at=10)  # whose own best so far is step 5
+    save(s.checkpoints, 15)
+    assert most_robust(s) == "step-10" and steps(s.run) == [10, 15]
+    settle(s, 15)
+    assert most_robust(s) == "step-10" and [r["step"] for r in rows(s)] == [5, 5, 10, 10, 15]
 
 
 def test_probes_of_an_earlier_version_which_did_not_note_the_data_count_as_before(start, capsys):
