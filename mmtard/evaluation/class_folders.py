@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..files import exclusive, shared, user_cache
 from .datasets import DatasetSource
 
+TRIES = 2  # at writing shards: another evaluation may remove them before they are held
 UNUSED_S = 24 * 3600.0  # shards of earlier contents that no evaluation used for so long are removed
 
 
@@ -23,7 +24,8 @@ def with_shards(source: DatasetSource, say, held: ExitStack | None = None) -> Da
 
     The shards' folder is named by where the images lie and by what identifies every file: a folder that changed since
     is read anew, whatever kept its name and size. held: as long as it is open nobody removes the shards, however long
-    they are read; without it they stay for a day.
+    they are read; without it they stay for a day. Raises UserError where they do not become whole, such as with a
+    stranger's shard among them.
     """
     if source.folder is None:
         return source
@@ -33,7 +35,7 @@ def with_shards(source: DatasetSource, say, held: ExitStack | None = None) -> Da
     if not shards.exists():
         changed = " anew, for they changed" if any(cache.glob(f"shards-{place}-*")) else " the first time"
         say(f"{source.name}: '{source.folder}' is read from shards, which are written to '{shards}'{changed}")
-    while True:
+    for _ in range(TRIES):
         if not is_whole(shards):
             write_shards(source.folder, shards, classnames=_names(source), progress=False)
         if held is not None:
@@ -41,6 +43,11 @@ def with_shards(source: DatasetSource, say, held: ExitStack | None = None) -> Da
                 held.enter_context(shared(shards / RECORD))
         if is_whole(shards):
             break
+    else:
+        raise UserError(
+            f"{source.name}: the shards in '{shards}' are not whole after they were written {TRIES} times, or others "
+            "lie among them; remove that folder"
+        )
     os.utime(shards)  # in use now
     for other in cache.glob(f"shards-{place}-*"):
         if other != shards:

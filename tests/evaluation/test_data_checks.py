@@ -212,6 +212,24 @@ def test_shards_of_an_unchanged_folder_are_written_once_and_completed_where_some
         assert (shards / lost).is_file()
 
 
+def test_cached_shards_that_never_become_whole_are_refused_with_the_remedy(photos, monkeypatch):
+    (source,) = datasets.find_datasets(str(photos))
+    shards = Path(class_folders.with_shards(source, print).data.shards)
+    (shards / "stray.tar").touch()
+    write_shards, calls = class_folders.write_shards, []
+
+    def counted(*args, **settings):
+        calls.append(args)
+        assert len(calls) <= 2, "the same again and again"
+        return write_shards(*args, **settings)
+
+    monkeypatch.setattr(class_folders, "write_shards", counted)
+    with pytest.raises(UserError, match=f"^{source.name}: .*'{shards}'.*; remove that folder"):
+        class_folders.with_shards(source, print)
+    (shards / "stray.tar").unlink()
+    assert class_folders.with_shards(source, print).data.shards == str(shards)
+
+
 def test_every_rank_takes_the_same_checkpoint_of_a_run(exported, ranks, tmp_path, monkeypatch):
     from dataclasses import replace
 
