@@ -23,11 +23,12 @@ OWN = {
 
 
 def refuse_own(place: str, settings: Settings, allowed: tuple[str, ...] = ()) -> None:
-    """Raise ValueError where settings, dotted or nested, name one that the study would overwrite without a word."""
-    named = set(dotted(settings))
-    for key, remedy in OWN.items():
-        if key in named and key not in allowed:
-            raise ValueError(f"{place}: sets {key}, which the study sets itself; remove it: {remedy}")
+    """Raise ValueError where settings, dotted or nested, name one that the study sets itself, or a part of one."""
+    named = sorted(dotted(settings))
+    for own, remedy in OWN.items():
+        found = [key for key in named if key == own or key.startswith(f"{own}.")]
+        if found and own not in allowed:
+            raise ValueError(f"{place}: sets {found[0]}, which the study sets itself; remove it: {remedy}")
 
 
 def dotted(tree: Settings, prefix: str = "") -> Iterator[str]:

@@ -42,6 +42,13 @@ from mmtard.study import origin, plan, run as study_run, runs, worker
         (["grid.tune.checkpoint=[{every: 5}, {keep_last: 3}]"], "grid.tune: sets checkpoint.every, which the study"),
         (["grid.vary=[[{checkpoint.every: 5}]]"], "grid.vary.0: sets checkpoint.every, which the study sets itself"),
         (["settings.log.wandb={project: a}"], "settings: sets log.wandb, which the study sets itself; remove it: it"),
+        (
+            ["grid.vary=[[{log.wandb.project: a}]]"],
+            "grid.vary.0: sets log.wandb.project, which the study sets itself; remove it: it costs time",
+        ),
+        (["grid.tune.log.tensorboard.every=[1]"], "grid.tune: sets log.tensorboard.every, which the study sets itself"),
+        (["grid.vary=[[{probe.data: a}]]"], "grid.vary.0: sets probe.data, which the study sets itself"),
+        (["grid.vary=[[{log: {wandb.project: a}}]]"], "grid.vary.0: sets log.wandb.project, which the study sets"),
         (["methods.tecoa.settings.probe={data: a}"], "methods.tecoa.settings: sets probe, which the study sets itself"),
         (["settings.run_dir=a"], "settings: sets run_dir, which the study sets itself; remove it: each run has a"),
         (["methods.tecoa.settings.seed=3"], "methods.tecoa.settings: sets seed, which the study sets itself"),
