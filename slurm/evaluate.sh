@@ -4,6 +4,8 @@
 #
 #   sbatch --array=0-1 slurm/evaluate.sh runs/b32 /data/imagenet/val /data/clip_benchmark -- --protocol fare
 #
+# --array=1 with the same words repeats task 1 alone; task 0 is repeated by naming its dataset alone, without --array.
+#
 # What follows `--` goes to `mmtard evaluate`. An evaluation that is preempted goes on where it was, twenty times at
 # most. The log keeps all starts; what the ranks of one print is also in mmtard-evaluate-<job>_<task>-start<N>.log.
 #

@@ -151,7 +151,8 @@ def _look_for_datasets_without_task(datasets: list[str], task: int) -> None:
     """Raise UserError where one task alone, as without --array, would leave datasets out; say what a larger array does.
 
     A part of an array that a person submits anew (`--array=3`) is as much as was asked for, and so is task 0 of an
-    array that goes on as a job of its own.
+    array that goes on as a job of its own. A person submits task 0 anew by naming its dataset alone: `--array=0` cannot
+    be told from the script's own.
     """
     last = int(os.environ.get("SLURM_ARRAY_TASK_MAX") or task)
     if last == 0 and len(datasets) > 1 and slurm.starts() == 1:
