@@ -44,7 +44,7 @@ class Outcome:
 @dataclass(frozen=True)
 class Cost:
     """Of a training. seconds: of all its steps; by_step: until each of them; NaN from the first step that is missing
-    in its metrics on. gflop: of one image, NaN if unknown.
+    in its metrics on. gflop: of one image, the mean over the steps, NaN if unknown.
 
     stored: seconds that it took, once, to store the teachers' embeddings which the method reads; in none of the others;
     None where it reads some that another process than the study's stored.
@@ -107,7 +107,7 @@ def cost(run: Path, steps: int, batch_size: int, stored: float | None = 0.0) -> 
         math.nan if gaps else total,
         by_step,
         steps * batch_size,
-        float(np.median(flop)) if flop else float("nan"),
+        float(np.mean(flop)) if flop else float("nan"),
         stored,
     )
 

@@ -66,6 +66,10 @@ class Findings:
         most = max((len(state.runs) for state in self.states), default=0)
         return [state for state in self.states if state.method == method and len(state.runs) == most]
 
+    def front_points(self, method: str) -> set[int]:
+        """The points of the grid that the front of a method is drawn over so far."""
+        return {state.point.number for state in self.front_states(method)}
+
     @property
     def front_methods(self) -> list[str]:
         """The methods that have a front: an ablation, which is run at the main table's setting alone, has none."""

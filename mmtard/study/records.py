@@ -9,11 +9,11 @@ import json
 import math
 
 from ..runs.environment import environment
-from .collect import KINDS
+from .collect import KINDS, alarms
 from .crossed import Difference
 from .findings import Findings
 from .gains import front_gains
-from .runs import Run, points
+from .runs import Run, points, run_folder
 
 
 def files(found: Findings, command: str) -> dict[str, str]:
@@ -41,6 +41,7 @@ def _runs(found: Findings) -> str:
                     "seconds": f"{spent.seconds:.1f}",
                     "images": spent.images,
                     "gflop_an_image": f"{spent.gflop:.4g}",
+                    "alarms": len(alarms(run_folder(found.study, run))),
                 }
                 rows.append({**_named(run), "main": int(state.main), "evaluation": name, **values, **costs})
     for (name, model), one in found.models.items():
@@ -87,7 +88,8 @@ def _fronts(found: Findings) -> str:
     for method in found.front_methods:
         for name in found.study.evaluations:
             gains = front_gains(found, name, method)
-            row = {"method": method, "evaluation": name, "area": f"{gains.area:.6g}"}
+            settings = len(found.front_states(method))
+            row = {"method": method, "evaluation": name, "settings": settings, "area": f"{gains.area:.6g}"}
             for key, one in (
                 ("area_minus_baseline", gains.area_gain),
                 ("clean_at_equal_robustness", gains.at_equal),

@@ -93,7 +93,8 @@ def _front(found: Findings, name: str) -> Table:
     notes = [
         f"area: of clean x robust accuracy dominated from the corner ({x:g}, {y:g}), in % of the unit square. Settings "
         "that lie further apart dominate more of it, on the same line too: a gain shows at equal robustness.",
-        "Settings with fewer seeds than others, such as those that only the tuning tried, are drawn but not counted.",
+        "Settings with fewer seeds than others, such as those that only the tuning tried, are drawn but not counted. "
+        "A front that lacks a setting of the baseline's is not compared (–), nor is any with a joint front that does.",
         "clean at equal robustness: the front's clean accuracy, less that of the baseline's front, where the baseline "
         "at its tuned settings is as robust; in points; – where the method has no setting as robust. To all baselines: "
         "less the front of all methods with one teacher or none together.",

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,6 +110,24 @@ def test_a_page_half_way_needs_no_front_of_the_baseline(found):
     assert tables.fronts(one) and verdict.lines(one)
 
 
+def test_a_front_that_lacks_a_setting_is_compared_with_no_whole_one(found):
+    """Of fewer points it dominates less, whatever the method is worth; a joint front that lacks one is too easy."""
+    few = {
+        method: [s for s in found.states if s.method != method or s.point.number == 0]
+        for method in ("teacher", "other")
+    }
+    half = dataclasses.replace(found, states=few["teacher"], gains={})
+    assert gains.front_gains(half, "test", "teacher") == gains.Gains(pytest.approx(25 * 16 / N**2))
+    assert gains.front_gains(half, "test", "other").area_gain is not None
+    joint = dataclasses.replace(found, states=few["other"], gains={})
+    of = gains.front_gains(joint, "test", "teacher")
+    assert of.at_equal.value == pytest.approx(5 / 40) and of.at_equal_all is None
+    rows = csv.DictReader(io.StringIO(records.files(half, "mmtard study x")["fronts.csv"]))
+    said = {row["method"]: (row["settings"], row["area_minus_baseline"]) for row in rows if row["evaluation"] == "test"}
+    assert said["teacher"] == ("1", "") and said["tecoa"][0] == said["other"][0] == "2"
+    assert said["other"][1] != ""
+
+
 def test_failed_checks_and_overfitted_trainings_are_told_with_what_was_found(found):
     assert not any("believed" in line for line in verdict.lines(found))
     (name, run), outcome = next(iter(found.outcomes.items()))
@@ -116,7 +135,9 @@ def test_failed_checks_and_overfitted_trainings_are_told_with_what_was_found(fou
     events = Path(found.study.out) / "runs" / run / "events.jsonl"
     events.write_text('{"step": 3, "event": "alarm: catastrophic overfitting", "attack_steps_from_now_on": 3}\n')
     told = verdict.lines(dataclasses.replace(found, outcomes=found.outcomes | {(name, run): bad}))
+    rows = csv.DictReader(io.StringIO(records.files(found, "mmtard study x")["runs.csv"]))
     events.unlink()
+    assert sum(row["alarms"] == "1" for row in rows) == 2  # of one run, a row for each evaluation
     at = told.index("Before these numbers are believed:")
     assert told[at + 1] == f"  The evaluation {name} of {run} fails its check of health: NaN (3 of 40 samples)."
     assert told[at + 2].endswith(" overfitted to its one-step attack at step 3, 3 attack steps from then on.")
@@ -165,6 +186,15 @@ def test_a_method_whose_metrics_have_gaps_has_a_question_mark_and_no_time_in_its
         path.unlink()
     assert seconds[0] == (["8 ± 0", "4 ± 0"], ["4.0", "8.0"] * 2)
     assert seconds[1] == (["?", "?"], ["nan"] * 4)
+
+
+def test_a_run_whose_attack_grew_costs_the_mean_of_its_steps(tmp_path):
+    """As after an alarm, late in the run."""
+    rows = [
+        {"step": n, "seconds": 1, "tflops_a_rank": 2e-3 if n < 4 else 6e-3, "images_per_s": 10} for n in range(1, 5)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cost(tmp_path, 4, 8).gflop == pytest.approx(0.3)
 
 
 def test_a_damaged_row_of_metrics_costs_nothing_else(tmp_path):
