@@ -124,7 +124,7 @@ def configuration(study: Study, run: Run) -> Config:
     for key, value in {**run.point.settings, **run.choice.settings}.items():
         override(tree, f"{key}={json.dumps(value)}")
     tree |= {"seed": run.seed, "run_dir": str(run_folder(study, run))}
-    return _validated(f"methods.{run.method}", _with_checkpoints(study, tree, measured=True))
+    return _validated(f"methods.{run.method}", _with_own(study, tree, measured=True))
 
 
 def model_configuration(study: Study, name: str) -> Config:
@@ -132,7 +132,7 @@ def model_configuration(study: Study, name: str) -> Config:
     model = study.models[name]
     tree = copy.deepcopy(merge(_base(study, model), model.settings))
     tree["run_dir"] = str(model_folder(study, name))
-    return _validated(f"models.{name}", _with_checkpoints(study, tree, measured=False))
+    return _validated(f"models.{name}", _with_own(study, tree, measured=False))
 
 
 def check(study: Study) -> None:
@@ -180,10 +180,12 @@ def checkpoints(study: Study, steps: int) -> list[int]:
 def _base(study: Study, of: Contender | Trained) -> Settings:
     named = of.configuration or study.configuration
     tree = read_tree(resources.find_config(named)) if named else {}
-    return merge(merge(tree, study.settings), QUIET)
+    return merge(tree, study.settings)
 
 
-def _with_checkpoints(study: Study, tree: Settings, measured: bool) -> Settings:
+def _with_own(study: Study, tree: Settings, measured: bool) -> Settings:
+    """With what the study sets itself, whatever the grid did to the sections it is in."""
+    tree = merge(tree, QUIET)
     steps = tree.get("train", {}).get("steps") if isinstance(tree.get("train"), dict) else None
     if not isinstance(steps, int) or steps < 1:
         return tree  # the schema names what is wrong with it

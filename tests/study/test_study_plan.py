@@ -54,6 +54,15 @@ def test_the_names_of_runs_that_no_other_shares_stay_as_folders_have_them(study)
     assert [choice.name for choice in runs.choices(one)] == ["train.lr=0.002_train.betas=_0.9_0.98_"]
 
 
+@pytest.mark.parametrize("log", ["{log: {every: 5}}", "{log: null}", "{log: {}}"])
+def test_no_tracker_runs_where_the_grid_replaces_the_whole_section_that_it_is_in(study, log):
+    """It would cost time that counts as a method's."""
+    one = study(f"grid.vary=[[{log}]]")
+    for run in runs.tuning_runs(one):
+        config = runs.configuration(one, run)
+        assert not config.log.tensorboard and config.log.wandb is None and config.probe is None
+
+
 def test_a_method_that_is_null_is_left_out(study):
     one = study("methods.teacher=null", "evaluations.zeroshot=null")
     assert list(one.methods) == ["tecoa"] and list(one.evaluations) == ["test"]
