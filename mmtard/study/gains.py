@@ -51,7 +51,7 @@ def _front_gains(found: Findings, name: str, method: str) -> Gains:
     gain = estimate(dominated - area(theirs[0], reference), gains)
     robust = theirs[0][main][1], theirs[1][:, main, 1]
     # A baseline is no part of what it is held against.
-    others = [m for m in found.front_methods if found.study.methods[m].baseline and m != method]
+    others = [m for m, one in found.study.methods.items() if one.baseline and one.ablates is None and m != method]
     joint = None
     if all(found.front_points(other) == whole for other in others):
         joint = _at_equal(ours, _points(found, name, others), robust)

@@ -9,7 +9,7 @@ import yaml
 
 from ..config import Data
 from ..config.values import shorten
-from ..config.yaml_tree import read_tree
+from ..config.yaml_tree import merge, read_tree
 from ..data.paths import shards_of
 from ..errors import UserError
 from ..launch.plan import newest_state
@@ -29,6 +29,7 @@ def check(study: Study) -> None:
     if not trained or not (folder / loading.FILE).is_file():
         return
     then, now = read_tree(folder / loading.FILE), yaml.safe_load(loading.dump(study))
+    then, now = _spelt_out(then, now), _spelt_out(now, then)
     for section in ("data", "pretrain", "models"):
         for key, old, new in _changes(then.get(section), now[section], section):
             if key != "data.source":  # the same images may lie elsewhere; others are told by their digest
@@ -36,6 +37,28 @@ def check(study: Study) -> None:
                     f"{key}: is {_shown(new)}, but what lies in '{folder}' was made with {_shown(old)}; name another "
                     f"folder with --out, or remove its '{runs.RUNS}' and '{runs.MODELS}'"
                 )
+
+
+def _spelt_out(one: dict, other: dict) -> dict:
+    """A study whose models say themselves what the other's models say and its own leave to the study's settings."""
+    models, others = one.get("models"), other.get("models")
+    if not (isinstance(models, dict) and isinstance(others, dict)):
+        return one
+    found = dict(models)
+    for name, model in models.items():
+        if isinstance(model, dict) and isinstance(others.get(name), dict):
+            of_all = merge(one.get("settings"), model.get("settings"))
+            found[name] = model | {"settings": _with(model.get("settings"), others[name].get("settings"), of_all)}
+    return one | {"models": found}
+
+
+def _with(own: object, other: object, of_all: object) -> object:
+    """Settings `own`, with those of `of_all` that `other` names and they do not."""
+    if not (isinstance(other, dict) and isinstance(of_all, dict)):
+        return of_all if own is None else own
+    mine = own if isinstance(own, dict) else {}
+    named = {key: _with(mine.get(key), value, of_all.get(key)) for key, value in other.items()}
+    return mine | {key: value for key, value in named.items() if value is not None}
 
 
 def _shown(value: object) -> str:

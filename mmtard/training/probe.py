@@ -91,7 +91,12 @@ class Probe(SilentProbe):
         there, best = {step for step in published(checkpoints.folder) if step <= start}, checkpoints.most_robust
         done = {row["step"] for row in self.rows}
         self.pending = {step for step in there if self._due(step) or step == best} - done
-        if best not in self.pending:  # otherwise it keeps its link, and so stays, until it is measured
+        self._beside: int | None = None  # the best by this protocol, as long as the link is another's
+        if best in self.pending:  # it keeps its link, and so stays, until it is measured
+            self._beside = self._best()
+            if self._beside is not None:
+                checkpoints.protect(self._beside)
+        else:
             self._keep_best(start)
 
     def after_step(self, step: int) -> None:
@@ -205,14 +210,17 @@ class Probe(SilentProbe):
         self.pending.discard(self.step)
         self.checkpoints.release(self.step)
 
-    def _keep_best(self, newest: int) -> None:
+    def _best(self) -> int | None:
+        """The most robust step that is there, of equally robust ones the better on clean images, then the later."""
         there = published(self.checkpoints.folder)
-        best = max(
-            (row for row in self.rows if row["step"] in there),
-            key=lambda row: (row["robust"], row["clean"], row["step"]),
-            default=None,
-        )
-        self.checkpoints.keep_most_robust(best["step"] if best else None, newest)
+        rows = [(row["robust"], row["clean"], row["step"]) for row in self.rows if row["step"] in there]
+        return max(rows)[2] if rows else None
+
+    def _keep_best(self, newest: int) -> None:
+        self.checkpoints.keep_most_robust(self._best(), newest)
+        if self._beside is not None:
+            self.checkpoints.release(self._beside)
+            self._beside = None
 
 
 def _source(config: Config) -> Data:

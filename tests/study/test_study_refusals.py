@@ -172,7 +172,10 @@ def test_a_finished_run_of_other_data_is_named(study, tmp_path):
             "models.robust.settings.train.lr=2e-3",
             "models.robust.settings.train.lr: is '2e-3', but .* made with '0.001'",
         ),
-        ("models.robust.settings.attack.steps=3", "models.robust.settings.attack: is .*, but .* made with nothing"),
+        (
+            "models.robust.settings.attack.steps=3",
+            "models.robust.settings.attack.steps: is '3', but .* made with nothing",
+        ),
         (
             "data.options.test=40",
             "data.options.test: is '40', but what lies in '.*out' was made with '36'; name another",
@@ -190,6 +193,19 @@ def test_what_the_models_of_a_folder_came_of_is_not_changed_under_them(study, ch
         with pytest.raises(UserError, match=f"^{line}"):
             step(study(change))
     study_run.prepare_folder(study("models.another.settings.method.name=tecoa", "data.source=elsewhere"))
+
+
+def test_a_model_that_says_itself_what_the_study_says_for_all_came_of_the_same(study):
+    """As after an upgrade of mmtard's own studies."""
+    study_run.prepare_folder(study())
+    item = plan.tuning_items(study())[0]
+    Path(item.config.run_dir).mkdir(parents=True)
+    (Path(item.config.run_dir) / "config.yaml").write_text(dump(item.config))
+    shared = study().settings["data"]["shards"]
+    study_run.prepare_folder(study(f"models.robust.settings.data.shards={shared}"))
+    study_run.prepare_folder(study())
+    with pytest.raises(UserError, match="^models.robust.settings.data.shards: is 'elsewhere', but .* with '.*/train'"):
+        study_run.prepare_folder(study("models.robust.settings.data.shards=elsewhere"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from deepspeed.runtime.zero import stage_1_and_2
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from parallel import five_steps
 from pretended_gpu import CUDA, PACKAGE, pretended_gpu
 from test_pretended_gpu import a_batch, a_task, settings
@@ -124,13 +124,14 @@ def test_attack_and_loss_wait_for_nothing_and_the_update_for_the_gradients_norm(
     assert waits.places == places
 
 
-def test_an_invalid_norm_is_marked_as_deepspeed_marks_it():
+@pytest.mark.parametrize("module", [stage_1_and_2, stage3])
+def test_an_invalid_norm_is_marked_as_deepspeed_marks_it(module):
     """A second copy of DeepSpeed's module, which nothing has changed, marks the same norms by the same number."""
     spec = importlib.util.find_spec("deepspeed.runtime.utils")
     untouched = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(untouched)
     mark_norms_without_waiting()
-    mark, theirs_mark = getattr(stage_1_and_2, NORM_MARK), getattr(untouched, NORM_MARK)
+    mark, theirs_mark = getattr(module, NORM_MARK), getattr(untouched, NORM_MARK)
     norms = [torch.tensor(value) for value in (0.0, 3.5, math.inf, -math.inf, math.nan)]
     ours, theirs = [norm.clone() for norm in norms], [norm.clone() for norm in norms]
     for norm in ours:

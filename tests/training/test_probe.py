@@ -264,19 +264,27 @@ def test_the_most_robust_is_measured_anew_also_where_its_step_is_no_longer_due(s
     assert most_robust(s) == "step-5" and steps(s.run) == [5, 15]
 
 
-def test_the_most_robust_by_other_settings_stays_until_it_is_measured_where_a_run_goes_back_to_its_first(start):
+@pytest.mark.parametrize("robust, best", [({5: 0.25, 10: 0.5, 15: 0.25}, 10), ({5: 0.75, 10: 0.5, 15: 0.25}, 5)])
+def test_where_a_run_goes_back_to_its_first_settings_the_most_robust_by_either_stays_until_both_are_measured(
+    start, monkeypatch, robust, best
+):
+    monkeypatch.setenv("ROBUST", json.dumps(robust))
     s = start()
     save(s.checkpoints, 5)
     settle(s, 5)
+    monkeypatch.setenv("ROBUST", json.dumps({5: 0.25, 10: 0.5}))  # against the smaller eps, step 10 is better
     s = start(at=5, eps="1/255", keep_last=2)
     save(s.checkpoints, 10)
     settle(s, 10)
     assert most_robust(s) == "step-10"
+    monkeypatch.setenv("ROBUST", json.dumps(robust))
     s = start(at=10)  # whose own best so far is step 5
     save(s.checkpoints, 15)
-    assert most_robust(s) == "step-10" and steps(s.run) == [10, 15]
+    assert most_robust(s) == "step-10" and steps(s.run) == [5, 10, 15]
     settle(s, 15)
-    assert most_robust(s) == "step-10" and [r["step"] for r in rows(s)] == [5, 5, 10, 10, 15]
+    assert most_robust(s) == f"step-{best}" and [r["step"] for r in rows(s)] == [5, 5, 10, 10, 15]
+    done(s)
+    assert steps(s.run) == [best, 15]
 
 
 def test_probes_of_an_earlier_version_which_did_not_note_the_data_count_as_before(start, capsys):
