@@ -13,7 +13,8 @@ from mmtard.errors import RunError, UserError
 from mmtard.runs import checkpoints, folder, history, lock, survey, trackers
 from mmtard.runs.checkpoint_writer import Checkpoints
 from mmtard.runs.metrics import MetricLogger
-from mmtard.training.probe import _differences, _read
+from mmtard.runs.probes import differences
+from mmtard.training.probe import _read
 
 MUTATIONS = 80
 VALUES = (None, 1, -1, 1e308, "x", "", [], {}, True, [None], {"a": 1}, "../../x", 10**400, "9" * 5000)
@@ -102,7 +103,7 @@ def test_damaged_files_of_a_run_are_told_in_one_line(whole, tree, write, ranks, 
             lambda: history.current_job(whole, (history.read(whole) or [{}])[-1]),
             lambda: checkpoints.read_resolved(whole, lambda run, at: checkpoints.read_weights(at)),
             lambda: trackers._identity(whole),
-            lambda: _differences(_read(whole / "probes.jsonl"), {"norm": "linf"}),
+            lambda: differences([row["protocol"] for row in _read(whole / "probes.jsonl")], {"norm": "linf"}),
             lambda: folder.prepare(settings, "f", ranks),
             lambda: MetricLogger(whole, 6, 10, 99).close(),
             lambda: history.record_end(whole, history.LOST, "again", 6),
