@@ -138,7 +138,7 @@ def test_an_invalid_norm_is_marked_as_deepspeed_marks_it(module):
         mark(norm, device=norm.device)
     for norm in theirs:
         theirs_mark(norm, device=norm.device)
-    assert mark is not theirs_mark
+    assert mark.__module__ == "mmtard.training.engine" and theirs_mark.__module__ == "deepspeed.runtime.utils"
     assert torch.equal(torch.stack(ours), torch.stack(theirs))
     assert torch.stack(ours).tolist() == [0.0, 3.5, -1.0, -1.0, -1.0]
 
