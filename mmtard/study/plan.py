@@ -115,7 +115,7 @@ def model_groups(study: Study) -> list[list[Item]]:
     """The models in groups that may be trained side by side: one that another learns from is in an earlier group."""
     groups: list[list[Item]] = [[]]
     for item in model_items(study):
-        earlier = [Path(one.config.run_dir) for one in groups[-1] if one.config]
+        earlier = [Path(one.config.run_dir).resolve() for one in groups[-1] if one.config]
         if any(weights.is_relative_to(run) for weights in _weights(item.config) for run in earlier):
             groups.append([])
         groups[-1].append(item)
@@ -125,7 +125,7 @@ def model_groups(study: Study) -> list[list[Item]]:
 def _weights(config: Config | None) -> list[Path]:
     """Where the models lie that a training begins with or learns from."""
     models = [config.student, *config.teachers.values()] if config else []
-    return [Path(model.weights) for model in models]
+    return [Path(model.weights).resolve() for model in models]
 
 
 def run_item(study: Study, run: Run, phase: str, chosen: bool) -> Item:

@@ -162,11 +162,10 @@ def refuse_damaged(checkpoint: Path) -> None:
 
 def _refuse_damaged_models(study: Study, config: Config) -> None:
     """Raise UserError where a model of the study that a training reads is damaged: its newest whole one is another."""
-    # As paths, for `{study}` is filled in as the file has it: './x/models/a' is 'x/models/a'.
-    read = {Path(model.weights) for model in (config.student, *config.teachers.values())}
+    read = {Path(model.weights).resolve() for model in (config.student, *config.teachers.values())}
     for name in study.models:
         folder = model_folder(study, name)
-        if folder in read:
+        if folder.resolve() in read:
             steps = model_configuration(study, name).train.steps
             refuse_damaged(folder / CHECKPOINTS / f"step-{steps}")
 

@@ -140,9 +140,11 @@ def test_a_method_waits_for_its_whole_tuning(study):
     assert ("tecoa", 0) not in choose.chosen(one) and ("teacher", 0) in choose.chosen(one)
 
 
-def test_models_are_trained_side_by_side_unless_one_learns_from_another(study):
+@pytest.mark.parametrize("named", ["{study}/models/robust", "out/models/robust"])
+def test_models_are_trained_side_by_side_unless_one_learns_from_another(study, tmp_path, monkeypatch, named):
+    monkeypatch.chdir(tmp_path)
     robust = {"settings": {"method": {"name": "tecoa"}}}
-    taught = {"settings": {"method": {"name": "rslad"}, "teachers": {"robust": {"weights": "{study}/models/robust"}}}}
+    taught = {"settings": {"method": {"name": "rslad"}, "teachers": {"robust": {"weights": named}}}}
     one = study(models={"robust": robust, "clean": robust, "taught": taught, "other": robust})
     groups = [[item.words for item in group] for group in plan.model_groups(one)]
     assert groups == [["robust", "clean"], ["taught", "other", "start"]]

@@ -134,11 +134,13 @@ def test_a_damaged_checkpoint_is_not_measured_and_its_remedy_is_told(tmp_path):
         worker.refuse_damaged(way)
 
 
+@pytest.mark.parametrize("named", ["{study}/models/robust", "HERE/out/models/robust"])
 @pytest.mark.parametrize("out", ["out", "./out", "out/", "./out//"])
-def test_no_student_learns_from_a_damaged_teacher(study, tmp_path, monkeypatch, out):
+def test_no_student_learns_from_a_damaged_teacher(study, tmp_path, monkeypatch, out, named):
     """Its newest whole checkpoint would be another teacher than that of the students before."""
     monkeypatch.chdir(tmp_path)
-    one = study(f"out={out}")
+    named = named.replace("HERE", str(tmp_path))
+    one = study(f"out={out}", f"methods.teacher.settings.teachers.robust.weights='{named}'")
     folder = runs.model_folder(one, "robust")
     folder.mkdir(parents=True)
     save(Checkpoints(folder, keep_last=3), 2, 4)
