@@ -16,7 +16,6 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
-from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.utils import logger
 from torch import Tensor
 
@@ -27,11 +26,11 @@ from ..models.attack_copy import AttackCopy
 from ..models.compiled import compile_tower, wants_compiling
 from ..models.image_tower import ImageTower
 from ..models.student import keeping_activations
+from .host_waits import end_reductions_without_waiting, mark_norms_without_waiting
 from .optimizer import bucket_size, parameter_groups
 from .portable_state import PortableState
 
 GATHERED_AT_ONCE = 50_000_000  # weights that ZeRO-3 gathers together for the attack's copy
-NORM_MARK = "mask_nan_or_inf_with_val_inplace"  # DeepSpeed's, of a gradient's norm that is not finite
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,8 @@ class Engine:
             config=self._deepspeed_config(config),
         )
         self.stage = config.engine.zero_stage
+        if self.stage in (1, 2) and self._overlaps(self.stage):
+            end_reductions_without_waiting(self.ds.optimizer)
         self.portable = PortableState(self.ds, ranks, self.stage, config.train.ema)
         self._copy_is_old = True
         if self.attack_copy:
@@ -139,8 +140,7 @@ class Engine:
     def _overlaps(self, stage: int) -> bool:
         """Whether gradients travel while the backward goes on.
 
-        In stages 1 and 2 DeepSpeed then waits for the whole device after each backward that reduces: not worth its
-        while on one GPU, and a CPU has no second stream.
+        Not in stages 1 and 2 on one GPU, which has nothing to send, or on a CPU, which has no second stream.
         """
         return stage == 3 or self.ranks.world_size > 1 and self.ranks.device.type == "cuda"
 
@@ -234,19 +234,3 @@ class Engine:
     def restore(self, states: dict[str, Tensor], updates: int) -> None:
         """Set the optimizer's states and update count as `full_state` gave them; the weights come with the tower."""
         self.portable.restore(states, updates)
-
-
-def mark_norms_without_waiting() -> None:
-    """Let DeepSpeed mark a norm that is not finite without a copy; a version without that function is left as it is.
-
-    DeepSpeed 0.19 copies the mark, -1, from the host to the device for each group of weights at each update, and the
-    host waits for each copy.
-    """
-    for module in (stage_1_and_2, stage3):
-        if hasattr(module, NORM_MARK):
-            setattr(module, NORM_MARK, _mark)
-
-
-def _mark(norm: Tensor, device: object = None, val: float = -1.0) -> None:
-    """norm: float, any shape; what is infinite or no number becomes `val`, in place. device: the norm's, of no use."""
-    norm.masked_fill_(~norm.isfinite(), val)

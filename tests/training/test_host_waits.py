@@ -5,6 +5,7 @@ the device, and its waits for a device that it takes to have streams.
 """
 
 import importlib.util
+import inspect
 import math
 import traceback
 from collections import Counter
@@ -23,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmtard.data.samples import Batch
 from mmtard.distillation.task import DistillationTask
 from mmtard.models.teachers import FrozenTeacher
-from mmtard.training.engine import NORM_MARK, Engine, mark_norms_without_waiting
+from mmtard.training.engine import Engine
+from mmtard.training.host_waits import NORM_MARK, end_reductions_without_waiting, mark_norms_without_waiting
 from mmtard.training.step import optimizer_step
 from mmtard.zero_shot import ZeroShotHead
 
@@ -84,7 +86,7 @@ def batch():
     return Batch(images, torch.arange(8) % five_steps.CLASSES, torch.arange(8), torch.arange(8), [""] * 8)
 
 
-IN_UTILS, IN_ZERO = "runtime/utils.py", "runtime/zero/stage_1_and_2.py"
+IN_UTILS = "runtime/utils.py"
 
 
 @pytest.mark.parametrize(
@@ -97,11 +99,11 @@ IN_UTILS, IN_ZERO = "runtime/utils.py", "runtime/zero/stage_1_and_2.py"
         (1, None, 2, False, {IN_UTILS: 1}),
         (2, None, 2, False, {IN_UTILS: 1}),
         (2, 1.0, 8, False, {IN_UTILS: 3}),
-        # Between GPUs, also each backward that reduces: at stage 1 that of the last micro-batch.
-        (1, None, 8, True, {IN_UTILS: 1, IN_ZERO: 1}),
-        (1, None, 2, True, {IN_UTILS: 1, IN_ZERO: 1}),
-        (2, None, 8, True, {IN_UTILS: 1, IN_ZERO: 1}),
-        (2, 1.0, 2, True, {IN_UTILS: 3, IN_ZERO: 4}),
+        # Between GPUs no more.
+        (1, None, 8, True, {IN_UTILS: 1}),
+        (1, None, 2, True, {IN_UTILS: 1}),
+        (2, None, 8, True, {IN_UTILS: 1}),
+        (2, 1.0, 2, True, {IN_UTILS: 3}),
     ],
 )
 def test_attack_and_loss_wait_for_nothing_and_the_update_for_the_gradients_norm(
@@ -124,6 +126,37 @@ def test_attack_and_loss_wait_for_nothing_and_the_update_for_the_gradients_norm(
     assert waits.places == places
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_follows_a_backward_waits_on_the_device_for_its_reductions(monkeypatch, fails):
+    """In DeepSpeed's own end of a backward, where it would have waited for the device; nowhere else, nor afterwards."""
+    from deepspeed.accelerator import get_accelerator
+
+    calls, accelerator = [], get_accelerator()
+    monkeypatch.setattr(type(accelerator), "synchronize", lambda self, device=None: calls.append("the host waits"))
+    monkeypatch.setattr(type(accelerator), "current_stream", lambda self: SimpleNamespace(wait_stream=calls.append))
+
+    def end():
+        calls.append("reduced")
+        get_accelerator().synchronize()
+        calls.append("added up")
+        if fails:
+            raise RuntimeError("of DeepSpeed")
+
+    optimizer = SimpleNamespace(independent_gradient_partition_epilogue=end, reduction_stream="their stream")
+    end_reductions_without_waiting(optimizer)
+    with pytest.raises(RuntimeError, match="of DeepSpeed") if fails else nullcontext():
+        optimizer.independent_gradient_partition_epilogue()
+    accelerator.synchronize()
+    assert calls == ["reduced", "their stream", "added up", "the host waits"]
+
+
+def test_deepspeed_waits_for_the_device_at_the_end_of_a_backward_alone():
+    """The wait that is replaced, and that all its reductions are of the one stream: to be read anew where this fails."""
+    end = inspect.getsource(stage_1_and_2.DeepSpeedZeroOptimizer.independent_gradient_partition_epilogue)
+    assert end.count("synchronize()") == 1 and "get_accelerator().synchronize()" in end
+    assert "stream = self.reduction_stream" in inspect.getsource(stage_1_and_2.DeepSpeedZeroOptimizer.average_tensor)
+
+
 @pytest.mark.parametrize("module", [stage_1_and_2, stage3])
 def test_an_invalid_norm_is_marked_as_deepspeed_marks_it(module):
     """A second copy of DeepSpeed's module, which nothing has changed, marks the same norms by the same number."""
@@ -138,7 +171,7 @@ def test_an_invalid_norm_is_marked_as_deepspeed_marks_it(module):
         mark(norm, device=norm.device)
     for norm in theirs:
         theirs_mark(norm, device=norm.device)
-    assert mark.__module__ == "mmtard.training.engine" and theirs_mark.__module__ == "deepspeed.runtime.utils"
+    assert mark.__module__ == "mmtard.training.host_waits" and theirs_mark.__module__ == "deepspeed.runtime.utils"
     assert torch.equal(torch.stack(ours), torch.stack(theirs))
     assert torch.stack(ours).tolist() == [0.0, 3.5, -1.0, -1.0, -1.0]
 
