@@ -6,7 +6,8 @@
 #     bash launch/gpu_check.sh --rehearse [OUT]          the same on a CPU, with tiny shapes: shows that it runs
 #
 # What the benchmarks answer: bench-256, images/s beside the published float32 step's and the share of the matrix product;
-# bench-32, what small batches lose of that, with CUDA graphs; bench-32-zero2, what ZeRO's buckets cost one GPU.
+# bench-32, what small batches lose of that; bench-32-graphs, what of it CUDA graphs give back; bench-32-zero2, what ZeRO's buckets
+# cost one GPU.
 # --tests, --benchmarks: that part alone.
 # --wheels DIR: packages that the machine lacks and cannot fetch, installed beside its own for this run alone.
 # PYTHON: the interpreter that has torch; else .venv/bin/python where there is one, else python3.
@@ -103,9 +104,10 @@ bench() {
 }
 if [ "$only" != --tests ]; then
     # The published step computes in float32 and is not compiled: four of its steps are what the time allows.
-    bench bench-256 256 240 --against published --variants published mmtard "mmtard, clean stored" "mmtard, uncompiled" \
-        --warm-up 1 --rounds 3 --steps 1
-    bench bench-32 32 150 engine.compile=graphs --variants mmtard "mmtard, uncompiled" --warm-up 2 --rounds 3 --steps 4
+    bench bench-256 256 270 --against published --variants published mmtard "mmtard, clean stored" \
+        "mmtard, every target stored" "mmtard, no attack copy" "mmtard, uncompiled" --warm-up 1 --rounds 3 --steps 1
+    bench bench-32 32 90 engine.compile=on --variants mmtard "mmtard, uncompiled" --warm-up 2 --rounds 3 --steps 4
+    bench bench-32-graphs 32 90 engine.compile=graphs --variants mmtard --warm-up 2 --rounds 3 --steps 4
     bench bench-32-zero2 32 90 engine.compile=graphs engine.zero_stage=2 --variants mmtard \
         --warm-up 2 --rounds 3 --steps 4
 fi

@@ -59,6 +59,16 @@ def test_micro_batches_add_up_to_the_batch(gpu_ranks, plain):
     assert ours["losses"] == pytest.approx(plain["losses"], rel=LOSS["float32"])
 
 
+@pytest.mark.parametrize("micro", [8, 2])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_reduced_on_a_stream_of_their_own_are_those_of_plain_pytorch(gpu_ranks, plain, stage, micro):
+    """As between GPUs, in small buckets: the host does not wait for that stream, the update has to."""
+    with five_steps.way("overlapped"):
+        ours = trained(gpu_ranks, f"{stage}-replicated-float32-{micro}")
+    assert ours["losses"] == pytest.approx(plain["losses"], rel=LOSS["float32"])
+    assert way_apart(ours["weights"], plain["weights"]) < WEIGHT["float32"]
+
+
 def test_random_starts_have_the_bits_of_the_cpu(gpu_ranks):
     seeds = torch.randint(-(2**62), 2**62, (8,))
     on_gpu = sample_uniform(seeds.to(gpu_ranks.device), (3, 16, 16))
@@ -90,13 +100,17 @@ def test_deepspeeds_own_groups_wait_as_long_as_they_are_told_to(gpu_ranks):
     assert backend.options._timeout == timedelta(minutes=47)
 
 
-# Whether the gradient's norm is finite. It would wait once more where there are other GPUs to reduce over.
-@pytest.mark.parametrize("stage, in_the_update", [(0, 1), (1, 1), (2, 1)])
-def test_the_host_waits_for_nothing_in_attack_and_loss(gpu_ranks, stage, in_the_update):
+# Whether the gradient's norm is finite; and no more where there are other GPUs to reduce over.
+@pytest.mark.parametrize(
+    "stage, in_the_update, way", [(0, 1, ""), (1, 1, ""), (2, 1, ""), (1, 1, "overlapped"), (2, 1, "overlapped")]
+)
+def test_the_host_waits_for_nothing_in_attack_and_loss(gpu_ranks, stage, in_the_update, way):
     from mmtard.distillation.task import DistillationTask
 
     cfg = five_steps.settings(stage, "replicated", "bf16", 8, DEVICE)
-    engine, head = Engine(cfg, five_steps.tower(0), gpu_ranks), ZeroShotHead(five_steps.text().to(DEVICE), 20.0)
+    with five_steps.way(way):
+        engine = Engine(cfg, five_steps.tower(0), gpu_ranks)
+    head = ZeroShotHead(five_steps.text().to(DEVICE), 20.0)
     teachers = {
         name: FrozenTeacher(name, cfg.teachers[name], five_steps.tower(seed), head, gpu_ranks, torch.bfloat16)
         for seed, name in enumerate(("clean", "robust"), 1)
