@@ -24,12 +24,20 @@ def as_csv(table: Table) -> str:
 
 
 def as_latex(table: Table) -> str:
-    """Write a tabular for the package booktabs, the caption and the notes as comments; intervals are in the CSV."""
+    """Write a tabular for the package booktabs, the caption and the notes as comments.
+
+    What stands in small letters, such as intervals, is a line of its own below its row.
+    """
     head = [
         " & ".join(latex(text) if span == 1 else rf"\multicolumn{{{span}}}{{c}}{{{latex(text)}}}" for text, span in row)
         for row in table.head
     ]
-    body = [" & ".join(map(latex, (name, *(cell.text for cell in cells)))) for name, cells in table.rows]
+    body = []
+    for name, cells in table.rows:
+        body.append(" & ".join(map(latex, (name, *(cell.text for cell in cells)))))
+        if any(cell.below for cell in cells):
+            small = [rf"\scriptsize {latex(cell.below)}" if cell.below else "" for cell in cells]
+            body.append(" & ".join(["", *small]))
     width = 1 + max((len(cells) for _, cells in table.rows), default=0)
     lines = [f"% {latex(text)}" for text in (table.caption, *table.notes)]
     lines += [rf"\begin{{tabular}}{{l{'r' * (width - 1)}}}", r"\toprule"]

@@ -116,5 +116,7 @@ def test_figures_and_tables_are_files_for_a_paper(page):
     assert (row["value"], row["interval 95 %"], row["change"]) == ("60.0", "31.3–83.2", "Δ +10.0, p 1")
     lines = (folder / "accuracy-0.tex").read_text().splitlines()
     assert r"Pets & 80.0 & 50.0 & 50.0 & 80.0 & 60.0 & 60.0 & 80.0 & 0.0 & 0.0 & 50.0 \\" in lines
+    small = lines[lines.index(next(line for line in lines if line.startswith("Pets &"))) + 1]
+    assert small.startswith(r" & ") and small.count(" & ") == 10 and r"& \scriptsize 31.3--83.2 &" in small
     (columns,) = [line for line in lines if line.startswith(r"\begin{tabular}")]
     assert columns == r"\begin{tabular}{l" + 10 * "r" + "}" and lines[-1] == r"\end{tabular}"

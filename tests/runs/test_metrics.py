@@ -95,11 +95,12 @@ def test_a_number_that_is_not_finite_is_null_in_valid_json(tmp_path, opened, val
 def test_the_console_has_a_line_every_so_often_at_the_end_and_for_events(tmp_path, opened, capsys):
     metrics = opened(tmp_path, steps=5, log_every=2)
     for step in range(1, 6):
-        metrics.write_row(row(step, kl=0.25))
+        metrics.write_row(row(step, kl=0.25, acc_clean=0.5, acc_adv=0.125))
     metrics.event(5, "replaced", samples=[f"s{i}" for i in range(9)])
     out = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in out[:3]] == ["step 2/5", "step 4/5", "step 5/5"] and len(out) == 4
-    assert "loss 0.2  kl 0.25" in out[2] and "100 images/s" in out[2] and "left 0:00:00" in out[2]
+    assert "loss 0.2  kl 0.25  acc_clean 0.5  acc_adv 0.125" in out[2]
+    assert "100 images/s" in out[2] and "left 0:00:00" in out[2]
     assert out[3] == "step 5: replaced  samples s0, s1, s2, s3, ... (9)"
 
 

@@ -164,7 +164,9 @@ def test_every_start_of_a_run_goes_on_in_one_weights_and_biases_run(tree, write,
 
 def test_curves_are_grouped_and_a_digest_is_none_of_them():
     columns = ("step", "loss", "kl_clean", "w_clean", "w_clean_p10", "lr", "grad_norm", "batch", "skipped", "mfu")
+    columns += ("acc_clean", "acc_adv")
     tags = {"loss/total", "loss/kl_clean", "weight/clean", "weight/clean_p10"}
+    tags |= {"train_accuracy/acc_clean", "train_accuracy/acc_adv"}
     tags |= {"optimizer/lr", "optimizer/grad_norm", "counts/skipped", "speed/mfu"}
     assert trackers.curves(dict.fromkeys(columns, 1.0)).keys() == tags
 

@@ -151,7 +151,7 @@ def test_what_follows_a_backward_waits_on_the_device_for_its_reductions(monkeypa
 
 
 def test_deepspeed_waits_for_the_device_at_the_end_of_a_backward_alone():
-    """The wait that is replaced, and that all its reductions are of the one stream: to be read anew where this fails."""
+    """The wait that is replaced, and that reductions are of the one stream: to be read anew where this fails."""
     end = inspect.getsource(stage_1_and_2.DeepSpeedZeroOptimizer.independent_gradient_partition_epilogue)
     assert end.count("synchronize()") == 1 and "get_accelerator().synchronize()" in end
     assert "stream = self.reduction_stream" in inspect.getsource(stage_1_and_2.DeepSpeedZeroOptimizer.average_tensor)
