@@ -1,9 +1,9 @@
-"""The attacks' arithmetic as one kernel where torch runs a dozen: on for an evaluation that compiles its model.
+"""The attacks' arithmetic as one kernel where torch runs a dozen: on where the attacked tower is compiled, too.
 
     @fusible
     def climbed(x, images, norm, eps): ...  # tensors of R samples in and out
 
-    with fused(say) as fusion:  # in here `climbed` is a graph of torch.compile, made once for any R and eps
+    with fused(Fusion(say)):  # in here `climbed` is a graph of torch.compile, made once for any R and eps
         ...
 
 On a CPU a fused function rounds as the plain one does; only sums may be added up in another order.
@@ -28,7 +28,10 @@ F = TypeVar("F", bound=Callable)
 
 @dataclass
 class Fusion:
-    """A context in which arithmetic is fused, until compiling fails: then all goes on without, and `say` is told."""
+    """What `fused` is given, once or time and again: it fuses until compiling fails, and then all goes on without.
+
+    say: takes one line where compiling fails, as without a C++ compiler or Triton.
+    """
 
     say: Callable[[str], object]
     failed: bool = False
@@ -39,12 +42,8 @@ _graphs: dict[Callable, Callable] = {}  # by function
 
 
 @contextmanager
-def fused(say: Callable[[str], object]) -> Iterator[Fusion]:
-    """Fuse the attacks' arithmetic in this context.
-
-    say: takes one line where compiling fails, as without a C++ compiler or Triton.
-    """
-    fusion = Fusion(say)
+def fused(fusion: Fusion) -> Iterator[Fusion]:
+    """Fuse the attacks' arithmetic in this context."""
     token = _fusion.set(fusion)
     try:
         yield fusion

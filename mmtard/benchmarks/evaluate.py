@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..attacks.attack import attack_tensors
 from ..attacks.autoattack import NORMS, require_library, set_means, undisturbed
-from ..attacks.fused import fused
+from ..attacks.fused import Fusion, fused
 from ..attacks.registry import not_defined
 from ..attacks.state import AttackSettings, Classifier
 from ..distributed.progress import WorkProgress
@@ -127,7 +127,7 @@ class EvaluationBenchmark:
 
     def _ours_fused(self, *asked) -> Measured:
         """`ours`, as `mmtard evaluate --compile` runs it."""
-        with fused(self.say):
+        with fused(Fusion(self.say)):
             return ours(*asked)
 
     def _title(self, samples: int) -> str:

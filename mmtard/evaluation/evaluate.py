@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..attacks import registry
 from ..attacks.batching import AdaptiveBatchSize
-from ..attacks.fused import fused
+from ..attacks.fused import Fusion, fused
 from ..distributed.console import say
 from ..distributed.interruption import Interruption
 from ..distributed.ranks import Ranks, set_timeouts
@@ -58,7 +58,7 @@ def evaluate(request: EvaluationRequest, ranks: Ranks, say=say, interruption: In
         session = _session(request, ranks, say, Interruption() if interruption is None else interruption, held)
         _refuse_to_lose(names, stored, session)
         own, new = [], False
-        with fused(say) if request.compile else nullcontext() as fusion:
+        with fused(Fusion(say)) if request.compile else nullcontext() as fusion:
             for source in request.sources:
                 entry, measured = session.dataset(source, stored)
                 own, new = [*own, entry], new or measured

@@ -50,7 +50,7 @@ def graphs(compiler, monkeypatch):
 def attack(victim, name, norm="linf", say=None):
     eps = victim.eps if norm == "linf" else 0.6
     batch = victim.images, victim.labels, victim.seeds
-    with fused.fused(say) if say else nullcontext():
+    with fused.fused(fused.Fusion(say)) if say else nullcontext():
         return ensemble.run_attacks(victim.model, *batch, [name], AttackSettings(eps=eps, norm=norm, **SETTINGS))
 
 
@@ -80,13 +80,13 @@ def test_every_radius_has_the_same_graphs(victim, graphs, monkeypatch):
 
 TOO_MANY = """
 import functools, torch
-from mmtard.attacks.fused import fused
+from mmtard.attacks.fused import Fusion, fused
 from mmtard.attacks.pgd import _stepped
 
 torch.compile = functools.partial(torch.compile, backend="eager")
 torch._dynamo.config.recompile_limit = 1
 x, gradient = torch.rand(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
-with fused(print) as fusion:
+with fused(Fusion(print)) as fusion:
     found = [_stepped(x, gradient, x, norm, 0.1, 0.05) for norm in ("linf", "l2")]
 plain = [_stepped(x, gradient, x, norm, 0.1, 0.05) for norm in ("linf", "l2")]
 print(fusion.failed and all(map(torch.equal, found, plain)))
@@ -107,7 +107,7 @@ def test_a_function_with_too_many_graphs_goes_on_without():
 def test_outside_of_it_and_for_a_single_sample_nothing_is_compiled(victim, graphs):
     attack(victim, "apgd-ce")
     x = victim.images[:1]
-    with fused.fused(print):
+    with fused.fused(fused.Fusion(print)):
         project_to_hyperplane(x, torch.ones_like(x), torch.ones(1), "linf")
     assert not graphs
 
@@ -115,7 +115,7 @@ def test_outside_of_it_and_for_a_single_sample_nothing_is_compiled(victim, graph
 @pytest.mark.slow  # it imports the compiler
 def test_the_callers_tensors_keep_no_mark(compiler):
     x = torch.rand(4, 3, 8, 8)
-    with fused.fused(print):
+    with fused.fused(fused.Fusion(print)):
         pgd_step(lambda images: images.sum((1, 2, 3)), x, x, norm="linf", eps=0.1, step_size=0.1)
     assert not vars(x)
 
