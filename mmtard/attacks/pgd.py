@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import UserError
 from .fused import fusible
 from .inputs import check_batch, check_count, check_eps, check_loss, check_positive
-from .threat_model import ascent, check_norm, into_ball, project, random_start
+from .threat_model import ascent, check_norm, into_ball, random_start
 
 LossFn = Callable[[Tensor], Tensor]  # images [B,...] -> one loss for each image, [B], with a gradient to the images
 
@@ -45,8 +45,10 @@ def pgd(
     velocity = torch.zeros_like(images)
     for _ in range(steps):
         gradient, _ = input_gradient(loss_fn, adv)
-        velocity = momentum * velocity + ascent(gradient, norm)
-        adv = project(adv + step_size * ascent(velocity, norm), images, norm, eps)
+        if momentum:
+            adv, velocity = _carried(adv, velocity, gradient, images, momentum, norm, eps, step_size)
+        else:
+            adv = _stepped(adv, gradient, images, norm, eps, step_size)
     return adv
 
 
@@ -58,7 +60,27 @@ def pgd_step(loss_fn: LossFn, adv: Tensor, images: Tensor, *, norm: str, eps: fl
 
 @fusible
 def _stepped(adv: Tensor, gradient: Tensor, images: Tensor, norm: str, eps: float, step_size: float) -> Tensor:
-    return into_ball(adv + step_size * ascent(ascent(gradient, norm), norm), images, norm, eps)
+    return _moved(adv, ascent(gradient, norm), images, norm, eps, step_size)
+
+
+@fusible
+def _carried(
+    adv: Tensor,
+    velocity: Tensor,
+    gradient: Tensor,
+    images: Tensor,
+    momentum: float,
+    norm: str,
+    eps: float,
+    step_size: float,
+) -> tuple[Tensor, Tensor]:
+    """The next iterate, and the velocity that led to it."""
+    velocity = momentum * velocity + ascent(gradient, norm)
+    return _moved(adv, velocity, images, norm, eps, step_size), velocity
+
+
+def _moved(adv: Tensor, velocity: Tensor, images: Tensor, norm: str, eps: float, step_size: float) -> Tensor:
+    return into_ball(adv + step_size * ascent(velocity, norm), images, norm, eps)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..seeding import GOLDEN, sample_uniform
+from .fused import fusible
 from .inputs import check_batch, check_eps, check_per_sample, check_radius
 
 Norm = Literal["linf", "l2"]
@@ -43,6 +44,11 @@ def random_start(images: Tensor, seeds: Tensor, norm: str | float, eps: float) -
     eps = check_eps(eps, norm)
     check_batch(images)
     check_per_sample(seeds, images, "seeds")
+    return _started(images, seeds, norm, eps)
+
+
+@fusible
+def _started(images: Tensor, seeds: Tensor, norm: Norm, eps: float) -> Tensor:
     delta = 2 * sample_uniform(seeds, images.shape[1:]) - 1
     if norm == "l2":
         radius = sample_uniform(seeds ^ GOLDEN, (1,) * (images.dim() - 1))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..attacks.apgd import apgd
+from ..attacks.fused import fusible
 from ..attacks.pgd import LossFn, input_gradient, pgd, worst_of
 from ..attacks.threat_model import random_start
 from ..config import Attack
@@ -47,4 +48,9 @@ def nfgsm(loss_fn: LossFn, images: Tensor, seeds: Tensor, eps: float, noise: flo
     """
     start = random_start(images, seeds, "linf", min(noise * eps, 1.0))
     gradient, _ = input_gradient(loss_fn, start)
+    return _one_step(start, gradient, eps)
+
+
+@fusible
+def _one_step(start: Tensor, gradient: Tensor, eps: float) -> Tensor:
     return (start + eps * gradient.sign()).clamp(0, 1)

@@ -11,13 +11,20 @@ import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from mmtard.attacks import ensemble, fused, registry
+from mmtard.attacks import ensemble, fused, pgd, registry, threat_model
 from mmtard.attacks.fab import project_to_hyperplane
 from mmtard.attacks.pgd import pgd_step
 from mmtard.attacks.state import AttackSettings
+from mmtard.config.attack import Attack, Ramp
+from mmtard.distillation.training_attack import _one_step, perturb
 
 SETTINGS = {"iters": 8, "targets": 3, "restarts": 2, "queries": 80}
 ATTACKS = ["pgd", "apgd-ce", "apgd-t", "fab-t"]
+TRAINING = {  # the settings of a training's attack, by the function that is a step of it
+    "_stepped": {"steps": 3},
+    "_carried": {"steps": 4, "momentum": 0.9},
+    "_one_step": {"steps": 1, "algorithm": "nfgsm"},
+}
 
 
 @pytest.fixture
@@ -75,7 +82,37 @@ def test_every_radius_has_the_same_graphs(victim, graphs, monkeypatch):
     for eps in (2 / 255, 4 / 255, 8 / 255, 12 / 255):
         monkeypatch.setattr(victim, "eps", eps)
         assert_same(attack(victim, "pgd", say=print), attack(victim, "pgd"))
-    assert graphs == {"_stepped": 1}
+    assert graphs == {"_started": 1, "_stepped": 1}
+
+
+def assert_a_ramp_is_the_same(**settings):
+    """Updates of a training whose radius grows from one to the next, each of another number of samples."""
+    attack = Attack(eps="8/255", step_size="3/255", ramp=Ramp(until=3, eps="1/4"), **settings)
+    weights = torch.randn(3 * 8 * 8, generator=torch.Generator().manual_seed(0))
+
+    def loss(x):
+        return (x.flatten(1) * weights).sum(1).sin()
+
+    for update, size in enumerate((4, 7, 2, 5)):
+        x, seeds = torch.rand(size, 3, 8, 8, generator=torch.Generator().manual_seed(update)), torch.arange(size) - 1
+        plain = perturb(attack.at(update), loss, x, seeds)
+        with fused.fused(fused.Fusion(pytest.fail)):
+            assert perturb(attack.at(update), loss, x, seeds).equal(plain), (update, settings)
+
+
+@pytest.mark.slow  # it imports the compiler
+@pytest.mark.parametrize("step, norm", [*((step, "linf") for step in TRAINING), ("_stepped", "l2"), ("_carried", "l2")])
+def test_a_trainings_attack_has_the_same_graphs_for_every_radius_and_batch(step, norm, graphs):
+    assert_a_ramp_is_the_same(norm=norm, **TRAINING[step])
+    assert graphs == {"_started": 1, step: 1}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_kernels_of_torch_inductor_give_a_trainings_attack_bit_by_bit(compiler):
+    for settings in TRAINING.values():
+        assert_a_ramp_is_the_same(**settings)
+    assert set(fused._graphs) == {f.__wrapped__ for f in (threat_model._started, pgd._stepped, pgd._carried, _one_step)}
 
 
 TOO_MANY = """
@@ -129,7 +166,7 @@ def test_without_a_compiler_every_evaluation_says_so_once_and_goes_on(victim, mo
     for _ in range(2):
         said = []
         assert_same(attack(victim, "apgd-ce", say=said.append), attack(victim, "apgd-ce"))
-        line = "the attacks' arithmetic is not fused: _climbed: TorchDynamoException: no C++ compiler found"
+        line = "the attacks' arithmetic is not fused: _started: TorchDynamoException: no C++ compiler found"
         assert said == [line]
 
 
