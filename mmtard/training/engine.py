@@ -21,6 +21,7 @@ from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.utils import logger
 from torch import Tensor
 
+from ..attacks.fused import Fusion, fused
 from ..config import Config, check_world
 from ..distributed.ranks import Ranks
 from ..models import batch_norm
@@ -65,6 +66,7 @@ class Engine:
         self.checkpoint_attack = config.engine.checkpoint_attack
         self.attacks = bool(config.attack_objective)
         self.attack_copy = self._attack_copy(config, tower)
+        self._fusion: Fusion | None = None  # of the attack's arithmetic, where towers are compiled
         self.ds, *_ = deepspeed.initialize(
             model=tower,
             optimizer=torch.optim.AdamW(
@@ -95,6 +97,7 @@ class Engine:
         if graphs and (reason := self._without_cuda_graphs()):
             say(f"engine.compile 'graphs' is 'on' here: {reason}")
             graphs = False
+        self._fusion = Fusion(say)
         if self.attack_copy:
             compile_tower(self.attack_copy.tower, "the attack's student", say, graphs)
         if self.stage < 3:
@@ -171,15 +174,25 @@ class Engine:
         """
         if self.attack_copy:
             self._refresh_copy()
-            yield self.attack_copy.tower
+            with self._arithmetic(self.attack_copy.tower):
+                yield self.attack_copy.tower
             return
         module = self.ds.module
         module.eval()
         try:
-            with torch.autocast(self.ranks.device.type, enabled=False), self._activations_of_the_attack(module):
+            with (
+                torch.autocast(self.ranks.device.type, enabled=False),
+                self._activations_of_the_attack(module),
+                self._arithmetic(module),
+            ):
                 yield lambda images: module(images)
         finally:
             module.train()
+
+    def _arithmetic(self, attacked: ImageTower) -> AbstractContextManager:
+        """The attack's arithmetic in kernels of its own where the tower that it attacks is a graph; else as it is."""
+        compiled = attacked.graph is not None and not attacked.graph.failed
+        return fused(self._fusion) if self._fusion and compiled else nullcontext()
 
     def _refresh_copy(self) -> None:
         """Let the attack's copy have the weights of the last update."""

@@ -1,12 +1,19 @@
-"""What `engine.compile` says where it compiles nothing, or makes no CUDA graphs."""
+"""What `engine.compile` compiles, and what it says where it compiles nothing, or makes no CUDA graphs."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 from parallel import five_steps
+from torch._dynamo.exc import TorchDynamoException
 
+from mmtard.attacks import fused
+from mmtard.data.samples import Batch
+from mmtard.distillation.task import DistillationTask
+from mmtard.models.teachers import FrozenTeacher
 from mmtard.training.engine import Engine
+from mmtard.training.step import optimizer_step
+from mmtard.zero_shot import ZeroShotHead
 
 UNCOMPILED = "uncompiled: engine.zero_stage 3 gathers the weights between the layers"
 ON = "engine.compile 'graphs' is 'on' here: "
@@ -59,3 +66,68 @@ def test_a_method_without_attack_is_said_to_have_no_cuda_graphs(engine):
     said = []
     engine(2, False, attacks=False).compile("graphs", said.append)
     assert said == [ON + "CUDA graphs are the attack's, and the method makes none"]
+
+
+@pytest.fixture
+def update(ranks):
+    """Call with an engine: the summed loss of an update that moves nothing, under PGD with a start and momentum."""
+
+    def run(engine: Engine) -> float:
+        config, head = five_steps.settings(2, "replicated", "float32", 8), ZeroShotHead(five_steps.text(), 20.0)
+        teachers = {
+            name: FrozenTeacher(name, config.teachers[name], five_steps.tower(seed), head, ranks, torch.float32)
+            for seed, name in enumerate(("clean", "robust"), 1)
+        }
+        images = torch.randint(255, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+        batch = Batch(images, torch.arange(8) % five_steps.CLASSES, torch.arange(8), torch.arange(8), [""] * 8)
+        task = DistillationTask(config, engine, head, teachers)
+        done = optimizer_step(task, engine, batch, 0.0, torch.device("cpu"))
+        return done.terms.total([], ranks).sums["loss"]
+
+    return run
+
+
+ARITHMETIC = {"_started", "_carried"}
+
+
+@pytest.mark.parametrize(
+    "stage, copy, setting, compiled",
+    [
+        (2, True, "on", {"compute", *ARITHMETIC}),
+        (2, True, "graphs", {"compute", *ARITHMETIC}),
+        (2, False, "on", {"compute", *ARITHMETIC}),
+        (3, True, "on", {"compute", *ARITHMETIC}),
+        (3, False, "on", set()),
+        (2, True, "auto", set()),
+        (2, True, "off", set()),
+    ],
+)
+def test_a_trainings_attack_is_fused_where_its_tower_is_compiled(
+    engine, update, monkeypatch, stage, copy, setting, compiled
+):
+    names = set()
+    monkeypatch.setattr(fused, "_graphs", {})
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: names.add(function.__name__) or function)
+    made = engine(stage, copy, "cpu")
+    made.compile(setting, lambda line: None)
+    update(made)
+    assert names == compiled
+
+
+def test_arithmetic_that_cannot_be_compiled_is_said_once_in_all_updates(engine, update, monkeypatch):
+    def broken(*_):
+        raise TorchDynamoException("no C++ compiler\nfound")
+
+    said, tried = [], []
+
+    def compile(function, **settings):
+        tried.append(function.__name__)
+        return broken if function.__name__ in ARITHMETIC else function
+
+    monkeypatch.setattr(fused, "_graphs", {})
+    made, plain = engine(2, True, "cpu"), engine(2, True, "cpu")
+    monkeypatch.setattr(torch, "compile", compile)
+    made.compile("on", said.append)
+    assert [update(made), update(made)] == [update(plain)] * 2  # at a learning rate of 0
+    assert said == ["the attacks' arithmetic is not fused: _started: TorchDynamoException: no C++ compiler found"]
+    assert "_carried" not in tried
