@@ -101,10 +101,13 @@ def checkpoint_activations(tower: ImageTower, on: bool = True) -> None:
     tower.checkpointed = on
     if isinstance(visual, ModifiedResNet):  # open_clip's own switch does nothing there
         for block in blocks(tower):
-            if on:
-                block.forward = partial(computed_again, block.forward, use_reentrant=False)
-            else:
+            if not on:
                 block.__dict__.pop("forward", None)
+                continue
+            # One and the same each time that it is switched on: a compiled graph is bound to it.
+            if not hasattr(block, "forward_again"):
+                block.forward_again = partial(computed_again, block.forward, use_reentrant=False)
+            block.forward = block.forward_again
         return
     try:
         # open_clip only warns when a timm model has no such switch.

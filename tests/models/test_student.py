@@ -9,6 +9,7 @@ import torch
 from mmtard.config import Lora, Model, Teacher, validate
 from mmtard.errors import UserError
 from mmtard.models import batch_norm, loading, lora, student
+from mmtard.models.image_tower import blocks
 from mmtard.models.teachers import FrozenTeacher
 from mmtard.training.memory import Saved
 from mmtard.zero_shot import ZeroShotHead
@@ -48,6 +49,17 @@ def passes(arch, checkpointing, size):
     gradients = {name: p.grad for name, p in tower.named_parameters()}
     x = images.clone().requires_grad_(True)
     return saved, gradients, torch.autograd.grad(tower.eval()(x).square().sum(), x)[0]
+
+
+def test_blocks_that_keep_their_activations_for_a_while_are_the_same_again(resnet):
+    """A compiled graph is bound to the very functions that it was made of: new ones would have it made anew."""
+    tower = loading.load_clip(Model(arch=resnet, weights="random")).tower()
+    plain = [block.forward for block in blocks(tower)]
+    student.checkpoint_activations(tower)
+    again = [block.forward for block in blocks(tower)]
+    with student.keeping_activations(tower):
+        assert [block.forward for block in blocks(tower)] == plain
+    assert all(block.forward is function for block, function in zip(blocks(tower), again))
 
 
 @pytest.mark.parametrize("arch, size, share", [("vit", 16, 0.3), ("resnet", 32, 0.8)])
