@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,14 +13,16 @@ from ..errors import compiler_errors, compiler_words
 from .image_tower import ImageTower, blocks
 
 Say = Callable[[str], None]
+MOST_GRAPHS = 64  # of one function: all the towers of a process share `ImageTower.compute`
 
 
 class CompiledForward:
     """A tower's forward through torch.compile: a graph for each way it is asked (with gradient, with tokens).
 
     Each graph is made at the first shape that comes. Images of another shape, such as a smaller batch, are computed
-    without it, and `say` is told once of each: nothing is ever compiled again in silence. Where compiling fails, as
-    without a C++ compiler or Triton, `say` is told once and all goes on without.
+    without it, and `say` is told once of each: nothing is ever compiled again in silence. Should a way be compiled
+    again for another reason, such as a flag that changes from step to step, `say` is told of that, too. Where compiling
+    fails, as without a C++ compiler or Triton, `say` is told once and all goes on without.
 
     graphs: replay CUDA graphs, which spares a small batch the launches of some 500 kernels a pass. What they return
     lies in memory that the next call writes over, so it is copied, and so is the gradient to the images.
@@ -28,8 +32,9 @@ class CompiledForward:
 
     def __init__(self, tower: ImageTower, name: str, say: Say, graphs: bool = False, any_batch: bool = False):
         self.plain, self.name, self.say, self.graphs, self.any_batch = tower.compute, name, say, graphs, any_batch
-        self.failed = False
+        self.failed = self.again = False
         self.compiled = self._compile(tower)
+        self._limits = _limits()
         self._shape: dict[tuple, torch.Size] = {}
         self._told: set[torch.Size] = set()
 
@@ -38,19 +43,26 @@ class CompiledForward:
             return self.plain(images, tokens)
         kind = (torch.is_grad_enabled(), images.requires_grad, tokens)
         asked = images.shape[1:] if self.any_batch else images.shape
+        is_new = kind not in self._shape
         shape = self._shape.setdefault(kind, asked)
         if asked != shape:
             if asked not in self._told:
                 self._told.add(asked)
                 self.say(f"{self.name}: compiled for images {list(shape)}; those of {list(asked)} run uncompiled")
             return self.plain(images, tokens)
+        before = _graphs_made()
         try:
             if self.any_batch:
                 torch._dynamo.maybe_mark_dynamic(images, 0)
-            return self._replayed(images, tokens) if self.graphs else self.compiled(images, tokens)
+            with self._limits:
+                found = self._replayed(images, tokens) if self.graphs else self.compiled(images, tokens)
         except compiler_errors() as error:
             self._fail(error)
             return self.plain(images, tokens)
+        if not is_new and not self.again and _graphs_made() > before:
+            self.again = True
+            self.say(f"{self.name} was compiled again, which costs time: see why with TORCH_LOGS=recompiles")
+        return found
 
     def _compile(self, tower: ImageTower) -> Callable:
         dynamic = None if self.any_batch else False  # None: what is marked, which is the number of images
@@ -98,6 +110,21 @@ class CompiledBlocks(CompiledForward):
             return forward(*args, **kwargs)
 
         return run
+
+
+def _limits() -> AbstractContextManager:
+    """While it lasts, a function may have `MOST_GRAPHS` graphs; one more is an error, where torch would stop at 8 and
+    run without in silence.
+    """
+    if "torch._dynamo" not in sys.modules:  # torch.compile imports it: nothing is compiled
+        return nullcontext()
+    return torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS, fail_on_recompile_limit_hit=True)
+
+
+def _graphs_made() -> int:
+    """How many graphs this process has made, of whatever."""
+    utils = sys.modules.get("torch._dynamo.utils")  # not there before something is compiled
+    return utils.counters["stats"]["unique_graphs"] if utils else 0
 
 
 def _gains(images: Tensor) -> bool:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from compiling import graphs_without_cpp
 from processes import python_path
 
 from mmtard.config import Model
@@ -197,17 +198,8 @@ def test_a_real_compiler_that_finds_no_cxx_is_said_once_and_all_goes_on(vit, tmp
 
 
 @pytest.fixture
-def compiling(monkeypatch):
-    """torch.compile as it is, but for what writes C++; gives back the compiler's own counters, set to zero."""
-    import torch._dynamo
-    from torch._dynamo.utils import counters
-
-    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    make = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, mode=None, **s: make(function, backend="aot_eager", **s))
-    torch._dynamo.reset()
-    counters.clear()
-    with torch._dynamo.config.patch(disable=False):
+def compiling():
+    with graphs_without_cpp() as counters:
         yield counters
 
 
@@ -239,3 +231,40 @@ def test_batches_that_shrink_are_computed_by_the_graphs_that_are_there(tower, co
             assert torch.allclose(z, expected[:n], atol=1e-6)
     # On a CPU what asks for no gradient is computed without a graph.
     assert compiling["stats"]["unique_graphs"] == 1 and not compiling["graph_break"] and said == []
+
+
+class Scaled:
+    """In a tower's place: images -> images * by."""
+
+    by = 2
+
+    def compute(self, images, tokens):
+        return images * self.by
+
+
+def of(tower, said):
+    """The tower's compiled forward."""
+    compiled.compile_tower(tower, "the model", said.append)
+    return tower.graph
+
+
+@pytest.mark.slow  # it imports the compiler
+def test_a_way_that_is_compiled_again_at_its_shape_is_said_once(compiling):
+    said, tower = [], Scaled()
+    forward = of(tower, said)
+    for tower.by in (2, 2, 3, 4):
+        assert forward(X).equal(X * tower.by)
+        assert len(said) == (tower.by > 2)
+    assert said == ["the model was compiled again, which costs time: see why with TORCH_LOGS=recompiles"]
+
+
+@pytest.mark.slow  # it imports the compiler
+def test_towers_may_have_more_graphs_together_than_torch_lets_a_function_have(compiling, monkeypatch):
+    """By default it stops at 8, in silence. What is one too many of ours is said, and the tower runs without."""
+    monkeypatch.setattr(compiled, "MOST_GRAPHS", 10)
+    said = []
+    for n in range(1, 12):
+        images = torch.rand(n, 3, 2, 2)
+        assert of(Scaled(), said)(images).equal(images * 2)
+        assert compiling["stats"]["unique_graphs"] == min(n, 10)
+    assert len(said) == 1 and said[0].startswith("the model runs uncompiled: FailOnRecompileLimitHit: ")
