@@ -107,6 +107,11 @@ def synchronise(visual: nn.Module, layout: BatchLayout) -> None:
         visual.set_submodule(name, SyncedBatchNorm(module, layout))
 
 
+def is_synced(tower: nn.Module) -> bool:
+    """Whether a tower has a SyncedBatchNorm."""
+    return any(isinstance(module, SyncedBatchNorm) for module in tower.modules())
+
+
 def update_running(tower: nn.Module) -> None:
     """Move the running statistics of every SyncedBatchNorm in a tower; once a step, when it was applied."""
     for module in tower.modules():

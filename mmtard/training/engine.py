@@ -100,11 +100,20 @@ class Engine:
         self._fusion = Fusion(say)
         if self.attack_copy:
             compile_tower(self.attack_copy.tower, "the attack's student", say, graphs)
-        if self.stage < 3:
-            compile_tower(self.ds.module, "the student", say)
-        else:
+        if reason := self._without_a_graph():
             who = "the student and its attack run" if self.attacks and not self.attack_copy else "the student runs"
-            say(f"{who} uncompiled: engine.zero_stage 3 gathers the weights between the layers")
+            say(f"{who} uncompiled: {reason}")
+        else:
+            compile_tower(self.ds.module, "the student", say)
+
+    def _without_a_graph(self) -> str | None:
+        """Why the trained tower cannot be one; None where it can."""
+        if self.stage == 3:
+            return "engine.zero_stage 3 gathers the weights between the layers"
+        if self.ds.module.checkpointed and batch_norm.is_synced(self.ds.module):
+            # Each block would be a graph break: torch takes nothing out of what is computed again but its output.
+            return "engine.checkpoint_activations leaves no way out to the statistics of student.batch_norm=synced"
+        return None
 
     def _without_cuda_graphs(self) -> str | None:
         """Why none can be made; None where they can."""

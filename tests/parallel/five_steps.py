@@ -6,7 +6,6 @@ Usage: five_steps.py OUT CASE...; CASE is `plain` (PyTorch alone) or STAGE-PLACE
 """
 
 import json
-import os
 import sys
 from contextlib import ExitStack, contextmanager
 from unittest import mock
@@ -27,6 +26,9 @@ SMALL_BUCKET = 7_000  # the largest tensor fits, all 24,064 weights take four
 SETTINGS = {  # of `engine`, for the ways that are settings
     "uncopied": {"attack_copy": False},
     "checkpointed": {"checkpoint_activations": True, "checkpoint_attack": True},
+    "compiled": {"compile": "on"},
+    # Of one tower: blocks whose activations are computed again, and in the attack are not.
+    "compiled_checkpointed": {"compile": "on", "checkpoint_activations": True, "attack_copy": False},
 }
 
 
@@ -51,7 +53,7 @@ def batches():
 
 
 def settings(
-    stage: int, placement: str, precision: str, micro: int, device: str = "cpu", **engine: bool
+    stage: int, placement: str, precision: str, micro: int, device: str = "cpu", **engine: bool | str
 ) -> config.Config:
     teacher = {"weights": "random", "placement": placement}
     return config.validate(
@@ -105,36 +107,30 @@ def plain() -> dict:
 @contextmanager
 def way(name: str):
     """While it lasts: `buckets` of gradients are small, and if `overlapped`, they are reduced during the backward;
-    torch.compile makes graphs without writing C++ (`compiled`).
+    what is compiled makes graphs without writing C++.
     """
+    from compiling import graphs_without_cpp
+
     from mmtard.training import optimizer
     from mmtard.training.engine import Engine
 
-    make = torch.compile
     with ExitStack() as stack:
         if name in ("buckets", "overlapped"):
             stack.enter_context(mock.patch.object(optimizer, "BUCKET", SMALL_BUCKET))
         if name == "overlapped":
             stack.enter_context(mock.patch.object(Engine, "_overlaps", lambda engine, stage: True))
-        if name == "compiled":
-            from torch._dynamo import config as dynamo, utils
-
-            def aot_eager(function, mode=None, **settings):
-                return make(function, backend="aot_eager", **settings)
-
-            torch._dynamo.reset()
-            utils.counters.clear()
-            stack.enter_context(mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="0"))
-            stack.enter_context(dynamo.patch(disable=False))
-            stack.enter_context(mock.patch.object(torch, "compile", aot_eager))
+        if name.startswith("compiled"):
+            stack.enter_context(graphs_without_cpp())
         yield
 
 
 def engine(ranks: Ranks, case: str) -> dict:
+    from compiling import graphs_made
+
     from mmtard.distillation.task import DistillationTask
     from mmtard.models.image_tower import DTYPES
     from mmtard.models.student import checkpoint_activations
-    from mmtard.models.teachers import FrozenTeacher
+    from mmtard.models.teachers import FrozenTeacher, compile_teachers
     from mmtard.training.engine import Engine
 
     stage, placement, precision, micro, name = (*case.split("-"), "")[:5]
@@ -144,13 +140,14 @@ def engine(ranks: Ranks, case: str) -> dict:
         checkpoint_activations(trained)
     student, head = Engine(cfg, trained, ranks), ZeroShotHead(text().to(ranks.device), 20.0)
     said: list[str] = []
-    student.compile("on" if name == "compiled" else "off", said.append)
+    student.compile(cfg.engine.compile, said.append)
     teachers = {
         name: FrozenTeacher(name, cfg.teachers[name], tower(seed), head, ranks, DTYPES[precision])
         for seed, name in enumerate(("clean", "robust"), 1)
     }
+    compile_teachers(cfg.engine.compile, teachers, ranks.device, said.append)
     step = DistillationTask(cfg, student, head, teachers)
-    reported, share = [], BATCH // ranks.world_size
+    reported, graphs, share = [], [], BATCH // ranks.world_size
     for batch in batches():
         total = 0.0
         for i in range(ranks.rank * share, (ranks.rank + 1) * share, student.micro_batch_size):
@@ -160,11 +157,11 @@ def engine(ranks: Ranks, case: str) -> dict:
             total += loss.sum().item()
         assert outcome.applied
         reported.append(ranks.sum([total])[0] / BATCH)
+        graphs.append(graphs_made() if name.startswith("compiled") else 0)
     held = ranks.all_gather({name: t.bytes_here for name, t in teachers.items()})
     weights, _, updates = student.full_state()
     assert not ranks.is_first or updates == STEPS
     sizes = {"held": held, "whole": {name: t.bytes_whole for name, t in teachers.items()}}
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] if name == "compiled" else 0
     buckets = student.elements / student.ds.optimizer.reduce_bucket_size if int(stage) else 0
     return {
         "losses": reported,

@@ -1,16 +1,17 @@
-"""What `engine.compile` compiles, and what it says where it compiles nothing, or makes no CUDA graphs."""
+"""What `engine.compile` compiles, and what it says where it compiles nothing; no step makes a graph anew."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from parallel import five_steps
+from compiling import graphs_made, graphs_without_cpp
+from parallel import five_steps, students
 from torch._dynamo.exc import TorchDynamoException
 
 from mmtard.attacks import fused
 from mmtard.data.samples import Batch
 from mmtard.distillation.task import DistillationTask
-from mmtard.models.teachers import FrozenTeacher
+from mmtard.models.teachers import FrozenTeacher, compile_teachers
 from mmtard.training.engine import Engine
 from mmtard.training.step import optimizer_step
 from mmtard.zero_shot import ZeroShotHead
@@ -131,3 +132,45 @@ def test_arithmetic_that_cannot_be_compiled_is_said_once_in_all_updates(engine, 
     assert [update(made), update(made)] == [update(plain)] * 2  # at a learning rate of 0
     assert said == ["the attacks' arithmetic is not fused: _started: TorchDynamoException: no C++ compiler found"]
     assert "_carried" not in tried
+
+
+def test_synced_batch_norm_that_is_computed_again_is_said_to_run_uncompiled(ranks, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
+    said = []
+    for kind in ("bn", "bnc"):
+        made = Engine(students.settings(kind, 2), students.start(kind), ranks)
+        made.compile("on", said.append)
+        assert (made.ds.module.graph is None) == (kind == "bnc") == bool(said)
+    assert said == [
+        "the student runs uncompiled: engine.checkpoint_activations leaves no way out to the statistics of"
+        " student.batch_norm=synced"
+    ]
+
+
+@pytest.mark.slow  # it compiles
+@pytest.mark.parametrize("copy", (True, False))
+def test_no_step_after_the_first_makes_a_graph(ranks, copy):
+    """Under bf16, while the attack's radius and steps grow; between the steps the student is asked for accuracy."""
+    config = five_steps.settings(2, "replicated", "bf16", 8, attack_copy=copy)
+    ramp = {"until": five_steps.STEPS, "eps": "1/4", "steps": 1}
+    config = config.model_copy(update={"attack": type(config.attack)(**{**config.attack.model_dump(), "ramp": ramp})})
+    said, graphs, head = [], [], ZeroShotHead(five_steps.text(), 20.0)
+    with graphs_without_cpp():
+        engine = Engine(config, five_steps.tower(0), ranks)
+        engine.compile("on", said.append)
+        teachers = {
+            name: FrozenTeacher(name, config.teachers[name], five_steps.tower(seed), head, ranks, torch.bfloat16)
+            for seed, name in enumerate(("clean", "robust"), 1)
+        }
+        compile_teachers("on", teachers, ranks.device, said.append)
+        task = DistillationTask(config, engine, head, teachers)
+        for step, batch in enumerate(five_steps.batches()):
+            task.begin_step(step)
+            engine.backward(task(*batch)[0].mean())
+            assert engine.end_micro_batch(five_steps.LR).applied
+            with torch.no_grad(), engine.attack_forward() as forward:
+                forward(batch[0])
+            graphs.append(graphs_made())
+    # The attack's with a gradient to the images and without, the trained tower's, and the teachers', which are alike;
+    # the attack's start and its steps.
+    assert graphs == [6] * five_steps.STEPS and said == []
