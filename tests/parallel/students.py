@@ -1,13 +1,16 @@
 """A rank that trains each kind of student for a few steps. Saves what came out.
 
 Usage: students.py OUT CASE...; CASE is KIND-STAGE. Kinds: `ema` (and activation checkpointing) and `lora`, a ViT;
-`bn`, a ResNet with synced batch norm, which `bnc` computes a second time (activation checkpointing).
+`bn`, a ResNet with synced batch norm, which `bnc` computes a second time (activation checkpointing). `bng` and `lorag`
+are compiled graphs, the latter's with activation checkpointing.
 """
 
 import sys
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+from compiling import graphs_made, graphs_without_cpp
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 
@@ -28,6 +31,8 @@ SETTINGS = {
     "bnc": {"train": {"ema": DECAY}, "student": {"batch_norm": "synced"}, "engine": {"checkpoint_activations": True}},
     "lora": {"train": {"ema": DECAY}, "student": {"lora": {"r": 4, "alpha": 8, "dropout": 0.2}}},
 }
+COMPILED = {"bng": ("bn", {"compile": "on"}), "lorag": ("lora", {"compile": "on", "checkpoint_activations": True})}
+SETTINGS |= {kind: {**SETTINGS[of], "engine": engine} for kind, (of, engine) in COMPILED.items()}
 
 
 def settings(kind: str, stage: int) -> config.Config:
@@ -61,7 +66,7 @@ def start(kind: str, synced: bool = True, checkpointing: bool = True) -> ImageTo
     tower.frozen_batch_norm = not kind.startswith("bn")
     if settings(kind, 0).engine.checkpoint_activations and checkpointing:
         student.checkpoint_activations(tower)
-    if kind == "lora":
+    if kind.startswith("lora"):
         lora.attach(visual, settings(kind, 0).student.lora, tower.layout)
     return tower
 
@@ -122,11 +127,14 @@ def train(engine: Engine, ranks: Ranks, steps: range, finite: bool = True) -> li
 
 def case(kind: str, stage: int, ranks: Ranks) -> dict:
     """A run in one go, with a step in its middle that is skipped; and what a run in another stage makes of its half."""
-    whole = Engine(settings(kind, stage), start(kind), ranks)
+    whole, said = Engine(settings(kind, stage), start(kind), ranks), []
+    whole.compile(settings(kind, stage).engine.compile, said.append)
     first = train(whole, ranks, range(2))
+    graphs = graphs_made() if kind in COMPILED else 0
     train(whole, ranks, range(99, 100), finite=False)
     half = whole.full_state()
     after = first + train(whole, ranks, range(2, STEPS))
+    later = graphs_made() if kind in COMPILED else 0
     _, states, updates = whole.full_state()
     weights, half_states, half_updates = ranks.run_on_first(lambda: half)
     tower = start(kind)
@@ -135,13 +143,25 @@ def case(kind: str, stage: int, ranks: Ranks) -> dict:
     resumed.restore(half_states, half_updates)
     train(resumed, ranks, range(2, STEPS))
     buffers = [ranks.all_gather(dict(engine.ds.module.visual.named_buffers())) for engine in (whole, resumed)]
-    return {"weights": after, "states": states, "updates": updates, "resumed": resumed.full_state(), "buffers": buffers}
+    return {
+        "weights": after,
+        "states": states,
+        "updates": updates,
+        "resumed": resumed.full_state(),
+        "buffers": buffers,
+        "graphs": [graphs, later],
+        "said": said,
+    }
 
 
 if __name__ == "__main__":
     out, *cases = sys.argv[1:]
     ranks = process_group.start("cpu")
-    results = {name: case(*(int(x) if x.isdigit() else x for x in name.split("-")), ranks) for name in cases}
+    results = {}
+    for name in cases:
+        kind, stage = name.split("-")
+        with graphs_without_cpp() if kind in COMPILED else nullcontext():
+            results[name] = case(kind, int(stage), ranks)
     if ranks.is_first:
         torch.save(results, out)
     process_group.stop()

@@ -50,9 +50,19 @@ WAYS = [
 ]
 
 
+# Case -> its graphs: the attack's student, start and step, the trained one, teachers; of a sharded teacher, for each kind
+# of block.
+COMPILED = {
+    "0-sharded-float32-4-compiled": 6,
+    "1-sharded-bf16-4-compiled": 6,
+    "1-replicated-float32-4-compiled_checkpointed": 5,
+}
+
+
 @pytest.fixture(scope="module")
 def other_ways(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("ways"), 2, [f"{stage}-replicated-float32-2-{way}" for stage, way in WAYS])
+    cases = [f"{stage}-replicated-float32-2-{way}" for stage, way in WAYS]
+    return train(tmp_path_factory.mktemp("ways"), 2, [*cases, *COMPILED])
 
 
 def largest_difference(a: dict, b: dict) -> float:
@@ -98,9 +108,23 @@ def test_ways_that_save_time_or_memory_equal_plain_pytorch(plain, other_ways, st
     ours = other_ways[f"{stage}-replicated-float32-2-{way}"]
     assert_same_training(ours, plain)
     assert (ours["buckets"] > 3) == (way in ("buckets", "overlapped"))
-    # The attack's tower, start and step, and the trained tower; under ZeRO-3 that one's weights come layer by layer.
-    assert ours["graphs"] == ({2: 4, 3: 3}[stage] if way == "compiled" else 0)
+    # The attack's tower, start and step, the trained tower, and one of the teachers, which are alike; under ZeRO-3 the
+    # trained tower's weights come layer by layer.
+    assert ours["graphs"] == [{2: 5, 3: 4}[stage] if way == "compiled" else 0] * 5
     assert len(ours["said"]) == (way == "compiled" and stage == 3)
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_what_is_compiled_trains_as_what_is_not_and_no_step_makes_another_graph(plain, two_ranks, other_ways, case):
+    """Sharded teachers, bf16, activations computed again."""
+    ours = other_ways[case]
+    assert ours["graphs"] == [COMPILED[case]] * 5 and ours["said"] == []
+    if "bf16" not in case:
+        return assert_same_training(ours, plain)
+    # The same operations one after the other, in the same precision: nothing of bf16's own error is between the two.
+    uncompiled = two_ranks[case.removesuffix("-compiled")]
+    assert ours["losses"] == pytest.approx(uncompiled["losses"], rel=LOSS)
+    assert largest_difference(ours["weights"], uncompiled["weights"]) < WEIGHT
 
 
 def test_sharded_teachers_are_half_as_large_on_each_of_two_ranks(two_ranks):
