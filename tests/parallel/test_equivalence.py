@@ -50,8 +50,8 @@ WAYS = [
 ]
 
 
-# Case -> its graphs: the attack's student, start and step, the trained one, teachers; of a sharded teacher, for each kind
-# of block.
+# Case -> its graphs: the attack's student, its start and its step, the trained one, teachers; of a sharded teacher, for
+# each kind of block.
 COMPILED = {
     "0-sharded-float32-4-compiled": 6,
     "1-sharded-bf16-4-compiled": 6,
