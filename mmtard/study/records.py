@@ -22,6 +22,7 @@ def files(found: Findings, command: str) -> dict[str, str]:
         "runs.csv": _runs(found),
         "differences.csv": _differences(found),
         "matched.csv": _matched(found),
+        "settings.csv": _settings(found),
         "fronts.csv": _fronts(found),
         "curves.csv": _curves(found),
         "tuning.csv": _tuning(found),
@@ -73,6 +74,27 @@ def _matched(found: Findings) -> str:
                 if d is not None:
                     of = {"setting": point.label, "method": method, "minus": other, "evaluation": name, "kind": kind}
                     rows.append({**of, **_judged(d)})
+    return _csv(rows)
+
+
+def _settings(found: Findings) -> str:
+    """Every setting of every method beside every setting of the best baseline, not corrected for their number: whether
+    one of a front has more of all accuracies than one of the baseline's.
+    """
+    rows = []
+    for point, beside in itertools.product(points(found.study), repeat=2):
+        baseline = found.at_point(beside.number).get(found.baseline or "")
+        for method, state in found.at_point(point.number).items():
+            for name, kind in itertools.product(found.study.evaluations, KINDS):
+                d = found.between(name, kind, state, baseline) if method != found.baseline else None
+                if d is not None:
+                    of = {
+                        "method": method,
+                        "setting": point.label,
+                        "minus": found.baseline,
+                        "minus_setting": beside.label,
+                    }
+                    rows.append({**of, "evaluation": name, "kind": kind, **_judged(d)})
     return _csv(rows)
 
 

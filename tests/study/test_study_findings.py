@@ -64,6 +64,17 @@ def test_the_joint_front_of_baselines_lies_as_far_out_as_the_best_of_them(found)
     assert alone.low <= alone.value <= alone.high
 
 
+def test_each_setting_of_a_method_is_held_against_each_of_the_best_baselines(found):
+    rows = list(csv.DictReader(io.StringIO(records.files(found, "mmtard study x")["settings.csv"])))
+    number, place = {"steps 1": 0, "steps 2": 1}, {"clean": 0, "robust": 1}
+    assert len(rows) == 2 * 2 * 2 * 2 * 2  # methods, their settings, the baseline's, evaluations, kinds
+    assert {row["method"] for row in rows} == {"teacher", "other"} and {row["minus"] for row in rows} == {"tecoa"}
+    for row in rows:
+        ours = ACCURACY[row["method"], number[row["setting"]]][place[row["kind"]]]
+        theirs = ACCURACY["tecoa", number[row["minus_setting"]]][place[row["kind"]]]
+        assert float(row["difference"]) * N == pytest.approx(ours - theirs)
+
+
 def test_methods_are_compared_at_each_setting_of_the_front(found):
     rows = list(csv.DictReader(io.StringIO(records.files(found, "mmtard study x")["matched.csv"])))
     assert len(rows) == 2 * 6 * 2 * 2  # points, pairs, evaluations, kinds
