@@ -88,13 +88,9 @@ def _settings(found: Findings) -> str:
             for name, kind in itertools.product(found.study.evaluations, KINDS):
                 d = found.between(name, kind, state, baseline) if method != found.baseline else None
                 if d is not None:
-                    of = {
-                        "method": method,
-                        "setting": point.label,
-                        "minus": found.baseline,
-                        "minus_setting": beside.label,
-                    }
-                    rows.append({**of, "evaluation": name, "kind": kind, **_judged(d)})
+                    of = {"method": method, "setting": point.label}
+                    of |= {"minus": found.baseline, "minus_setting": beside.label, "evaluation": name, "kind": kind}
+                    rows.append({**of, **_judged(d)})
     return _csv(rows)
 
 
