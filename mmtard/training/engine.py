@@ -201,7 +201,7 @@ class Engine:
     def _arithmetic(self, attacked: ImageTower) -> AbstractContextManager:
         """The attack's arithmetic in kernels of its own where the tower that it attacks is a graph; else as it is."""
         compiled = attacked.graph is not None and not attacked.graph.failed
-        return fused(self._fusion) if self._fusion and compiled else nullcontext()
+        return fused(self._fusion) if compiled and self._fusion else nullcontext()
 
     def _refresh_copy(self) -> None:
         """Let the attack's copy have the weights of the last update."""
