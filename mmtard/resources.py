@@ -62,7 +62,8 @@ def find_config(text: str | Path) -> Path:
         raise UserError(f"several configurations are called '{name}'; write one of {', '.join(matches)}")
     if "/" in name or path.suffix or path.exists():
         return path
-    near = difflib.get_close_matches(name, [*own, *(full.rpartition("/")[2] for full in own)], n=3)
+    begun = [full for full in own if full.startswith(name)]
+    near = begun or difflib.get_close_matches(name, [*own, *(full.rpartition("/")[2] for full in own)], n=3)
     hint = f"did you mean {', '.join(dict.fromkeys(near))}?" if near else "write a name or the path of a YAML file;"
     raise UserError(f"unknown configuration '{name}'; {hint} `mmtard configs` lists those that come with mmtard")
 
