@@ -6,8 +6,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from ..config import Config
-from ..distributed.ranks import process_group
+from ..distributed.ranks import Ranks, process_group
 from ..models.loading import load_clip_on_all_ranks
 from ..models.student import trainable_tower
 from ..runs.checkpoint_writer import Checkpoints
@@ -37,25 +39,7 @@ class CheckpointBenchmark:
         ):
             clip = load_clip_on_all_ranks(self.config.student, ranks, self.config.seed)
             engine = Engine(self.config, trainable_tower(self.config, clip, None), ranks)
-            checkpoints = Checkpoints(scratch, keep_last=1)
-            found: dict[str, list[float]] = {"copy": [], "hand over": [], "write": [], "longest pause": []}
-            size = 0
-            for number in range(1, self.rounds + 1):
-                made = []
-                found["copy"].append(timed(lambda made=made: made.append(engine.full_state()), ranks.device))
-                weights, moments, updates = made[0]
-                if ranks.is_first:
-                    size = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values()))
-                    state = {"step": number, "updates": updates}
-                    began = time.perf_counter()
-                    checkpoints.save(number, weights, moments, state)
-                    found["hand over"].append(time.perf_counter() - began)
-                    pause = _longest_pause(checkpoints)
-                    found["write"].append(time.perf_counter() - began)
-                    found["longest pause"].append(pause)
-                    checkpoints.wait()
-                del weights, moments, made
-                ranks.barrier()
+            found, size = checkpoint_times(engine, ranks, scratch, self.rounds)
             if ranks.is_first:
                 self._report(found, size).publish(out, ranks.device)
 
@@ -73,6 +57,32 @@ class CheckpointBenchmark:
         )
         numbers = {"config": self.config.model_dump(mode="json"), "bytes": size, "seconds": found}
         return BenchmarkReport([table], numbers, [note])
+
+
+def checkpoint_times(engine: Engine, ranks: Ranks, folder: Path, rounds: int) -> tuple[dict[str, list[float]], int]:
+    """(seconds of each part of `rounds` checkpoints below `folder`, bytes of one), as the first rank has them.
+
+    The loop stands still for "copy" and "hand over". Collective. UserError on all ranks where one cannot be written.
+    """
+    checkpoints = Checkpoints(folder, keep_last=1)
+    found: dict[str, list[float]] = {"copy": [], "hand over": [], "write": [], "longest pause": []}
+
+    def save(number: int, weights: dict[str, Tensor], moments: dict[str, Tensor], updates: int) -> int:
+        began = time.perf_counter()
+        checkpoints.save(number, weights, moments, {"step": number, "updates": updates})
+        found["hand over"].append(time.perf_counter() - began)
+        pause = _longest_pause(checkpoints)
+        found["write"].append(time.perf_counter() - began)
+        found["longest pause"].append(pause)
+        checkpoints.wait()
+        return sum(tensor.nbytes for tensor in (*weights.values(), *moments.values()))
+
+    size = 0
+    for number in range(1, rounds + 1):
+        made = []
+        found["copy"].append(timed(lambda made=made: made.append(engine.full_state()), ranks.device))
+        size = ranks.run_on_first(lambda number=number, made=made: save(number, *made.pop()))
+    return found, size
 
 
 def _longest_pause(checkpoints: Checkpoints) -> float:

@@ -17,14 +17,16 @@ from ..distributed.ranks import Ranks, process_group
 from ..errors import UserError
 from ..runs.metrics import SilentLogger
 from ..training.numerics import numerics
-from ..training.record import StepRecord
+from ..training.record import Agreed, StepRecord
 from ..training.step import optimizer_step
 from ..training.throughput import memory
+from .around_step import Around, AroundStep, report_around
 from .attack_cost import PASSES, AttackPasses, share_of_passes
 from .instruments import instrument, instrument_task, timed_collectives
 from .matrix import matrix_rate
 from .models import ResidentParts, resident_parts
 from .options import as_open_clip, every_target_stored, one_noisy_step, recomputing, uncompiled, without_attack_copy
+from .out_file import scratch_folder
 from .phase_flops import phase_flops
 from .phases import PhaseClock
 from .published import PublishedOptions, PublishedStep, check_comparable
@@ -69,6 +71,7 @@ class TrainingBenchmark:
     variants: list[str] | None = None
     trace: Path | None = None
     record: StepRecord = field(init=False, repr=False)  # of the steps' numbers, over the ranks
+    agreed: Agreed = field(init=False, repr=False)  # those of the last step
     passes: AttackPasses | None = field(init=False, default=None, repr=False)
     pass_seconds: list[float] = field(init=False, default_factory=list, repr=False)  # round by round
     first: dict[str, float] = field(init=False, default_factory=dict, repr=False)  # seconds of a variant's first run
@@ -80,6 +83,7 @@ class TrainingBenchmark:
             process_group(self.config.engine.device) as ranks,
             WorkProgress(ranks.is_first) as progress,
             timed_collectives(PhaseClock(ranks.device)) as collectives,
+            scratch_folder() as scratch,
         ):
             if self.against:
                 check_comparable(self.config, ranks.world_size)
@@ -90,11 +94,16 @@ class TrainingBenchmark:
             self.record = StepRecord(Nameless(), ranks, SilentLogger(), self.config.train.batch_size, {})
             variants = self._chosen(self._published(parts, clock) + self._ours(parts, clock, ranks))
             self._measure(variants, clock, collectives, ranks, progress)
+            ours, around = next((v for v in variants if v.name == OURS), None), {}
+            if ours:
+                step_s = Spread.of(ours.seconds).median
+                rest = AroundStep(self.config, parts, step_s, self.agreed, ranks, scratch, self.rounds, progress)
+                around = rest.measure()
             progress.part("matrix product")
             if self.trace:
-                self._write_trace(next((v for v in variants if v.name == OURS), variants[-1]), ranks)
+                self._write_trace(ours or variants[-1], ranks)
             if ranks.is_first:
-                report = self._report(variants, ranks)
+                report = self._report(variants, ours, around, ranks)
         if ranks.is_first:
             report.publish(out, ranks.device)
 
@@ -183,7 +192,7 @@ class TrainingBenchmark:
             with option(parts) if option else nullcontext():
                 done = optimizer_step(task, parts.engine, batch, lr, ranks.device)
             with clock("agreement"):
-                self.record.agree(done, batch, stop=False)
+                self.agreed = self.record.agree(done, batch, stop=False)
 
         return Variant(name, run, counted)
 
@@ -230,7 +239,9 @@ class TrainingBenchmark:
             self.trace.parent.mkdir(parents=True, exist_ok=True)
             profile.export_chrome_trace(str(self.trace))
 
-    def _report(self, variants: list[Variant], ranks: Ranks) -> BenchmarkReport:
+    def _report(
+        self, variants: list[Variant], ours: Variant | None, around: dict[str, Around], ranks: Ranks
+    ) -> BenchmarkReport:
         images = self.config.train.batch_size
         rate = matrix_rate(ranks.device, self.config.engine.precision)
         base = next((v for v in variants if v.name == PUBLISHED), variants[0])
@@ -265,9 +276,9 @@ class TrainingBenchmark:
         )
         if on_gpu:
             report.notes.append("GiB: the peak while the variant ran; the models of all variants lie there, too.")
-        ours = next((v for v in variants if v.name == OURS), None)
         if ours:
             self._note_attack(ours, report)
+            report_around(around, self.rounds, report)
         return report
 
     def _note_attack(self, ours: Variant, report: BenchmarkReport) -> None:

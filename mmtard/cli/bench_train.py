@@ -17,10 +17,11 @@ def add(parts) -> None:
         parts,
         "train",
         _run,
-        "Time the training step of a configuration: each of its phases, and what each of its options buys.",
+        "Time the training step of a configuration: each of its phases, what each of its options buys, and what "
+        "loading, logging and checkpoints add.",
         "mmtard bench train benchmarks/vitb32_vitl14 --against published",
-        more="Random images and classes stay on the device; no data is needed. Variants run alternately, in one "
-        "process.",
+        more="Random images and classes stay on the device; no data is needed, and loading is timed where there is "
+        "some. Variants run alternately, in one process. A checkpoint is written to $TMPDIR and removed.",
     )
     add_config_arguments(p)
     p.add_argument(

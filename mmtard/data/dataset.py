@@ -27,7 +27,7 @@ from .index import (
     write_index,
 )
 from .indexing import build_index, check_shards
-from .paths import cached_index, default_index, is_remote, shards_of
+from .paths import cached_index, index_file, is_remote, shards_of
 from .shard_scan import shard_name
 
 NO_LABEL = "no .cls member"
@@ -128,7 +128,7 @@ def _open(settings: Data, look_again: bool) -> tuple[Dataset, Path]:
     """(the data set, the file of its index)."""
     shards = shards_of(settings)
     keys = Keys(settings.label_key, settings.caption_key)
-    path = Path(settings.index) if settings.index else default_index(shards, keys.label, keys.caption)
+    path = index_file(settings, shards)
     index = _fitting(path, keys)
     if index is None and any(map(is_remote, shards)):
         _refuse_remote(path, keys)

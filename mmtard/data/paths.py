@@ -118,6 +118,11 @@ def _as_files(found: list[Path]) -> list[str]:
     return [f"./{path}" if is_remote(str(path)) else str(path) for path in found]
 
 
+def index_file(settings: Data, shards: list[str]) -> Path:
+    """Where the index of the shards that the section `data` names is, or will be once it is made."""
+    return Path(settings.index or default_index(shards, settings.label_key, settings.caption_key))
+
+
 def default_index(shards: list[str], label_key: str | None = None, caption_key: str | None = None) -> Path:
     """Where the index of these shards belongs unless data.index says otherwise.
 

@@ -91,7 +91,7 @@ def build_training(
         class_targets,
         engine,
         task,
-        _step_cost(config, ranks, task, flops),
+        step_cost(config, ranks, task, flops),
         teachers_sha256,
     )
 
@@ -103,7 +103,7 @@ def _note_teachers(config: Config, folder: RunFolder, clips: dict[str, Clip]) ->
     return found
 
 
-def _step_cost(
+def step_cost(
     config: Config, ranks: Ranks, task: DistillationTask, flops: dict[str, float]
 ) -> Callable[[float], dict[str, float]]:
     """Seconds of a step -> its speed and memory. flops: of a forward pass of one image, by model."""

@@ -183,6 +183,9 @@ def test_a_benchmark_writes_ratios_of_one_run_with_its_command(command, config, 
     ours = flops["mmtard"] / 16
     assert flops["mmtard, clean stored"] == pytest.approx(15 * ours) and ours < forward  # see vision_transformer.py
     assert flops["mmtard, one noisy step (N-FGSM)"] == pytest.approx((2 + 6 + 2) * ours)  # for PGD's 4 steps
+    around = found["around_the_step"]
+    assert around["load"] == {"not_measured": "no shards; `mmtard bench data` measures it"}
+    assert around["logging"]["n"] == around["checkpoint"]["n"] == 2
     assert found["matrix_flops"] > 0 and found["made_with"]["versions"]["torch"]
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     said = capsys.readouterr().out
@@ -249,7 +252,8 @@ def test_the_row_of_open_clips_towers_says_that_they_run_uncompiled(command, con
     name, out = "mmtard, open_clip's own towers, uncompiled", tmp_path / "train.json"
     words = ["bench", "train", write(config.model_dump(mode="json")), "engine.compile=on", "--variants", name]
     assert command(*words, "--rounds", "1", "--warm-up", "0", "--classes", "5", "--out", out) == 0
-    assert list(json.loads(out.read_text())["variants"]) == [name]
+    found = json.loads(out.read_text())
+    assert list(found["variants"]) == [name] and "around_the_step" not in found  # which is around mmtard's own step
 
 
 def test_a_variant_that_is_not_there_is_refused_with_those_that_are(command, config, write, capsys):
