@@ -11,6 +11,7 @@ from .. import config as settings
 from ..config import Model
 from ..errors import UserError
 from ..models.clip import Clip
+from ..models.merging import merge_command
 from ..models.weights import tensors_sha256
 from ..report.finding import is_model_folder
 from ..report.records import Accuracy, Evaluation
@@ -70,6 +71,7 @@ def model_card(clip: Clip, source: Model, hf: bool = False, adapter: bool = Fals
             name=name,
             weights=source,
             origin=origin,
+            merged=None if origin else merge_command(folder),
             image_size="x".join(dict.fromkeys(map(str, _sides(clip)))),
             activation="QuickGELU" if clip.config["model_cfg"].get("quick_gelu") else "GELU",
             preprocess=clip.config["preprocess_cfg"],

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shlex
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,11 +59,28 @@ def merged_from(folder: Path) -> list[Path]:
     [] for any other folder, and for a note that is damaged.
     """
     try:
-        note = json.loads((folder / NOTE).read_text() if (folder / NOTE).is_file() else "null")
-        folders = [note[part].get("folder") for part in ("b", "a")]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        folders = [_note(folder)[part].get("folder") for part in ("b", "a")]
+    except (KeyError, AttributeError, TypeError):
         return []
     return [Path(one) for one in folders if isinstance(one, str) and one and os.path.isdir(one)]
+
+
+def merge_command(folder: Path) -> str | None:
+    """The `mmtard merge` that wrote a folder; None for any other folder, and for a note that is damaged."""
+    try:
+        note = _note(folder)
+        a, b, weight, ema = note["a"]["weights"], note["b"]["weights"], float(note["weight"]), note["b"]["ema"]
+        return shlex.join(["mmtard", "merge", a, b, "--weight", str(weight), "OUT", *["--ema"] * bool(ema)])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+
+
+def _note(folder: Path) -> Any:
+    """What `merge` noted in a folder, as JSON has it; None where it is not there or cannot be read."""
+    try:
+        return json.loads((folder / NOTE).read_text()) if (folder / NOTE).is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def interpolate(a: Clip, b: Clip, weight: float) -> Clip:

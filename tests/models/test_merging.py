@@ -11,7 +11,7 @@ from mmtard.config import Model
 from mmtard.errors import UserError
 from mmtard.models import loading
 from mmtard.models.clip import Clip
-from mmtard.models.merging import interpolate, merged_from
+from mmtard.models.merging import interpolate, merge_command, merged_from
 
 
 @pytest.fixture(scope="module")
@@ -97,4 +97,4 @@ def test_two_models_whose_numbers_are_too_far_apart_are_refused(base):
 )
 def test_a_damaged_note_names_no_model(tmp_path, note):
     (tmp_path / "merged.json").write_text(note)
-    assert merged_from(tmp_path) == []
+    assert merged_from(tmp_path) == [] and merge_command(tmp_path) is None
