@@ -1,6 +1,5 @@
 """Whole runs in this process: unlike teachers, state that survives an interruption, data without labels."""
 
-import io
 import json
 import tarfile
 from pathlib import Path
@@ -10,11 +9,9 @@ import open_clip
 import pytest
 import torch
 from open_clip.zero_shot_classifier import build_zero_shot_classifier
-from PIL import Image
-from processes import only_rank
 from safetensors.torch import load_file
+from whole_runs import AfterSteps, Never, rows
 
-from mmtard import config
 from mmtard.config import Model
 from mmtard.distributed.interruption import EXIT_REQUEUE
 from mmtard.errors import RunError, UserError
@@ -28,110 +25,32 @@ from mmtard.training.watchdog import Watchdog
 pytestmark = pytest.mark.slow
 
 
-class Never:
-    signal = name = None
-
-    def __bool__(self):
-        return False
-
-
-class AfterTwoSteps(Never):
-    """Answers as an interruption that comes during the second step; asked once a step."""
-
-    name, asked = "SIGUSR2", 0
-
-    def __bool__(self):
-        self.asked += 1
-        return self.asked >= 2
-
-
-@pytest.fixture(scope="module")
-def ranks_of_module():
-    """One group for all runs of this module."""
-    with only_rank() as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def train(ranks_of_module):
-    """`mmtard.training.train.train` in the module's group."""
-
-    def run(given, interruption):
-        with Watchdog(given, ranks_of_module) as watchdog:
-            return Trainer(given, ranks_of_module, watchdog).train(interruption)
-
-    return run
-
-
-@pytest.fixture
-def settings(tmp_path, vit):
-    """Call with the run's name and changes of its configuration; 24 images, labels only where `labels` says so."""
-
-    def make(name, labels=True, data=(), **changes):
-        shards = tmp_path / f"shards{labels}"
-        if not shards.exists():
-            shards.mkdir()
-            rng = np.random.default_rng(0)
-            with tarfile.open(shards / "0.tar", "w") as tar:
-                for i in range(24):
-                    image = io.BytesIO()
-                    Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(image, "PNG")
-                    for suffix, content in [("png", image.getvalue())] + [("cls", str(i % 3).encode())] * labels:
-                        member = tarfile.TarInfo(f"{i:03d}.{suffix}")
-                        member.size = len(content)
-                        tar.addfile(member, io.BytesIO(content))
-            if labels:
-                (shards / "classnames.txt").write_text("cat\ndog\ncow\n")
-        base = {
-            "run_dir": str(tmp_path / name),
-            "student": {"arch": vit, "weights": "random"},
-            "attack": {"eps": "8/255", "step_size": "4/255", "steps": 2},
-            "data": {"shards": str(shards), "lanes": 2, "window": 8, "workers": 0, **dict(data)},
-            "train": {"steps": 4, "batch_size": 8, "lr": 1e-3},
-            "engine": {"precision": "float32", "device": "cpu"},
-            "checkpoint": {"every": 4},
-            "log": {"tensorboard": False},
-            "resume": {"max_preemptions": None},
-        }
-        return config.validate({**base, **changes}), tmp_path / name
-
-    return make
-
-
-def rows(run):
-    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return [
-        {k: v for k, v in row.items() if not k.startswith(("seconds", "images", "tflops", "memory", "mfu"))}
-        for row in lines
-    ]
-
-
 def state(run):
     return json.loads((run / "checkpoints/step-4/state.json").read_text())["method"]
 
 
+def of_both(halves, whole):
+    """File -> tensors of the last checkpoint, which an interrupted run and an undisturbed one have bit for bit."""
+    assert rows(halves) == rows(whole) and state(halves) == state(whole)
+    found, same = (
+        {p.name: load_file(p) for p in (run / "checkpoints/step-4").glob("*.safetensors")} for run in (halves, whole)
+    )
+    assert [(file, found[file].keys()) for file in same] == [(file, same[file].keys()) for file in same]
+    assert all(found[file][name].equal(value) for file in same for name, value in same[file].items())
+    return same
+
+
 def test_three_unlike_teachers_and_all_that_a_recipe_carries_survive_an_interruption(
-    train, settings, vit, resnet, tmp_path, monkeypatch
+    train, settings, vit, resnet, wide, monkeypatch
 ):
     """A ViT, a ResNet of another resolution, and a ViT of another width, embedding and context length; balanced
     weights, medians of entropies, a learned map and its moments, the samples' multipliers, a ramp, the moving
     average of the weights under a one-cycle schedule, and the alarm's fallback after the first step.
     """
     monkeypatch.setattr(overfitting_alarm, "overfitted", lambda single, multi, n, ratio: True)
-    wide = tmp_path / "tests-wide-trained.json"
-    vision = {"image_size": 24, "patch_size": 8, "width": 48, "layers": 1, "head_width": 16}
-    wide.write_text(
-        json.dumps(
-            {
-                "embed_dim": 24,
-                "vision_cfg": vision,
-                "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 24, "heads": 2, "layers": 1},
-            }
-        )
-    )
     ensemble = {
         "teachers": {
-            name: {"arch": str(arch), "weights": "random"}
+            name: {"arch": arch, "weights": "random"}
             for name, arch in (("clean", vit), ("robust", resnet), ("third", wide))
         },
         "method": {
@@ -155,13 +74,9 @@ def test_three_unlike_teachers_and_all_that_a_recipe_carries_survive_an_interrup
     undisturbed, whole = settings("whole", **ensemble)
     assert train(undisturbed, Never()) == 0
     interrupted, halves = settings("halves", **ensemble)
-    assert train(interrupted, AfterTwoSteps()) == EXIT_REQUEUE and len(rows(halves)) == 2
+    assert train(interrupted, AfterSteps()) == EXIT_REQUEUE and len(rows(halves)) == 2
     assert train(interrupted, Never()) == 0
-    assert rows(halves) == rows(whole) and state(halves) == state(whole)
-    tensors, same = (
-        {p.name: load_file(p) for p in (run / "checkpoints/step-4").glob("*.safetensors")} for run in (halves, whole)
-    )
-    assert all(tensors[file][name].equal(value) for file in same for name, value in same[file].items())
+    same = of_both(halves, whole)
     assert "learned.anchor.weight.exp_avg" in same["optimizer.safetensors"]
     multipliers = same["optimizer.safetensors"]["learned.bound.samples"]
     assert multipliers.shape == (24,) and multipliers.ne(torch.tensor(2.0).log()).all(), "all samples were seen"
@@ -176,6 +91,32 @@ def test_three_unlike_teachers_and_all_that_a_recipe_carries_survive_an_interrup
     assert {f"w_{name}{p}" for name in ("clean", "robust", "third") for p in ("", "_p10", "_p50", "_p90")} <= rows(
         whole
     )[0].keys()
+
+
+def test_a_run_of_lore_survives_an_interruption_with_its_network_a_map_of_places_and_a_ramp_of_steps(
+    train, settings, wide
+):
+    """LORE's network, which steps after every second update; a map between the tokens of two widths; the moving
+    average; an attack that has more of eps at each update, and a second step from the third on.
+    """
+    recipe = {
+        "teachers": {"robust": {"arch": wide, "weights": "random"}},
+        "method": {"name": "lore", "bound": {"rho": 1e-3, "dual_every": 2, "dual_lr": 1e-2}},
+        "terms": {"feature": {"of": "tokens", "teacher_view": "adv"}},
+        "attack": {"eps": "8/255", "step_size": "4/255", "steps": 3, "ramp": {"until": 4, "eps": "1/4", "steps": 1}},
+        "train": {"steps": 4, "batch_size": 8, "lr": 1e-3, "ema": 0.5},
+    }
+    undisturbed, whole = settings("whole", **recipe)
+    assert [undisturbed.attack.at(update).steps for update in range(4)] == [1, 1, 2, 2]
+    assert train(undisturbed, Never()) == 0
+    interrupted, halves = settings("halves", **recipe)
+    assert train(interrupted, AfterSteps(3)) == EXIT_REQUEUE and len(rows(halves)) == 3
+    assert train(interrupted, Never()) == 0
+    kept = of_both(halves, whole)["optimizer.safetensors"]
+    assert kept["learned.feature.weight"].shape == (24, 16)
+    updates = [kept[f"learned.{name}.step"] for name in ("feature.weight", "bound.0.weight", "bound.2.bias")]
+    assert updates == [4, 2, 2] and any(name.startswith("ema.") for name in kept)
+    assert rows(whole)[0]["w_bound"] != rows(whole)[3]["w_bound"] and rows(whole)[3]["bound_distance"] > 1e-3
 
 
 def test_each_model_of_an_ensemble_reads_the_class_names_with_its_own_tokenizer(
@@ -377,7 +318,7 @@ def test_a_teacher_whose_weights_were_replaced_is_refused_where_the_run_goes_on(
     old, changes = write_teacher(1), {"teachers": {"robust": {"weights": str(tmp_path / "teacher")}}}
     changes |= {"method": {"name": "ard"}, "train": {"steps": 6, "batch_size": 8, "lr": 1e-3}}
     given, run = settings("replaced", **changes)
-    assert train(given, AfterTwoSteps()) == EXIT_REQUEUE
+    assert train(given, AfterSteps()) == EXIT_REQUEUE
     saved = json.loads((run / "checkpoints/step-2/state.json").read_text())
     assert saved["teachers_sha256"] == starts(run)[0]["teachers_sha256"] == {"robust": old}
     new = write_teacher(2)
@@ -385,7 +326,7 @@ def test_a_teacher_whose_weights_were_replaced_is_refused_where_the_run_goes_on(
     with pytest.raises(UserError, match=message):
         train(given, Never())
     assert write_teacher(1) == old
-    assert train(given, AfterTwoSteps()) == EXIT_REQUEUE, "the old weights are back"
+    assert train(given, AfterSteps()) == EXIT_REQUEUE, "the old weights are back"
     assert write_teacher(2) == new
     allowed, _ = settings("replaced", **changes, resume={"allow": ["teachers.robust.sha256"]})
     assert train(allowed, Never()) == 0
