@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 
 from .. import config as settings
@@ -247,10 +248,19 @@ def _add_compare(commands) -> None:
 def _compare(args) -> None:
     from ..evaluation import comparison_tables
     from ..evaluation.compare import compare_all
+    from ..evaluation.matching import file_of, is_results
     from ..files import write_text
+    from ..report.finding import measured_before
 
     rows = compare_all(args.runs, args.labels)
     comparison_tables.show(rows)
+    for named, results in dict.fromkeys((row.named, file_of(row.path)) for row in rows):
+        if not is_results(named) and measured_before(results, named):
+            print(
+                f"warning: '{named}' holds other weights now than those measured in {results}; "
+                f"`mmtard evaluate {named}` measures them",
+                file=sys.stderr,
+            )
     for file, flag, text in (
         (args.csv, "--csv", comparison_tables.as_csv),
         (args.latex, "--latex", comparison_tables.as_latex),

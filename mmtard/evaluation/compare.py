@@ -23,6 +23,7 @@ class Row:
     accuracy: float
     n: int
     path: Path
+    named: Path  # the run, or the evaluation, that was named for it
     difference: dict | None = None  # as `paired_difference` gives it; None for the first model itself
 
     @property
@@ -61,8 +62,8 @@ def compare_all(paths: list[Path], labels: list[str] | None = None) -> list[Row]
         for first, second in _pairs(paths[0], path):
             for row in _paired(first, second):
                 at, n = (row["dataset"], row["eps"], first.path), row["n"]
-                first_rows.setdefault(at, Row(*at, labels[0], row["a"], n, first.path))
-                others.setdefault(at, []).append(Row(*at, label, row["b"], n, second.path, row))
+                first_rows.setdefault(at, Row(*at, labels[0], row["a"], n, first.path, paths[0]))
+                others.setdefault(at, []).append(Row(*at, label, row["b"], n, second.path, path, row))
     return [row for at, first in first_rows.items() for row in (first, *others[at])]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -108,6 +109,18 @@ class Weights:
 
     def __contains__(self, sha256: str) -> bool:
         return sha256 in (self.newest, self.most_robust)
+
+
+def measured_before(results: Path, folder: Path) -> bool:
+    """Whether an evaluation that names a run or model measured other weights than the folder holds now.
+
+    False where that cannot be said: for a checkpoint that was named itself, moving averages and adapters.
+    """
+    model = json.loads(results.read_bytes()).get("model", {})
+    named, sha256 = Path(str(model.get("weights", ""))), model.get("sha256")
+    if model.get("ema") or not sha256 or named.resolve() != folder.resolve():
+        return False
+    return Weights(folder).newest not in (None, sha256)
 
 
 def _image_tower_sha256(path: Path) -> str | None:

@@ -69,7 +69,9 @@ def test_a_merged_model_is_evaluated_and_compared_as_the_models_it_lies_between(
     capsys.readouterr()
     models = {"run": run, "half": half, "all": whole}
     assert command("compare", "run", "merged/half", "merged/all", "--csv", "table.csv") == 0
-    said = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    said, warned = printed.out.splitlines(), printed.err
+    assert "warning" not in warned
     rows = {(row["model"], row["eps"]): row for row in csv.DictReader((here / "table.csv").open())}
     assert rows.keys() == {(name, eps) for name in models for eps in ("", EPS)}
     for (name, eps), row in rows.items():
@@ -81,6 +83,12 @@ def test_a_merged_model_is_evaluated_and_compared_as_the_models_it_lies_between(
             assert (int(row["only_first"]), int(row["only_this"])) == ((theirs & ~ours).sum(), (ours & ~theirs).sum())
     assert float(rows["all", EPS]["mcnemar_p"]) == 1 and rows["all", EPS]["only_this"] == "0"
     assert any(line.startswith("half: evaluations/") for line in said), "where its numbers stand"
+
+    assert command("merge", "run/start", "run", "--weight", 0.4, "merged/half") == 0
+    assert command("compare", "run", "merged/half", "merged/all") == 0
+    (warned,) = capsys.readouterr().err.splitlines()
+    assert warned.startswith("warning: 'merged/half' holds other weights now than those measured in ")
+    assert warned.endswith("/results.json; `mmtard evaluate merged/half` measures them")
 
 
 def test_a_merged_model_is_exported_as_it_is_and_its_card_says_what_it_is(here, evaluate, command):
