@@ -100,8 +100,9 @@ class AroundStep:
 
     def checkpoint(self) -> Around:
         """How long the loop stands still for a checkpoint."""
-        every = self.config.checkpoint.every
-        settings = f"checkpoint.every={every}"
+        every, steps = self.config.checkpoint.every, self.config.train.steps
+        settings = f"checkpoint.every={every}" + (f" train.steps={steps}" if steps < every else "")
+        every = min(every, steps)  # a run saves at its end, too
         return self._measured("the loop stands still", settings, lambda s: s / every / self.step_s, self.stalls)
 
     def _measured(

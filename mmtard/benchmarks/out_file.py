@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import FULL, why_not_written
+from ..files import FULL, temporary_files, why_not_written
 
 MADE_WITH = "made_with"  # a key that every result has
 TRACE = b'"schemaVersion"'  # near the beginning of a profile that torch wrote
@@ -31,7 +31,7 @@ def check_trace(path: Path | None) -> None:
 @contextmanager
 def scratch_folder(parent: Path | None = None, flag: str = "TMPDIR") -> Iterator[Path]:
     """A folder for what a benchmark writes and removes; a disk that is full or takes nothing is one UserError."""
-    where = parent or Path(tempfile.gettempdir())
+    where = parent or temporary_files()
     try:
         made = tempfile.TemporaryDirectory(prefix="mmtard-bench-", dir=where)
     except OSError as error:

@@ -264,6 +264,9 @@ def _meeting_point(world: int) -> str:
         return f"file://{meeting}"
     if world > 1:
         return "env://"
-    folder = tempfile.mkdtemp(prefix="mmtard-")
+    try:
+        folder = tempfile.mkdtemp(prefix="mmtard-")
+    except OSError as error:
+        raise UserError(f"TMPDIR: {error.strerror}; name a folder that can be written") from None
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return f"file://{folder}/store"

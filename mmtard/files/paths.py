@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import stat
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,18 @@ MOST_FOLDERS = 5000  # that are searched for what is no file
 def user_cache() -> Path:
     """The folder of mmtard in the user's cache folder (XDG Base Directory Specification)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmtard"
+
+
+def temporary_files() -> Path:
+    """The folder for temporary files. Raises UserError where none, or not the one that TMPDIR names, can be written."""
+    named = os.environ.get("TMPDIR")
+    try:
+        found = tempfile.gettempdir()
+    except OSError as error:
+        raise UserError(f"TMPDIR: {error.strerror}; name a folder that can be written") from None
+    if named and not os.path.samefile(found, named if os.path.isdir(named) else "/"):
+        raise UserError(f"TMPDIR: cannot write '{named}'; name a folder that can be written")
+    return Path(found)
 
 
 def wait_for(path: Path, patience_s: float = 120.0) -> None:

@@ -8,19 +8,25 @@ import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from .. import config as settings, resources
 from ..config import Config
+from ..config.values import Int
 from ..config.yaml_tree import merge, override, read_tree
 from ..errors import UserError
 from ..files import settings_digest
 from .grid import dotted, names_of, refuse_one_name
+from .places import refuse_unknown_places
 from .schema import Contender, Settings, Study, Trained
 
 RUNS, MODELS = "runs", "models"  # folders of a study
 PARTS = 10  # checkpoints of a run that is not measured on the way: what a kill may cost is a part
 # What a run of a study does without: they cost time that would count as the method's.
 QUIET = {"log": {"tensorboard": False, "wandb": None}, "probe": None}
+STEPS = TypeAdapter(Annotated[Int, Field(ge=1)])
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,7 @@ def check(study: Study) -> None:
 
     Also where two settings would share a folder, or mean the same trainings.
     """
+    refuse_unknown_places(study)
     refuse_one_name("grid.vary", [(point.name, point.settings) for point in points(study)])
     refuse_one_name("grid.tune", [(choice.name, choice.settings) for choice in choices(study)])
     for name in study.models:
@@ -159,6 +166,8 @@ def check(study: Study) -> None:
                 _refuse_no_average(study, method, config)
                 budgets.setdefault((config.train.steps, config.train.batch_size), method)
             _refuse_again(trained, {**point.settings, **choice.settings}, configs)
+            if (point, choice) == (points(study)[0], choices(study)[0]):
+                _refuse_twins(study, configs)
         if len(budgets) > 1:
             told = ", ".join(f"methods.{m} trains {s} steps of {b} images" for (s, b), m in list(budgets.items())[:2])
             raise UserError(
@@ -186,8 +195,9 @@ def _base(study: Study, of: Contender | Trained) -> Settings:
 def _with_own(study: Study, tree: Settings, measured: bool) -> Settings:
     """With what the study sets itself, whatever the grid did to the sections it is in."""
     tree = merge(tree, QUIET)
-    steps = tree.get("train", {}).get("steps") if isinstance(tree.get("train"), dict) else None
-    if not isinstance(steps, int) or steps < 1:
+    try:
+        steps = STEPS.validate_python(tree["train"]["steps"])  # 10.0 are 10, as they are to the configuration
+    except (KeyError, TypeError, ValidationError):
         return tree  # the schema names what is wrong with it
     at = checkpoints(study, steps) if measured else []
     every = at[0] if at else -(-steps // PARTS)
@@ -213,6 +223,16 @@ def _refuse_again(trained: dict[str, Settings], one: Settings, configs: dict[str
         told = [_apart(other, one), _apart(one, other)]
         raise UserError(f"grid: {told[0]} and {told[1]} mean the same training; list it once")
     trained[same] = one
+
+
+def _refuse_twins(study: Study, configs: dict[str, Config]) -> None:
+    """Raise UserError where two methods are one training, measured alike: they would count as two contenders."""
+    seen: dict[tuple, str] = {}
+    for name, config in configs.items():
+        same = settings_digest(config.model_dump(mode="json", exclude={"run_dir"})), study.methods[name].ema
+        if same in seen:
+            raise UserError(f"methods: {seen[same]} and {name} have the same settings; leave one out")
+        seen[same] = name
 
 
 def _apart(one: Settings, other: Settings) -> str:

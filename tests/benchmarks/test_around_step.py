@@ -141,6 +141,19 @@ def test_what_cannot_be_measured_is_said_and_costs_no_other_number(measure, tiny
     assert "checkpoint: not measured: no room for a checkpoint" in printed
 
 
+@pytest.mark.parametrize("every, share", [(4, 0.5), (40, 0.2)])
+def test_a_run_that_ends_before_its_first_checkpoint_is_due_has_one_all_the_same(tiny, monkeypatch, every, share):
+    from mmtard.benchmarks.around_step import AroundStep
+
+    tiny["checkpoint"]["every"] = every
+    monkeypatch.setattr(AroundStep, "stalls", lambda self: [2.0])
+    config = validate(tiny)
+    assert config.train.steps == 10
+    around = AroundStep(config, None, 1.0, None, None, None, 1, None).checkpoint()
+    assert around.numbers()["added_share"] == share
+    assert around.settings == "checkpoint.every=4" if every == 4 else "checkpoint.every=40 train.steps=10"
+
+
 def test_shards_that_would_be_fetched_or_indexed_first_are_left_alone(shards, tmp_path):
     from mmtard.benchmarks.around_step import indexed_dataset
 

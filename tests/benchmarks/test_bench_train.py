@@ -259,7 +259,9 @@ def test_the_row_of_open_clips_towers_says_that_they_run_uncompiled(command, con
 def test_a_variant_that_is_not_there_is_refused_with_those_that_are(command, config, write, capsys):
     path = write(config.model_dump(mode="json"))
     assert command("bench", "train", path, "--variants", "fastest") == 2
-    assert "those of this configuration: mmtard, mmtard, clean stored" in capsys.readouterr().err
+    assert "no 'fastest' here; those of this configuration: 'mmtard', 'mmtard, clean stored'" in capsys.readouterr().err
+    assert command("bench", "train", path, "--variants", "mmtard", "train.lr=1") == 2
+    assert "no 'train.lr=1' here; settings come before --variants; those of" in capsys.readouterr().err
 
 
 def test_the_page_has_the_arithmetic_of_the_main_step():

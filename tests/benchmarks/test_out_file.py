@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 
 import pytest
 
@@ -46,6 +47,26 @@ def test_an_earlier_result_and_a_new_file_may_be_written(tmp_path):
     check_trace(tmp_path / "trace.json")
     check_trace(None)
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_temporary_folder_that_is_named_and_cannot_be_used_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # where an earlier answer is kept
+    with scratch_folder() as scratch:
+        assert scratch.parent == tmp_path
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with pytest.raises(UserError, match="^TMPDIR: cannot write '.*nowhere'; name a folder that can be written$"):
+        with scratch_folder():
+            pass
+
+    def none():
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    with pytest.raises(UserError, match="^TMPDIR: No usable temporary .*; name a folder that can be written$"):
+        with scratch_folder():
+            pass
 
 
 def test_a_scratch_folder_that_cannot_be_made_is_one_line(tmp_path):

@@ -226,6 +226,16 @@ def test_a_meeting_file_that_cannot_be_made_is_told_at_once(tmp_path, monkeypatc
         ranks._meeting_point(1)
 
 
+def test_a_rank_that_finds_no_temporary_folder_is_told_in_one_line(monkeypatch):
+    def none(**_):
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.delenv("MMTARD_INIT_FILE", raising=False)
+    monkeypatch.setattr(ranks.tempfile, "mkdtemp", none)
+    with pytest.raises(UserError, match="^TMPDIR: No usable temporary .*; name a folder that can be written$"):
+        ranks._meeting_point(1)
+
+
 @pytest.mark.parametrize(
     "local, expected",
     [

@@ -79,6 +79,10 @@ def test_checkpoints_lie_evenly_and_end_with_the_run(study):
     assert runs.checkpoints(one, 10) == [2, 4, 6, 8, 10] and runs.checkpoints(one, 3) == [1, 2, 3]
     config = runs.configuration(one, runs.tuning_runs(one)[0])
     assert (config.checkpoint.every, config.checkpoint.keep_every) == (1, 1)
+    for steps in ("12", "12.0", "'12'"):
+        many = study("curve.points=4", f"settings.train.steps={steps}")
+        config = runs.configuration(many, runs.tuning_runs(many)[0])
+        assert (config.checkpoint.every, config.checkpoint.keep_every) == (3, 3)
 
 
 def test_a_teacher_that_is_killed_loses_a_tenth_of_its_training_at_most(study):

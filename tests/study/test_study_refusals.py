@@ -97,6 +97,20 @@ def test_what_does_not_fit_is_named_with_its_place_and_remedy(study, overrides, 
             ["grid.vary=[[{data.lanes: 16}, {data.lanes: '16'}]]"],
             "grid.vary: {'data.lanes': 16} and {'data.lanes': '16'} would both be kept as 'data.lanes=16'; write",
         ),
+        (["grid.tune.train.steps=[10, 10.0]"], "grid: train.steps=10 and train.steps=10.0 mean the same training"),
+        (
+            ["methods.again={label: again, settings: {method: {name: tecoa}}}"],
+            "methods: tecoa and again have the same settings; leave one out",
+        ),
+        (
+            ["settings.student.weights='{studdy}/a.pt'"],
+            "settings.student.weights: '{studdy}/a.pt': {studdy} is not known; write {study} or {source}",
+        ),
+        (["settings.student.weights='{study}/pretrained/b/c.json'"], "no 'b' in pretrain; there is none"),
+        (
+            ["methods.teacher.settings.teachers.robust.weights='{study}/models/robsut'"],
+            "no 'robsut' in models; there is start, robust",
+        ),
         (["grid.vary=[[{attack.stepz: 1}]]"], "methods.tecoa: unknown key 'attack.stepz'; did you mean 'attack.steps'"),
     ],
 )
