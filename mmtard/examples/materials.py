@@ -93,9 +93,8 @@ def _options(material: Material) -> dict:
         if name not in known:
             raise unknown_name("key of data.options", name, known)
         if not isinstance(value, type(known[name])) or isinstance(value, bool) or (name != "trained" and value < 0):
-            raise UserError(
-                f"data.options.{name}: {value!r} is no {type(known[name]).__name__}; write e.g. {known[name]}"
-            )
+            kind = "name" if name == "trained" else "whole number of 0 or more"
+            raise UserError(f"data.options.{name}: {value!r} is no {kind}; write e.g. {known[name]}")
     if material.maker == "cifar" and material.source is None:
         raise UserError("data.source: name the folder of CIFAR-10 and CIFAR-100, e.g. data.source=../shared/data")
     return known | material.options

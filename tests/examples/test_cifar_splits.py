@@ -101,12 +101,18 @@ def test_a_second_call_writes_nothing(source, tmp_path):
         ({"maker": "cifar"}, "data.source: name the folder of CIFAR-10 and CIFAR-100"),
         ({"maker": "cifar", "source": "HERE"}, "has neither archives cifar100_*train*.npz nor a folder"),
         ({"maker": "cifar", "source": "HERE", "options": {"fwe": 1}}, "unknown key of data.options 'fwe'; known: few"),
-        ({"maker": "cifar", "source": "HERE", "options": {"few": "1"}}, "data.options.few: '1' is no int"),
+        (
+            {"maker": "cifar", "source": "HERE", "options": {"few": "1"}},
+            "data.options.few: '1' is no whole number of 0 or more; write e.g. 2000",
+        ),
         (
             {"maker": "cifar", "source": "HERE", "options": {"trained": "svhn"}},
             "'svhn' is neither of cifar10, cifar100",
         ),
-        ({"maker": "shapes", "options": {"train": -1}}, "data.options.train: -1 is no int; write e.g. 8000"),
+        (
+            {"maker": "shapes", "options": {"train": -1}},
+            "data.options.train: -1 is no whole number of 0 or more; write e.g. 8000",
+        ),
     ],
 )
 def test_what_cannot_be_made_is_told_and_nothing_is_left(material, message, tmp_path):
