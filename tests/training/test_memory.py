@@ -128,10 +128,13 @@ def test_the_random_start_holds_what_is_counted_for_it_and_the_update_nothing():
     """Counted where torch makes tensors: what is alive at once beside what was there before."""
     from mmtard.seeding import sample_uniform
 
-    drawn = Alive()
-    with drawn:
-        sample_uniform(torch.arange(8), (3, 32, 32))
-    assert drawn.most == pytest.approx(memory.DRAWS * 8 * 8 * 3 * 32 * 32, rel=0.05)
+    most = []
+    for _ in range(3):  # what else lives in this process may keep a tensor for a moment longer, none of them shorter
+        drawn = Alive()
+        with drawn:
+            sample_uniform(torch.arange(8), (3, 32, 32))
+        most.append(drawn.most)
+    assert min(most) == pytest.approx(memory.DRAWS * 8 * 8 * 3 * 32 * 32, rel=0.05)
     weights = [torch.nn.Parameter(torch.rand(1000)) for _ in range(8)]
     adam = torch.optim.AdamW(weights, fused=True)
     for weight in weights:
