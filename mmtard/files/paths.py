@@ -28,7 +28,7 @@ def temporary_files() -> Path:
         found = tempfile.gettempdir()
     except OSError as error:
         raise UserError(f"TMPDIR: {error.strerror}; name a folder that can be written") from None
-    if named and not os.path.samefile(found, named if os.path.isdir(named) else "/"):
+    if named and not (os.path.isdir(named) and os.path.samefile(found, named)):
         raise UserError(f"TMPDIR: cannot write '{named}'; name a folder that can be written")
     return Path(found)
 
