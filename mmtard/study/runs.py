@@ -157,6 +157,7 @@ def check(study: Study) -> None:
             raise UserError(
                 f"methods.{name}.settings: sets {key}, which the grid sets for every method; remove it there"
             )
+    _refuse_twins(study)
     trained: dict[str, Settings] = {}  # what all methods' trainings at a setting are -> the setting
     for point in points(study):
         budgets: dict[tuple, str] = {}
@@ -166,8 +167,6 @@ def check(study: Study) -> None:
                 _refuse_no_average(study, method, config)
                 budgets.setdefault((config.train.steps, config.train.batch_size), method)
             _refuse_again(trained, {**point.settings, **choice.settings}, configs)
-            if (point, choice) == (points(study)[0], choices(study)[0]):
-                _refuse_twins(study, configs)
         if len(budgets) > 1:
             told = ", ".join(f"methods.{m} trains {s} steps of {b} images" for (s, b), m in list(budgets.items())[:2])
             raise UserError(
@@ -225,11 +224,12 @@ def _refuse_again(trained: dict[str, Settings], one: Settings, configs: dict[str
     trained[same] = one
 
 
-def _refuse_twins(study: Study, configs: dict[str, Config]) -> None:
+def _refuse_twins(study: Study) -> None:
     """Raise UserError where two methods are one training, measured alike: they would count as two contenders."""
     seen: dict[tuple, str] = {}
-    for name, config in configs.items():
-        same = settings_digest(config.model_dump(mode="json", exclude={"run_dir"})), study.methods[name].ema
+    for name, method in study.methods.items():
+        config = configuration(study, Run(name, points(study)[0], choices(study)[0], study.seeds[0]))
+        same = settings_digest(config.model_dump(mode="json", exclude={"run_dir"})), method.ema
         if same in seen:
             raise UserError(f"methods: {seen[same]} and {name} have the same settings; leave one out")
         seen[same] = name

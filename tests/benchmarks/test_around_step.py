@@ -151,7 +151,7 @@ def test_a_run_that_ends_before_its_first_checkpoint_is_due_has_one_all_the_same
     assert config.train.steps == 10
     around = AroundStep(config, None, 1.0, None, None, None, 1, None).checkpoint()
     assert around.numbers()["added_share"] == share
-    assert around.settings == "checkpoint.every=4" if every == 4 else "checkpoint.every=40 train.steps=10"
+    assert around.settings == ("checkpoint.every=4" if every == 4 else "checkpoint.every=40 train.steps=10")
 
 
 def test_shards_that_would_be_fetched_or_indexed_first_are_left_alone(shards, tmp_path):

@@ -60,7 +60,11 @@ def test_a_file_comes_before_a_name(elsewhere):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("vitb32", "'vitb32'; did you mean vitb32_lora_mmtard, vitb32_mmtard, vitb32_official, vitb32_ours"),
+        (
+            "vitb32",
+            "unknown configuration 'vitb32'; did you mean vitb32_lora_mmtard, vitb32_mmtard, vitb32_official, "
+            "vitb32_ours",
+        ),
         ("vitb32_mmtrad", "unknown configuration 'vitb32_mmtrad'; did you mean vitb32_mmtard"),
         ("zzz", "unknown configuration 'zzz'; write a name or the path of a YAML file; `mmtard configs` lists"),
     ],
