@@ -15,6 +15,8 @@ GOLDEN = -7046029254386353131
 _MIX1 = -4658895280553007687
 _MIX2 = -7723592293110705685
 
+CACHED = 2**18  # numbers that a CPU draws at a time: their dozen passes then stay within its caches
+
 
 def sample_uniform(seeds: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Uniform numbers in [0,1) that depend on each sample's own seed alone: seeds int64 [B] -> float32 [B, *shape].
@@ -24,9 +26,21 @@ def sample_uniform(seeds: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor
     kind.
     """
     _check_seeds(seeds)
-    counter = torch.arange(1, 1 + torch.Size(shape).numel(), device=seeds.device, dtype=torch.int64)
-    z = _mix(seeds[:, None] + counter[None, :] * GOLDEN)
-    return (_shift(z, 40).to(torch.float32) * 2.0**-24).reshape(len(seeds), *shape)
+    n = torch.Size(shape).numel()
+    steps = torch.arange(1, 1 + n, device=seeds.device, dtype=torch.int64).mul_(GOLDEN)
+    if torch.compiler.is_compiling() or not seeds.is_cpu or len(seeds) * n <= CACHED:
+        numbers = _uniform(seeds, steps)
+    else:
+        numbers = torch.cat([_uniform(some, steps) for some in seeds.split(max(1, CACHED // n))])
+    return numbers.reshape(len(seeds), *shape)
+
+
+def _uniform(seeds: Tensor, steps: Tensor) -> Tensor:
+    """seeds int64 [B], steps int64 [N] -> float32 [B, N]."""
+    z = _mix(seeds[:, None] + steps)
+    z >>= 40
+    z &= (1 << 24) - 1
+    return z.to(torch.float32).mul_(2.0**-24)
 
 
 def derive_seeds(seeds: Tensor, k: int | Tensor) -> Tensor:
@@ -47,14 +61,18 @@ def _check_seeds(seeds: Tensor) -> None:
 
 
 def _mix(z: Tensor) -> Tensor:
-    z = (z ^ _shift(z, 30)) * _MIX1
-    z = (z ^ _shift(z, 27)) * _MIX2
-    return z ^ _shift(z, 31)
+    """The mixing of splitmix64, in place."""
+    z ^= _shift(z, 30)
+    z *= _MIX1
+    z ^= _shift(z, 27)
+    z *= _MIX2
+    z ^= _shift(z, 31)
+    return z
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
     # A logical shift: torch shifts int64 arithmetically.
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def permutation(size: int, *seed: int) -> np.ndarray:

@@ -26,7 +26,7 @@ from ..errors import RunError, UserError
 from .devices import rank_device
 from .launcher import Launch, launch_from_env
 from .meeting import meet, patience_of
-from .processes import raise_descriptor_limit
+from .processes import keep_freed_memory, raise_descriptor_limit
 
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
 LEAVE_S = 60.0  # for NCCL to take its groups down
@@ -142,6 +142,8 @@ def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30), *, w
     on_gpu = where.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(where)
+    else:
+        keep_freed_memory()
     if not dist.is_initialized():
         _meet(launch, where, timeout, patience_of(watchdog_minutes))
     # DeepSpeed reads these, and takes the GPU that LOCAL_RANK numbers.

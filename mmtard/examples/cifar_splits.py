@@ -7,33 +7,17 @@ Pretraining sees the captions of both.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import webdataset as wds
 
 from ..data.index import EXTENSIONS
 from ..errors import UserError
 from ..folders import SETTINGS, publish_folder, read_settings
+from .image_splits import Images, divide, spread, write_split
 
-SHARD = 5000
 PRETRAINING = "pretraining"
 NAMES = ("cifar10", "cifar100")
-
-
-@dataclass(frozen=True)
-class Images:
-    """Encoded images, their labels [N], and the classes' names."""
-
-    encoded: list[bytes]
-    kind: str  # of the files: webp, png, jpg
-    labels: np.ndarray
-    classes: list[str]
-
-    def take(self, ids: np.ndarray) -> Images:
-        """The images at these places, in this order."""
-        return Images([self.encoded[i] for i in ids], self.kind, self.labels[ids], self.classes)
 
 
 def make_splits(
@@ -61,39 +45,17 @@ def make_splits(
         wanted[next(name for name in NAMES if name != trained)] = zeroshot_validation
     rng = np.random.Generator(np.random.Philox(seed))
     found = {name: _read(source, name, alone=len(wanted) == 1) for name in wanted}
-    kept = {name: _divide(name, *found[name], wanted[name], rng) for name in wanted}
+    kept = {name: divide(name, *found[name], wanted[name], rng) for name in wanted}
     with publish_folder(out, settings) as partial:
         for (_, held, test), split in zip(kept.values(), ("test", "zeroshot")):
-            _write([test], partial / "images" / split)
-            _write([held], partial / "validation" / split)
+            write_split([test], partial / "images" / split)
+            write_split([held], partial / "validation" / split)
         train = kept[trained][0]
-        _write([train], partial / "images" / "train")
-        _write([train.take(np.sort(_spread(train.labels, rng)[:few]))], partial / "images" / "few")
-        _write([kept[name][0] for name in NAMES if name in kept], partial / PRETRAINING / "train")
+        write_split([train], partial / "images" / "train")
+        write_split([train.take(np.sort(spread(train.labels, rng)[:few]))], partial / "images" / "few")
+        write_split([kept[name][0] for name in NAMES if name in kept], partial / PRETRAINING / "train")
         # The weights that are pretrained on it depend on them.
         (partial / PRETRAINING / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
-
-
-def _divide(
-    name: str, train: Images, test: Images | None, n: int, rng: np.random.Generator
-) -> tuple[Images, Images, Images]:
-    """(training, validation, test images), all even over the classes."""
-    order = _spread(train.labels, rng)
-    if len(order) <= (n if test is not None else 3 * n):
-        raise UserError(f"data.options: {n} of the {len(order)} images of {name} for validation; ask for fewer")
-    held, rest = order[:n], order[n:]
-    if test is None:
-        test, rest = train.take(np.sort(rest[: 2 * n])), rest[2 * n :]
-    return train.take(np.sort(rest)), train.take(np.sort(held)), test
-
-
-def _spread(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Every place in a random order in which any first n are even over the classes."""
-    shuffled = rng.permutation(len(labels))
-    turn, seen = np.empty(len(labels), dtype=np.int64), {}
-    for i, label in enumerate(labels[shuffled].tolist()):
-        turn[i] = seen[label] = seen.get(label, -1) + 1
-    return shuffled[np.argsort(turn, kind="stable")]
 
 
 def _read(source: Path, name: str, alone: bool) -> tuple[Images, Images | None]:
@@ -122,7 +84,8 @@ def _archives(paths: list[Path]) -> Images:
         whole = blob.tobytes()
         encoded += [whole[start:end] for start, end in zip(offset[:-1].tolist(), offset[1:].tolist())]
         labels.append(label)
-    return Images(encoded, "webp", np.concatenate(labels).astype(np.int64), classes.tolist())
+    names = [name.replace("_", " ") for name in classes.tolist()]
+    return Images(encoded, ["webp"] * len(encoded), np.concatenate(labels).astype(np.int64), names)
 
 
 def _folder(folder: Path) -> Images:
@@ -130,24 +93,10 @@ def _folder(folder: Path) -> Images:
     files = [
         (path, i) for i, name in enumerate(classes) for path in sorted((folder / name).iterdir()) if _is_image(path)
     ]
-    kind = files[0][0].suffix.lstrip(".").lower() if files else "png"
+    kinds = [path.suffix.lstrip(".").lower() for path, _ in files]
     labels = np.array([i for _, i in files], dtype=np.int64)
-    return Images([path.read_bytes() for path, _ in files], kind, labels, classes)
+    return Images([path.read_bytes() for path, _ in files], kinds, labels, [name.replace("_", " ") for name in classes])
 
 
 def _is_image(path: Path) -> bool:
     return path.suffix[1:].lower() in EXTENSIONS and not path.name.startswith(".")
-
-
-def _write(parts: list[Images], folder: Path) -> None:
-    """Write images as shards, with the names of all classes end to end, underscores as spaces."""
-    folder.mkdir(parents=True)
-    names = [name.replace("_", " ") for part in parts for name in part.classes]
-    first, i = 0, 0
-    with wds.ShardWriter(str(folder / "%d.tar"), maxcount=SHARD, verbose=0) as shards:
-        for part in parts:
-            for encoded, label in zip(part.encoded, part.labels.tolist()):
-                shards.write({"__key__": f"{i:06d}", part.kind: encoded, "cls": str(first + label).encode()})
-                i += 1
-            first += len(part.classes)
-    (folder / "classnames.txt").write_text("\n".join(names) + "\n")

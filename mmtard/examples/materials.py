@@ -8,12 +8,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ..distributed.processes import keep_freed_memory
 from ..errors import UserError, unknown_name
 from ..files import why_not_written
 from ..study.schema import Material, Study
 from .cifar_splits import make_splits
 from .pretrain import Pretraining, pretrain
 from .shapes import make_data
+from .shard_splits import split_shards
 
 DATA, PRETRAINED = "data", "pretrained"  # folders of a study
 
@@ -41,6 +43,7 @@ def check(study: Study) -> None:
 def make(study: Study) -> None:
     """Make the data and the pretrained models of a study; what is there already is left as it is."""
     check(study)
+    keep_freed_memory()
     folder = Path(study.out)
     if study.data is not None:
         MAKERS[study.data.maker](study.data, folder / DATA)
@@ -73,12 +76,19 @@ def cifar(material: Material, out: Path) -> None:
     make_splits(Path(material.source or ""), out, **_options(material))
 
 
-MAKERS: dict[str, Callable[[Material, Path], None]] = {"shapes": shapes, "cifar": cifar}
+def shards(material: Material, out: Path) -> None:
+    """Split the shards that lie in `source` as `split_shards` says; options are its arguments."""
+    split_shards(Path(material.source or ""), out, **_options(material))
+
+
+MAKERS: dict[str, Callable[[Material, Path], None]] = {"shapes": shapes, "cifar": cifar, "shards": shards}
+SOURCES = {"cifar": "CIFAR-10 and CIFAR-100, e.g. data.source=../shared/data", "shards": "the shards"}
 DEFAULTS = {
     "shapes": {
         "train": 8000, "test": 1000, "zeroshot": 480, "validation": 600, "validation_zeroshot": 240, "seed": 0,
     },
     "cifar": {"trained": "cifar100", "validation": 2000, "zeroshot_validation": 1000, "few": 2000, "seed": 0},
+    "shards": {"validation": 500, "seed": 0},
 }  # fmt: skip
 
 
@@ -95,6 +105,6 @@ def _options(material: Material) -> dict:
         if not isinstance(value, type(known[name])) or isinstance(value, bool) or (name != "trained" and value < 0):
             kind = "name" if name == "trained" else "whole number of 0 or more"
             raise UserError(f"data.options.{name}: {value!r} is no {kind}; write e.g. {known[name]}")
-    if material.maker == "cifar" and material.source is None:
-        raise UserError("data.source: name the folder of CIFAR-10 and CIFAR-100, e.g. data.source=../shared/data")
+    if material.maker in SOURCES and material.source is None:
+        raise UserError(f"data.source: name the folder of {SOURCES[material.maker]}")
     return known | material.options

@@ -31,7 +31,9 @@ MOST_RUNS = 20_000  # that a study may come to have
 class Material(Section):
     """Data that are made for the study, below STUDY/data."""
 
-    maker: str = Field(..., description="`shapes` renders images, `cifar` takes CIFAR-10 and CIFAR-100 from `source`")
+    maker: str = Field(
+        ..., description="`shapes` renders images, `cifar` splits CIFAR-10 and CIFAR-100, `shards` shards of yours"
+    )
     source: PathText | None = Field(None, description="the folder that the maker reads; null: it needs none")
     options: dict[str, Any] = Field({}, description="sizes of the splits, seeds: as the maker takes them")
 

@@ -30,7 +30,7 @@ GPUS_A_NODE = 8  # assumed: a sharded teacher is whole on every node
 ATTACK, TRAINING = "activations, attack step", "activations, training step"
 START = "random start of the attack"
 ONE_AT_A_TIME = (START, ATTACK, TRAINING)  # each is gone when the next comes
-DRAWS = 3  # int64 numbers a pixel that `seeding.sample_uniform` holds at once
+DRAWS = 2  # int64 numbers a pixel that `seeding.sample_uniform` holds at once on a GPU
 COPY = "the attack's copy of the weights"
 
 

@@ -84,6 +84,13 @@ def test_sample_uniform_is_splitmix64_bit_for_bit():
         assert row.flatten().tolist() == [(z >> 40) / 2**24 for z in splitmix64(seed, 108)]
 
 
+@pytest.mark.parametrize("at_once", [1, 107, 108, 250])
+def test_sample_uniform_is_the_same_drawn_in_parts(at_once, monkeypatch):
+    whole = sample_uniform(SEEDS, (3, 6, 6))
+    monkeypatch.setattr("mmtard.seeding.CACHED", at_once)
+    assert torch.equal(sample_uniform(SEEDS, (3, 6, 6)), whole)
+
+
 def test_sample_uniform_is_uniform_and_neighbouring_seeds_are_unrelated():
     a, b = sample_uniform(torch.tensor([7, 8]), (3, 100, 100)).double()
     n = a.numel()

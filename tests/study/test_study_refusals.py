@@ -280,7 +280,7 @@ def test_an_unknown_study_is_answered_with_the_known_ones(capsys):
 def test_a_dry_run_refuses_data_that_nothing_makes(tmp_path, vit, capsys):
     file = write(tmp_path / "study.yaml", tree(tmp_path / "out", vit))
     for change, line in (
-        ("data.maker=shape", "unknown data.maker 'shape'; known: cifar, shapes"),
+        ("data.maker=shape", "unknown data.maker 'shape'; known: cifar, shapes, shards"),
         ("data.options.trian=5", "unknown key of data.options 'trian'; known: "),
         ("data.source=/nowhere", "data.source: '/nowhere' is no folder; name the one that holds the images"),
         ("pretrain={student: {architecture: big_clip, data: x, steps: 1}}", "'big_clip' is no .json model config"),

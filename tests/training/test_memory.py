@@ -132,7 +132,7 @@ def bytes_of_a_start() -> int:
 
     drawn = Alive()
     with drawn:
-        sample_uniform(torch.arange(8), (3, 32, 32))
+        sample_uniform(torch.arange(64), (3, 32, 32))
     return drawn.most
 
 
@@ -145,7 +145,7 @@ def test_the_random_start_holds_what_is_counted_for_it_and_the_update_nothing():
     most = int(
         subprocess.run([sys.executable, "-c", code], env=env, check=True, stdout=subprocess.PIPE).stdout.split()[-1]
     )
-    assert most == pytest.approx(memory.DRAWS * 8 * 8 * 3 * 32 * 32, rel=0.05)
+    assert most == pytest.approx(memory.DRAWS * 8 * 64 * 3 * 32 * 32, rel=0.05)
     weights = [torch.nn.Parameter(torch.rand(1000)) for _ in range(8)]
     adam = torch.optim.AdamW(weights, fused=True)
     for weight in weights:

@@ -1,0 +1,68 @@
+"""Encoded images as splits of a study: no image is in two, each is even over the classes; shards with class names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import webdataset as wds
+
+from ..errors import UserError
+
+SHARD = 5000
+
+
+@dataclass(frozen=True)
+class Images:
+    """Encoded images, the extension of each (webp, png, jpg), their labels [N], and the classes' names."""
+
+    encoded: list[bytes]
+    kinds: list[str]
+    labels: np.ndarray
+    classes: list[str]
+
+    def take(self, ids: np.ndarray) -> Images:
+        """The images at these places, in this order."""
+        return Images([self.encoded[i] for i in ids], [self.kinds[i] for i in ids], self.labels[ids], self.classes)
+
+
+def divide(
+    name: str, train: Images, test: Images | None, n: int, rng: np.random.Generator
+) -> tuple[Images, Images, Images]:
+    """(training, validation, test images): n for validation, all even over the classes.
+
+    Where there are no test images, test takes 2 n of the training images. Raises UserError where they do not suffice.
+    """
+    if n < 1:
+        raise UserError("data.options.validation: no image to choose settings by; ask for 1 or more")
+    order = spread(train.labels, rng)
+    if len(order) <= (n if test is not None else 3 * n):
+        raise UserError(f"data.options: {n} of the {len(order)} images of {name} for validation; ask for fewer")
+    held, rest = order[:n], order[n:]
+    if test is None:
+        test, rest = train.take(np.sort(rest[: 2 * n])), rest[2 * n :]
+    return train.take(np.sort(rest)), train.take(np.sort(held)), test
+
+
+def spread(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Every place in a random order in which any first n are even over the classes."""
+    shuffled = rng.permutation(len(labels))
+    turn, seen = np.empty(len(labels), dtype=np.int64), {}
+    for i, label in enumerate(labels[shuffled].tolist()):
+        turn[i] = seen[label] = seen.get(label, -1) + 1
+    return shuffled[np.argsort(turn, kind="stable")]
+
+
+def write_split(parts: list[Images], folder: Path) -> None:
+    """Write images as shards, with the names of all classes end to end."""
+    folder.mkdir(parents=True)
+    names = [name for part in parts for name in part.classes]
+    first, i = 0, 0
+    with wds.ShardWriter(str(folder / "%d.tar"), maxcount=SHARD, verbose=0) as shards:
+        for part in parts:
+            for encoded, kind, label in zip(part.encoded, part.kinds, part.labels.tolist()):
+                shards.write({"__key__": f"{i:06d}", kind: encoded, "cls": str(first + label).encode()})
+                i += 1
+            first += len(part.classes)
+    (folder / "classnames.txt").write_text("\n".join(names) + "\n")

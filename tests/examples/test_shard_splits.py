@@ -1,0 +1,98 @@
+"""Shards of anybody's images as the splits of a study."""
+
+import io
+
+import numpy as np
+import pytest
+import webdataset as wds
+from PIL import Image
+
+from mmtard import config as settings
+from mmtard.data.dataset import open_dataset
+from mmtard.data.reader import Reader
+from mmtard.errors import UserError
+from mmtard.examples import materials
+from mmtard.study.schema import Material
+
+
+def encoded(i, kind):
+    out = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), i, dtype=np.uint8)).save(out, {"jpg": "JPEG"}.get(kind, kind.upper()))
+    return out.getvalue()
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Two shards of 20 images in all, of two classes and two formats; the names lie one folder up."""
+    folder = tmp_path / "source" / "train"
+    folder.mkdir(parents=True)
+    (folder.parent / "classnames.txt").write_text("sea_lion\noak\n")
+    with wds.ShardWriter(str(folder / "%d.tar"), maxcount=12, verbose=0) as shards:
+        for i in range(20):
+            kind = ("jpg", "png")[i % 3 == 0]
+            shards.write({"__key__": f"image{i}", kind: encoded(i, kind), "cls": str(i % 2).encode()})
+    return folder
+
+
+def made(source, out, **options):
+    materials.MAKERS["shards"](Material(maker="shards", source=str(source), options=options), out)
+    return out
+
+
+def contents(folder):
+    """{bytes of an image: (its format, its class)} of a split."""
+    dataset = open_dataset(settings.Data(shards=str(folder)))
+    names, reader = (folder / "classnames.txt").read_text().splitlines(), Reader(dataset)
+    return {
+        reader.image(i): (dataset.file_name(i).rpartition(".")[2], names[label])
+        for i, label in enumerate(dataset.labels.tolist())
+    }
+
+
+def test_each_image_is_in_one_split_as_it_was(source, tmp_path):
+    out = made(source, tmp_path / "out", validation=4)
+    train, test, held = (contents(out / split) for split in ("images/train", "images/test", "validation/test"))
+    assert [len(train), len(test), len(held)] == [8, 8, 4]
+    given = {
+        encoded(i, kind): (kind, ("sea_lion", "oak")[i % 2])
+        for i, kind in ((i, ("jpg", "png")[i % 3 == 0]) for i in range(20))
+    }
+    assert train | test | held == given
+    for split in (train, test, held):  # even over the classes
+        assert sum(name == "oak" for _, name in split.values()) * 2 == len(split)
+    assert (out / "images" / "settings.json").is_file()  # weights that are pretrained on it depend on it
+
+
+def test_another_seed_splits_otherwise_and_the_same_call_writes_nothing(source, tmp_path):
+    one = contents(made(source, tmp_path / "out", validation=4) / "images/train")
+    shard = tmp_path / "out" / "images" / "train" / "0.tar"
+    before = shard.stat().st_mtime_ns
+    assert contents(made(source, tmp_path / "out", validation=4) / "images/train") == one
+    assert shard.stat().st_mtime_ns == before
+    assert contents(made(source, tmp_path / "other", validation=4, seed=1) / "images/train") != one
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"validation": 7}, "7 of the 20 images of '{source}' for validation; ask for fewer"),
+        ({"validation": 0}, "data.options.validation: no image to choose settings by; ask for 1 or more"),
+        ({"few": 3}, "unknown key of data.options 'few'; known: seed, validation"),
+    ],
+)
+def test_what_cannot_be_split_is_told_and_nothing_is_left(options, message, source, tmp_path):
+    with pytest.raises(UserError) as refused:
+        made(source, tmp_path / "out", **options)
+    assert message.format(source=source) in str(refused.value) and not (tmp_path / "out").exists()
+
+
+def test_an_image_without_a_label_is_named(source, tmp_path):
+    with wds.ShardWriter(str(source / "9%d.tar"), verbose=0) as shards:
+        shards.write({"__key__": "bare", "jpg": encoded(1, "jpg")})
+    with pytest.raises(UserError, match="data.source: '90.tar/bare' has no .cls member, and settings are chosen by"):
+        made(source, tmp_path / "out", validation=2)
+
+
+def test_without_a_source_it_is_asked_for(tmp_path):
+    with pytest.raises(UserError, match="data.source: name the folder of the shards"):
+        materials.MAKERS["shards"](Material(maker="shards"), tmp_path / "out")
