@@ -31,6 +31,11 @@ class Spread:
             return f"{self.median:.4g}"
         return f"{self.median:.4g} ({self.low:.4g}-{self.high:.4g})"
 
+    @property
+    def in_two_lines(self) -> str:
+        """The same for a narrow column: the median, and below it what is in the brackets."""
+        return f"{self.median:.3g}" + (f"\n{self.low:.3g}-{self.high:.3g}" if self.n > 1 else "")
+
 
 def alternately(
     variants: Mapping[str, Callable[[], None]],

@@ -308,13 +308,12 @@ def _row(v: Variant, images: int, ratio: Spread, share: float) -> list[str]:
 
 def _phase_table(variants: list[Variant]) -> BenchmarkTable:
     names = list(dict.fromkeys(name for v in variants for phases in v.phases for name in phases))
-    table = BenchmarkTable("Seconds of each phase, medians", ["", *names, "rest", "of all this, in collectives"])
+    columns = ["", *names, "rest", "of all this, in collectives"]
+    table = BenchmarkTable("Seconds of each phase: median, and below it smallest-largest", columns)
     for v in variants:
-        medians = {name: Spread.of([p.get(name, 0.0) for p in v.phases]).median for name in names}
-        rest = Spread.of([s - sum(p.values()) for s, p in zip(v.seconds, v.phases)]).median
-        collectives = Spread.of(v.communication).median
-        cells = (*medians.values(), rest, collectives)
-        table.rows.append([v.name, *(f"{seconds:.4g}" for seconds in cells)])
+        phases = [[p.get(name, 0.0) for p in v.phases] for name in names]
+        rest = [s - sum(p.values()) for s, p in zip(v.seconds, v.phases)]
+        table.rows.append([v.name, *(Spread.of(seconds).in_two_lines for seconds in (*phases, rest, v.communication))])
     return table
 
 

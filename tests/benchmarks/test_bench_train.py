@@ -166,6 +166,9 @@ def test_a_benchmark_writes_ratios_of_one_run_with_its_command(command, config, 
             assert ("agreement" in phases) == name.startswith("mmtard")
             assert 0 < sum(phases.values()) <= seconds, name
         assert len(variant["communication"]) == 2 and variant["first_step_seconds"] > 0
+    of_phases = {row[0]: dict(zip(found["tables"][1]["columns"], row)) for row in found["tables"][1]["rows"]}
+    low, high = sorted(phases["attack"] for phases in found["variants"]["mmtard"]["phases"])
+    assert of_phases["mmtard"]["attack"] == f"{(low + high) / 2:.3g}\n{low:.3g}-{high:.3g}"
     assert found["world_size"] == 1 and found["attack_by_its_passes"]["n"] == 2
     seconds = {name: variant["seconds"] for name, variant in found["variants"].items()}
     expected = sorted(a / b for a, b in zip(seconds["published"], seconds["mmtard"]))

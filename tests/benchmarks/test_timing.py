@@ -21,6 +21,7 @@ def test_a_ratio_is_taken_within_a_round_and_a_spread_names_its_ends():
     assert ratios([4.0, 9.0], [2.0, 3.0]) == [2.0, 3.0]
     spread = Spread.of([3.0, 1.0, 8.0])
     assert (spread.median, spread.low, spread.high) == (3.0, 1.0, 8.0) and str(spread) == "3 (1-8)"
+    assert spread.in_two_lines == "3\n1-8" and Spread.of([0.5]).in_two_lines == "0.5"
 
 
 def test_a_phase_inside_another_counts_to_the_outer_one(monkeypatch):
