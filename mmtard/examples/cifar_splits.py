@@ -85,7 +85,7 @@ def _archives(paths: list[Path]) -> Images:
         encoded += [whole[start:end] for start, end in zip(offset[:-1].tolist(), offset[1:].tolist())]
         labels.append(label)
     names = [name.replace("_", " ") for name in classes.tolist()]
-    return Images(encoded, ["webp"] * len(encoded), np.concatenate(labels).astype(np.int64), names)
+    return Images.of(encoded.__getitem__, ["webp"] * len(encoded), np.concatenate(labels).astype(np.int64), names)
 
 
 def _folder(folder: Path) -> Images:
@@ -95,7 +95,8 @@ def _folder(folder: Path) -> Images:
     ]
     kinds = [path.suffix.lstrip(".").lower() for path, _ in files]
     labels = np.array([i for _, i in files], dtype=np.int64)
-    return Images([path.read_bytes() for path, _ in files], kinds, labels, [name.replace("_", " ") for name in classes])
+    names = [name.replace("_", " ") for name in classes]
+    return Images.of(lambda i: files[i][0].read_bytes(), kinds, labels, names)
 
 
 def _is_image(path: Path) -> bool:

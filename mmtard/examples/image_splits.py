@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +16,22 @@ SHARD = 5000
 
 @dataclass(frozen=True)
 class Images:
-    """Encoded images, the extension of each (webp, png, jpg), their labels [N], and the classes' names."""
+    """Encoded images of a source, by their places in it, and the classes' names."""
 
-    encoded: list[bytes]
-    kinds: list[str]
-    labels: np.ndarray
+    read: Callable[[int], bytes]  # the image at a place
+    places: np.ndarray  # int64 [N]
+    kinds: np.ndarray  # str [N], the extensions: webp, png, jpg
+    labels: np.ndarray  # int64 [N]
     classes: list[str]
 
+    @classmethod
+    def of(cls, read: Callable[[int], bytes], kinds: list[str], labels: np.ndarray, classes: list[str]) -> Images:
+        """All images of a source."""
+        return cls(read, np.arange(len(labels)), np.array(kinds, dtype=str), labels, classes)
+
     def take(self, ids: np.ndarray) -> Images:
-        """The images at these places, in this order."""
-        return Images([self.encoded[i] for i in ids], [self.kinds[i] for i in ids], self.labels[ids], self.classes)
+        """Those of these ids, 0..N-1, in this order."""
+        return Images(self.read, self.places[ids], self.kinds[ids], self.labels[ids], self.classes)
 
 
 def divide(
@@ -61,8 +68,8 @@ def write_split(parts: list[Images], folder: Path) -> None:
     first, i = 0, 0
     with wds.ShardWriter(str(folder / "%d.tar"), maxcount=SHARD, verbose=0) as shards:
         for part in parts:
-            for encoded, kind, label in zip(part.encoded, part.kinds, part.labels.tolist()):
-                shards.write({"__key__": f"{i:06d}", kind: encoded, "cls": str(first + label).encode()})
+            for place, kind, label in zip(part.places.tolist(), part.kinds.tolist(), part.labels.tolist()):
+                shards.write({"__key__": f"{i:06d}", kind: part.read(place), "cls": str(first + label).encode()})
                 i += 1
             first += len(part.classes)
     (folder / "classnames.txt").write_text("\n".join(names) + "\n")

@@ -45,6 +45,5 @@ def _read(dataset: Dataset, names: list[str]) -> Images:
             f"data.source: '{dataset.name(i)}' has {dataset.label_problem(i)}, and settings are chosen by classes; "
             "give it one, or leave it out"
         )
-    reader = Reader(dataset)
     kinds = [EXTENSIONS[kind] for kind in dataset.index.extension.tolist()]
-    return Images([reader.image(i) for i in range(len(dataset))], kinds, dataset.labels, names)
+    return Images.of(Reader(dataset).image, kinds, dataset.labels, names)
