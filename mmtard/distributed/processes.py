@@ -34,10 +34,14 @@ def keep_freed_memory() -> bool:
     """Let malloc keep what is freed, for the next tensor of its size; whether this C library can be told so.
 
     glibc gives blocks of over 32 MiB back to the kernel at once, which clears every page of the next one. On a CPU, a
-    batch of images of 224 px is such a block in a dozen places of a step.
+    batch of images of 224 px is such a block in a dozen places of a step. What was freed before this call goes back:
+    of several runs in one process, none adds to what another kept.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all([mallopt(what, value) for what, value in KEEP])
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return False
+    libc.malloc_trim(0)
+    return all([libc.mallopt(what, value) for what, value in KEEP])
 
 
 def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:

@@ -75,6 +75,14 @@ CASES = {  # method, attack, ZeRO stage, placement of the teachers[, terms]
     "adaad": ({"name": "adaad", "alpha": 0.5}, {}, 3, "sharded"),
     "mtard": ({"name": "mtard", "rate": 0.5}, {"steps": 1}, 2, "replicated"),
     "mmtard": ({"name": "mmtard", "trust": "label"}, {"objective": "kl_fused"}, 2, "sharded"),
+    "mmtard, more weight for harder samples, and the feature term": (
+        {"name": "mmtard", "weighting": "hardness"},
+        {},
+        2,
+        "replicated",
+        {"feature": {"teacher": "third", "weight": 2.0}, "projection_lr": 1e-2},
+    ),
+    "mmtard, by entropy": ({"name": "mmtard", "weighting": "entropy"}, {}, 3, "sharded"),
     "mmtard, a teacher of x for x', by the student where it is unsure": (
         {
             "name": "mmtard",
