@@ -82,7 +82,7 @@ CASES = {  # method, attack, ZeRO stage, placement of the teachers[, terms]
         "replicated",
         {"feature": {"teacher": "third", "weight": 2.0}, "projection_lr": 1e-2},
     ),
-    "mmtard, by entropy": ({"name": "mmtard", "weighting": "entropy"}, {}, 3, "sharded"),
+    "mmtard, by entropy": ({"name": "mmtard", "weighting": "entropy"}, {"steps": 1, "step_size": None}, 3, "sharded"),
     "mmtard, a teacher of x for x', by the student where it is unsure": (
         {
             "name": "mmtard",
