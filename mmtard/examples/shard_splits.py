@@ -42,8 +42,8 @@ def split_shards(source: Path, out: Path, *, validation: int, seed: int) -> None
 def _read(dataset: Dataset, names: list[str]) -> Images:
     for i in np.flatnonzero(dataset.labels < 0)[:1].tolist():
         raise UserError(
-            f"data.source: '{dataset.name(i)}' has {dataset.label_problem(i)}, and settings are chosen by classes; "
-            "give it one, or leave it out"
+            f"data.source: '{dataset.name(i)}': {dataset.label_problem(i)}; settings are chosen by classes, so give it "
+            "the number of its own in a .cls member, or leave it out"
         )
     kinds = [EXTENSIONS[kind] for kind in dataset.index.extension.tolist()]
     return Images.of(Reader(dataset).image, kinds, dataset.labels, names)

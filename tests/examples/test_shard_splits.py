@@ -86,10 +86,17 @@ def test_what_cannot_be_split_is_told_and_nothing_is_left(options, message, sour
     assert message.format(source=source) in str(refused.value) and not (tmp_path / "out").exists()
 
 
-def test_an_image_without_a_label_is_named(source, tmp_path):
+@pytest.mark.parametrize("label, problem", [({}, "no .cls member"), ({"cls": b"1.0"}, ".cls is not a class number")])
+def test_an_image_without_a_label_is_named(label, problem, source, tmp_path):
     with wds.ShardWriter(str(source / "9%d.tar"), verbose=0) as shards:
-        shards.write({"__key__": "bare", "jpg": encoded(1, "jpg")})
-    with pytest.raises(UserError, match="data.source: '90.tar/bare' has no .cls member, and settings are chosen by"):
+        shards.write({"__key__": "bare", "jpg": encoded(1, "jpg"), **label})
+    with pytest.raises(UserError, match=f"data.source: '90.tar/bare': {problem}; settings are chosen by classes"):
+        made(source, tmp_path / "out", validation=2)
+
+
+def test_a_label_that_has_no_name_is_told(source, tmp_path):
+    (source.parent / "classnames.txt").write_text("sea_lion\n")
+    with pytest.raises(UserError, match="has 1 names, and the shards have a sample of label 1"):
         made(source, tmp_path / "out", validation=2)
 
 
