@@ -72,10 +72,12 @@ def name_flags(message: str, flags: dict[str, str]) -> str:
     return re.sub(rf"(?<![\w.-])({words})(?![\w.])", lambda found: flags[found[1]], message)
 
 
-def may_start(config: Config, again: bool = False) -> None:
-    """Raise RunError where the `resume` settings do not let the run be started; `again`: or this job's own start."""
-    run = Path(config.run_dir)
-    reason = history.why_not_restart(run, config.resume) or (history.why_not_restart_job(run) if again else None)
+def may_start(config: Config, when: str = "now") -> None:
+    """Raise RunError where the `resume` settings do not let the run be started; "now", "again" or "signalled"."""
+    run, bounds = Path(config.run_dir), config.resume
+    reason = history.why_not_restart(run, bounds)
+    if not reason and when != "now":
+        reason = history.why_not_restart_job(run, bounds.max_starts_without_progress if when == "signalled" else 0)
     if reason:
         raise RunError(f"'{config.run_dir}': {reason}")
 

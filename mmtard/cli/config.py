@@ -48,9 +48,10 @@ def add(commands) -> None:
     )
     p.add_argument(
         "--may-start",
-        choices=("now", "again"),
+        choices=("now", "again", "signalled"),
         help="instead of looking for what is wrong, fail when the `resume` settings do not let the run be started; "
-        "again: nor when this job's own start failed, was stopped by a person, or ended before it was noted",
+        "again: nor when this job's own start failed, was stopped by a person, or ended before it was noted; "
+        "signalled: as again, of a start that a signal ended, which may be repeated though it was not noted",
     )
     p.add_argument(
         "--not-stored",
@@ -70,7 +71,7 @@ def _config(args) -> int | None:
         raise UserError("CONFIG: name a configuration; `mmtard configs` lists those that come with mmtard")
     config = settings.load(args.config, args.overrides)
     if args.may_start:
-        may_start(config, again=args.may_start == "again")
+        may_start(config, args.may_start)
     if args.not_stored:
         print(*(name for name, folder in stored_teachers(config).items() if folder is None), sep="\n")
         return 0

@@ -24,7 +24,7 @@ from ..distributed.interruption import EXIT_INTERRUPTED
 from ..errors import UserError
 from .environment import announcement, rendezvous, say
 from .request import DEFAULT_CONFIG, words_of
-from .requeue import MAX_REQUEUES, CannotGoOnError, go_on, ignore_signals, may_start, wants_more
+from .requeue import MAX_REQUEUES, CannotGoOnError, from_outside, go_on, ignore_signals, may_start, wants_more
 from .resubmit import submit_script_again
 
 # How the log calls the work of a command.
@@ -87,7 +87,7 @@ def _may_go_on(command: str, words: tuple[str, ...], status: int) -> bool:
     """Whether the work may be started again by itself: a training knows from its run who stopped it."""
     if command != "train":
         return status != EXIT_INTERRUPTED and slurm.starts() <= MAX_REQUEUES
-    return may_start("again", words, _one_rank()) == 0
+    return may_start("signalled" if from_outside(status, _own_log()) else "again", words, _one_rank()) == 0
 
 
 def _srun(*flags: str) -> list[str]:
@@ -116,8 +116,7 @@ def _ranks(words: tuple[str, ...]) -> int:
 
     What the ranks print goes to the job's log, which keeps every start, and to a file of this start.
     """
-    log = slurm.job_fields(slurm.job()).get("StdOut")  # a controller that is busy says nothing
-    own = f"{log.removesuffix('.log')}-start{slurm.starts()}.log" if log else os.devnull
+    own = _own_log() or os.devnull
     # Slurm's signals, which the ranks heed, would end tee before the ranks' last lines.
     tee = subprocess.Popen(["tee", "-a", own], stdin=subprocess.PIPE, preexec_fn=ignore_signals)
     # A rank that is killed leaves the others waiting for it in a collective: end them, too.
@@ -132,6 +131,12 @@ def _ranks(words: tuple[str, ...]) -> int:
     status = ranks.wait()
     tee.wait()
     return status if status >= 0 else 128 - status
+
+
+def _own_log() -> Path | None:
+    """The file of what the ranks of this start print; None where the controller is too busy to say where the log is."""
+    log = slurm.job_fields(slurm.job()).get("StdOut")
+    return Path(f"{log.removesuffix('.log')}-start{slurm.starts()}.log") if log else None
 
 
 def _evaluation(arguments: list[str]) -> tuple[str, ...]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ..distributed import slurm
 from ..distributed.interruption import EXIT_REQUEUE, Interruption
@@ -38,11 +40,29 @@ def wants_more(status: int) -> bool:
     return status == EXIT_REQUEUE or status > 128
 
 
+def from_outside(status: int, log: Path | None) -> bool:
+    """Whether a signal ended the ranks that none of them is to blame for: a warning that came before they listened,
+    which on a busy node takes seconds, or a kill.
+
+    status: srun's. log: the file of what the ranks and srun printed; where a rank fails, Slurm ends the others by a
+    signal, too, which nothing else tells apart.
+    """
+    if status not in {128 + number for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGKILL)}:
+        return False
+    try:
+        printed = log.read_text(errors="replace") if log else ""
+    except OSError:
+        printed = ""
+    itself = re.search(r"^srun: error: .*: Exited with exit code", printed, re.MULTILINE)
+    return status == 128 + signal.SIGUSR2 or bool(printed and not itself)
+
+
 def may_start(when: str, words: tuple[str, ...], launcher: Sequence[str] = (sys.executable,)) -> int:
     """The status of `mmtard config --may-start WHEN WORDS`: 0 when the run of a configuration may be started.
 
     One message about a wrong setting, or about a run that was started too often or failed, and not one from every rank.
-    when: "now", or "again" where this job's own start has just ended. words: the configuration and its overrides.
+    when: "now"; "again" where this job's own start has just ended; "signalled" where it was `from_outside`.
+    words: the configuration and its overrides.
     launcher: what runs Python where the ranks' Python is not this one.
     """
     command = [*launcher, "-m", "mmtard", "config", "--may-start", when, *words]

@@ -49,7 +49,8 @@ class Task:
             print(f"rank {self.rank} was ended by {signal.Signals(-status).name}", file=sys.stderr, flush=True)
             # This was the only rank, or none of the others failed for a reason of its own.
             if all(end <= 0 or end == EXIT_REQUEUE for end in self._wait_for_the_others()):
-                self._go_on()
+                # Of the signals that reach a rank before it listens, this one alone ends it.
+                self._go_on("signalled" if status == -signal.SIGKILL else "again")
         if status:
             sys.tracebacklimit = 0  # submitit prints and keeps the traceback; the reason is mmtard's line above it
             raise RuntimeError(f"mmtard {self.words[0]} ended with status {status}; the lines above say why")
@@ -134,17 +135,17 @@ class Task:
 
     # ---------------------------------------------------------------- the job
 
-    def _go_on(self) -> None:
+    def _go_on(self, when: str = "again") -> None:
         """Start this job again, once; raises SystemExit where that is done or decided, returns where it must not be.
 
-        Raises RuntimeError where it was started too often or nothing starts it again.
+        when: of `may_start`. Raises RuntimeError where it was started too often or nothing starts it again.
         """
         try:
             (self.folder / f"{slurm.job()}_requeue_{slurm.starts()}").touch(exist_ok=False)
         except FileExistsError:
             raise SystemExit(0) from None  # another task decides
         command, *words = self.words
-        if command == "train" and may_start("again", tuple(words)):
+        if command == "train" and may_start(when, tuple(words)):
             return
         if command != "train" and self.received == signal.SIGINT:
             return  # a person stopped it; a training notes that itself

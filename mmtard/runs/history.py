@@ -135,9 +135,14 @@ def why_not_restart(run: Path, bounds: Resume, step: int | None = None) -> str |
     return None
 
 
-def why_not_restart_job(run: Path) -> str | None:
-    """Return why the job of the newest start must not start the run again by itself; None when the bounds allow it."""
+def why_not_restart_job(run: Path, signalled: int = 0) -> str | None:
+    """Return why the job of the newest start must not start the run again by itself; None when the bounds allow it.
+
+    signalled: so many starts in a row may be ended by a signal before they are noted, as this one was; 0: it was not.
+    """
     if not is_this_jobs(run):
+        if signalled:
+            return _why_not_after_signals(run, signalled)
         return "this start ended before the run's folder was prepared, the next would, too; its lines above say why"
     newest = read(run)[-1]
     if end_kind(newest) not in FOR_GOOD:
@@ -145,6 +150,18 @@ def why_not_restart_job(run: Path) -> str | None:
     return (
         f"this start ended as {end_kind(newest)}: {end_reason(newest)}; "
         "it is not repeated by itself, submit it again to go on from the last checkpoint"
+    )
+
+
+def _why_not_after_signals(run: Path, most: int) -> str | None:
+    noted = [start["restart"] for start in read(run)[-1:] if start.get("job") == slurm.job()]
+    ended = slurm.restarts() - noted[0] if noted else slurm.starts()
+    if ended < most:
+        return None
+    return (
+        f"a signal ended {ended} starts in a row before the run's folder was prepared, and "
+        f"resume.max_starts_without_progress allows {most}; the lines above say which: a warning that comes so early "
+        "wants more --time, a kill may be for want of memory"
     )
 
 

@@ -22,7 +22,8 @@ task.Task(tuple(sys.argv[2:]), Path(sys.argv[1]))()
 """
 MMTARD = """
 import os, signal, sys, time
-if sys.argv[1:] == ["config", "--may-start", "again", "x.yaml"]:
+if sys.argv[1:3] == ["config", "--may-start"] and sys.argv[4:] == ["x.yaml"]:
+    open("asked", "a").write(sys.argv[3])
     raise SystemExit({may_not_start})
 open("started", "a").write("x")
 {body}
@@ -108,6 +109,8 @@ def test_work_whose_only_rank_was_killed_goes_back_to_the_queue(task, tmp_path, 
     """By the kernel, say, for want of memory."""
     process = task("os.kill(os.getpid(), 9)", words=words)
     assert "job 7: goes back to the queue" in process.communicate(timeout=30)[0] and process.returncode == 0
+    # A training may have been killed before its run was noted, for which it is not to blame.
+    assert words[0] != "train" or (tmp_path / "asked").read_text() == "signalled"
     assert requeued(tmp_path) == "requeue 7\n"
 
 

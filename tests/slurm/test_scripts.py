@@ -27,6 +27,7 @@ SRUN = r"""#!/bin/bash
 cd "$(dirname "$0")"
 echo "${@:3}" >>ran
 echo "0: step 1"
+[ ! -f said ] || cat said >&2
 [ ! -f ends ] || { mkdir -p run && cat ends >run/resume.jsonl; }
 exit "$(cat status)"
 """
@@ -100,6 +101,29 @@ def test_a_run_that_failed_or_that_a_person_stopped_is_not_started_again_whateve
     assert done.returncode == status
     assert noted(tmp_path / "requeued") == ["requeue 7"] * again, done.stdout
     assert (f"this start ended as {end}: why; it is not repeated by itself" in done.stderr) != again
+
+
+ITSELF = "srun: error: node1: task 0: Exited with exit code 1"
+
+
+@pytest.mark.parametrize(
+    "status, said, again",
+    [(140, "", True), (143, "", True), (137, "", True), (143, ITSELF, False), (137, ITSELF, False), (139, "", False)],
+)
+@pytest.mark.parametrize("restarts", [2, 3])
+def test_ranks_that_a_signal_ended_before_the_start_was_noted_are_started_again_within_a_bound(
+    script, tmp_path, status, said, again, restarts
+):
+    """The history has the job's first start alone; the starts after it have left nothing."""
+    (tmp_path / "said").write_text(said and said + "\n")
+    job = {"SLURM_RESTART_COUNT": str(restarts)}
+    done = script("train_vitb32.sh", tmp_path / "run.yaml", status=status, end="preempted", **job)
+    assert done.returncode == status
+    assert bool(noted(tmp_path / "requeued")) == (again and restarts == 2), done.stderr
+    assert ("a signal ended 3 starts in a row before the run's folder was prepared" in done.stderr) == (
+        again and restarts == 3
+    )
+    assert ("this start ended before the run's folder was prepared" in done.stderr) != again
 
 
 @pytest.mark.parametrize("end", ["failed", "stopped"])
