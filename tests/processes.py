@@ -32,15 +32,17 @@ def python_path(*folders: Path | str) -> str:
     return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
 
 
-def without_transformers(folder: Path) -> Path:
-    """A folder for PYTHONPATH, in this one, with which a Python has no transformers: as open_clip sees it.
+def without_extras(folder: Path) -> Path:
+    """A folder for PYTHONPATH, in this one, with which a Python has neither transformers nor wandb: as open_clip and
+    timm see it.
 
-    To import it takes a second of each process, and only models and tokenizers of Hugging Face ask for it.
+    To import each takes a second of every process; models and tokenizers of Hugging Face and that tracker ask for them.
     """
-    package = folder / "without" / "transformers"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise ImportError('transformers is left out')\n")
-    return package.parent
+    for name in ("transformers", "wandb"):
+        package = folder / "without" / name
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(f"raise ImportError('{name} is left out')\n")
+    return folder / "without"
 
 
 @contextmanager

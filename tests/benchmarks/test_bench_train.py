@@ -185,6 +185,7 @@ def test_a_benchmark_writes_ratios_of_one_run_with_its_command(command, config, 
                                       "student": 6 * flops["mmtard"] / 16})  # fmt: skip
     ours = flops["mmtard"] / 16
     assert flops["mmtard, clean stored"] == pytest.approx(15 * ours) and ours < forward  # see vision_transformer.py
+    assert flops["mmtard, clean stored, open_clip's own towers"] == pytest.approx(15 * forward)
     assert flops["mmtard, one noisy step (N-FGSM)"] == pytest.approx((2 + 6 + 2) * ours)  # for PGD's 4 steps
     around = found["around_the_step"]
     assert around["load"] == {"not_measured": "no shards; `mmtard bench data` measures it"}

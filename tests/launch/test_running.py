@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from processes import python_path, without_transformers
+from processes import python_path, without_extras
 
 from mmtard.runs.metrics import TIMINGS
 
@@ -40,7 +40,7 @@ def jobs_of(run):
 def test_local_trains_here_on_two_ranks_with_the_copied_code(tiny):
     config, run = tiny("local")
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = python_path(without_transformers(config.parent / "local"))
+    env["PYTHONPATH"] = python_path(without_extras(config.parent / "local"))
     command = [sys.executable, SUBMIT, "--config", config, "--local", "--gpus-per-node=2", "log.every=1"]
     done = subprocess.run(command, env=env, cwd=config.parent, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from processes import python_path, without_transformers
+from processes import python_path, without_extras
 
 ROOT = Path(__file__).parents[2]
 LOCAL_CLUSTER, TRAIN = ROOT / "slurm" / "local_cluster.sh", ROOT / "slurm" / "train_vitb32.sh"
@@ -27,7 +27,7 @@ class Cluster:
         self.env |= {
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{python}:{os.environ['PATH']}",
-            "PYTHONPATH": python_path(without_transformers(folder)),
+            "PYTHONPATH": python_path(without_extras(folder)),
             "OMP_NUM_THREADS": "1",
         }
 

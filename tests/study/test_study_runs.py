@@ -11,7 +11,7 @@ import time
 
 import pytest
 import yaml
-from processes import python_path, without_transformers
+from processes import python_path, without_extras
 from tiny_study import tree, write
 
 from mmtard.cli.main import main
@@ -33,7 +33,7 @@ def whole(tmp_path_factory, vit):
     file = write(folder / "tiny.yaml", tree(folder / "out", vit, methods=methods))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["mmtard", "study", str(file)])
-        patch.setenv("PYTHONPATH", python_path(without_transformers(folder)))  # of the workers
+        patch.setenv("PYTHONPATH", python_path(without_extras(folder)))  # of the workers
         assert main(["study", str(file)]) == 0
     return file, folder / "out"
 
@@ -148,7 +148,7 @@ def test_a_second_call_trains_nothing_and_writes_the_same(whole, capsys, quick_f
 
 def test_a_damaged_last_checkpoint_is_trained_again_and_measured(whole, tmp_path, monkeypatch, capsys, quick_figures):
     """Its newest whole checkpoint is gone on from, and no accuracy of an earlier step stands for the last one's."""
-    monkeypatch.setenv("PYTHONPATH", python_path(without_transformers(tmp_path)))
+    monkeypatch.setenv("PYTHONPATH", python_path(without_extras(tmp_path)))
     file, out = whole
     before = rows(out, "runs.csv")
     run = next((out / "runs" / "teacher").rglob("seed-1"))
@@ -167,7 +167,7 @@ def test_a_damaged_last_checkpoint_is_trained_again_and_measured(whole, tmp_path
 
 def test_killed_and_stopped_on_the_way_it_ends_with_the_same_numbers(whole, tmp_path, monkeypatch, quick_figures):
     """SIGKILL to the whole in the middle of the tuning, SIGTERM later, then to the end."""
-    monkeypatch.setenv("PYTHONPATH", python_path(without_transformers(tmp_path)))
+    monkeypatch.setenv("PYTHONPATH", python_path(without_extras(tmp_path)))
     file, out = whole
     content = yaml.safe_load(file.read_text()) | {"out": str(tmp_path / "again")}
     again = write(tmp_path / "again.yaml", content)
@@ -188,7 +188,7 @@ def test_killed_and_stopped_on_the_way_it_ends_with_the_same_numbers(whole, tmp_
 
 
 def test_a_run_that_fails_is_named_with_its_log_and_the_others_stay(tmp_path, vit, capsys, monkeypatch, quick_figures):
-    monkeypatch.setenv("PYTHONPATH", python_path(without_transformers(tmp_path)))
+    monkeypatch.setenv("PYTHONPATH", python_path(without_extras(tmp_path)))
     content = tree(tmp_path / "out", vit, curve=None, seeds=[0], grid={"tune": {"train.lr": [1e-3]}})
     content["methods"]["teacher"]["settings"]["teachers"]["robust"]["weights"] = str(tmp_path / "gone")
     file = write(tmp_path / "fails.yaml", content)
