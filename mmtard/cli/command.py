@@ -76,8 +76,10 @@ def may_start(config: Config, when: str = "now") -> None:
     """Raise RunError where the `resume` settings do not let the run be started; "now", "again" or "signalled"."""
     run, bounds = Path(config.run_dir), config.resume
     reason = history.why_not_restart(run, bounds)
-    if not reason and when != "now":
-        reason = history.why_not_restart_job(run, bounds.max_starts_without_progress if when == "signalled" else 0)
+    if not reason and when == "again":
+        reason = history.why_not_restart_job(run)
+    if not reason and when == "signalled":
+        reason = history.why_not_restart_signalled(run, bounds.max_starts_without_progress)
     if reason:
         raise RunError(f"'{config.run_dir}': {reason}")
 

@@ -51,7 +51,7 @@ def add(commands) -> None:
         choices=("now", "again", "signalled"),
         help="instead of looking for what is wrong, fail when the `resume` settings do not let the run be started; "
         "again: nor when this job's own start failed, was stopped by a person, or ended before it was noted; "
-        "signalled: as again, of a start that a signal ended, which may be repeated though it was not noted",
+        "signalled: as again, of a start that a signal ended, which may be repeated where it was not noted, and now is",
     )
     p.add_argument(
         "--not-stored",

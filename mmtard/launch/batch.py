@@ -69,12 +69,13 @@ def _run(script: str, command: str, configs: list[str], arguments: list[str]) ->
         say(f"stores the embeddings of {', '.join(missing)} first, once for every training on them")
         commands = ["cache", "train"]
     for command in commands:
-        if status := _ranks((command, *words)):
+        status, said = _ranks((command, *words))
+        if status:
             break
     if command == "preflight":
         return status
     say(f"{WORK[command]} ended with status {status}")
-    if wants_more(status) and _may_go_on(command, words, status):
+    if wants_more(status) and _may_go_on(command, words, status, said):
         training = words if command == "train" else ()
         try:
             go_on(slurm.job(), lambda: submit_script_again(script, arguments), training=training)
@@ -83,11 +84,11 @@ def _run(script: str, command: str, configs: list[str], arguments: list[str]) ->
     return status
 
 
-def _may_go_on(command: str, words: tuple[str, ...], status: int) -> bool:
+def _may_go_on(command: str, words: tuple[str, ...], status: int, said: str) -> bool:
     """Whether the work may be started again by itself: a training knows from its run who stopped it."""
     if command != "train":
         return status != EXIT_INTERRUPTED and slurm.starts() <= MAX_REQUEUES
-    return may_start("signalled" if from_outside(status, _own_log()) else "again", words, _one_rank()) == 0
+    return may_start("signalled" if from_outside(status, said) else "again", words, _one_rank()) == 0
 
 
 def _srun(*flags: str) -> list[str]:
@@ -111,12 +112,13 @@ def _not_stored(words: tuple[str, ...]) -> list[str]:
     return done.stdout.split() if done.returncode == 0 else []
 
 
-def _ranks(words: tuple[str, ...]) -> int:
-    """`mmtard WORDS` on every rank; srun's exit status, of a signal as 128 + its number.
+def _ranks(words: tuple[str, ...]) -> tuple[int, str]:
+    """`mmtard WORDS` on every rank; srun's exit status, of a signal as 128 + its number, and with one what was printed.
 
     What the ranks print goes to the job's log, which keeps every start, and to a file of this start.
     """
-    own = _own_log() or os.devnull
+    own = _own_log()
+    before = own.stat().st_size if own.is_file() else 0  # of another job with the same log
     # Slurm's signals, which the ranks heed, would end tee before the ranks' last lines.
     tee = subprocess.Popen(["tee", "-a", own], stdin=subprocess.PIPE, preexec_fn=ignore_signals)
     # A rank that is killed leaves the others waiting for it in a collective: end them, too.
@@ -130,13 +132,23 @@ def _ranks(words: tuple[str, ...]) -> int:
         tee.stdin.close()
     status = ranks.wait()
     tee.wait()
-    return status if status >= 0 else 128 - status
+    status = status if status >= 0 else 128 - status
+    return status, _printed(own, before) if status > 128 else ""
 
 
-def _own_log() -> Path | None:
-    """The file of what the ranks of this start print; None where the controller is too busy to say where the log is."""
+def _own_log() -> Path:
+    """The file of what the ranks of this start print; a sink where the controller is too busy to name the log."""
     log = slurm.job_fields(slurm.job()).get("StdOut")
-    return Path(f"{log.removesuffix('.log')}-start{slurm.starts()}.log") if log else None
+    return Path(f"{log.removesuffix('.log')}-start{slurm.starts()}.log" if log else os.devnull)
+
+
+def _printed(log: Path, after: int) -> str:
+    try:
+        with open(log, "rb") as file:
+            file.seek(after)
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _evaluation(arguments: list[str]) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from ..distributed import slurm
 from ..distributed.interruption import EXIT_REQUEUE, Interruption
@@ -17,6 +16,7 @@ from ..distributed.processes import RANK_VARIABLES
 from ..errors import UserError
 from .environment import say
 
+OUTSIDE = (signal.SIGUSR2, signal.SIGTERM, signal.SIGKILL)  # what ends a rank that is not to blame for it
 # Evaluation and caching do not count their own starts, so this bounds them.
 MAX_REQUEUES = 20
 TRIES, PAUSE_S = 3, 5.0  # for a controller that is too busy to answer
@@ -40,21 +40,22 @@ def wants_more(status: int) -> bool:
     return status == EXIT_REQUEUE or status > 128
 
 
-def from_outside(status: int, log: Path | None) -> bool:
+def from_outside(status: int, said: str) -> bool:
     """Whether a signal ended the ranks that none of them is to blame for: a warning that came before they listened,
     which on a busy node takes seconds, or a kill.
 
-    status: srun's. log: the file of what the ranks and srun printed; where a rank fails, Slurm ends the others by a
-    signal, too, which nothing else tells apart.
+    status: srun's, of signals the largest. said: what the ranks and srun printed in this start. Where a rank fails or
+    crashes, Slurm ends the others by a signal, too, so that each rank's end counts, as srun tells it.
     """
-    if status not in {128 + number for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGKILL)}:
+    if status not in {128 + number for number in OUTSIDE}:
         return False
-    try:
-        printed = log.read_text(errors="replace") if log else ""
-    except OSError:
-        printed = ""
-    itself = re.search(r"^srun: error: .*: Exited with exit code", printed, re.MULTILINE)
-    return status == 128 + signal.SIGUSR2 or bool(printed and not itself)
+    names = "|".join(signal.strsignal(number) or "" for number in OUTSIDE)
+    exits = "|".join(str(code) for code in (EXIT_REQUEUE, *(128 + number for number in OUTSIDE)))
+    ends = re.findall(r"^srun: error: [^ ]+: tasks? [^:]+: (.*)$", said, re.MULTILINE)
+    # An srun that was told to be quiet says nothing of them.
+    return all(re.fullmatch(f"({names}|Exited with exit code ({exits}))", end.strip()) for end in ends) and (
+        bool(ends) or status == 128 + signal.SIGUSR2
+    )
 
 
 def may_start(when: str, words: tuple[str, ...], launcher: Sequence[str] = (sys.executable,)) -> int:

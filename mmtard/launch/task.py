@@ -48,9 +48,10 @@ class Task:
         if status < 0:
             print(f"rank {self.rank} was ended by {signal.Signals(-status).name}", file=sys.stderr, flush=True)
             # This was the only rank, or none of the others failed for a reason of its own.
-            if all(end <= 0 or end == EXIT_REQUEUE for end in self._wait_for_the_others()):
-                # Of the signals that reach a rank before it listens, this one alone ends it.
-                self._go_on("signalled" if status == -signal.SIGKILL else "again")
+            ends = self._wait_for_the_others()
+            if all(end <= 0 or end == EXIT_REQUEUE for end in ends):
+                # Of the signals from outside, this one alone ends a rank that does not listen yet; others are crashes.
+                self._go_on("signalled" if {end for end in ends if end < 0} == {-signal.SIGKILL} else "again")
         if status:
             sys.tracebacklimit = 0  # submitit prints and keeps the traceback; the reason is mmtard's line above it
             raise RuntimeError(f"mmtard {self.words[0]} ended with status {status}; the lines above say why")

@@ -12,7 +12,7 @@ from ..config import Resume
 from ..distributed import slurm
 from ..errors import UserError
 from ..files import note_text, read_json_lines, why_not_written, write_text
-from .layout import CHECKPOINTS, HISTORY, SUCCESSOR
+from .layout import CHECKPOINTS, HISTORY, SUCCESSOR, UNNOTED
 
 # How a start ended. After `stopped` and `failed` nothing starts a run again but the user.
 COMPLETE, TIMEOUT, PREEMPTED, LOST, STOPPED, FAILED = "complete", "timeout", "preempted", "lost", "stopped", "failed"
@@ -135,14 +135,9 @@ def why_not_restart(run: Path, bounds: Resume, step: int | None = None) -> str |
     return None
 
 
-def why_not_restart_job(run: Path, signalled: int = 0) -> str | None:
-    """Return why the job of the newest start must not start the run again by itself; None when the bounds allow it.
-
-    signalled: so many starts in a row may be ended by a signal before they are noted, as this one was; 0: it was not.
-    """
+def why_not_restart_job(run: Path) -> str | None:
+    """Return why the job of the newest start must not start the run again by itself; None when the bounds allow it."""
     if not is_this_jobs(run):
-        if signalled:
-            return _why_not_after_signals(run, signalled)
         return "this start ended before the run's folder was prepared, the next would, too; its lines above say why"
     newest = read(run)[-1]
     if end_kind(newest) not in FOR_GOOD:
@@ -153,13 +148,28 @@ def why_not_restart_job(run: Path, signalled: int = 0) -> str | None:
     )
 
 
-def _why_not_after_signals(run: Path, most: int) -> str | None:
-    noted = [start["restart"] for start in read(run)[-1:] if start.get("job") == slurm.job()]
-    ended = slurm.restarts() - noted[0] if noted else slurm.starts()
-    if ended < most:
+def why_not_restart_signalled(run: Path, most: int) -> str | None:
+    """Return why this job must not start the run again, whose start a signal ended; None when the bounds allow it.
+
+    A start that had not come into the history yet is noted beside it; `most` such starts in a row are allowed. Raises
+    UserError when the note cannot be written.
+    """
+    if is_this_jobs(run):
+        return why_not_restart_job(run)
+    starts = len(read(run))
+    in_a_row = [line for line in read_json_lines(run / UNNOTED) if line.get("after") == starts]
+    in_a_row.append({"time": _now(), "job": slurm.job(), "restart": slurm.restarts(), "after": starts})
+    refused = len(in_a_row) >= most
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        # A person who submits the job anew has the whole bound before them.
+        note_text(run / UNNOTED, "" if refused else "".join(json.dumps(line) + "\n" for line in in_a_row))
+    except OSError as error:
+        raise UserError(why_not_written(run / UNNOTED, error)) from None
+    if not refused:
         return None
     return (
-        f"a signal ended {ended} starts in a row before the run's folder was prepared, and "
+        f"a signal ended {len(in_a_row)} starts in a row before the run's folder was prepared, and "
         f"resume.max_starts_without_progress allows {most}; the lines above say which: a warning that comes so early "
         "wants more --time, a kill may be for want of memory"
     )

@@ -8,6 +8,7 @@ OVERFITTED = "alarm: catastrophic overfitting"  # one of these events
 PROBES = "probes.jsonl"  # robust accuracy of checkpoints, measured while the run goes on
 HISTORY = "resume.jsonl"  # a line a start; it also marks the folder as mmtard's own
 CHECKSUMS = "checksums.json"  # of the settings, the class embeddings and the start
+UNNOTED = "unnoted.jsonl"  # a line a start that a signal ended before it came into the history
 SUCCESSOR = "goes_on_as"  # the job that goes on for one that may not be requeued
 WANDB = "wandb.json"  # the id of the run at Weights & Biases
 TENSORBOARD = "tensorboard"

@@ -122,15 +122,17 @@ def test_a_rank_that_was_killed_beside_one_that_failed_starts_nothing_again(task
 
 
 @pytest.mark.slow
-def test_a_rank_that_waits_for_a_killed_one_is_ended_within_its_turn_and_the_job_goes_on(task, tmp_path):
+@pytest.mark.parametrize("end, asked", [("os.kill(os.getpid(), 9)", "signalled"), ("os.abort()", "again")])
+def test_a_rank_that_waits_for_a_killed_one_is_ended_within_its_turn_and_the_job_goes_on(task, tmp_path, end, asked):
     """As inside a kernel of NCCL, where neither a closed connection nor a signal is noticed."""
     turns = {"SLURM_NTASKS": "2", "SURVIVORS_TURN_S": "1", "LOOK_EVERY_S": "0.5"}
     deaf = task("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)", **turns)
     started(deaf, tmp_path)
-    killed = task("os.kill(os.getpid(), 9)", SLURM_PROCID="1", **turns)
+    killed = task(end, SLURM_PROCID="1", **turns)
     printed = deaf.communicate(timeout=20)[0]
     assert "rank 0 still waits for a rank that is gone" in printed and deaf.returncode == 0
     assert killed.wait(20) == 0 and requeued(tmp_path) == "requeue 7\n"
+    assert (tmp_path / "asked").read_text() == asked
 
 
 @pytest.mark.slow
