@@ -1,4 +1,4 @@
-"""Encoded images as splits of a study: no image is in two, each is even over the classes; shards with class names."""
+"""Encoded images as splits of a study: no sample is in two, each is even over the classes; shards with class names."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def divide(
 ) -> tuple[Images, Images, Images]:
     """(training, validation, test images): n for validation, all even over the classes.
 
-    Where there are no test images, test takes 2 n of the training images. Raises UserError where they do not suffice.
+    Where there are no test images, test takes 2 n of the training images. Raises UserError where they do not suffice,
+    or leave none of a class to train on.
     """
     if n < 1:
         raise UserError("data.options.validation: no image to choose settings by; ask for 1 or more")
@@ -49,6 +50,12 @@ def divide(
     held, rest = order[:n], order[n:]
     if test is None:
         test, rest = train.take(np.sort(rest[: 2 * n])), rest[2 * n :]
+    for label in np.setdiff1d(train.labels, train.labels[rest])[:1].tolist():
+        has = int((train.labels == label).sum())
+        raise UserError(
+            f"data.options.validation: {n} leaves no image of class '{train.classes[label]}' of {name} to train on, "
+            f"which has {has}; ask for fewer, or leave that class out"
+        )
     return train.take(np.sort(rest)), train.take(np.sort(held)), test
 
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import errno
+import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+from PIL import Image
 from safetensors import SafetensorError
+from webdataset.autodecode import DecodingError
 
+from ..config import Data
+from ..data.dataset import open_dataset
+from ..data.reader import Reader
 from ..distributed.processes import keep_freed_memory
 from ..errors import UserError, unknown_name
 from ..files import why_not_written
@@ -58,6 +65,30 @@ def make(study: Study) -> None:
             full = "os error 28" in str(error)
             reason = OSError(errno.ENOSPC, "No space left on device") if full else OSError(str(error))
             raise UserError(why_not_written(out, reason, remedy="name another folder")) from None
+        except (RuntimeError, DecodingError):
+            _look_at_images(data, splits, settings.architecture)
+            raise
+    keep_freed_memory()  # from here on: a study waits for other processes
+
+
+def _look_at_images(data: Path, splits: tuple[str, ...], architecture: Path) -> None:
+    """Raise UserError naming an image that a CLIP cannot be pretrained on: one that is damaged, or of another size."""
+    size = json.loads(architecture.read_text())["vision_cfg"]["image_size"]
+    for split in ("train", *splits):
+        dataset = open_dataset(Data(shards=str(data / split)))
+        reader = Reader(dataset)
+        for i in range(len(dataset)):
+            try:
+                with Image.open(io.BytesIO(reader.image(i))) as image:
+                    found = image.size
+                    image.load()
+            except (OSError, ValueError, SyntaxError) as error:
+                raise UserError(f"data: '{dataset.name(i)}' cannot be decoded ({error}); leave it out") from None
+            if found != (size, size):
+                raise UserError(
+                    f"data: '{dataset.name(i)}' has {found[0]} x {found[1]} px, and {architecture.stem} is pretrained "
+                    f"on {size} x {size}; write the shards with images of that size"
+                )
 
 
 def shapes(material: Material, out: Path) -> None:

@@ -18,7 +18,7 @@ from .image_splits import Images, divide, write_split
 
 
 def split_shards(source: Path, out: Path, *, validation: int, seed: int) -> None:
-    """Write images/train, images/test and validation/test below `out`; again only where the source has changed.
+    """Write images/train, images/test and validation/test below `out`; again only where images or names have changed.
 
     `source` is a folder of shards, beside which or one folder up lie its classnames.txt; images are copied as they are.
     validation/test has `validation` of them, images/test twice as many, even over the classes, images/train the rest.
@@ -26,12 +26,13 @@ def split_shards(source: Path, out: Path, *, validation: int, seed: int) -> None
     """
     given = Data(shards=str(source.resolve()))
     dataset = open_dataset(given)
-    settings = {"source": str(source.resolve()), "fingerprint": dataset.fingerprint}
+    names = classnames(given, dataset)
+    settings = {"source": str(source.resolve()), "fingerprint": dataset.fingerprint, "classes": names}
     settings |= {"validation": validation, "seed": seed}
     if read_settings(out) == settings:
         return
     rng = np.random.Generator(np.random.Philox(seed))
-    train, held, test = divide(f"'{source}'", _read(dataset, classnames(given, dataset)), None, validation, rng)
+    train, held, test = divide(f"'{source}'", _read(dataset, names), None, validation, rng)
     with publish_folder(out, settings) as partial:
         for images, split in ((train, "images/train"), (test, "images/test"), (held, "validation/test")):
             write_split([images], partial / split)

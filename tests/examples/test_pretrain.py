@@ -1,8 +1,12 @@
 """The tiny CLIP: it builds offline, learns, and comes out the same twice."""
 
+import io
+
 import open_clip
 import pytest
 import torch
+import webdataset as wds
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -10,6 +14,7 @@ from mmtard.errors import UserError
 from mmtard.examples import materials
 from mmtard.examples.pretrain import ARCHITECTURE, Pretraining, pretrain
 from mmtard.examples.shapes import make_data
+from mmtard.folders import SETTINGS
 from mmtard.study import schema
 
 
@@ -49,4 +54,35 @@ def test_weights_that_do_not_fit_on_the_disk_are_one_line(tmp_path, monkeypatch)
     how = {"architecture": "tiny_clip", "data": str(tmp_path), "steps": 1}
     study = schema.Study.model_construct(out=str(tmp_path), data=None, pretrain={"student": schema.Pretraining(**how)})
     with pytest.raises(UserError, match=r"cannot write '.*pretrained/student': No space left on device \(the disk"):
+        materials.make(study)
+
+
+def png(size):
+    out = io.BytesIO()
+    Image.new("RGB", (size, size)).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "last, message",
+    [
+        pytest.param(
+            png(40),
+            r"data: '0.tar/3' has 40 x 40 px, and tiny_clip is pretrained on 32 x 32; write the shards",
+            id="size",
+        ),
+        pytest.param(png(32)[:40], r"data: '0.tar/3' cannot be decoded \(.+\); leave it out", id="damaged"),
+    ],
+)
+def test_an_image_that_cannot_be_pretrained_on_is_named(tmp_path, last, message):
+    folder = tmp_path / "data" / "train"
+    folder.mkdir(parents=True)
+    (folder / "classnames.txt").write_text("cat\n")
+    (folder.parent / SETTINGS).write_text('{"kind": "made by hand"}\n')
+    with wds.TarWriter(str(folder / "0.tar")) as tar:
+        for i, image in enumerate([png(32)] * 3 + [last]):
+            tar.write({"__key__": str(i), "png": image, "cls": b"0"})
+    how = schema.Pretraining(architecture="tiny_clip", data=str(tmp_path / "data"), steps=4)
+    study = schema.Study.model_construct(out=str(tmp_path / "out"), data=None, pretrain={"student": how})
+    with pytest.raises(UserError, match=message):
         materials.make(study)

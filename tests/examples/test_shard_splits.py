@@ -86,6 +86,22 @@ def test_what_cannot_be_split_is_told_and_nothing_is_left(options, message, sour
     assert message.format(source=source) in str(refused.value) and not (tmp_path / "out").exists()
 
 
+def test_other_class_names_are_other_splits(source, tmp_path):
+    made(source, tmp_path / "out", validation=4)
+    (source.parent / "classnames.txt").write_text("sea lion\noak tree\n")
+    names = set(contents(made(source, tmp_path / "out", validation=4) / "images/train").values())
+    assert {name for _, name in names} == {"sea lion", "oak tree"}
+
+
+def test_a_class_of_which_none_is_left_to_train_on_is_named(source, tmp_path):
+    (source.parent / "classnames.txt").write_text("sea_lion\noak\nrare\n")
+    with wds.ShardWriter(str(source / "9%d.tar"), verbose=0) as shards:
+        for i in (90, 91):
+            shards.write({"__key__": f"rare{i}", "jpg": encoded(i, "jpg"), "cls": b"2"})
+    with pytest.raises(UserError, match="4 leaves no image of class 'rare' of .* to train on, which has 2"):
+        made(source, tmp_path / "out", validation=4)
+
+
 @pytest.mark.parametrize("label, problem", [({}, "no .cls member"), ({"cls": b"1.0"}, ".cls is not a class number")])
 def test_an_image_without_a_label_is_named(label, problem, source, tmp_path):
     with wds.ShardWriter(str(source / "9%d.tar"), verbose=0) as shards:
