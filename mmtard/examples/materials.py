@@ -68,7 +68,7 @@ def make(study: Study) -> None:
         except (RuntimeError, DecodingError):
             _look_at_images(data, splits, settings.architecture)
             raise
-    keep_freed_memory()  # from here on: a study waits for other processes
+    keep_freed_memory()  # what this freed goes back: from here on a study waits for other processes
 
 
 def _look_at_images(data: Path, splits: tuple[str, ...], architecture: Path) -> None:

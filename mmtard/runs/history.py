@@ -151,8 +151,8 @@ def why_not_restart_job(run: Path) -> str | None:
 def why_not_restart_signalled(run: Path, most: int) -> str | None:
     """Return why this job must not start the run again, whose start a signal ended; None when the bounds allow it.
 
-    A start that had not come into the history yet is noted beside it; `most` such starts in a row are allowed. Raises
-    UserError when the note cannot be written.
+    A start that had not come into the history yet is noted beside it; of such starts in a row, that of number `most` is
+    not repeated. Raises UserError when the note cannot be written.
     """
     if is_this_jobs(run):
         return why_not_restart_job(run)
