@@ -127,7 +127,9 @@ class Resume(Section):
     max_losses: Int | None = Field(
         5, ge=0, description="starts that may end because a rank was lost or hung; null: no bound"
     )
-    max_starts_without_progress: Int = Field(3, ge=1, description="starts in a row from one and the same checkpoint")
+    max_starts_without_progress: Int = Field(
+        3, ge=1, description="starts in a row from one and the same checkpoint, or that a signal ended as ranks started"
+    )
     watchdog_minutes: Number = Field(
         10.0,
         gt=0,

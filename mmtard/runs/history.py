@@ -152,27 +152,50 @@ def why_not_restart_signalled(run: Path, most: int) -> str | None:
     """Return why this job must not start the run again, whose start a signal ended; None when the bounds allow it.
 
     A start that had not come into the history yet is noted beside it; of such starts in a row, that of number `most` is
-    not repeated. Raises UserError when the note cannot be written.
+    not repeated, and the next one begins another row. Raises UserError when the note cannot be read or written.
     """
     if is_this_jobs(run):
         return why_not_restart_job(run)
-    starts = len(read(run))
-    in_a_row = [line for line in read_json_lines(run / UNNOTED) if line.get("after") == starts]
-    in_a_row.append({"time": _now(), "job": slurm.job(), "restart": slurm.restarts(), "after": starts})
-    refused = len(in_a_row) >= most
     try:
+        earlier = read_json_lines(run / UNNOTED)
+        in_a_row = len(_since_refused(_after_newest(run, earlier))) + 1
+        refused = in_a_row >= most
+        here = {"time": _now(), "job": slurm.job(), "restart": slurm.restarts(), "after": len(read(run))}
         run.mkdir(parents=True, exist_ok=True)
-        # A person who submits the job anew has the whole bound before them.
-        note_text(run / UNNOTED, "" if refused else "".join(json.dumps(line) + "\n" for line in in_a_row))
+        lines = [*earlier, {**here, "refused": True} if refused else here]
+        note_text(run / UNNOTED, "".join(json.dumps(line) + "\n" for line in lines))
     except OSError as error:
         raise UserError(why_not_written(run / UNNOTED, error)) from None
     if not refused:
         return None
     return (
-        f"a signal ended {len(in_a_row)} starts in a row before the run's folder was prepared, and "
-        f"resume.max_starts_without_progress allows {most}; the lines above say which: a warning that comes so early "
-        "wants more --time, a kill may be for want of memory"
+        f"a signal ended {in_a_row} starts in a row before the run's folder was prepared, as many as "
+        "resume.max_starts_without_progress lets end so; the lines above say which: a warning that comes so early wants "
+        "more --time, a kill may be for want of memory; then submit the run again"
     )
+
+
+def end_before_noted(run: Path) -> str | None:
+    """Return how the starts ended that never came into the history, since the newest that did; None without one."""
+    try:
+        unnoted = _after_newest(run, read_json_lines(run / UNNOTED))
+    except OSError as error:
+        raise UserError(f"'{run / UNNOTED}' cannot be read: {error.strerror}; correct its permissions") from None
+    if not unnoted:
+        return None
+    times = "once" if len(unnoted) == 1 else f"{len(unnoted)} times"
+    given_up = ", and it was not started again" if unnoted[-1].get("refused") else ""
+    return f"ended by a signal before its folder was prepared, {times}{given_up}"
+
+
+def _after_newest(run: Path, unnoted: list[dict]) -> list[dict]:
+    newest = len(read(run))
+    return [line for line in unnoted if line.get("after") == newest]
+
+
+def _since_refused(unnoted: list[dict]) -> list[dict]:
+    refused = [i for i, line in enumerate(unnoted) if line.get("refused")]
+    return unnoted[refused[-1] + 1 :] if refused else unnoted
 
 
 def newest_step(run: Path) -> int:

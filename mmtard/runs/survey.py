@@ -14,7 +14,7 @@ from ..distributed import slurm
 from ..errors import UserError
 from ..files import json_objects, opened, refuse_special
 from . import history, lock
-from .layout import CHECKPOINTS, CONFIG, EVALUATIONS, HISTORY, METRICS, RESULTS
+from .layout import CHECKPOINTS, CONFIG, EVALUATIONS, HISTORY, METRICS, RESULTS, UNNOTED
 
 RECENT = 20  # steps whose mean speed is shown
 TAIL_BYTES = 65536
@@ -51,7 +51,7 @@ def find_runs(folder: Path) -> list[Row]:
         unreadable.append(Row(Path(error.filename), f"unreadable: {error.strerror}"))
 
     for path, below, files in os.walk(folder, onerror=note):
-        if HISTORY in files or (CONFIG in files and CHECKPOINTS in below):
+        if HISTORY in files or UNNOTED in files or (CONFIG in files and CHECKPOINTS in below):
             runs.append(Path(path))
             below.clear()
     jobs = {run: _job(run) for run in runs}
@@ -107,10 +107,13 @@ def _read_row(run: Path, in_slurm: str | None) -> Row:
 
 
 def _state_without_start(run: Path) -> str:
-    if not (run / HISTORY).exists():
+    unnoted = history.end_before_noted(run)
+    if not (run / HISTORY).exists() and not unnoted:
         return f"unreadable: {HISTORY} is gone"
     if lock.is_taken(run):
         return "running"
+    if unnoted:
+        return f"stopped: {unnoted}"
     empty = (run / HISTORY).stat().st_size == 0
     return "stopped: killed before it began" if empty else f"unreadable: {HISTORY} holds no start of a run"
 
@@ -126,7 +129,9 @@ def _state(run: Path, starts: list[dict], in_slurm: str | None, config: settings
     if kind == history.FAILED:
         return f"failed: {history.end_reason(starts[-1])}"
     refused = history.why_not_restart(run, config.resume)
-    return f"failed: {refused}" if refused else f"stopped: {history.end_reason(starts[-1])}"
+    if refused:
+        return f"failed: {refused}"
+    return f"stopped: {history.end_before_noted(run) or history.end_reason(starts[-1])}"
 
 
 def _tail(path: Path) -> list[dict]:

@@ -6,6 +6,7 @@ import pytest
 
 from mmtard.config import Resume
 from mmtard.distributed import slurm
+from mmtard.errors import UserError
 from mmtard.files import writing
 from mmtard.runs import history
 from mmtard.runs.history import COMPLETE, FAILED, LOST, PREEMPTED, STOPPED, TIMEOUT
@@ -205,3 +206,28 @@ def test_how_a_start_ended_is_noted_on_a_full_disk_too(run, monkeypatch):
     history.record_end(folder, FAILED, "cannot write 'metrics.jsonl': No space left on device", 7)
     assert [history.end_kind(start) for start in history.read(folder)] == [LOST, FAILED]
     assert "No space left" in history.end_reason(history.read(folder)[-1])
+
+
+def test_starts_that_signals_ended_before_they_were_noted_stay_on_record(run, monkeypatch):
+    folder = run((0, PREEMPTED))
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert history.end_before_noted(folder) is None
+    answers = [history.why_not_restart_signalled(folder, 2) for _ in range(3)]
+    assert [answer is None for answer in answers] == [True, False, True]
+    assert "as many as resume.max_starts_without_progress lets end so" in answers[1]
+    lines = [json.loads(line) for line in (folder / "unnoted.jsonl").read_text().splitlines()]
+    assert [(line["job"], line.get("refused", False)) for line in lines] == [("8", False), ("8", True), ("8", False)]
+    assert history.end_before_noted(folder) == "ended by a signal before its folder was prepared, 3 times"
+    assert history.why_not_restart_signalled(folder, 2) is not None
+    assert history.end_before_noted(folder).endswith("4 times, and it was not started again")
+    run((0, None))
+    assert history.end_before_noted(folder) is None, "a start that was noted came after them"
+
+
+def test_a_note_of_signals_that_cannot_be_read_is_named(run, monkeypatch):
+    folder = run((0, PREEMPTED))
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    (folder / "unnoted.jsonl").mkdir()
+    for ask in (lambda: history.why_not_restart_signalled(folder, 3), lambda: history.end_before_noted(folder)):
+        with pytest.raises(UserError, match="unnoted.jsonl"):
+            ask()

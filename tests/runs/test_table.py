@@ -195,6 +195,15 @@ BAD = {
 }
 
 
+def test_a_run_whose_ranks_a_signal_ended_as_they_started_is_a_row(run, tmp_path, monkeypatch):
+    folders = tmp_path / "all" / "new", run("old", history.PREEMPTED)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for folder in folders:
+        assert history.why_not_restart_signalled(folder, 3) is None
+    ended = "stopped: ended by a signal before its folder was prepared, once"
+    assert states(tmp_path / "all") == {"new": ended, "old": ended}
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_a_damaged_run_is_a_row_of_its_own_and_hides_no_other(run, tmp_path, what, capsys):
     spoil, state = BAD[what]
