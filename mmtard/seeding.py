@@ -15,7 +15,7 @@ GOLDEN = -7046029254386353131
 _MIX1 = -4658895280553007687
 _MIX2 = -7723592293110705685
 
-CACHED = 2**18  # numbers that a CPU draws at a time: their dozen passes then stay within its caches
+AT_ONCE = 2**18  # numbers that a CPU draws at a time: their dozen passes then stay within its caches
 
 
 def sample_uniform(seeds: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
@@ -28,10 +28,10 @@ def sample_uniform(seeds: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor
     _check_seeds(seeds)
     n = torch.Size(shape).numel()
     steps = torch.arange(1, 1 + n, device=seeds.device, dtype=torch.int64).mul_(GOLDEN)
-    if torch.compiler.is_compiling() or not seeds.is_cpu or len(seeds) * n <= CACHED:
+    if torch.compiler.is_compiling() or not seeds.is_cpu or len(seeds) * n <= AT_ONCE:
         numbers = _uniform(seeds, steps)
     else:
-        numbers = torch.cat([_uniform(some, steps) for some in seeds.split(max(1, CACHED // n))])
+        numbers = torch.cat([_uniform(some, steps) for some in seeds.split(max(1, AT_ONCE // n))])
     return numbers.reshape(len(seeds), *shape)
 
 

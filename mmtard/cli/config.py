@@ -51,8 +51,8 @@ def add(commands) -> None:
         choices=("now", "again", "signalled"),
         help="instead of looking for what is wrong, fail when the `resume` settings do not let the run be started; "
         "again: nor when this job's own start failed, was stopped by a person, or ended before it was noted; "
-        "signalled: as again, but a start that a signal ended before it was noted may be repeated within a bound; it is "
-        "written into RUN_DIR/unnoted.jsonl",
+        "signalled: as again, but a start that a signal ended before it was noted may be repeated within a bound, "
+        "and is written into RUN_DIR/unnoted.jsonl",
     )
     p.add_argument(
         "--not-stored",

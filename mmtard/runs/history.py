@@ -170,8 +170,8 @@ def why_not_restart_signalled(run: Path, most: int) -> str | None:
         return None
     return (
         f"a signal ended {in_a_row} starts in a row before the run's folder was prepared, as many as "
-        "resume.max_starts_without_progress lets end so; the lines above say which: a warning that comes so early wants "
-        "more --time, a kill may be for want of memory; then submit the run again"
+        "resume.max_starts_without_progress lets end so; the lines above say which: a warning that comes so early "
+        "wants more --time, a kill may be for want of memory; then submit the run again"
     )
 
 

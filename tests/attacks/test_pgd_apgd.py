@@ -87,7 +87,7 @@ def test_sample_uniform_is_splitmix64_bit_for_bit():
 @pytest.mark.parametrize("at_once", [1, 107, 108, 250])
 def test_sample_uniform_is_the_same_drawn_in_parts(at_once, monkeypatch):
     whole = sample_uniform(SEEDS, (3, 6, 6))
-    monkeypatch.setattr("mmtard.seeding.CACHED", at_once)
+    monkeypatch.setattr("mmtard.seeding.AT_ONCE", at_once)
     assert torch.equal(sample_uniform(SEEDS, (3, 6, 6)), whole)
 
 

@@ -51,7 +51,7 @@ def settings(kind: str, stage: int) -> config.Config:
 
 def start(kind: str, synced: bool = True, checkpointing: bool = True) -> ImageTower:
     # AdamW makes whole steps of first gradients that are rounding noise, which differ by CPU: with 188 the least of all
-    # weights is 1.7e-5 of its tensor's root mean square, with 0 it was 1e-6.
+    # weights is 1.7e-5 of its tensor's root mean square, with 0 it is 1e-6.
     torch.manual_seed(188 if kind.startswith("bn") else 0)
     if kind.startswith("bn"):
         visual = ModifiedResNet([1, 1, 1, 1], output_dim=16, heads=4, image_size=SIZE, width=8)

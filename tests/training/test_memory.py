@@ -138,7 +138,7 @@ def bytes_of_a_start() -> int:
 
 def test_the_random_start_holds_what_is_counted_for_it_and_the_update_nothing():
     """Counted where torch makes tensors: what is alive at once beside what was there before. In a process of its own:
-    after other tests, in the order of a whole run, two of its tensors were seen to live longer than they are used.
+    after other tests two of its tensors can live longer than they are used.
     """
     code = f"import {__name__} as tests; print(tests.bytes_of_a_start())"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -19,7 +19,7 @@ ROUNDS, STEPS = 3, 4
 WITHOUT = {
     "as it is": {},
     "freed memory goes back to the kernel": {"mmtard.distributed.ranks.keep_freed_memory": "lambda: None"},
-    "random starts of the whole batch at once": {"mmtard.seeding.CACHED": "2**62"},
+    "random starts of the whole batch at once": {"mmtard.seeding.AT_ONCE": "2**62"},
 }
 WITHOUT["neither"] = {key: value for changed in WITHOUT.values() for key, value in changed.items()}
 ARCHITECTURE = Path(pretrain.__file__).with_name("vit224-student.json")
@@ -40,7 +40,7 @@ def seconds(way: str, out: Path) -> float:
 
 
 def main() -> None:
-    """Print the median of all ways, and what that of today is to it, round by round."""
+    """Print the median of all ways, and what each is to the first, round by round."""
     found = {way: [] for way in WITHOUT}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(ROUNDS):
