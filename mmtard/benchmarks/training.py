@@ -156,8 +156,9 @@ class TrainingBenchmark:
         if len(stored) > len(own):
             name = f"{OURS}, {' and '.join(stored)} stored"
             found.append(self._variant(name, parts, parts.task, ranks, clock, stored))
-            # The lean loop's own arithmetic: what is left between the two is what mmtard does around it.
-            found.append(self._variant(f"{name}, {plain}", parts, parts.task, ranks, clock, stored, as_open_clip))
+            if parts.published is not None:
+                # The lean loop's own arithmetic: what is left between the two is what mmtard does around it.
+                found.append(self._variant(f"{name}, {plain}", parts, parts.task, ranks, clock, stored, as_open_clip))
         if all_stored:
             name = f"{OURS}, every target stored"
             found.append(self._variant(name, parts, all_stored, ranks, clock, parts.stored(all_stored)))

@@ -84,7 +84,7 @@ def _archives(paths: list[Path]) -> Images:
         whole = blob.tobytes()
         encoded += [whole[start:end] for start, end in zip(offset[:-1].tolist(), offset[1:].tolist())]
         labels.append(label)
-    names = [name.replace("_", " ") for name in classes.tolist()]
+    names = _in_words(classes.tolist())
     return Images.of(encoded.__getitem__, ["webp"] * len(encoded), np.concatenate(labels).astype(np.int64), names)
 
 
@@ -95,8 +95,12 @@ def _folder(folder: Path) -> Images:
     ]
     kinds = [path.suffix.lstrip(".").lower() for path, _ in files]
     labels = np.array([i for _, i in files], dtype=np.int64)
-    names = [name.replace("_", " ") for name in classes]
+    names = _in_words(classes)
     return Images.of(lambda i: files[i][0].read_bytes(), kinds, labels, names)
+
+
+def _in_words(names: list[str]) -> list[str]:
+    return [name.replace("_", " ") for name in names]
 
 
 def _is_image(path: Path) -> bool:

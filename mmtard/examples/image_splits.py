@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,14 @@ SHARD = 5000
 
 @dataclass(frozen=True)
 class Images:
-    """Encoded images of a source, by their places in it, and the classes' names."""
+    """Encoded images of a source, by their places in it, and the names of their classes; captions where it has them."""
 
     read: Callable[[int], bytes]  # the image at a place
     places: np.ndarray  # int64 [N]
     kinds: np.ndarray  # str [N], the extensions: webp, png, jpg
     labels: np.ndarray  # int64 [N]
     classes: list[str]
+    caption: Callable[[int], str] = lambda place: ""  # the caption at a place, empty where there is none
 
     @classmethod
     def of(cls, read: Callable[[int], bytes], kinds: list[str], labels: np.ndarray, classes: list[str]) -> Images:
@@ -31,7 +32,7 @@ class Images:
 
     def take(self, ids: np.ndarray) -> Images:
         """Those of these ids, 0..N-1, in this order."""
-        return Images(self.read, self.places[ids], self.kinds[ids], self.labels[ids], self.classes)
+        return replace(self, places=self.places[ids], kinds=self.kinds[ids], labels=self.labels[ids])
 
 
 def divide(
@@ -42,11 +43,11 @@ def divide(
     Where there are no test images, test takes 2 n of the training images. Raises UserError where they do not suffice,
     or leave none of a class to train on.
     """
-    if n < 1:
-        raise UserError("data.options.validation: no image to choose settings by; ask for 1 or more")
     order = spread(train.labels, rng)
     if len(order) <= (n if test is not None else 3 * n):
-        raise UserError(f"data.options: {n} of the {len(order)} images of {name} for validation; ask for fewer")
+        parts = f"{n} for validation" + ("" if test is not None else f" and twice as many for test, {3 * n} in all,")
+        of = f"of the {len(order)} images of {name}"
+        raise UserError(f"data.options.validation: {parts} {of} leave none to train on; ask for fewer")
     held, rest = order[:n], order[n:]
     if test is None:
         test, rest = train.take(np.sort(rest[: 2 * n])), rest[2 * n :]
@@ -69,14 +70,17 @@ def spread(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def write_split(parts: list[Images], folder: Path) -> None:
-    """Write images as shards, with the names of all classes end to end."""
+    """Write images, with their captions, as shards, and the names of all classes end to end."""
     folder.mkdir(parents=True)
     names = [name for part in parts for name in part.classes]
     first, i = 0, 0
     with wds.ShardWriter(str(folder / "%d.tar"), maxcount=SHARD, verbose=0) as shards:
         for part in parts:
             for place, kind, label in zip(part.places.tolist(), part.kinds.tolist(), part.labels.tolist()):
-                shards.write({"__key__": f"{i:06d}", kind: part.read(place), "cls": str(first + label).encode()})
+                sample = {"__key__": f"{i:06d}", kind: part.read(place), "cls": str(first + label).encode()}
+                if caption := part.caption(place):
+                    sample["txt"] = caption
+                shards.write(sample)
                 i += 1
             first += len(part.classes)
     (folder / "classnames.txt").write_text("\n".join(names) + "\n")

@@ -66,28 +66,31 @@ def make(study: Study) -> None:
             reason = OSError(errno.ENOSPC, "No space left on device") if full else OSError(str(error))
             raise UserError(why_not_written(out, reason, remedy="name another folder")) from None
         except (RuntimeError, DecodingError):
-            _look_at_images(data, splits, settings.architecture)
+            of_shards = study.data is not None and study.data.maker == "shards" and folder / DATA in data.parents
+            given = [Path(study.data.source)] if of_shards else [data / split for split in ("train", *splits)]
+            _look_at_images(given, settings.architecture)
             raise
     keep_freed_memory()  # what this freed goes back: from here on a study waits for other processes
 
 
-def _look_at_images(data: Path, splits: tuple[str, ...], architecture: Path) -> None:
+def _look_at_images(folders: list[Path], architecture: Path) -> None:
     """Raise UserError naming an image that a CLIP cannot be pretrained on: one that is damaged, or of another size."""
     size = json.loads(architecture.read_text())["vision_cfg"]["image_size"]
-    for split in ("train", *splits):
-        dataset = open_dataset(Data(shards=str(data / split)))
+    for folder in folders:
+        dataset = open_dataset(Data(shards=str(folder)))
         reader = Reader(dataset)
         for i in range(len(dataset)):
+            name = f"'{dataset.name(i)}' of '{folder}'"
             try:
                 with Image.open(io.BytesIO(reader.image(i))) as image:
                     found = image.size
                     image.load()
             except (OSError, ValueError, SyntaxError) as error:
-                raise UserError(f"data: '{dataset.name(i)}' cannot be decoded ({error}); leave it out") from None
+                raise UserError(f"data: {name} cannot be decoded ({error}); leave it out") from None
             if found != (size, size):
                 raise UserError(
-                    f"data: '{dataset.name(i)}' has {found[0]} x {found[1]} px, and {architecture.stem} is pretrained "
-                    f"on {size} x {size}; write the shards with images of that size"
+                    f"data: {name} has {found[0]} x {found[1]} px, and {architecture.stem} is pretrained on "
+                    f"{size} x {size}; `maker: shards` brings images there with data.options.size={size}"
                 )
 
 
@@ -119,7 +122,7 @@ DEFAULTS = {
         "train": 8000, "test": 1000, "zeroshot": 480, "validation": 600, "validation_zeroshot": 240, "seed": 0,
     },
     "cifar": {"trained": "cifar100", "validation": 2000, "zeroshot_validation": 1000, "few": 2000, "seed": 0},
-    "shards": {"validation": 500, "seed": 0},
+    "shards": {"validation": 500, "size": 0, "seed": 0},
 }  # fmt: skip
 
 
@@ -136,6 +139,8 @@ def _options(material: Material) -> dict:
         if not isinstance(value, type(known[name])) or isinstance(value, bool) or (name != "trained" and value < 0):
             kind = "name" if name == "trained" else "whole number of 0 or more"
             raise UserError(f"data.options.{name}: {value!r} is no {kind}; write e.g. {known[name]}")
+        if name == "validation" and value < 1 and material.maker in SOURCES:
+            raise UserError("data.options.validation: no image to choose settings by; ask for 1 or more")
     if material.maker in SOURCES and material.source is None:
         raise UserError(f"data.source: name the folder of {SOURCES[material.maker]}")
     return known | material.options

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import webdataset as wds
 from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from mmtard import config as settings
 from mmtard.data.dataset import open_dataset
 from mmtard.data.reader import Reader
 from mmtard.errors import UserError
 from mmtard.examples import materials
-from mmtard.study.schema import Material
+from mmtard.study.schema import Material, Pretraining, Study
 
 
 def encoded(i, kind):
@@ -75,9 +76,12 @@ def test_another_seed_splits_otherwise_and_the_same_call_writes_nothing(source, 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"validation": 7}, "7 of the 20 images of '{source}' for validation; ask for fewer"),
+        (
+            {"validation": 7},
+            "7 for validation and twice as many for test, 21 in all, of the 20 images of '{source}' leave none",
+        ),
         ({"validation": 0}, "data.options.validation: no image to choose settings by; ask for 1 or more"),
-        ({"few": 3}, "unknown key of data.options 'few'; known: seed, validation"),
+        ({"few": 3}, "unknown key of data.options 'few'; known: seed, size, validation"),
     ],
 )
 def test_what_cannot_be_split_is_told_and_nothing_is_left(options, message, source, tmp_path):
@@ -119,3 +123,41 @@ def test_a_label_that_has_no_name_is_told(source, tmp_path):
 def test_without_a_source_it_is_asked_for(tmp_path):
     with pytest.raises(UserError, match="data.source: name the folder of the shards"):
         materials.MAKERS["shards"](Material(maker="shards"), tmp_path / "out")
+
+
+def test_images_are_brought_to_a_size_as_for_a_model_and_captions_come_along(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "classnames.txt").write_text("oak\n")
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+    photograph = Image.fromarray(pixels).resize((40, 24))
+    with wds.TarWriter(str(folder / "0.tar")) as tar:
+        for i in range(4):
+            out = io.BytesIO()
+            photograph.save(out, "PNG")
+            tar.write({"__key__": f"{i}", "png": out.getvalue(), "cls": b"0", **({"txt": f"oak {i}"} if i else {})})
+    out = made(folder, tmp_path / "out", validation=1, size=8)
+    splits = [out / split for split in ("images/train", "images/test", "validation/test")]
+    readers = [Reader(open_dataset(settings.Data(shards=str(split)))) for split in splits]
+    found = [(reader, i) for reader in readers for i in range(len(reader.dataset))]
+    assert sorted(reader.caption(i) for reader, i in found) == ["", "oak 1", "oak 2", "oak 3"]
+    expected = Compose([Resize(8, InterpolationMode.BICUBIC), CenterCrop(8)])(photograph)
+    for reader, i in found:
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(reader.image(i)))), np.asarray(expected))
+
+
+def test_an_image_that_cannot_be_brought_to_a_size_is_named(source, tmp_path):
+    with wds.ShardWriter(str(source / "9%d.tar"), verbose=0) as shards:
+        shards.write({"__key__": "half", "png": encoded(1, "png")[:40], "cls": b"0"})
+    with pytest.raises(UserError, match="data.source: '90.tar/half' cannot be decoded"):
+        made(source, tmp_path / "out", validation=2, size=8)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_cannot_be_pretrained_on_is_named_as_it_lies_in_the_source(source, tmp_path):
+    out = tmp_path / "study"
+    how = Pretraining(architecture="tiny_clip", data=str(out / "data" / "images"), steps=4)
+    material = Material(maker="shards", source=str(source), options={"validation": 2})
+    study = Study.model_construct(out=str(out), data=material, pretrain={"student": how})
+    with pytest.raises(UserError, match=f"data: '0.tar/image0' of '{source}' has 8 x 8 px"):
+        materials.make(study)
