@@ -123,7 +123,7 @@ def test_what_cannot_be_made_is_told_and_nothing_is_left(material, message, tmp_
 
 
 def test_more_validation_images_than_there_are_is_told(source, tmp_path):
-    with pytest.raises(UserError, match="8 of the 8 images of cifar10 for validation; ask for fewer"):
+    with pytest.raises(UserError, match="8 for validation of the 8 images of cifar10 leave none to train on"):
         make_splits(source, tmp_path / "out", **SIZES | {"zeroshot_validation": 8})
 
 
