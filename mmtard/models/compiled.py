@@ -27,19 +27,20 @@ class CompiledForward:
     graphs: replay CUDA graphs, which spares a small batch the launches of some 500 kernels a pass. What they return
     lies in memory that the next call writes over, so it is copied, and so is the gradient to the images.
     any_batch: a graph is for every batch of two images or more, whatever their number; a single image runs without. So
-    does, on a CPU, what asks for no gradient, since a graph slows a ViT's forward down and gains on the backward alone.
+    does, on a CPU, what asks a ViT for no gradient, whose forward a graph slows down: it gains on the backward alone.
+    A convolutional tower's forward gains, too, by the layout of its maps.
     """
 
     def __init__(self, tower: ImageTower, name: str, say: Say, graphs: bool = False, any_batch: bool = False):
         self.plain, self.name, self.say, self.graphs, self.any_batch = tower.compute, name, say, graphs, any_batch
-        self.failed = self.again = False
+        self.tower, self.failed, self.again = tower, False, False
         self.compiled = self._compile(tower)
         self._limits = _limits()
         self._shape: dict[tuple, torch.Size] = {}
         self._told: set[torch.Size] = set()
 
     def __call__(self, images: Tensor, tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        if self.failed or self.any_batch and not _gains(images):
+        if self.failed or self.any_batch and not self._gains(images):
             return self.plain(images, tokens)
         kind = (torch.is_grad_enabled(), images.requires_grad, tokens)
         asked = images.shape[1:] if self.any_batch else images.shape
@@ -63,6 +64,11 @@ class CompiledForward:
             self.again = True
             self.say(f"{self.name} was compiled again, which costs time: see why with TORCH_LOGS=recompiles")
         return found
+
+    def _gains(self, images: Tensor) -> bool:
+        """Whether a graph for any batch is worth its while for these images."""
+        on_a_cpu = images.device.type == "cpu"
+        return len(images) > 1 and (torch.is_grad_enabled() or not on_a_cpu or self.tower.convolves)
 
     def _compile(self, tower: ImageTower) -> Callable:
         dynamic = None if self.any_batch else False  # None: what is marked, which is the number of images
@@ -125,11 +131,6 @@ def _graphs_made() -> int:
     """How many graphs this process has made, of whatever."""
     utils = sys.modules.get("torch._dynamo.utils")  # not there before something is compiled
     return utils.counters["stats"]["unique_graphs"] if utils else 0
-
-
-def _gains(images: Tensor) -> bool:
-    """Whether a graph for any batch is worth its while for these images."""
-    return len(images) > 1 and (torch.is_grad_enabled() or images.device.type != "cpu")
 
 
 def compile_blocks(tower: ImageTower, name: str, say: Say) -> None:

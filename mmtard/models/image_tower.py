@@ -35,7 +35,7 @@ class ImageTower(nn.Module):
         self.autocast: torch.dtype | None = None
         self.dtype = torch.float32  # of the weights, and so of the tower's input
         self.layout = BatchLayout()
-        self.channels_last = isinstance(visual, ModifiedResNet)
+        self.convolves = isinstance(visual, ModifiedResNet)
         self.graph: Callable | None = None  # a compiled `compute`
         self.frozen_batch_norm = True
         self.checkpointed = False  # whether blocks keep their input alone for the backward
@@ -59,7 +59,7 @@ class ImageTower(nn.Module):
         if images.shape[-2:] != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", align_corners=False)
         x = ((images - self.mean) / self.std).to(self.dtype)
-        if self.channels_last and x.is_cuda:  # the layout that tensor cores convolve; the others follow it
+        if self.convolves and x.is_cuda:  # the layout that tensor cores convolve; the others follow it
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             if self.has_tokens:

@@ -22,7 +22,7 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or not set(sys.argv[2:]) <= set(SUITES):
         sys.exit(f"usage: python -m tests.attacks.time_libraries OUT.json [{' '.join(SUITES)}]")
     found = photographs()
-    tower = SimpleNamespace(compute=lambda images, tokens: found.model(images))
+    tower = SimpleNamespace(compute=lambda images, tokens: found.model(images), convolves=True)
     compiled = CompiledForward(tower, "the network", print, any_batch=True)
     suites = [SUITES[name] for name in sys.argv[2:] or ["standard"]]
     report = EvaluationBenchmark(AttackSettings(eps=EPS), rounds=2, suites=suites).run(

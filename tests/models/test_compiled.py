@@ -229,7 +229,19 @@ def test_batches_that_shrink_are_computed_by_the_graphs_that_are_there(tower, co
                 x = X[:n].clone().requires_grad_(gradient)
                 z = twin(x)
             assert torch.allclose(z, expected[:n], atol=1e-6)
-    # On a CPU what asks for no gradient is computed without a graph.
+    # On a CPU what asks a ViT for no gradient is computed without a graph.
+    assert compiling["stats"]["unique_graphs"] == 1 and not compiling["graph_break"] and said == []
+
+
+@pytest.mark.slow  # it imports the compiler
+def test_a_convolutional_towers_forward_is_a_graph_where_no_gradient_is_asked_for(resnet, compiling):
+    tower, said = loading.load_clip(Model(arch=resnet, weights="random"), seed=3).tower().eval(), []
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = tower(images)
+        compiled.compile_tower(tower, "the model", said.append, any_batch=True)
+        for n in (4, 3, 2, 4, 1):
+            assert torch.allclose(tower(images[:n]), expected[:n], atol=1e-6)
     assert compiling["stats"]["unique_graphs"] == 1 and not compiling["graph_break"] and said == []
 
 
