@@ -66,11 +66,17 @@ def make(study: Study) -> None:
             reason = OSError(errno.ENOSPC, "No space left on device") if full else OSError(str(error))
             raise UserError(why_not_written(out, reason, remedy="name another folder")) from None
         except (RuntimeError, DecodingError):
-            of_shards = study.data is not None and study.data.maker == "shards" and folder / DATA in data.parents
-            given = [Path(study.data.source)] if of_shards else [data / split for split in ("train", *splits)]
-            _look_at_images(given, settings.architecture)
+            _look_at_images(_given(study, data, splits), settings.architecture)
             raise
     keep_freed_memory()  # what this freed goes back: from here on a study waits for other processes
+
+
+def _given(study: Study, data: Path, splits: tuple[str, ...]) -> list[Path]:
+    """The folders of shards where a user finds the images of `data`: the source, where these are copies of its own."""
+    made = study.data if Path(study.out) / DATA in data.parents else None
+    if made is not None and made.maker == "shards" and not made.options.get("size"):
+        return [Path(made.source)]
+    return [data / split for split in ("train", *splits)]
 
 
 def _look_at_images(folders: list[Path], architecture: Path) -> None:

@@ -175,12 +175,20 @@ def why_not_restart_signalled(run: Path, most: int) -> str | None:
     )
 
 
-def end_before_noted(run: Path) -> str | None:
-    """Return how the starts ended that never came into the history, since the newest that did; None without one."""
+def starts_before_noted(run: Path) -> list[dict]:
+    """Return the starts that a signal ended before they came into the history, since the newest that did.
+
+    Each has its job. Raises UserError for a file that cannot be read.
+    """
     try:
-        unnoted = _after_newest(run, read_json_lines(run / UNNOTED))
+        return _after_newest(run, read_json_lines(run / UNNOTED))
     except OSError as error:
         raise UserError(f"'{run / UNNOTED}' cannot be read: {error.strerror}; correct its permissions") from None
+
+
+def end_before_noted(run: Path) -> str | None:
+    """Return in words how `starts_before_noted` ended; None where there are none."""
+    unnoted = starts_before_noted(run)
     if not unnoted:
         return None
     times = "once" if len(unnoted) == 1 else f"{len(unnoted)} times"

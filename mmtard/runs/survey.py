@@ -63,7 +63,7 @@ def find_runs(folder: Path) -> list[Row]:
 def _job(run: Path) -> str | None:
     try:
         refuse_special(run)
-        starts = history.read(run)
+        starts = history.read(run) + history.starts_before_noted(run)
         job = history.current_job(run, starts[-1]) if starts else None
     except (UserError, OSError):
         return None
@@ -83,7 +83,7 @@ def _row(run: Path, in_slurm: str | None) -> Row:
 def _read_row(run: Path, in_slurm: str | None) -> Row:
     starts = history.read(run)
     if not starts:
-        return Row(run, _state_without_start(run))
+        return Row(run, _state_without_start(run, in_slurm))
     robust, damaged = _robust(run)
     known = {"restarts": len(starts) - 1, "robust": robust, "damaged": damaged}
     if step := history.newest_step(run):
@@ -106,12 +106,14 @@ def _read_row(run: Path, in_slurm: str | None) -> Row:
     return Row(run, state, step, steps, **known)
 
 
-def _state_without_start(run: Path) -> str:
+def _state_without_start(run: Path, in_slurm: str | None) -> str:
     unnoted = history.end_before_noted(run)
     if not (run / HISTORY).exists() and not unnoted:
         return f"unreadable: {HISTORY} is gone"
-    if lock.is_taken(run):
+    if lock.is_taken(run) or in_slurm in RUNNING:
         return "running"
+    if in_slurm in QUEUED:
+        return "queued"
     if unnoted:
         return f"stopped: {unnoted}"
     empty = (run / HISTORY).stat().st_size == 0

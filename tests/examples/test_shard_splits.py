@@ -154,10 +154,12 @@ def test_an_image_that_cannot_be_brought_to_a_size_is_named(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_image_that_cannot_be_pretrained_on_is_named_as_it_lies_in_the_source(source, tmp_path):
+@pytest.mark.parametrize("size", [0, 16])
+def test_an_image_that_cannot_be_pretrained_on_is_named_where_its_size_was_given(size, source, tmp_path):
     out = tmp_path / "study"
     how = Pretraining(architecture="tiny_clip", data=str(out / "data" / "images"), steps=4)
-    material = Material(maker="shards", source=str(source), options={"validation": 2})
+    material = Material(maker="shards", source=str(source), options={"validation": 2, "size": size})
     study = Study.model_construct(out=str(out), data=material, pretrain={"student": how})
-    with pytest.raises(UserError, match=f"data: '0.tar/image0' of '{source}' has 8 x 8 px"):
+    place = f"'0.tar/000000' of '{out}/data/images/train' has 16 x 16 px" if size else f"of '{source}' has 8 x 8 px"
+    with pytest.raises(UserError, match=place):
         materials.make(study)

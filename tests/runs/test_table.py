@@ -202,6 +202,9 @@ def test_a_run_whose_ranks_a_signal_ended_as_they_started_is_a_row(run, tmp_path
         assert history.why_not_restart_signalled(folder, 3) is None
     ended = "stopped: ended by a signal before its folder was prepared, once"
     assert states(tmp_path / "all") == {"new": ended, "old": ended}
+    for in_slurm, shown in (("PENDING", "queued"), ("RUNNING", "running"), ("COMPLETED", ended)):
+        monkeypatch.setattr(survey.slurm, "states", lambda jobs: dict.fromkeys(jobs, in_slurm))
+        assert states(tmp_path / "all") == {"new": shown, "old": shown}
 
 
 @pytest.mark.parametrize("what", BAD)
