@@ -18,30 +18,36 @@ def classnames(settings: Data, dataset: Dataset) -> list[str]:
     From `settings.classnames`, else from classnames.txt beside the shards or one folder up. Raises UserError when
     there is no such file, it is no list of names, or a label of the data has no name in it.
     """
-    path = _classnames_file(settings)
-    names = read_names(path, "data.classnames")
+    path = Path(settings.classnames) if settings.classnames else beside(settings)
+    if path is None:
+        raise UserError(
+            f"data.classnames: no classnames.txt beside '{shards_of(settings)[0]}'; set data.classnames to a file of "
+            "one name a line, in the order of the labels, or data.targets=none where the method reads embeddings alone"
+        )
+    return names_of(dataset, path, "data.classnames")
+
+
+def beside(settings: Data) -> Path | None:
+    """The classnames.txt beside the shards, or one folder up."""
+    first = shards_of(settings)[0]
+    if is_remote(first):
+        return None
+    folder = Path(os.path.abspath(first)).parent
+    return next((path for at in (folder, folder.parent) if (path := at / "classnames.txt").is_file()), None)
+
+
+def names_of(dataset: Dataset, path: Path, key: str) -> list[str]:
+    """The names of a file of class names. Raises UserError naming `key` as `read_names` does, and where a label of the
+    data has no name in it.
+    """
+    names = read_names(path, key)
     highest = int(dataset.labels.max(initial=-1))
     if highest >= len(names):
         raise UserError(
-            f"data.classnames: '{path}' has {len(names)} names, and the shards have a sample of label {highest}; "
+            f"{key}: '{path}' has {len(names)} names, and the shards have a sample of label {highest}; "
             "give the file of their classes"
         )
     return names
-
-
-def _classnames_file(settings: Data) -> Path:
-    if settings.classnames:
-        return Path(settings.classnames)
-    first = shards_of(settings)[0]
-    if not is_remote(first):
-        folder = Path(os.path.abspath(first)).parent
-        for path in (folder / "classnames.txt", folder.parent / "classnames.txt"):
-            if path.is_file():
-                return path
-    raise UserError(
-        f"data.classnames: no classnames.txt beside '{first}'; set data.classnames to a file of one name a line, "
-        "in the order of the labels, or data.targets=none where the method reads embeddings alone"
-    )
 
 
 def read_names(path: Path, key: str) -> list[str]:

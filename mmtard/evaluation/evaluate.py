@@ -65,8 +65,8 @@ def evaluate(request: EvaluationRequest, ranks: Ranks, say=say, interruption: In
         if not new and len(_with_stored(own, stored, session)) == len(stored["datasets"]):
             say(f"'{request.out}' holds these results already; remove it to measure them again")
             return stored
-        # asked for stands in the settings; a compiler may have been missing
-        compiled = {"compiled": not (session.model.tower.graph.failed or fusion.failed)} if request.compile else {}
+        # asked for stands in the settings; a compiler may have been missing, or nothing have come that a graph is for
+        compiled = {"compiled": session.model.tower.graph.used and not fusion.failed} if request.compile else {}
         return ranks.run_on_first(lambda: _publish(own, session, hosts, began, compiled))
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image
 from safetensors import SafetensorError
-from webdataset.autodecode import DecodingError
 
 from ..config import Data
 from ..data.dataset import open_dataset
+from ..data.images import DecodeError, decode
 from ..data.reader import Reader
 from ..distributed.processes import keep_freed_memory
 from ..errors import UserError, unknown_name
@@ -37,6 +35,10 @@ def check(study: Study) -> None:
         _options(study.data)
         if study.data.source is not None and not Path(study.data.source).is_dir():
             raise UserError(f"data.source: '{study.data.source}' is no folder; name the one that holds the images")
+        if study.data.maker == "shards" and not any(Path(study.data.source or "").glob("*.tar")):
+            raise UserError(
+                f"data.source: no .tar in '{study.data.source}'; name a folder of shards, which `mmtard shards` writes"
+            )
     for name, how in study.pretrain.items():
         if how.steps == 10:  # a tenth of them, its rise, ends at the first one, and torch divides by its length
             raise UserError(f"pretrain.{name}.steps: torch has no cycle of 10 steps; write 9, or 11 or more")
@@ -44,6 +46,12 @@ def check(study: Study) -> None:
             raise UserError(
                 f"pretrain.{name}.architecture: '{how.architecture}' is no .json model config; name a file, or one of "
                 f"{', '.join(sorted(path.stem for path in Path(__file__).parent.glob('*.json')))}"
+            )
+        takes, made = _image_size(_architecture(how.architecture)), _own_shards(study, Path(how.data))
+        if made is not None and made.options.get("size", takes) not in (0, takes):
+            raise UserError(
+                f"data.options.size: {made.options['size']}, and pretrain.{name}.architecture, {how.architecture}, "
+                f"takes {takes} px; write {takes}"
             )
 
 
@@ -65,33 +73,48 @@ def make(study: Study) -> None:
             full = "os error 28" in str(error)
             reason = OSError(errno.ENOSPC, "No space left on device") if full else OSError(str(error))
             raise UserError(why_not_written(out, reason, remedy="name another folder")) from None
-        except (RuntimeError, DecodingError):
+        except (RuntimeError, DecodeError):
             _look_at_images(_given(study, data, splits), settings.architecture)
             raise
     keep_freed_memory()  # what this freed goes back: from here on a study waits for other processes
 
 
+def _own_shards(study: Study, data: Path) -> Material | None:
+    """What made `data`, where it is of shards of the user's own."""
+    made = study.data if Path(study.out) / DATA in data.parents else None
+    return made if made is not None and made.maker == "shards" else None
+
+
 def _given(study: Study, data: Path, splits: tuple[str, ...]) -> list[Path]:
     """The folders of shards where a user finds the images of `data`: the source, where these are copies of its own."""
-    made = study.data if Path(study.out) / DATA in data.parents else None
-    if made is not None and made.maker == "shards" and not made.options.get("size"):
-        return [Path(made.source)]
-    return [data / split for split in ("train", *splits)]
+    made = _own_shards(study, data)
+    return [Path(made.source)] if made is not None else [data / split for split in ("train", *splits)]
+
+
+def _image_size(architecture: Path) -> int:
+    """Height and width of the images that a CLIP takes. Raises UserError where the file does not say them."""
+    try:
+        size = json.loads(architecture.read_text())["vision_cfg"]["image_size"]
+    except (OSError, ValueError, TypeError, KeyError):
+        size = None
+    if not isinstance(size, int):
+        raise UserError(
+            f"'{architecture}' is no model config of open_clip with one number as vision_cfg.image_size; name one"
+        )
+    return size
 
 
 def _look_at_images(folders: list[Path], architecture: Path) -> None:
     """Raise UserError naming an image that a CLIP cannot be pretrained on: one that is damaged, or of another size."""
-    size = json.loads(architecture.read_text())["vision_cfg"]["image_size"]
+    size = _image_size(architecture)
     for folder in folders:
         dataset = open_dataset(Data(shards=str(folder)))
         reader = Reader(dataset)
         for i in range(len(dataset)):
             name = f"'{dataset.name(i)}' of '{folder}'"
             try:
-                with Image.open(io.BytesIO(reader.image(i))) as image:
-                    found = image.size
-                    image.load()
-            except (OSError, ValueError, SyntaxError) as error:
+                found = decode(reader.image(i)).size
+            except DecodeError as error:
                 raise UserError(f"data: {name} cannot be decoded ({error}); leave it out") from None
             if found != (size, size):
                 raise UserError(

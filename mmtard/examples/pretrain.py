@@ -8,15 +8,19 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-import webdataset as wds
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 
+from ..config import Data
+from ..data.dataset import open_dataset
+from ..data.images import decode
+from ..data.reader import Reader
 from ..folders import publish_folder, read_settings
 
 ARCHITECTURE = Path(__file__).with_name("tiny_clip.json")
@@ -79,17 +83,19 @@ def pretrain(
 def read_split(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str], list[str]]:
     """Decode all of a split: images [N,3,H,W] uint8, labels [N] int64, captions [N], class names [C].
 
-    The images have one size. A sample without a caption takes the prompt of its class.
+    The images have one size. Of a sample's captions it is the first, without one the prompt of its class. Raises
+    DecodeError for an image that cannot be read, and RuntimeError for images of several sizes.
     """
-    shards = sorted(str(path) for path in folder.glob("*.tar"))
     names = (folder / "classnames.txt").read_text().splitlines()
-    images, labels, captions = [], [], []
-    for sample in wds.WebDataset(shards, shardshuffle=False, nodesplitter=None).decode("rgb8"):
-        image = next(sample[kind] for kind in ("jpg", "jpeg", "png", "webp") if kind in sample)
-        images.append(torch.from_numpy(image.copy()).permute(2, 0, 1))
-        labels.append(sample["cls"])
-        captions.append(sample.get("txt") or PROMPT.format(names[sample["cls"]]))
-    return torch.stack(images), torch.tensor(labels), captions, names
+    dataset = open_dataset(Data(shards=str(folder)))
+    reader, images, captions = Reader(dataset), [], []
+    shards = sorted(range(len(dataset.paths)), key=lambda shard: dataset.paths[shard])
+    ids = [i for shard in shards for i in dataset.shard_range(shard)]
+    labels = dataset.labels[ids]
+    for i, label in zip(ids, labels.tolist()):
+        images.append(torch.from_numpy(np.array(decode(reader.image(i)))).permute(2, 0, 1))
+        captions.append(next(iter(reader.captions(i)), PROMPT.format(names[label])))
+    return torch.stack(images), torch.from_numpy(labels), captions, names
 
 
 def _progress_bar(shown: bool) -> Progress:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..config import Data
-from ..data.class_names import classnames
+from ..data.class_names import beside, names_of
 from ..data.dataset import Dataset, open_dataset
 from ..data.images import DecodeError, Transform, decode
 from ..data.index import EXTENSIONS
@@ -27,16 +27,18 @@ def split_shards(source: Path, out: Path, *, validation: int, size: int, seed: i
     `source` is a folder of shards, beside which or one folder up lie its classnames.txt. Captions (.txt) are copied,
     images, too; with a `size` above 0 these become PNGs of size x size px: the shorter side brought to it, the centre
     cut out. validation/test has `validation` of them, images/test twice as many, even over the classes, images/train
-    the rest. Raises UserError when `source` holds no shards or an image without a label, where one to be resized is
-    damaged, and when the images do not suffice.
+    the rest. What the shards hold and is not read is printed. Raises UserError when `source` holds no shards, no names,
+    one class or an image without a label, where one to be resized is damaged, and when the images do not suffice.
     """
     given = Data(shards=str(source.resolve()))
     dataset = open_dataset(given)
-    names = classnames(given, dataset)
+    names = _names(source, given, dataset)
     settings = {"source": str(source.resolve()), "fingerprint": dataset.fingerprint, "classes": names}
     settings |= {"validation": validation, "seed": seed, **({"size": size} if size else {})}
     if read_settings(out) == settings:
         return
+    for note in dataset.index.notes():
+        print(f"data.source '{source}': {note}", flush=True)
     rng = np.random.Generator(np.random.Philox(seed))
     train, held, test = divide(f"'{source}'", _read(dataset, names, size), None, validation, rng)
     with publish_folder(out, settings) as partial:
@@ -44,6 +46,20 @@ def split_shards(source: Path, out: Path, *, validation: int, size: int, seed: i
             write_split([images], partial / split)
         # The weights that are pretrained on it depend on them.
         (partial / "images" / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def _names(source: Path, given: Data, dataset: Dataset) -> list[str]:
+    path = beside(given)
+    if path is None:
+        raise UserError(
+            f"data.source: no classnames.txt beside the shards of '{source}'; write one there, a name a line, "
+            "in the order of the labels"
+        )
+    names = names_of(dataset, path, "data.source")
+    if len(found := np.unique(dataset.labels[dataset.labels >= 0])) == 1:
+        only = names[found[0]]
+        raise UserError(f"data.source: '{source}' has images of class '{only}' alone; a study takes 2 classes or more")
+    return names
 
 
 def _read(dataset: Dataset, names: list[str], size: int) -> Images:

@@ -65,6 +65,11 @@ class CompiledForward:
             self.say(f"{self.name} was compiled again, which costs time: see why with TORCH_LOGS=recompiles")
         return found
 
+    @property
+    def used(self) -> bool:
+        """Whether images went through a graph, and none was in want of a compiler."""
+        return bool(self._shape) and not self.failed
+
     def _gains(self, images: Tensor) -> bool:
         """Whether a graph for any batch is worth its while for these images."""
         on_a_cpu = images.device.type == "cpu"

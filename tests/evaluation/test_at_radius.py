@@ -232,3 +232,10 @@ def test_results_do_not_say_compiled_where_a_part_was_not(measure, colours, tmp_
     monkeypatch.setattr(torch, "compile", compile)
     found = measure(colours, out=tmp_path, eps=SMALL, compile=True)
     assert found["compiled"] is False and "not compiled as asked" in describe(found)
+
+
+def test_results_do_not_say_compiled_where_no_batch_came_that_a_graph_is_for(measure, colours, tmp_path, monkeypatch):
+    monkeypatch.setattr(fused, "_graphs", {})
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    found = measure(colours, out=tmp_path, eps=SMALL, compile=True, batch_size=1)
+    assert found["compiled"] is False and "not compiled as asked" in describe(found)

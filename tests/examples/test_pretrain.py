@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from mmtard.errors import UserError
 from mmtard.examples import materials
-from mmtard.examples.pretrain import ARCHITECTURE, Pretraining, pretrain
+from mmtard.examples.pretrain import ARCHITECTURE, Pretraining, pretrain, read_split
 from mmtard.examples.shapes import make_data
 from mmtard.folders import SETTINGS
 from mmtard.study import schema
@@ -55,6 +56,21 @@ def test_weights_that_do_not_fit_on_the_disk_are_one_line(tmp_path, monkeypatch)
     study = schema.Study.model_construct(out=str(tmp_path), data=None, pretrain={"student": schema.Pretraining(**how)})
     with pytest.raises(UserError, match=r"cannot write '.*pretrained/student': No space left on device \(the disk"):
         materials.make(study)
+
+
+def test_images_and_captions_are_read_as_a_training_reads_them(tmp_path):
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    out = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 0x7C21, dtype=np.uint16)).save(out, "PNG")
+    captions = ['["a red cat", "a cat"]', "a dog\nthe dog", "", None]
+    with wds.TarWriter(str(tmp_path / "0.tar")) as tar:
+        for i, text in enumerate(captions):
+            text = {} if text is None else {"txt": text}
+            tar.write({"__key__": str(i), "png": out.getvalue(), "cls": str(i % 2).encode(), **text})
+    images, labels, captions, names = read_split(tmp_path)
+    assert images.shape == (4, 3, 4, 4) and (images == 0x7C).all(), "the upper byte of 16 bits"
+    assert captions == ["a red cat", "a dog", "a photo of a cat", "a photo of a dog"]
+    assert labels.tolist() == [0, 1, 0, 1] and names == ["cat", "dog"]
 
 
 def png(size):

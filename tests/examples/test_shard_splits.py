@@ -114,10 +114,45 @@ def test_an_image_without_a_label_is_named(label, problem, source, tmp_path):
         made(source, tmp_path / "out", validation=2)
 
 
-def test_a_label_that_has_no_name_is_told(source, tmp_path):
-    (source.parent / "classnames.txt").write_text("sea_lion\n")
-    with pytest.raises(UserError, match="has 1 names, and the shards have a sample of label 1"):
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ("sea_lion\n", "data.source: .* has 1 names, and the shards have a sample of label 1"),
+        (None, "data.source: no classnames.txt beside the shards of .*; write one there"),
+    ],
+)
+def test_a_label_that_has_no_name_is_told(names, message, source, tmp_path):
+    file = source.parent / "classnames.txt"
+    file.unlink() if names is None else file.write_text(names)
+    with pytest.raises(UserError, match=message):
         made(source, tmp_path / "out", validation=2)
+
+
+def test_images_of_one_class_are_no_study(tmp_path):
+    with wds.ShardWriter(str(tmp_path / "%d.tar"), verbose=0) as shards:
+        for i in range(9):
+            shards.write({"__key__": f"image{i}", "png": encoded(i, "png"), "cls": b"1"})
+    (tmp_path / "classnames.txt").write_text("sea_lion\noak\n")
+    with pytest.raises(UserError, match="data.source: .* has images of class 'oak' alone; a study takes 2 classes"):
+        made(tmp_path, tmp_path / "out", validation=2)
+
+
+def test_what_is_not_read_is_said(source, tmp_path, capsys):
+    with wds.ShardWriter(str(source / "9%d.tar"), verbose=0) as shards:
+        shards.write({"__key__": "moving", "gif": b"GIF89a", "cls": b"0"})
+        shards.write({"__key__": "still", "png": encoded(90, "png"), "cls": b"0"})
+    made(source, tmp_path / "out", validation=4)
+    said = capsys.readouterr().out
+    assert f"data.source '{source}': not read: 1 .gif images" in said and "such as 'moving.gif'" in said
+
+
+def test_a_source_without_shards_is_told_before_anything_is_made(tmp_path):
+    (tmp_path / "empty").mkdir()
+    study = Study.model_construct(
+        out=str(tmp_path / "out"), data=Material(maker="shards", source=str(tmp_path / "empty")), pretrain={}
+    )
+    with pytest.raises(UserError, match="data.source: no .tar in .*; name a folder of shards, which `mmtard shards`"):
+        materials.check(study)
 
 
 def test_without_a_source_it_is_asked_for(tmp_path):
@@ -128,19 +163,20 @@ def test_without_a_source_it_is_asked_for(tmp_path):
 def test_images_are_brought_to_a_size_as_for_a_model_and_captions_come_along(tmp_path):
     folder = tmp_path / "source"
     folder.mkdir()
-    (folder / "classnames.txt").write_text("oak\n")
+    (folder / "classnames.txt").write_text("oak\nelm\n")
     pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
     photograph = Image.fromarray(pixels).resize((40, 24))
     with wds.TarWriter(str(folder / "0.tar")) as tar:
-        for i in range(4):
+        for i in range(8):
             out = io.BytesIO()
             photograph.save(out, "PNG")
-            tar.write({"__key__": f"{i}", "png": out.getvalue(), "cls": b"0", **({"txt": f"oak {i}"} if i else {})})
+            label = str(i % 2).encode()
+            tar.write({"__key__": f"{i}", "png": out.getvalue(), "cls": label, **({"txt": f"tree {i}"} if i else {})})
     out = made(folder, tmp_path / "out", validation=1, size=8)
     splits = [out / split for split in ("images/train", "images/test", "validation/test")]
     readers = [Reader(open_dataset(settings.Data(shards=str(split)))) for split in splits]
     found = [(reader, i) for reader in readers for i in range(len(reader.dataset))]
-    assert sorted(reader.caption(i) for reader, i in found) == ["", "oak 1", "oak 2", "oak 3"]
+    assert sorted(reader.caption(i) for reader, i in found) == ["", *(f"tree {i}" for i in range(1, 8))]
     expected = Compose([Resize(8, InterpolationMode.BICUBIC), CenterCrop(8)])(photograph)
     for reader, i in found:
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(reader.image(i)))), np.asarray(expected))
@@ -154,12 +190,17 @@ def test_an_image_that_cannot_be_brought_to_a_size_is_named(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("size", [0, 16])
-def test_an_image_that_cannot_be_pretrained_on_is_named_where_its_size_was_given(size, source, tmp_path):
+@pytest.mark.parametrize(
+    "size, message",
+    [
+        (0, "' of '{source}' has 8 x 8 px"),
+        (16, "data.options.size: 16, and pretrain.student.architecture, tiny_clip, takes 32 px; write 32"),
+    ],
+)
+def test_images_that_cannot_be_pretrained_on_are_told_where_their_size_was_given(size, message, source, tmp_path):
     out = tmp_path / "study"
     how = Pretraining(architecture="tiny_clip", data=str(out / "data" / "images"), steps=4)
     material = Material(maker="shards", source=str(source), options={"validation": 2, "size": size})
     study = Study.model_construct(out=str(out), data=material, pretrain={"student": how})
-    place = f"'0.tar/000000' of '{out}/data/images/train' has 16 x 16 px" if size else f"of '{source}' has 8 x 8 px"
-    with pytest.raises(UserError, match=place):
+    with pytest.raises(UserError, match=message.format(source=source)):
         materials.make(study)
