@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,9 @@ def shorten_text(text: str) -> str:
 
 
 def _siblings(path: Path) -> str:
-    names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    if os.path.lexists(path) or not path.parent.is_dir():  # its name is right, or there is no neighbour
+        return ""
+    names = [p.name for p in path.parent.glob("*.yaml")]
     near = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean '{path.parent / near[0]}'?" if near else ""
 

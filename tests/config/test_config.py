@@ -35,6 +35,15 @@ def test_a_missing_file_is_answered_with_its_neighbour(tree, write):
         config.load(path.with_name("vitb32_mmtrd.yaml"))
 
 
+@pytest.mark.parametrize("place", [lambda path: path.mkdir(), lambda path: path.symlink_to("gone")])
+def test_a_file_that_is_there_and_cannot_be_read_is_not_taken_for_mistyped(tmp_path, place):
+    path = tmp_path / "config.yaml"
+    place(path)
+    with pytest.raises(UserError) as error:
+        config.load(path)
+    assert str(error.value).startswith(f"cannot read configuration '{path}': ") and "mean" not in str(error.value)
+
+
 def test_a_loop_of_two_bases_is_refused(write):
     write("base: b.yaml\n", "a.yaml")
     path = write("base: a.yaml\n", "b.yaml")
