@@ -1,4 +1,4 @@
-"""What a full disk, or another that takes no file, is told as."""
+"""What a full disk, another that takes no file, or one that gives none, is told as."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ import shutil
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP)  # something else lies in the place of a file or a folder
+
+
+def why_not_read(path: Path, error: OSError) -> str:
+    """Say why `path` could not be read, in the system's own words, and what to do where they tell it."""
+    remedy = "; move it away" if error.errno in NO_FILE else ""
+    if isinstance(error, PermissionError):
+        remedy = "; correct its permissions"
+    return f"'{path}' cannot be read: {error.strerror or error}{remedy}"
 
 
 def why_not_written(path: Path, error: OSError, needed: int | None = None, remedy: str = "") -> str:

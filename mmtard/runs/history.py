@@ -11,7 +11,7 @@ from .. import config as settings
 from ..config import Resume
 from ..distributed import slurm
 from ..errors import UserError
-from ..files import note_text, read_json_lines, why_not_written, write_text
+from ..files import note_text, read_json_lines, why_not_read, why_not_written, write_text
 from .layout import CHECKPOINTS, HISTORY, SUCCESSOR, UNNOTED
 
 # How a start ended. After `stopped` and `failed` nothing starts a run again but the user.
@@ -31,7 +31,7 @@ def read(run: Path) -> list[dict]:
     try:
         return [start for start in read_json_lines(run / HISTORY) if _is_start(start)]
     except OSError as error:
-        raise UserError(f"'{run / HISTORY}' cannot be read: {error.strerror}; correct its permissions") from None
+        raise UserError(why_not_read(run / HISTORY, error)) from None
 
 
 def record_start(run: Path, start: dict) -> None:
@@ -156,13 +156,12 @@ def why_not_restart_signalled(run: Path, most: int) -> str | None:
     """
     if is_this_jobs(run):
         return why_not_restart_job(run)
+    in_a_row = len(_since_refused(starts_before_noted(run))) + 1
+    refused = in_a_row >= most
+    here = {"time": _now(), "job": slurm.job(), "restart": slurm.restarts(), "after": len(read(run))}
+    lines = [*unnoted(run), {**here, "refused": True} if refused else here]
     try:
-        earlier = read_json_lines(run / UNNOTED)
-        in_a_row = len(_since_refused(_after_newest(run, earlier))) + 1
-        refused = in_a_row >= most
-        here = {"time": _now(), "job": slurm.job(), "restart": slurm.restarts(), "after": len(read(run))}
         run.mkdir(parents=True, exist_ok=True)
-        lines = [*earlier, {**here, "refused": True} if refused else here]
         note_text(run / UNNOTED, "".join(json.dumps(line) + "\n" for line in lines))
     except OSError as error:
         raise UserError(why_not_written(run / UNNOTED, error)) from None
@@ -175,35 +174,40 @@ def why_not_restart_signalled(run: Path, most: int) -> str | None:
     )
 
 
-def starts_before_noted(run: Path) -> list[dict]:
-    """Return the starts that a signal ended before they came into the history, since the newest that did.
+def unnoted(run: Path) -> list[dict]:
+    """Return the starts that a signal ended before they came into the history, oldest first.
 
-    Each has its job. Raises UserError for a file that cannot be read.
+    Each has its job, and `after`: how many starts the history had. Raises UserError for a file that cannot be read.
     """
     try:
-        return _after_newest(run, read_json_lines(run / UNNOTED))
+        return [start for start in read_json_lines(run / UNNOTED) if isinstance(start.get("after"), int)]
     except OSError as error:
-        raise UserError(f"'{run / UNNOTED}' cannot be read: {error.strerror}; correct its permissions") from None
+        raise UserError(why_not_read(run / UNNOTED, error)) from None
+
+
+def starts_before_noted(run: Path) -> list[dict]:
+    """Return those of the `unnoted` starts that came after the newest one of the history."""
+    newest = len(read(run))
+    return [start for start in unnoted(run) if start["after"] == newest]
 
 
 def end_before_noted(run: Path) -> str | None:
     """Return in words how `starts_before_noted` ended; None where there are none."""
-    unnoted = starts_before_noted(run)
-    if not unnoted:
+    starts = starts_before_noted(run)
+    if not starts:
         return None
-    times = "once" if len(unnoted) == 1 else f"{len(unnoted)} times"
-    given_up = ", and it was not started again" if unnoted[-1].get("refused") else ""
+    times = "once" if len(starts) == 1 else f"{len(starts)} times"
+    given_up = ", and it was not started again" if _is_refused(starts[-1]) else ""
     return f"ended by a signal before its folder was prepared, {times}{given_up}"
 
 
-def _after_newest(run: Path, unnoted: list[dict]) -> list[dict]:
-    newest = len(read(run))
-    return [line for line in unnoted if line.get("after") == newest]
+def _since_refused(starts: list[dict]) -> list[dict]:
+    refused = [i for i, start in enumerate(starts) if _is_refused(start)]
+    return starts[refused[-1] + 1 :] if refused else starts
 
 
-def _since_refused(unnoted: list[dict]) -> list[dict]:
-    refused = [i for i, line in enumerate(unnoted) if line.get("refused")]
-    return unnoted[refused[-1] + 1 :] if refused else unnoted
+def _is_refused(start: dict) -> bool:
+    return start.get("refused") is True
 
 
 def newest_step(run: Path) -> int:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import config as settings
 from ..distributed import slurm
 from ..errors import UserError
-from ..files import json_objects, opened, refuse_special
+from ..files import json_objects, opened, refuse_special, why_not_read
 from . import history, lock
 from .layout import CHECKPOINTS, CONFIG, EVALUATIONS, HISTORY, METRICS, RESULTS, UNNOTED
 
 RECENT = 20  # steps whose mean speed is shown
 TAIL_BYTES = 65536
+MOST = 10**12  # steps, and seconds of one: no run has more
 QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
 RUNNING = ("RUNNING", "SIGNALING", "COMPLETING", "CONFIGURING")
 
@@ -51,7 +52,8 @@ def find_runs(folder: Path) -> list[Row]:
         unreadable.append(Row(Path(error.filename), f"unreadable: {error.strerror}"))
 
     for path, below, files in os.walk(folder, onerror=note):
-        if HISTORY in files or UNNOTED in files or (CONFIG in files and CHECKPOINTS in below):
+        found = {*files, *below}
+        if HISTORY in found or UNNOTED in found or {CONFIG, CHECKPOINTS} <= found:
             runs.append(Path(path))
             below.clear()
     jobs = {run: _job(run) for run in runs}
@@ -63,7 +65,9 @@ def find_runs(folder: Path) -> list[Row]:
 def _job(run: Path) -> str | None:
     try:
         refuse_special(run)
-        starts = history.read(run) + history.starts_before_noted(run)
+        starts = history.read(run)
+        with suppress(UserError):  # a note that cannot be read hides no job of the history
+            starts += history.starts_before_noted(run)
         job = history.current_job(run, starts[-1]) if starts else None
     except (UserError, OSError):
         return None
@@ -74,53 +78,69 @@ def _row(run: Path, in_slurm: str | None) -> Row:
     try:
         refuse_special(run)
         return _read_row(run, in_slurm)
-    except (UserError, OSError) as error:
+    except UserError as error:
         return Row(run, f"unreadable: {error}")
+    except OSError as error:
+        return Row(run, f"unreadable: {why_not_read(error.filename or run, error)}")
     except Exception as error:
         return Row(run, f"unreadable: {type(error).__name__}: {error}")
 
 
 def _read_row(run: Path, in_slurm: str | None) -> Row:
     starts = history.read(run)
-    if not starts:
-        return Row(run, _state_without_start(run, in_slurm))
-    robust, damaged = _robust(run)
-    known = {"restarts": len(starts) - 1, "robust": robust, "damaged": damaged}
+    unnoted, ended, damaged_note = _unnoted(run)
+    rows, damaged_metrics = _tail(run / METRICS)
+    robust, damaged_results = _robust(run)
+    damaged = (*damaged_note, *damaged_metrics, *_unlisted(run), *damaged_results)
+    known = {"restarts": max(0, len(starts) + unnoted - 1), "robust": robust, "damaged": damaged}
     if step := history.newest_step(run):
         saved = (run / CHECKPOINTS / f"step-{step}").stat().st_mtime
         known |= {"checkpoint": step, "checkpoint_age": time.time() - saved}
+    if not starts:
+        return Row(run, _state_without_start(run, in_slurm, ended, damaged_note), step, **known)
     try:
         config = settings.load(run / CONFIG)
     except UserError as error:
         return Row(run, f"unreadable: {error}", **known)
-    rows = _tail(run / METRICS)
     # Metrics may be gone or damaged; a saved step was done all the same.
     step, steps = rows[-1]["step"] if rows else max(starts[-1]["step"], known.get("checkpoint", 0)), config.train.steps
-    state = _state(run, starts, in_slurm, config)
+    state = _state(run, starts, in_slurm, ended, config)
     if rows:
         seconds = sum(row["seconds"] for row in rows[-RECENT:]) / len(rows[-RECENT:])
-        if 0 < seconds < math.inf:
+        if seconds > 0:
             known |= {"images_per_s": config.train.batch_size / seconds}
-        if state == "running" and seconds < math.inf:
+        if state == "running":
             known |= {"seconds_left": (steps - step) * seconds}
     return Row(run, state, step, steps, **known)
 
 
-def _state_without_start(run: Path, in_slurm: str | None) -> str:
-    unnoted = history.end_before_noted(run)
-    if not (run / HISTORY).exists() and not unnoted:
+def _unnoted(run: Path) -> tuple[int, str | None, tuple[str, ...]]:
+    """(how many starts ended before they were noted, how those since the newest noted did; why none can be read)."""
+    try:
+        n, ended = len(history.unnoted(run)), history.end_before_noted(run)
+    except UserError as error:
+        return 0, None, (str(error),)
+    unknown = not n and os.path.lexists(run / UNNOTED)
+    return n, ended, (f"{UNNOTED} holds no start that can be read",) if unknown else ()
+
+
+def _state_without_start(run: Path, in_slurm: str | None, ended: str | None, damaged_note: tuple[str, ...]) -> str:
+    begun = any((run / name).exists() for name in (METRICS, CHECKPOINTS))  # a start in the history comes before these
+    if (run / HISTORY).exists():
+        if begun or (run / HISTORY).stat().st_size:
+            return f"unreadable: {HISTORY} holds no start of a run"
+    elif begun or not (ended or damaged_note):
         return f"unreadable: {HISTORY} is gone"
     if lock.is_taken(run) or in_slurm in RUNNING:
         return "running"
     if in_slurm in QUEUED:
         return "queued"
-    if unnoted:
-        return f"stopped: {unnoted}"
-    empty = (run / HISTORY).stat().st_size == 0
-    return "stopped: killed before it began" if empty else f"unreadable: {HISTORY} holds no start of a run"
+    if damaged_note:  # and nothing else of the run is there
+        raise UserError(damaged_note[0])
+    return f"stopped: {ended or 'killed before it began'}"
 
 
-def _state(run: Path, starts: list[dict], in_slurm: str | None, config: settings.Config) -> str:
+def _state(run: Path, starts: list[dict], in_slurm: str | None, ended: str | None, config: settings.Config) -> str:
     if lock.is_taken(run) or in_slurm in RUNNING:
         return "running"
     kind = history.end_kind(starts[-1])
@@ -128,28 +148,47 @@ def _state(run: Path, starts: list[dict], in_slurm: str | None, config: settings
         return "complete"
     if in_slurm in QUEUED:
         return "queued"
+    if ended:
+        return f"stopped: {ended}"
     if kind == history.FAILED:
         return f"failed: {history.end_reason(starts[-1])}"
     refused = history.why_not_restart(run, config.resume)
     if refused:
         return f"failed: {refused}"
-    return f"stopped: {history.end_before_noted(run) or history.end_reason(starts[-1])}"
+    return f"stopped: {history.end_reason(starts[-1])}"
 
 
-def _tail(path: Path) -> list[dict]:
-    """The last rows of metrics, without reading the whole file; lines that are no rows are left out."""
+def _tail(path: Path) -> tuple[list[dict], tuple[str, ...]]:
+    """(the last rows of metrics, without reading the whole file or lines that are no rows; why it cannot be read)."""
     try:
         with path.open("rb") as file:
             cut = file.seek(0, os.SEEK_END) > TAIL_BYTES
             file.seek(-TAIL_BYTES if cut else 0, os.SEEK_END if cut else os.SEEK_SET)
             lines = file.read().splitlines()[cut:]
     except FileNotFoundError:
-        return []
-    return [row for row in json_objects(lines) if isinstance(row.get("step"), int) and _is_finite(row.get("seconds"))]
+        return [], ()
+    except OSError as error:
+        return [], (why_not_read(path, error),)
+    return [row for row in json_objects(lines) if _is_row(row)], ()
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and abs(value) < math.inf
+def _is_row(row: dict) -> bool:
+    step, seconds = row.get("step"), row.get("seconds")
+    numbers = isinstance(step, int) and isinstance(seconds, int | float)
+    return numbers and 0 <= step <= MOST and 0 <= seconds <= MOST
+
+
+def _unlisted(run: Path) -> tuple[str, ...]:
+    """Why the folders of checkpoints and evaluations cannot be listed, of those that cannot."""
+    damaged = []
+    for folder in (run / CHECKPOINTS, run / EVALUATIONS):
+        try:
+            os.listdir(folder)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            damaged.append(why_not_read(folder, error))
+    return tuple(damaged)
 
 
 def _robust(run: Path) -> tuple[str | None, tuple[str, ...]]:

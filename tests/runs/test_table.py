@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -7,7 +9,7 @@ import pytest
 import yaml
 
 from mmtard.errors import UserError
-from mmtard.files import sealed
+from mmtard.files import sealed, why_not_read
 from mmtard.runs import history, survey, table
 
 
@@ -182,7 +184,7 @@ BAD = {
     "config.yaml is no text": (lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe"), "unreadable"),
     "config.yaml is gone": (lambda run: (run / "config.yaml").unlink(), "unreadable"),
     "the history is no history": (lambda run: (run / "resume.jsonl").write_text("my notes"), "unreadable"),
-    "the history is empty": (lambda run: (run / "resume.jsonl").write_text(""), "stopped: killed before it began"),
+    "the history was emptied": (lambda run: (run / "resume.jsonl").write_text(""), "unreadable"),
     "an end of another shape": (
         lambda run: (run / "resume.jsonl").write_text('{"step": 1, "end": {"kind": [], "reason": 3}}\n'),
         "stopped: 3",
@@ -190,7 +192,7 @@ BAD = {
     "metrics are no rows": (lambda run: (run / "metrics.jsonl").write_text('1\n{"step": "x"}\n[]\n'), "complete"),
     "metrics are a folder": (
         lambda run: ((run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()),
-        "unreadable",
+        "complete",
     ),
 }
 
@@ -205,6 +207,158 @@ def test_a_run_whose_ranks_a_signal_ended_as_they_started_is_a_row(run, tmp_path
     for in_slurm, shown in (("PENDING", "queued"), ("RUNNING", "running"), ("COMPLETED", ended)):
         monkeypatch.setattr(survey.slurm, "states", lambda jobs: dict.fromkeys(jobs, in_slurm))
         assert states(tmp_path / "all") == {"new": shown, "old": shown}
+
+
+@pytest.fixture
+def ended_early(monkeypatch):
+    """Call with a run's folder: a signal ends a start of job 7 there before it comes into the history."""
+
+    def end(folder, most=3):
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        return history.why_not_restart_signalled(folder, most)
+
+    return end
+
+
+GONE, NO_START = "unreadable: resume.jsonl is gone", "unreadable: resume.jsonl holds no start of a run"
+
+
+@pytest.mark.parametrize("lost, state", [(None, GONE), ("gar\0bage\n", NO_START), ("", NO_START)])
+@pytest.mark.parametrize("in_slurm", [None, "PENDING"])
+def test_a_note_from_before_the_first_start_hides_no_lost_history(
+    run, ended_early, tmp_path, monkeypatch, lost, state, in_slurm
+):
+    ended_early(tmp_path / "all" / "a")
+    history_file = run("a", history.PREEMPTED) / "resume.jsonl"
+    history_file.unlink() if lost is None else history_file.write_text(lost)
+    monkeypatch.setattr(survey.slurm, "states", lambda jobs: dict.fromkeys(jobs, in_slurm) if in_slurm else {})
+    (row,) = survey.find_runs(tmp_path / "all")
+    assert (row.state, row.step, row.checkpoint) == (state, 6, 6)
+
+
+def test_a_start_that_was_killed_before_it_came_into_the_history_is_no_damage(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "resume.jsonl").touch()
+    assert states(tmp_path) == {"a": "stopped: killed before it began"}
+
+
+@pytest.mark.parametrize(
+    "kinds, bounds",
+    [
+        ([history.PREEMPTED], {}),
+        ([history.FAILED], {}),
+        ([history.STOPPED], {}),
+        ([history.LOST] * 2, {"max_losses": 1}),
+    ],
+)
+def test_a_start_that_a_signal_ended_early_is_newer_than_why_the_one_before_it_ended(
+    run, ended_early, tmp_path, kinds, bounds
+):
+    folder = run("a", *kinds, resume=bounds)
+    ended = "stopped: ended by a signal before its folder was prepared"
+    assert ended_early(folder, most=2) is None
+    assert states(tmp_path / "all") == {"a": f"{ended}, once"}
+    assert ended_early(folder, most=2) is not None
+    assert states(tmp_path / "all") == {"a": f"{ended}, 2 times, and it was not started again"}
+
+
+@pytest.mark.parametrize("name", ["unnoted.jsonl", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "kind, in_slurm, state", [(None, "RUNNING", "running"), (history.FAILED, None, "failed: why 0")]
+)
+def test_a_note_or_metrics_that_cannot_be_read_are_named_and_hide_nothing_else(
+    run, tmp_path, monkeypatch, name, kind, in_slurm, state
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    folder = run("a", kind)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    monkeypatch.setattr(survey.slurm, "states", lambda jobs: {"12": in_slurm} if jobs == {"12"} and in_slurm else {})
+    (row,) = survey.find_runs(tmp_path / "all")
+    step = 7 if name == "unnoted.jsonl" else 6  # the saved one where no metrics tell of another
+    assert (row.state, row.step, row.steps, row.checkpoint) == (state, step, 10, 6)
+    assert row.damaged == (f"'{folder / name}' cannot be read: Is a directory; move it away",)
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied; correct its permissions"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links"), "Too many levels of symbolic links; move it away"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+    ],
+)
+def test_what_cannot_be_read_says_what_to_do_where_that_is_known(error, words):
+    assert why_not_read("a", error) == f"'a' cannot be read: {words}"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"time": "2026-1',
+        b"\0" * 500,
+        b"\xff\xfe\x80",
+        b'[1]\n"x"\nnull\n',
+        b'{"job": "7"}\n',
+        b'{"after": "0"}\n',
+        None,
+    ],
+)
+def test_a_note_alone_that_holds_no_start_is_what_is_named(tmp_path, content):
+    path = tmp_path / "a" / "unnoted.jsonl"
+    path.parent.mkdir()
+    path.symlink_to("gone") if content is None else path.write_bytes(content)
+    assert states(tmp_path) == {"a": "unreadable: unnoted.jsonl holds no start that can be read"}
+
+
+def test_a_note_of_a_start_after_others_tells_that_their_history_is_gone(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "unnoted.jsonl").write_text('{"job": "7", "after": 2}\n')
+    assert states(tmp_path) == {"a": GONE}
+
+
+@pytest.mark.parametrize("name", ["resume.jsonl", "unnoted.jsonl"])
+def test_a_folder_in_the_place_of_a_runs_history_is_a_row(tmp_path, name):
+    path = tmp_path / "a" / name
+    path.mkdir(parents=True)
+    assert states(tmp_path) == {"a": f"unreadable: '{path}' cannot be read: Is a directory; move it away"}
+
+
+def test_starts_that_signals_ended_early_count_as_starts(run, ended_early, tmp_path):
+    for _ in range(3):
+        ended_early(tmp_path / "all" / "a")
+    (row,) = survey.find_runs(tmp_path / "all")
+    assert row.restarts == 2
+    run("a", None)
+    (row,) = survey.find_runs(tmp_path / "all")
+    assert row.restarts == 3
+
+
+def test_only_true_marks_a_start_as_the_last(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "unnoted.jsonl").write_text('{"after": 0, "refused": "no"}\n')
+    assert states(tmp_path) == {"a": "stopped: ended by a signal before its folder was prepared, once"}
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "evaluations"])
+def test_a_folder_of_a_run_that_cannot_be_listed_is_named(run, tmp_path, name):
+    folder = run("a", history.COMPLETE)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / name).touch()
+    (row,) = survey.find_runs(tmp_path / "all")
+    assert (row.state, row.step) == ("complete", 7)
+    assert row.damaged == (f"'{folder / name}' cannot be read: Not a directory; move it away",)
+
+
+@pytest.mark.parametrize(
+    "row", [{"step": 10**400, "seconds": 1}, {"step": 8, "seconds": 10**400}, {"step": -1, "seconds": 1}]
+)
+def test_numbers_that_no_run_reaches_are_no_row_of_metrics(run, tmp_path, row):
+    with (run("a", history.COMPLETE) / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    (shown,) = survey.find_runs(tmp_path / "all")
+    assert (shown.state, shown.step, shown.images_per_s) == ("complete", 7, 4.0)
 
 
 @pytest.mark.parametrize("what", BAD)
