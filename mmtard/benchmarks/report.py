@@ -17,7 +17,9 @@ from ..files import why_not_written, write_text
 from ..runs.environment import device_name, environment
 from .out_file import MADE_WITH
 
-WIDTH = 150  # columns, where the terminal has fewer: a table that is cut says nothing
+WIDTH = 150  # columns, or as many as the numbers need, where the terminal has fewer: a table that is cut says nothing
+UNBOUNDED = 10_000
+NAME_WIDTH = 30  # the least that names are broken to
 
 
 @dataclass
@@ -42,9 +44,11 @@ class BenchmarkReport:
 
     def publish(self, path: Path, device: torch.device) -> None:
         """Print the tables and write everything to `path`. UserError where it cannot be written."""
-        console = Console(highlight=False, width=max(WIDTH, Console().width))
-        for table in self.tables:
-            console.print(_rendered(table))
+        tables, ruler = [_rendered(table) for table in self.tables], Console(width=UNBOUNDED)
+        needed = max((ruler.measure(table).minimum for table in tables), default=0)
+        console = Console(highlight=False, width=max(WIDTH, Console().width, needed))
+        for table in tables:
+            console.print(table)
         for note in self.notes:
             console.print(note, markup=False, soft_wrap=True)
         self.write(path, device)
@@ -66,7 +70,10 @@ def _rendered(table: BenchmarkTable) -> Table:
     # Names of models and files are others' text, of which rich would take [brackets] for markup.
     rendered = Table(title=Text(table.title), title_justify="left")
     for number, column in enumerate(table.columns):
-        rendered.add_column(Text(column), justify="right" if number else "left", no_wrap=bool(number))
+        if number:
+            rendered.add_column(Text(column), justify="right", no_wrap=True)
+        else:
+            rendered.add_column(Text(column), min_width=NAME_WIDTH)
     for row in table.rows:
         rendered.add_row(*map(Text, row))
     return rendered

@@ -111,9 +111,8 @@ class TrainingBenchmark:
         names = [v.name for v in variants]
         unknown = [name for name in self.variants or () if name not in names]
         if unknown:
-            remedy = "; settings come before --variants" if "=" in unknown[0] else ""
             quoted = ", ".join(f"'{name}'" for name in names)
-            raise UserError(f"--variants: no '{unknown[0]}' here{remedy}; those of this configuration: {quoted}")
+            raise UserError(f"--variants: no '{unknown[0]}' here; those of this configuration: {quoted}")
         return [v for v in variants if self.variants is None or v.name in self.variants]
 
     def _published(self, parts: ResidentParts, clock: PhaseClock) -> list[Variant]:

@@ -8,6 +8,7 @@ from .. import config as settings
 from ..benchmarks.out_file import check_out, check_trace
 from ..config.argument_types import natural, path, positive
 from ..distributed.launcher import choose_accelerator
+from ..errors import UserError
 from .command import add_command, add_config_arguments, heavy_imports
 
 
@@ -47,6 +48,8 @@ def add(parts) -> None:
 def _run(args) -> None:
     check_out(args.out)
     check_trace(args.trace)
+    for setting in [name for name in args.variants or () if "=" in name][:1]:
+        raise UserError(f"--variants: '{setting}' is a setting, and no name; settings come before --variants")
     config = settings.load(args.config, args.overrides)
     choose_accelerator(config.engine.device)
     with heavy_imports():

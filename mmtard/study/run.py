@@ -41,6 +41,9 @@ def dry_run(study: Study) -> None:
     planned = _items(study, tuned)
     for item in planned:
         item.check_settings()
+    materials = [*(["data"] if study.data else []), *(f"pretrained/{name}" for name in study.pretrain)]
+    if missing := [part for part in materials if not (Path(study.out) / part).is_dir()]:
+        print(f"made first: {', '.join(missing)}")
     show(study, planned)
     waiting = [name for name in study.methods if (name, 0) not in tuned]
     points = [len(runs.points_of(study, method)) for method in waiting]

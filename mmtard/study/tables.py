@@ -52,7 +52,7 @@ def differences(found: Findings) -> Table | None:
     notes = [
         "In points; small: 95 % interval, p of the mixed model over samples and seeds, and p after Holm's correction "
         "for the methods of the column. The baseline is the one of these that scores best on validation data.",
-        *_one_seed(found),
+        *one_seed(found),
     ]
     caption = f"Difference from {found.study.labels[found.baseline]}, the best with one teacher or none"
     return Table(_head(found), rows, caption, notes, "differences")
@@ -72,7 +72,7 @@ def ablations(found: Findings) -> Table | None:
     if not rows:
         return None
     notes = ["In points: what is lost (-) or gained (+) by the change; small: 95 % interval and p, not corrected."]
-    return Table(_head(found), rows, "Ablations: one part changed at a time", notes + _one_seed(found), "ablations")
+    return Table(_head(found), rows, "Ablations: one part changed at a time", notes + one_seed(found), "ablations")
 
 
 def fronts(found: Findings) -> list[Table]:
@@ -245,7 +245,8 @@ def _estimate(one: Estimate | None) -> Cell:
     return Cell(f"{100 * one.value:+.2f}", f"{100 * one.low:+.2f} to {100 * one.high:+.2f}, p {one.p:.2g}{unknown}")
 
 
-def _one_seed(found: Findings) -> list[str]:
+def one_seed(found: Findings) -> list[str]:
+    """What is said of methods of one seed, if there are any."""
     few = [found.study.labels[m] for m, state in found.main.items() if len(state.runs) == 1]
     return (
         [f"One seed of {', '.join(few)}: judged over samples alone, so of these models, not of the methods."]

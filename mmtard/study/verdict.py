@@ -10,7 +10,7 @@ from .findings import Findings
 from .front import Estimate
 from .gains import front_gains
 from .runs import run_folder
-from .tables import speed
+from .tables import one_seed, speed
 
 SURE = 0.05
 
@@ -38,7 +38,7 @@ def verdict(found: Findings) -> list[Said]:
     if not found.study.validation:
         chosen = "the first in the study with one teacher or none, for want of validation data to choose by"
     first = f"The baseline is “{labels[found.baseline]}”, {chosen}: {numbers}"
-    said = [Said(f"{first} (%).", speeds.get(found.baseline, []))]
+    said = [Said(one) for one in one_seed(found)] + [Said(f"{first} (%).", speeds.get(found.baseline, []))]
     for method in found.main:
         if method != found.baseline and found.study.methods[method].ablates is None:
             said.append(Said(_sentence(found, method), _front_sentences(found, method) + speeds.get(method, [])))

@@ -265,7 +265,7 @@ def test_a_variant_that_is_not_there_is_refused_with_those_that_are(command, con
     assert command("bench", "train", path, "--variants", "fastest") == 2
     assert "no 'fastest' here; those of this configuration: 'mmtard', 'mmtard, clean stored'" in capsys.readouterr().err
     assert command("bench", "train", path, "--variants", "mmtard", "train.lr=1") == 2
-    assert "no 'train.lr=1' here; settings come before --variants; those of" in capsys.readouterr().err
+    assert "'train.lr=1' is a setting, and no name; settings come before --variants" in capsys.readouterr().err
 
 
 def test_the_page_has_the_arithmetic_of_the_main_step():

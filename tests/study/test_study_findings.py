@@ -102,6 +102,13 @@ def test_the_sentences_name_the_joint_front(found):
     assert "  " + line in verdict.lines(found)
 
 
+def test_of_one_seed_the_first_sentence_is_that_the_models_are_judged(found):
+    states = [dataclasses.replace(s, runs=s.runs[:1]) for s in found.states]
+    one = verdict.lines(dataclasses.replace(found, states=states, gains={}))
+    assert "judged over samples alone, so of these models, not of the methods" in one[0]
+    assert not any("judged over samples alone" in line for line in verdict.lines(found))
+
+
 def test_a_front_counts_no_setting_with_fewer_seeds_than_others(found):
     """A setting that only the tuning tried has one seed."""
     (state,) = [s for s in found.states if s.method == "teacher" and s.point.number == 1]

@@ -171,6 +171,16 @@ def test_a_dry_run_lists_what_is_missing_and_writes_nothing(tmp_path, vit, capsy
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_says_what_is_made_before_anything_is_trained(tmp_path, vit, capsys):
+    made = {"data": {"maker": "shapes"}, "pretrain": {"student": {"architecture": "tiny_clip", "steps": 4}}}
+    file = write(tmp_path / "study.yaml", tree(tmp_path / "out", vit) | made)
+    assert main(["study", str(file), "--dry-run"]) == 0
+    assert "made first: data, pretrained/student\n" in capsys.readouterr().out
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    assert main(["study", str(file), "--dry-run"]) == 0
+    assert "made first: pretrained/student\n" in capsys.readouterr().out
+
+
 def test_a_dry_run_tells_of_no_trainings_after_the_tuning_where_there_are_none(tmp_path, vit, capsys):
     file = write(tmp_path / "study.yaml", tree(tmp_path / "out", vit))
     assert main(["study", str(file), "seeds=[0]", "grid.tune_each=true", "--dry-run"]) == 0
