@@ -90,7 +90,7 @@ def test_a_rank_that_failed_is_not_started_again_though_slurm_had_to_kill_the_on
     )
     (tmp_path / "python").chmod(0o755)
     job = cluster.submit(config, PATH=f"{tmp_path}:{cluster.env['PATH']}")
-    fields = cluster.ended(job, 60)
+    fields = cluster.ended(job)
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "137:0", "0"), cluster.log(job)
     assert "this start ended as failed: rank 1: out of memory; it is not repeated by itself" in cluster.log(job)
     assert len(rows(run / "resume.jsonl")) == 1
@@ -100,11 +100,11 @@ def test_a_rank_that_failed_while_the_others_started_is_not_started_again(cluste
     """Slurm ends the others by SIGTERM, as a warning to ranks that do not listen yet would."""
     config, run = tiny("fails_early")
     (tmp_path / "python").write_text(
-        f'#!/bin/sh\n[ "$3" != train ] || [ $SLURM_PROCID = 0 ] || exec sleep 60\n'
+        f'#!/bin/sh\n[ "$3" != train ] || [ $SLURM_PROCID = 0 ] || exec sleep 600\n'
         f'[ "$3" != train ] || exit 3\nexec {sys.executable} "$@"\n'
     )
     (tmp_path / "python").chmod(0o755)
     job = cluster.submit(config, PATH=f"{tmp_path}:{cluster.env['PATH']}")
-    fields = cluster.ended(job, 60)
+    fields = cluster.ended(job)
     assert (fields["JobState"], fields["Restarts"]) == ("FAILED", "0"), cluster.log(job)
     assert "this start ended before the run's folder was prepared" in cluster.log(job) and not run.exists()
