@@ -100,7 +100,7 @@ def test_a_rank_that_failed_while_the_others_started_is_not_started_again(cluste
     """Slurm ends the others by SIGTERM, as a warning to ranks that do not listen yet would."""
     config, run = tiny("fails_early")
     (tmp_path / "python").write_text(
-        f'#!/bin/sh\n[ "$3" != train ] || [ $SLURM_PROCID = 0 ] || exec sleep 600\n'
+        f'#!/bin/sh\n[ "$3" != train ] || [ $SLURM_PROCID = 0 ] || exec sleep 60\n'
         f'[ "$3" != train ] || exit 3\nexec {sys.executable} "$@"\n'
     )
     (tmp_path / "python").chmod(0o755)
