@@ -18,9 +18,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 
 from ..config import Data
+from ..data.class_names import names_of
 from ..data.dataset import open_dataset
 from ..data.images import decode
 from ..data.reader import Reader
+from ..errors import UserError
 from ..folders import publish_folder, read_settings
 
 ARCHITECTURE = Path(__file__).with_name("tiny_clip.json")
@@ -84,10 +86,14 @@ def read_split(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str], lis
     """Decode all of a split: images [N,3,H,W] uint8, labels [N] int64, captions [N], class names [C].
 
     The images have one size. Of a sample's captions it is the first, without one the prompt of its class. Raises
-    DecodeError for an image that cannot be read, and RuntimeError for images of several sizes.
+    DecodeError for an image that cannot be read, RuntimeError for images of several sizes, and UserError for an image
+    without a label and for one whose class has no name.
     """
-    names = (folder / "classnames.txt").read_text().splitlines()
     dataset = open_dataset(Data(shards=str(folder)))
+    names = names_of(dataset, folder / "classnames.txt", "data")
+    for i in np.flatnonzero(dataset.labels < 0)[:1].tolist():
+        name, problem = dataset.name(i), dataset.label_problem(i)
+        raise UserError(f"data: '{name}' of '{folder}': {problem}; give it one, or leave it out")
     reader, images, captions = Reader(dataset), [], []
     shards = sorted(range(len(dataset.paths)), key=lambda shard: dataset.paths[shard])
     ids = [i for shard in shards for i in dataset.shard_range(shard)]

@@ -73,6 +73,22 @@ def test_images_and_captions_are_read_as_a_training_reads_them(tmp_path):
     assert labels.tolist() == [0, 1, 0, 1] and names == ["cat", "dog"]
 
 
+@pytest.mark.parametrize(
+    "label, message",
+    [
+        (None, "data: '0.tar/1' of '.*': no .cls member; give it one"),
+        (b"2", "data: .* 1 names, .* sample of label 2"),
+    ],
+)
+def test_an_image_whose_class_has_no_name_is_told(tmp_path, label, message):
+    (tmp_path / "classnames.txt").write_text("cat\n")
+    with wds.TarWriter(str(tmp_path / "0.tar")) as tar:
+        for i, given in enumerate((b"0", label)):
+            tar.write({"__key__": str(i), "png": png(32), **({"cls": given} if given else {})})
+    with pytest.raises(UserError, match=message):
+        read_split(tmp_path)
+
+
 def png(size):
     out = io.BytesIO()
     Image.new("RGB", (size, size)).save(out, "PNG")
