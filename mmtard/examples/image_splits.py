@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import webdataset as wds
+from rich.progress import track
 
 from ..errors import UserError
 
@@ -76,7 +77,8 @@ def write_split(parts: list[Images], folder: Path) -> None:
     first, i = 0, 0
     with wds.ShardWriter(str(folder / "%d.tar"), maxcount=SHARD, verbose=0) as shards:
         for part in parts:
-            for place, kind, label in zip(part.places.tolist(), part.kinds.tolist(), part.labels.tolist()):
+            samples = list(zip(part.places.tolist(), part.kinds.tolist(), part.labels.tolist()))
+            for place, kind, label in track(samples, description=f"writing {folder.parent.name}/{folder.name}"):
                 sample = {"__key__": f"{i:06d}", kind: part.read(place), "cls": str(first + label).encode()}
                 if caption := part.caption(place):
                     sample["txt"] = caption
