@@ -33,6 +33,25 @@ def read_settings(folder: Path) -> dict | None:
         ) from None
 
 
+def refuse_to_replace(folder: Path, then: dict | None, now: dict) -> None:
+    """Raise UserError that names what differs between what a folder was made with, `then`, and would be made with now.
+
+    For a folder that models were made of. None: there is no folder. Another `source` is no difference: the same images
+    may lie elsewhere.
+    """
+    then, now = _without_source(then or now), _without_source(now)
+    if differ := [key for key in {**then, **now} if then.get(key) != now.get(key)]:
+        raise UserError(
+            f"'{folder}' was made with another {' and '.join(differ)} than it would be now, and runs or models came of "
+            "it; name another folder with --out, or remove the study's 'runs' and 'models'"
+        )
+
+
+def _without_source(settings: dict) -> dict:
+    own = {key: value for key, value in settings.items() if key != "source"}
+    return {key: _without_source(value) if isinstance(value, dict) else value for key, value in own.items()}
+
+
 @contextmanager
 def publish_folder(folder: Path, settings: dict) -> Iterator[Path]:
     """Yields an empty folder that takes the place of `folder`, with `settings` in it, when the block ends well.

@@ -68,14 +68,14 @@ def _study(args) -> int:
     command = shlex.join(["mmtard", *sys.argv[1:]])
     if args.measure:
         return _measure(study, args.measure)
+    if args.page and args.jobs == "here":
+        print(run.write_page(study, command))
+        return 0
+    _check(study)
     if args.jobs == "slurm":
         return _on_slurm(study, args, command)
     if args.dry_run:
-        _check(study)
         run.dry_run(study)
-        return 0
-    if args.page:
-        print(run.write_page(study, command))
         return 0
     page = run.run_here(study, _make, command)
     from ..study import findings, summary

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..data.index import EXTENSIONS
 from ..errors import UserError
-from ..folders import SETTINGS, publish_folder, read_settings
+from ..folders import SETTINGS, publish_folder, read_settings, refuse_to_replace
 from .image_splits import Images, divide, spread, write_split
 
 PRETRAINING = "pretraining"
@@ -21,7 +21,15 @@ NAMES = ("cifar10", "cifar100")
 
 
 def make_splits(
-    source: Path, out: Path, *, trained: str, validation: int, zeroshot_validation: int, few: int, seed: int
+    source: Path,
+    out: Path,
+    *,
+    trained: str,
+    validation: int,
+    zeroshot_validation: int,
+    few: int,
+    seed: int,
+    keep: bool = False,
 ) -> None:
     """Write the splits below `out`; nothing is written anew from a source that was written before.
 
@@ -31,15 +39,17 @@ def make_splits(
     all classes. zeroshot_validation: 0 leaves the other data set out. Where a data set has no test images, test takes
     twice `validation` of its training images. Raises UserError when `source` holds neither archives
     `cifar10_*train*.npz` and the like, nor folders cifar10/train/CLASS of images; of one data set alone, also without
-    its name.
+    its name, and where it would replace what `keep` asks to keep.
     """
     if trained not in NAMES:
         raise UserError(f"data.options.trained: '{trained}' is neither of {', '.join(NAMES)}; write one of them")
     given = sorted(f"{p.name} {p.stat().st_size}" for p in source.glob("*.npz")) if source.is_dir() else []
     settings = {"source": str(source.resolve()), "files": given, "trained": trained, "seed": seed, "few": few}
     settings |= {"validation": validation, "zeroshot_validation": zeroshot_validation}
-    if read_settings(out) == settings:
+    if (then := read_settings(out)) == settings:
         return
+    if keep:
+        refuse_to_replace(out, then, settings)
     wanted = {trained: validation}
     if zeroshot_validation:
         wanted[next(name for name in NAMES if name != trained)] = zeroshot_validation

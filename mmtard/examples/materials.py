@@ -7,15 +7,18 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from ..config import Data
 from ..data.dataset import open_dataset
 from ..data.images import DecodeError, decode
+from ..data.paths import shards_of
 from ..data.reader import Reader
 from ..distributed.processes import keep_freed_memory
 from ..errors import UserError, unknown_name
 from ..files import why_not_written
+from ..study.origin import has_models
 from ..study.schema import Material, Study
 from .cifar_splits import make_splits
 from .pretrain import Pretraining, pretrain
@@ -35,10 +38,8 @@ def check(study: Study) -> None:
         _options(study.data)
         if study.data.source is not None and not Path(study.data.source).is_dir():
             raise UserError(f"data.source: '{study.data.source}' is no folder; name the one that holds the images")
-        if study.data.maker == "shards" and not any(Path(study.data.source or "").glob("*.tar")):
-            raise UserError(
-                f"data.source: no .tar in '{study.data.source}'; name a folder of shards, which `mmtard shards` writes"
-            )
+        if study.data.maker == "shards":
+            _refuse_no_shards(study.data.source)
     for name, how in study.pretrain.items():
         if how.steps == 10:  # a tenth of them, its rise, ends at the first one, and torch divides by its length
             raise UserError(f"pretrain.{name}.steps: torch has no cycle of 10 steps; write 9, or 11 or more")
@@ -48,31 +49,37 @@ def check(study: Study) -> None:
                 f"{', '.join(sorted(path.stem for path in Path(__file__).parent.glob('*.json')))}"
             )
         takes, made = _image_size(_architecture(how.architecture)), _own_shards(study, Path(how.data))
-        if made is not None and made.options.get("size", takes) not in (0, takes):
+        size = made.options.get("size", 0) if made is not None else 0
+        if takes and size and takes != (size, size):
             raise UserError(
-                f"data.options.size: {made.options['size']}, and pretrain.{name}.architecture, {how.architecture}, "
-                f"takes {takes} px; write {takes}"
+                f"data.options.size: {size}, and pretrain.{name}.architecture, {how.architecture}, "
+                f"takes {_px(takes)}; write {takes[0]}"
             )
 
 
 def make(study: Study) -> None:
-    """Make the data and the pretrained models of a study; what is there already is left as it is."""
+    """Make the data and the pretrained models of a study; what is there already is left as it is.
+
+    Raises UserError where one would be replaced that runs or teachers came of.
+    """
     check(study)
     keep_freed_memory()
-    folder = Path(study.out)
+    folder, keep = Path(study.out), has_models(study)
     if study.data is not None:
-        MAKERS[study.data.maker](study.data, folder / DATA)
+        MAKERS[study.data.maker](study.data, folder / DATA, keep)
     for name, how in study.pretrain.items():
         data = Path(how.data)
         splits = tuple(split for split in ("test", "zeroshot") if (data / split).is_dir())
         settings = Pretraining(_architecture(how.architecture), how.steps, how.batch_size, how.lr, how.seed)
         out = folder / PRETRAINED / name
         try:
-            pretrain(data, out, settings, splits)
+            pretrain(data, out, settings, splits, keep=keep)
         except SafetensorError as error:  # which is no OSError
             full = "os error 28" in str(error)
             reason = OSError(errno.ENOSPC, "No space left on device") if full else OSError(str(error))
             raise UserError(why_not_written(out, reason, remedy="name another folder")) from None
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, DecodeError):
             _look_at_images(_given(study, data, splits), settings.architecture)
             raise
@@ -88,25 +95,39 @@ def _own_shards(study: Study, data: Path) -> Material | None:
 def _given(study: Study, data: Path, splits: tuple[str, ...]) -> list[Path]:
     """The folders of shards where a user finds the images of `data`: the source, where these are copies of its own."""
     made = _own_shards(study, data)
-    return [Path(made.source)] if made is not None else [data / split for split in ("train", *splits)]
+    is_copy = made is not None and not made.options.get("size")
+    return [Path(made.source)] if is_copy else [data / split for split in ("train", *splits)]
 
 
-def _image_size(architecture: Path) -> int:
-    """Height and width of the images that a CLIP takes. Raises UserError where the file does not say them."""
+def _refuse_no_shards(source: str | None) -> None:
     try:
-        size = json.loads(architecture.read_text())["vision_cfg"]["image_size"]
-    except (OSError, ValueError, TypeError, KeyError):
-        size = None
-    if not isinstance(size, int):
+        shards_of(Data(shards=source or ""))
+    except UserError:
         raise UserError(
-            f"'{architecture}' is no model config of open_clip with one number as vision_cfg.image_size; name one"
-        )
-    return size
+            f"data.source: no .tar in '{source}'; name a folder of shards, which `mmtard shards` writes"
+        ) from None
+
+
+def _image_size(architecture: Path) -> tuple[int, int] | None:
+    """Height and width of the images that a CLIP takes; None where its config leaves them to open_clip.
+
+    Raises UserError for what is no model config.
+    """
+    try:
+        size = json.loads(architecture.read_text())["vision_cfg"].get("image_size")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"'{architecture}' is no model config of open_clip with a vision_cfg; name one") from None
+    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+
+
+def _px(size: tuple[int, int]) -> str:
+    return f"{size[0]} px" if size[0] == size[1] else f"{size[1]} x {size[0]} px"
 
 
 def _look_at_images(folders: list[Path], architecture: Path) -> None:
     """Raise UserError naming an image that a CLIP cannot be pretrained on: one that is damaged, or of another size."""
-    size = _image_size(architecture)
+    takes = _image_size(architecture)
     for folder in folders:
         dataset = open_dataset(Data(shards=str(folder)))
         reader = Reader(dataset)
@@ -116,35 +137,35 @@ def _look_at_images(folders: list[Path], architecture: Path) -> None:
                 found = decode(reader.image(i)).size
             except DecodeError as error:
                 raise UserError(f"data: {name} cannot be decoded ({error}); leave it out") from None
-            if found != (size, size):
+            if takes and found != takes[::-1]:
                 raise UserError(
                     f"data: {name} has {found[0]} x {found[1]} px, and {architecture.stem} is pretrained on "
-                    f"{size} x {size}; `maker: shards` brings images there with data.options.size={size}"
+                    f"{takes[1]} x {takes[0]}; `maker: shards` brings images there with data.options.size={takes[0]}"
                 )
 
 
-def shapes(material: Material, out: Path) -> None:
+def shapes(material: Material, out: Path, keep: bool = False) -> None:
     """Render OUT/{train,test,zeroshot}, and OUT/validation/{test,zeroshot} of images of their own.
 
     options: images of each split, `validation` and `validation_zeroshot` among them, and `seed`.
     """
     sizes = _options(material)
     held = {"train": 0, "test": sizes.pop("validation"), "zeroshot": sizes.pop("validation_zeroshot")}
-    make_data(out / "images", **sizes)
-    make_data(out / "validation", **held, seed=sizes["seed"] + 1_000_003)
+    make_data(out / "images", **sizes, keep=keep)
+    make_data(out / "validation", **held, seed=sizes["seed"] + 1_000_003, keep=keep)
 
 
-def cifar(material: Material, out: Path) -> None:
+def cifar(material: Material, out: Path, keep: bool = False) -> None:
     """Split CIFAR-10 and CIFAR-100 as `make_splits` says; `source` is their folder, options are its arguments."""
-    make_splits(Path(material.source or ""), out, **_options(material))
+    make_splits(Path(material.source or ""), out, **_options(material), keep=keep)
 
 
-def shards(material: Material, out: Path) -> None:
+def shards(material: Material, out: Path, keep: bool = False) -> None:
     """Split the shards that lie in `source` as `split_shards` says; options are its arguments."""
-    split_shards(Path(material.source or ""), out, **_options(material))
+    split_shards(Path(material.source or ""), out, **_options(material), keep=keep)
 
 
-MAKERS: dict[str, Callable[[Material, Path], None]] = {"shapes": shapes, "cifar": cifar, "shards": shards}
+MAKERS: dict[str, Callable[[Material, Path, bool], None]] = {"shapes": shapes, "cifar": cifar, "shards": shards}
 SOURCES = {"cifar": "CIFAR-10 and CIFAR-100, e.g. data.source=../shared/data", "shards": "the shards"}
 DEFAULTS = {
     "shapes": {

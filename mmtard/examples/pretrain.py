@@ -23,8 +23,9 @@ from ..data.dataset import open_dataset
 from ..data.images import decode
 from ..data.reader import Reader
 from ..errors import UserError
-from ..folders import publish_folder, read_settings
+from ..folders import SETTINGS, publish_folder, read_settings, refuse_to_replace
 
+VERSION = 1  # one more where the same arguments give other weights; tests/examples/test_versions.py asks
 ARCHITECTURE = Path(__file__).with_name("tiny_clip.json")
 PROMPT = "a photo of a {}"
 
@@ -40,10 +41,11 @@ class Pretraining:
     seed: int = 0
 
     def settings(self, data: Path) -> dict:
-        """Return everything that decides the weights, ready for JSON; a hash stands for code and architecture."""
-        code = hashlib.sha256(Path(__file__).read_bytes() + self.architecture.read_bytes()).hexdigest()[:16]
+        """Return everything that decides the weights, ready for JSON; a hash stands for the architecture."""
         own = {"steps": self.steps, "batch_size": self.batch_size, "lr": self.lr, "seed": self.seed}
-        return {**own, "data": read_settings(data), "code": code}
+        architecture = hashlib.sha256(self.architecture.read_bytes()).hexdigest()[:16]
+        made = read_settings(data) if (data / SETTINGS).exists() else open_dataset(_train_of(data)).fingerprint
+        return {**own, "architecture": architecture, "data": made, "version": VERSION}
 
 
 def pretrain(
@@ -52,26 +54,31 @@ def pretrain(
     how: Pretraining = Pretraining(),
     splits: tuple[str, ...] = ("test", "zeroshot"),
     progress: bool = True,
+    keep: bool = False,
 ) -> dict[str, float]:
     """Train a CLIP on `data/train` and write `out/<architecture>.safetensors`, with its model config beside it.
 
     Returns and prints the clean accuracy, in [0, 1], on the other `splits` of `data`. The same arguments, number of
-    threads and kind of device give the same weights; work already done with them is not repeated.
+    threads and kind of device give the same weights; work already done with them is not repeated. Raises as
+    `read_split`, and UserError where it would replace what `keep` asks to keep.
     """
     data, out, architecture = Path(data), Path(out), how.architecture
     settings, done = how.settings(data), read_settings(out)
     if done is not None and done["made_with"] == settings:
         return done["accuracy"]
+    if keep:
+        refuse_to_replace(out, done and done["made_with"], settings)
 
     open_clip.add_model_config(architecture)
     tokenizer = open_clip.get_tokenizer(architecture.stem)
     images, _, captions, _ = read_split(data / "train")
+    measured = {split: read_split(data / split) for split in splits}  # before the work that damage there would undo
     with torch.random.fork_rng(devices=[]), _progress_bar(progress) as bar:
         torch.manual_seed(how.seed)
         model = open_clip.CLIP(**json.loads(architecture.read_text())).to(_device())
         _train(model, images, tokenizer(captions), how, bar)
     model.eval()
-    accuracy = {split: _accuracy(model, tokenizer, data / split) for split in splits}
+    accuracy = {split: _accuracy(model, tokenizer, *measured[split]) for split in splits}
     with publish_folder(out, {"made_with": settings, "accuracy": accuracy}) as partial:
         weights = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
         save_file(weights, partial / f"{architecture.stem}.safetensors")
@@ -80,6 +87,10 @@ def pretrain(
         found = ", ".join(f"{split} {100 * value:.1f} %" for split, value in accuracy.items())
         Console().print(f"{architecture.stem}, clean accuracy: {found}")
     return accuracy
+
+
+def _train_of(data: Path) -> Data:
+    return Data(shards=str(data / "train"))
 
 
 def read_split(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str], list[str]]:
@@ -159,9 +170,10 @@ def _device() -> torch.device:
 
 
 @torch.no_grad()
-def _accuracy(model: open_clip.CLIP, tokenizer, folder: Path) -> float:
+def _accuracy(
+    model: open_clip.CLIP, tokenizer, images: torch.Tensor, labels: torch.Tensor, _: list[str], names: list[str]
+) -> float:
     """The share of a split's images, in [0, 1], that are nearest to the prompt of their own class."""
-    images, labels, _, names = read_split(folder)
     tokens = tokenizer([PROMPT.format(name) for name in names]).to(model.logit_scale.device)
     texts = model.encode_text(tokens, normalize=True)
     predictions = torch.cat([(_embed_images(model, batch) @ texts.T).argmax(1).cpu() for batch in images.split(500)])

@@ -8,7 +8,6 @@ zero-shot classes, whose every word has been seen.
 from __future__ import annotations
 
 import colorsys
-import hashlib
 import io
 import math
 import tarfile
@@ -18,8 +17,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from rich.progress import track
 
-from ..folders import publish_folder, read_settings
+from ..folders import publish_folder, read_settings, refuse_to_replace
 
+VERSION = 1  # one more where the same arguments give other bytes; tests/examples/test_versions.py asks
 SIZE = 32
 OVERSAMPLE = 4
 
@@ -179,19 +179,29 @@ def _write_split(folder: Path, names: list[str], samples: int, shard_size: int, 
 
 
 def make_data(
-    out: Path, *, train: int = 8000, test: int = 1000, zeroshot: int = 480, shard_size: int = 500, seed: int = 0
+    out: Path,
+    *,
+    train: int = 8000,
+    test: int = 1000,
+    zeroshot: int = 480,
+    shard_size: int = 500,
+    seed: int = 0,
+    keep: bool = False,
 ) -> Path:
     """Render `out/{train,test,zeroshot}/*.tar`, each split with its `classnames.txt`.
 
     train, test, zeroshot: images of each split. `train` and `test` share their classes, `zeroshot` has its own.
     The same arguments give the same bytes. A folder that already holds them is left as it is; one made with other
-    arguments is replaced. Raises UserError where `out` was not made here.
+    arguments is replaced. Raises UserError where `out` was not made here, and where it would replace what `keep` asks
+    to keep.
     """
     out = Path(out)
     settings = dict(train=train, test=test, zeroshot=zeroshot, shard_size=shard_size, seed=seed)
-    settings["renderer"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    if read_settings(out) == settings:
+    settings["renderer"] = VERSION
+    if (then := read_settings(out)) == settings:
         return out
+    if keep:
+        refuse_to_replace(out, then, settings)
     with publish_folder(out, settings) as partial:
         for i, (split, names, samples) in enumerate(
             [("train", TRAINED, train), ("test", TRAINED, test), ("zeroshot", HELD_OUT, zeroshot)]

@@ -17,26 +17,32 @@ from ..data.images import DecodeError, Transform, decode
 from ..data.index import EXTENSIONS
 from ..data.reader import Reader
 from ..errors import UserError
-from ..folders import SETTINGS, publish_folder, read_settings
+from ..folders import SETTINGS, publish_folder, read_settings, refuse_to_replace
 from .image_splits import Images, divide, write_split
 
 
-def split_shards(source: Path, out: Path, *, validation: int, size: int, seed: int) -> None:
+def split_shards(source: Path, out: Path, *, validation: int, size: int, seed: int, keep: bool = False) -> None:
     """Write images/train, images/test and validation/test below `out`; again only where images or names have changed.
 
     `source` is a folder of shards, beside which or one folder up lie its classnames.txt. Captions (.txt) are copied,
     images, too; with a `size` above 0 these become PNGs of size x size px: the shorter side brought to it, the centre
     cut out. validation/test has `validation` of them, images/test twice as many, even over the classes, images/train
     the rest. What the shards hold and is not read is printed. Raises UserError when `source` holds no shards, no names,
-    one class or an image without a label, where one to be resized is damaged, and when the images do not suffice.
+    one class or an image without a label, where one to be resized is damaged, when the images do not suffice, and where
+    it would replace what `keep` asks to keep.
     """
     given = Data(shards=str(source.resolve()))
-    dataset = open_dataset(given)
+    try:
+        dataset = open_dataset(given)
+    except UserError as error:
+        raise UserError(f"data.source '{source}': {error}") from None
     names = _names(source, given, dataset)
     settings = {"source": str(source.resolve()), "fingerprint": dataset.fingerprint, "classes": names}
     settings |= {"validation": validation, "seed": seed, **({"size": size} if size else {})}
-    if read_settings(out) == settings:
+    if (then := read_settings(out)) == settings:
         return
+    if keep:
+        refuse_to_replace(out, then, settings)
     for note in dataset.index.notes():
         print(f"data.source '{source}': {note}", flush=True)
     rng = np.random.Generator(np.random.Philox(seed))

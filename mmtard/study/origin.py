@@ -25,8 +25,7 @@ def check(study: Study) -> None:
     What the models of a run were made with is in none of the run's own settings.
     """
     folder = Path(study.out)
-    trained = any(next((folder / name).rglob(CONFIG), None) for name in (runs.RUNS, runs.MODELS))
-    if not trained or not (folder / loading.FILE).is_file():
+    if not has_models(study) or not (folder / loading.FILE).is_file():
         return
     then, now = read_tree(folder / loading.FILE), yaml.safe_load(loading.dump(study))
     then, now = _spelt_out(then, now), _spelt_out(now, then)
@@ -37,6 +36,11 @@ def check(study: Study) -> None:
                     f"{key}: is {_shown(new)}, but what lies in '{folder}' was made with {_shown(old)}; name another "
                     f"folder with --out, or remove its '{runs.RUNS}' and '{runs.MODELS}'"
                 )
+
+
+def has_models(study: Study) -> bool:
+    """Whether the study's folder holds runs or teachers, which came of the data and the pretrained models there."""
+    return any(next((Path(study.out) / name).rglob(CONFIG), None) for name in (runs.RUNS, runs.MODELS))
 
 
 def _spelt_out(one: dict, other: dict) -> dict:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from .. import config as settings, resources
 from ..config import Config
 from ..config.values import Int
-from ..config.yaml_tree import merge, override, read_tree
+from ..config.yaml_tree import merge, read_tree
 from ..errors import UserError
 from ..files import settings_digest
 from .grid import dotted, names_of, refuse_one_name
@@ -122,13 +120,13 @@ def model_folder(study: Study, name: str) -> Path:
 def configuration(study: Study, run: Run) -> Config:
     """The resolved configuration of a run. Raises UserError that names the method and the setting that does not fit."""
     method = study.methods[run.method]
-    tree = copy.deepcopy(merge(_base(study, method), method.settings))  # overrides change it in place
+    tree = merge(_base(study, method), method.settings)
     if "method" not in tree:
         near = difflib.get_close_matches(run.method, [name for name in study.methods if name != run.method], n=1)
         hint = f", or did you mean '{near[0]}'?" if near else ""
         raise UserError(f"methods.{run.method}: has no settings.method, such as {{name: tecoa}}{hint}")
     for key, value in {**run.point.settings, **run.choice.settings}.items():
-        override(tree, f"{key}={json.dumps(value)}")
+        tree = merge(tree, _nested(key, value))  # a section lies over what there is of it, as in `settings`
     tree |= {"seed": run.seed, "run_dir": str(run_folder(study, run))}
     return _validated(f"methods.{run.method}", _with_own(study, tree, measured=True))
 
@@ -136,7 +134,7 @@ def configuration(study: Study, run: Run) -> Config:
 def model_configuration(study: Study, name: str) -> Config:
     """The resolved configuration of a model that is trained once. Raises UserError that names it."""
     model = study.models[name]
-    tree = copy.deepcopy(merge(_base(study, model), model.settings))
+    tree = merge(_base(study, model), model.settings)
     tree["run_dir"] = str(model_folder(study, name))
     return _validated(f"models.{name}", _with_own(study, tree, measured=False))
 
@@ -245,6 +243,12 @@ def _validated(where: str, tree: Settings) -> Config:
         return settings.validate(tree)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def _nested(key: str, value: Settings) -> Settings:
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
 
 
 def _joined(parts: tuple[Settings, ...]) -> Settings:

@@ -42,7 +42,9 @@ class Pretraining(Section):
     """A CLIP that is pretrained on captions, once, into STUDY/pretrained/NAME."""
 
     architecture: PathText = Field(..., description="a .json model config, or the name of one that comes with mmtard")
-    data: PathText = Field("{study}/data", description="folder with a split train/ of captioned images")
+    data: PathText = Field(
+        ..., description="with a split train/ of captioned images: {study}/data/images, or a folder of yours"
+    )
     steps: Int = Field(300, ge=1, description="updates")
     batch_size: Int = Field(256, ge=2, description="pairs of an update")
     lr: Number = Field(1e-3, gt=0, description="largest learning rate, of one cycle")

@@ -1,6 +1,7 @@
 """The tiny CLIP: it builds offline, learns, and comes out the same twice."""
 
 import io
+import json
 
 import numpy as np
 import open_clip
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mmtard.errors import UserError
-from mmtard.examples import materials
+from mmtard.examples import materials, pretrain as pretraining
 from mmtard.examples.pretrain import ARCHITECTURE, Pretraining, pretrain, read_split
 from mmtard.examples.shapes import make_data
 from mmtard.folders import SETTINGS
@@ -48,7 +49,7 @@ def test_pretraining_learns_and_repeats_itself(tmp_path):
 
 
 def test_weights_that_do_not_fit_on_the_disk_are_one_line(tmp_path, monkeypatch):
-    def full(*args):
+    def full(*args, **_):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(materials, "pretrain", full)
@@ -120,3 +121,63 @@ def test_an_image_that_cannot_be_pretrained_on_is_named(tmp_path, last, message)
     study = schema.Study.model_construct(out=str(tmp_path / "out"), data=None, pretrain={"student": how})
     with pytest.raises(UserError, match=message):
         materials.make(study)
+
+
+def own_study(tmp_path, last="", size=32, **how):
+    """A study that pretrains on eight images of the user's own, `last` among those of its test split."""
+    for split in ("train", "test"):
+        folder = tmp_path / "data" / split
+        folder.mkdir(parents=True)
+        (folder / "classnames.txt").write_text("cat\n")
+        with wds.TarWriter(str(folder / "0.tar")) as tar:
+            for i in range(8):
+                image = last if last and split == "test" and i == 7 else png(size)
+                tar.write({"__key__": str(i), "png": image, "cls": b"0"})
+    given = {"architecture": "tiny_clip", "data": str(tmp_path / "data"), "steps": 2, "batch_size": 4, **how}
+    return schema.Study.model_construct(
+        out=str(tmp_path / "out"), data=None, pretrain={"student": schema.Pretraining(**given)}
+    )
+
+
+@pytest.mark.parametrize("last", [png(32)[:40], png(40)], ids=["damaged", "size"])
+def test_an_image_of_a_measured_split_is_told_before_the_work(tmp_path, monkeypatch, last):
+    monkeypatch.setattr(pretraining, "_train", lambda *_: pytest.fail("trained before it was told"))
+    with pytest.raises(UserError, match="data: '0.tar/7' of '.*test' "):
+        materials.make(own_study(tmp_path, last))
+
+
+def test_a_device_that_is_full_is_not_blamed_on_an_image(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pretraining, "_train", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        materials.make(own_study(tmp_path, size=40))
+
+
+def test_weights_that_runs_came_of_are_not_replaced(tmp_path):
+    one = own_study(tmp_path)
+    materials.make(one)
+    weights = tmp_path / "out" / "pretrained" / "student" / "tiny_clip.safetensors"
+    before = weights.read_bytes()
+    (tmp_path / "out" / "runs" / "tecoa").mkdir(parents=True)
+    (tmp_path / "out" / "runs" / "tecoa" / "config.yaml").touch()
+    materials.make(one)
+    for changed, what in (({"seed": 1}, "seed"), ({"steps": 3, "lr": 1e-2}, "steps and lr")):
+        other = one.model_copy(update={"pretrain": {"student": one.pretrain["student"].model_copy(update=changed)}})
+        with pytest.raises(UserError, match=f"pretrained/student' was made with another {what} than it would be now"):
+            materials.make(other)
+    with wds.TarWriter(str(tmp_path / "data" / "train" / "0.tar")) as tar:
+        tar.write({"__key__": "one", "png": png(32), "cls": b"0"})
+    (tmp_path / "data" / "train" / "mmtard-index.npz").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="was made with another data than it would be now"):
+        materials.make(one)
+    assert weights.read_bytes() == before
+
+
+def test_a_model_config_may_name_height_and_width(tmp_path):
+    config = json.loads(ARCHITECTURE.read_text())
+    config["vision_cfg"]["image_size"] = [32, 32]
+    (tmp_path / "wide.json").write_text(json.dumps(config))
+    materials.make(own_study(tmp_path, architecture=str(tmp_path / "wide.json")))
+    assert (tmp_path / "out" / "pretrained" / "student" / "wide.safetensors").is_file()

@@ -13,6 +13,7 @@ from mmtard.data.dataset import open_dataset
 from mmtard.data.reader import Reader
 from mmtard.errors import UserError
 from mmtard.examples import materials
+from mmtard.examples.shard_splits import split_shards
 from mmtard.study.schema import Material, Pretraining, Study
 
 
@@ -153,6 +154,28 @@ def test_a_source_without_shards_is_told_before_anything_is_made(tmp_path):
     )
     with pytest.raises(UserError, match="data.source: no .tar in .*; name a folder of shards, which `mmtard shards`"):
         materials.check(study)
+
+
+def test_shards_in_train_are_a_source(source, tmp_path):
+    made(source.parent, tmp_path / "out", validation=2)
+    material = Material(maker="shards", source=str(source.parent))
+    materials.check(Study.model_construct(out=str(tmp_path / "out"), data=material, pretrain={}))
+
+
+def test_an_index_that_has_grown_stale_is_told_as_the_sources(source, tmp_path):
+    made(source, tmp_path / "out", validation=2)
+    with wds.ShardWriter(str(source / "9%d.tar"), verbose=0) as shards:
+        shards.write({"__key__": "more", "png": encoded(1, "png"), "cls": b"0"})
+    with pytest.raises(UserError, match=f"data.source '{source}': "):
+        made(source, tmp_path / "out", validation=2)
+
+
+def test_images_that_runs_came_of_are_not_replaced(source, tmp_path):
+    made(source, tmp_path / "out", validation=2)
+    with pytest.raises(UserError, match="out' was made with another validation than it would be now"):
+        split_shards(source, tmp_path / "out", validation=4, size=0, seed=0, keep=True)
+    moved = source.parent.rename(tmp_path / "moved") / source.name
+    split_shards(moved, tmp_path / "out", validation=2, size=0, seed=0, keep=True)  # the same images, elsewhere
 
 
 def test_without_a_source_it_is_asked_for(tmp_path):

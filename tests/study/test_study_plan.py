@@ -63,6 +63,17 @@ def test_no_tracker_runs_where_the_grid_replaces_the_whole_section_that_it_is_in
         assert not config.log.tensorboard and config.log.wandb is None and config.probe is None
 
 
+@pytest.mark.parametrize(
+    "grid", ["grid.vary=[[{attack: {steps: 1}}, {attack: {steps: 3}}]]", "grid.tune.attack=[{steps: 1}, {steps: 3}]"]
+)
+def test_a_section_of_the_grid_lies_over_what_the_study_says_of_it(study, grid):
+    """What it does not name keeps the study's own values, not the defaults."""
+    one = study("grid.vary=[]", grid)
+    attacks = [runs.configuration(one, run).attack for run in runs.all_runs(one).values()]
+    assert {attack.steps for attack in attacks} == {1, 3}
+    assert {(str(attack.eps), str(attack.step_size)) for attack in attacks} == {("8/255", "4/255")}
+
+
 def test_a_method_that_is_null_is_left_out(study):
     one = study("methods.teacher=null", "evaluations.zeroshot=null")
     assert list(one.methods) == ["tecoa"] and list(one.evaluations) == ["test"]
@@ -172,7 +183,8 @@ def test_a_dry_run_lists_what_is_missing_and_writes_nothing(tmp_path, vit, capsy
 
 
 def test_a_dry_run_says_what_is_made_before_anything_is_trained(tmp_path, vit, capsys):
-    made = {"data": {"maker": "shapes"}, "pretrain": {"student": {"architecture": "tiny_clip", "steps": 4}}}
+    how = {"architecture": "tiny_clip", "data": "{study}/data/images", "steps": 4}
+    made = {"data": {"maker": "shapes"}, "pretrain": {"student": how}}
     file = write(tmp_path / "study.yaml", tree(tmp_path / "out", vit) | made)
     assert main(["study", str(file), "--dry-run"]) == 0
     assert "made first: data, pretrained/student\n" in capsys.readouterr().out

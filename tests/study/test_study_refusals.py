@@ -277,7 +277,7 @@ def test_an_unknown_study_is_answered_with_the_known_ones(capsys):
     assert "unknown study 'shaeps'; known: " in capsys.readouterr().err
 
 
-def test_a_dry_run_refuses_data_that_nothing_makes(tmp_path, vit, capsys):
+def test_data_that_nothing_makes_are_refused_before_anything_is_written(tmp_path, vit, capsys):
     file = write(tmp_path / "study.yaml", tree(tmp_path / "out", vit))
     for change, line in (
         ("data.maker=shape", "unknown data.maker 'shape'; known: cifar, shapes, shards"),
@@ -286,5 +286,7 @@ def test_a_dry_run_refuses_data_that_nothing_makes(tmp_path, vit, capsys):
         ("pretrain={student: {architecture: big_clip, data: x, steps: 1}}", "'big_clip' is no .json model config"),
         ("pretrain={student: {architecture: tiny_clip, data: x, steps: 10}}", "steps: torch has no cycle of 10 steps"),
     ):
-        assert main(["study", str(file), change, "--dry-run"]) == 2
-        assert line in capsys.readouterr().err
+        for how in (["--dry-run"], ["--jobs", "slurm", "--dry-run"], []):
+            assert main(["study", str(file), change, *how]) == 2
+            assert line in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
