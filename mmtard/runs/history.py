@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-import re
 import time
+from datetime import datetime
 from pathlib import Path
 
 from .. import config as settings
 from ..config import Resume
 from ..distributed import slurm
 from ..errors import UserError
-from ..files import note_text, read_json_lines, why_not_read, why_not_written, write_text
+from ..files import json_objects, note_text, read_json_lines, why_not_read, why_not_written, write_text
 from .layout import CHECKPOINTS, HISTORY, SUCCESSOR, UNNOTED
+from .manifest import published
 
 # How a start ended. After `stopped` and `failed` nothing starts a run again but the user.
 COMPLETE, TIMEOUT, PREEMPTED, LOST, STOPPED, FAILED = "complete", "timeout", "preempted", "lost", "stopped", "failed"
 FOR_GOOD = (STOPPED, FAILED)
 BOUNDS = {TIMEOUT: "max_timeouts", PREEMPTED: "max_preemptions", LOST: "max_losses"}
 BY_A_PERSON = ("SIGINT", "SIGHUP")  # Ctrl-C, and a terminal that was closed
+MOST_STEPS = 10**12  # no run has more
+TIME = "%Y-%m-%dT%H:%M:%S%z"
 NEAR_END_S = 900  # a signal this near to the end of the job's time is taken for Slurm's warning of it
 
 
@@ -28,10 +31,18 @@ def read(run: Path) -> list[dict]:
     Lines that are no start, such as one that was cut short by an interruption, are left out. Raises UserError for a
     file that cannot be read.
     """
+    return read_counted(run)[0]
+
+
+def read_counted(run: Path) -> tuple[list[dict], int]:
+    """(the starts of a run as `read` returns them, how many lines its history has, those that are no start too)."""
     try:
-        return [start for start in read_json_lines(run / HISTORY) if _is_start(start)]
+        lines = (run / HISTORY).read_bytes().splitlines()
+    except FileNotFoundError:
+        return [], 0
     except OSError as error:
         raise UserError(why_not_read(run / HISTORY, error)) from None
+    return [start for start in json_objects(lines) if _is_start(start)], len(lines)
 
 
 def record_start(run: Path, start: dict) -> None:
@@ -180,15 +191,16 @@ def unnoted(run: Path) -> list[dict]:
     Each has its job, and `after`: how many starts the history had. Raises UserError for a file that cannot be read.
     """
     try:
-        return [start for start in read_json_lines(run / UNNOTED) if isinstance(start.get("after"), int)]
+        return [start for start in read_json_lines(run / UNNOTED) if type(start.get("after")) is int]
     except OSError as error:
         raise UserError(why_not_read(run / UNNOTED, error)) from None
 
 
 def starts_before_noted(run: Path) -> list[dict]:
     """Return those of the `unnoted` starts that came after the newest one of the history."""
-    newest = len(read(run))
-    return [start for start in unnoted(run) if start["after"] == newest]
+    starts = read(run)
+    notes = [note for note in unnoted(run) if note["after"] == len(starts)]
+    return [note for note in notes if not any(_is_older(note, start) for start in starts[-1:])]
 
 
 def end_before_noted(run: Path) -> str | None:
@@ -210,10 +222,17 @@ def _is_refused(start: dict) -> bool:
     return start.get("refused") is True
 
 
+def _is_older(note: dict, start: dict) -> bool:
+    """Whether a note was written before a start. A history that lost lines may be as long again as it was then."""
+    try:
+        return datetime.strptime(note["time"], TIME) < datetime.strptime(start["time"], TIME)
+    except (KeyError, TypeError, ValueError):  # one of them does not tell
+        return False
+
+
 def newest_step(run: Path) -> int:
     """Return the step of the newest published checkpoint, whole or not; 0 without one."""
-    matches = (re.fullmatch(r"step-(0|[1-9]\d*)", path.name) for path in (run / CHECKPOINTS).glob("step-*"))
-    return max((int(match[1]) for match in matches if match), default=0)
+    return max(published(run / CHECKPOINTS), default=0)
 
 
 def _known_starts(run: Path) -> list[dict]:
@@ -227,9 +246,9 @@ def _known_starts(run: Path) -> list[dict]:
 
 
 def _is_start(start: dict) -> bool:
-    end = start.get("end")
+    step, end = start.get("step"), start.get("end")
     known_end = end is None or (isinstance(end, dict) and {"kind", "reason"} <= end.keys())
-    return isinstance(start.get("step"), int) and known_end
+    return type(step) is int and 0 <= step <= MOST_STEPS and known_end
 
 
 def _write(run: Path, starts: list[dict]) -> None:
@@ -240,4 +259,4 @@ def _write(run: Path, starts: list[dict]) -> None:
 
 
 def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return time.strftime(TIME)

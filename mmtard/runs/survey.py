@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import config as settings
+from ..config import Resume
 from ..distributed import slurm
 from ..errors import UserError
 from ..files import json_objects, opened, refuse_special, why_not_read
-from . import history, lock
+from . import history, lock, manifest
 from .layout import CHECKPOINTS, CONFIG, EVALUATIONS, HISTORY, METRICS, RESULTS, UNNOTED
 
 RECENT = 20  # steps whose mean speed is shown
 TAIL_BYTES = 65536
-MOST = 10**12  # steps, and seconds of one: no run has more
+MOST_SECONDS = 10**12  # of a step
+MOST_PASSED_OVER = 3  # checkpoints that are told
 QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
 RUNNING = ("RUNNING", "SIGNALING", "COMPLETING", "CONFIGURING")
 
@@ -87,31 +89,52 @@ def _row(run: Path, in_slurm: str | None) -> Row:
 
 
 def _read_row(run: Path, in_slurm: str | None) -> Row:
-    starts = history.read(run)
+    starts, lines = history.read_counted(run)
     unnoted, ended, damaged_note = _unnoted(run)
     rows, damaged_metrics = _tail(run / METRICS)
+    checkpoint, damaged_checkpoints = _checkpoint(run)
     robust, damaged_results = _robust(run)
-    damaged = (*damaged_note, *damaged_metrics, *_unlisted(run), *damaged_results)
-    known = {"restarts": max(0, len(starts) + unnoted - 1), "robust": robust, "damaged": damaged}
-    if step := history.newest_step(run):
-        saved = (run / CHECKPOINTS / f"step-{step}").stat().st_mtime
-        known |= {"checkpoint": step, "checkpoint_age": time.time() - saved}
-    if not starts:
-        return Row(run, _state_without_start(run, in_slurm, ended, damaged_note), step, **known)
-    try:
-        config = settings.load(run / CONFIG)
-    except UserError as error:
-        return Row(run, f"unreadable: {error}", **known)
+    damaged = (*damaged_note, *damaged_metrics, *damaged_checkpoints, *_unlisted(run), *damaged_results)
+    known = {**checkpoint, "restarts": max(0, len(starts) + unnoted - 1), "robust": robust}
     # Metrics may be gone or damaged; a saved step was done all the same.
-    step, steps = rows[-1]["step"] if rows else max(starts[-1]["step"], known.get("checkpoint", 0)), config.train.steps
-    state = _state(run, starts, in_slurm, ended, config)
-    if rows:
+    step = max([checkpoint.get("checkpoint", 0), *(line["step"] for line in starts[-1:] + rows[-1:])])
+    if not starts:
+        return Row(run, _state_without_start(run, in_slurm, ended, damaged_note), step, damaged=damaged, **known)
+    config, damaged_config = _config(run)
+    damaged = (*damaged_config, *_left_out(HISTORY, lines, starts), *damaged)
+    state = _state(run, starts, in_slurm, ended, config and config.resume)
+    if config:
+        known |= {"steps": config.train.steps}
+    if config and rows:
         seconds = sum(row["seconds"] for row in rows[-RECENT:]) / len(rows[-RECENT:])
-        if seconds > 0:
+        if seconds > 1 / MOST_SECONDS:
             known |= {"images_per_s": config.train.batch_size / seconds}
         if state == "running":
-            known |= {"seconds_left": (steps - step) * seconds}
-    return Row(run, state, step, steps, **known)
+            known |= {"seconds_left": (config.train.steps - step) * seconds}
+    return Row(run, state, step, damaged=damaged, **known)
+
+
+def _checkpoint(run: Path) -> tuple[dict, tuple[str, ...]]:
+    """(step and age of the newest checkpoint that has all its files; which newer ones have not)."""
+    newest, passed_over = manifest.newest(run)
+    damaged = tuple(f"{CHECKPOINTS}/{why}; restore or remove it" for why in passed_over[:MOST_PASSED_OVER])
+    if newest is None:
+        return {}, damaged
+    step, saved = int(newest.name.removeprefix("step-")), newest.stat().st_mtime
+    return {"checkpoint": step, "checkpoint_age": time.time() - saved}, damaged
+
+
+def _config(run: Path) -> tuple[settings.Config | None, tuple[str, ...]]:
+    try:
+        return settings.load(run / CONFIG), ()
+    except UserError as error:
+        return None, (f"{CONFIG} cannot be used: {error}",)
+
+
+def _left_out(name: str, lines: int, read: list[dict]) -> tuple[str, ...]:
+    """What is said of a file of which so many lines were looked at, and not all of them could be read."""
+    lost = lines - len(read)
+    return (f"{name} is damaged in {lost} of the {lines} lines read, which are left out here",) if lost else ()
 
 
 def _unnoted(run: Path) -> tuple[int, str | None, tuple[str, ...]]:
@@ -140,7 +163,7 @@ def _state_without_start(run: Path, in_slurm: str | None, ended: str | None, dam
     return f"stopped: {ended or 'killed before it began'}"
 
 
-def _state(run: Path, starts: list[dict], in_slurm: str | None, ended: str | None, config: settings.Config) -> str:
+def _state(run: Path, starts: list[dict], in_slurm: str | None, ended: str | None, bounds: Resume | None) -> str:
     if lock.is_taken(run) or in_slurm in RUNNING:
         return "running"
     kind = history.end_kind(starts[-1])
@@ -152,14 +175,14 @@ def _state(run: Path, starts: list[dict], in_slurm: str | None, ended: str | Non
         return f"stopped: {ended}"
     if kind == history.FAILED:
         return f"failed: {history.end_reason(starts[-1])}"
-    refused = history.why_not_restart(run, config.resume)
+    refused = history.why_not_restart(run, bounds) if bounds else None
     if refused:
         return f"failed: {refused}"
     return f"stopped: {history.end_reason(starts[-1])}"
 
 
 def _tail(path: Path) -> tuple[list[dict], tuple[str, ...]]:
-    """(the last rows of metrics, without reading the whole file or lines that are no rows; why it cannot be read)."""
+    """(the last rows of metrics, without reading the whole file or lines that are no rows; what cannot be read)."""
     try:
         with path.open("rb") as file:
             cut = file.seek(0, os.SEEK_END) > TAIL_BYTES
@@ -169,13 +192,14 @@ def _tail(path: Path) -> tuple[list[dict], tuple[str, ...]]:
         return [], ()
     except OSError as error:
         return [], (why_not_read(path, error),)
-    return [row for row in json_objects(lines) if _is_row(row)], ()
+    rows = [row for row in json_objects(lines) if _is_row(row)]
+    return rows, _left_out(path.name, len(lines), rows)
 
 
 def _is_row(row: dict) -> bool:
     step, seconds = row.get("step"), row.get("seconds")
     numbers = isinstance(step, int) and isinstance(seconds, int | float)
-    return numbers and 0 <= step <= MOST and 0 <= seconds <= MOST
+    return numbers and 0 <= step <= history.MOST_STEPS and 0 <= seconds <= MOST_SECONDS
 
 
 def _unlisted(run: Path) -> tuple[str, ...]:
@@ -195,17 +219,21 @@ def _robust(run: Path) -> tuple[str | None, tuple[str, ...]]:
     """(`41.2 % under linf 2/255` of the newest evaluation, its mean at the first of its radii; which are damaged)."""
     found, damaged = None, []
     for path in sorted((run / EVALUATIONS).glob(f"*/{RESULTS}"), key=lambda p: p.stat().st_mtime, reverse=True):
+        name = path.relative_to(run)
         try:
             result, whole = opened(json.loads(path.read_bytes()))
             if not whole:
-                damaged.append(f"{path.relative_to(run)} is damaged: its content does not fit its digest")
+                damaged.append(f"{name} is damaged: its content does not fit its digest")
                 continue
             averages, norm = result["averages"], result["settings"]["norm"]
             if found is None and averages:
                 eps, mean = next(iter(averages["all"]["eps"].items()))
+                if not 0 <= mean["robust"] <= 1:
+                    damaged.append(f"{name} is damaged: its robust accuracy is no share; evaluate the model again")
+                    continue
                 found = f"{100 * mean['robust']:.1f} % under {norm} {eps} ({path.parent.name})"
         except StopIteration:
             continue  # measured without an attack
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            damaged.append(f"{path.relative_to(run)} cannot be read")
+            damaged.append(f"{name} cannot be read")
     return found, tuple(damaged)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import yaml
+from published_checkpoints import publish
 
 from mmtard.errors import UserError
 from mmtard.files import sealed, why_not_read
@@ -20,7 +21,7 @@ def run(tree, tmp_path, monkeypatch):
 
     def make(name, *kinds, resume=None):
         folder = tmp_path / "all" / name
-        (folder / "checkpoints" / "step-6").mkdir(parents=True)
+        publish(folder, 6)
         (folder / "checkpoints" / "latest").symlink_to("step-6")
         (folder / "config.yaml").write_text(yaml.safe_dump({**tree, "run_dir": str(folder), "resume": resume or {}}))
         rows = [{"step": n, "seconds": 2.0, "images_per_s": 4.0} for n in range(1, 8)]
@@ -42,6 +43,76 @@ def test_a_run_whose_metrics_are_gone_has_done_what_it_saved(run, tmp_path):
     (run("a", history.PREEMPTED) / "metrics.jsonl").unlink()
     (row,) = survey.find_runs(tmp_path / "all")
     assert (row.step, row.checkpoint) == (6, 6)
+
+
+@pytest.mark.parametrize(
+    "kept, after, lost", [(3, b"", 0), (2, b"\0" * 300, 1), (2, b'garbage\n{"step": 7}\n[]\n', 3), (0, b"x\n" * 5, 5)]
+)
+def test_a_run_has_done_what_it_saved_and_lines_of_its_metrics_that_are_no_rows_are_told(
+    run, tmp_path, kept, after, lost
+):
+    path = run("a", history.COMPLETE) / "metrics.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:kept]) + after)
+    (row,) = survey.find_runs(tmp_path / "all")
+    assert (row.step, row.checkpoint) == (6, 6)
+    told = f"metrics.jsonl is damaged in {lost} of the {kept + lost} lines read, which are left out here"
+    assert row.damaged == ((told,) if lost else ())
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda step: step.symlink_to("gone"), "no manifest.json"),
+        (lambda step: step.symlink_to("step-9"), "unreadable manifest.json ([Errno 40]"),
+        (lambda step: step.mkdir(), "no manifest.json"),
+        (lambda step: step.touch(), "unreadable manifest.json ([Errno 20]"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_hides_nothing_and_is_told(run, tmp_path, spoil, words):
+    spoil(run("a", history.COMPLETE) / "checkpoints" / "step-9")
+    (row,) = survey.find_runs(tmp_path / "all")
+    assert (row.state, row.step, row.checkpoint) == ("complete", 7, 6)
+    (told,) = row.damaged
+    assert told.startswith(f"checkpoints/step-9: {words}") and told.endswith("; restore or remove it")
+
+
+@pytest.mark.parametrize("content", ["newer: 1\n", "a: [", b"\xff\xfe", None])
+@pytest.mark.parametrize("kind, in_slurm, state", [(None, "RUNNING", "running"), (history.FAILED, "", "failed: why 0")])
+def test_settings_that_cannot_be_used_are_named_and_hide_nothing_but_the_number_of_steps(
+    run, tmp_path, monkeypatch, content, kind, in_slurm, state
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    path = run("a", kind) / "config.yaml"
+    path.unlink() if content is None else path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.setattr(survey.slurm, "states", lambda jobs: {"12": in_slurm})
+    (row,) = survey.find_runs(tmp_path / "all")
+    assert (row.state, row.step, row.steps, row.checkpoint) == (state, 7, None, 6)
+    assert len(row.damaged) == 1 and row.damaged[0].startswith("config.yaml cannot be used: ")
+
+
+def test_a_damaged_line_of_the_history_is_told_and_brings_no_old_note_back(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    folder = run("a", history.PREEMPTED, None)
+    (folder / "unnoted.jsonl").write_text('{"time": "2001-01-01T00:00:00+0000", "job": "7", "after": 1}\n')
+    lines = (folder / "resume.jsonl").read_text()
+    (folder / "resume.jsonl").write_text("garbled" + lines)
+    monkeypatch.setattr(survey.slurm, "states", lambda jobs: dict.fromkeys(jobs & {"12"}, "RUNNING"))
+    (row,) = survey.find_runs(tmp_path / "all")
+    assert row.state == "running"
+    assert row.damaged == ("resume.jsonl is damaged in 1 of the 2 lines read, which are left out here",)
+
+
+@pytest.mark.parametrize("start", [{"step": 10**400}, {"step": -1}, {"step": True}])
+def test_a_start_at_a_step_that_no_run_reaches_is_none(run, tmp_path, start, capsys):
+    folder = run("a", history.PREEMPTED)
+    (folder / "metrics.jsonl").unlink()
+    (folder / "checkpoints" / f"step-{'9' * 50}").mkdir()
+    with (folder / "resume.jsonl").open("a") as file:
+        file.write(json.dumps(start) + "\n")
+    (row,) = survey.find_runs(tmp_path / "all")
+    assert (row.state, row.step, row.checkpoint, row.restarts) == ("stopped: why 0", 6, 6, 0)
+    table.show(tmp_path / "all")
+    assert "6/10" in capsys.readouterr().out
 
 
 def test_the_state_of_a_run_comes_from_its_history(run, tmp_path):
@@ -180,9 +251,8 @@ def test_a_long_reason_is_shortened_in_the_table_alone(run, tmp_path, capsys):
 
 
 BAD = {
-    "config.yaml is no YAML": (lambda run: (run / "config.yaml").write_text("a: ["), "unreadable"),
-    "config.yaml is no text": (lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe"), "unreadable"),
-    "config.yaml is gone": (lambda run: (run / "config.yaml").unlink(), "unreadable"),
+    "config.yaml is no YAML": (lambda run: (run / "config.yaml").write_text("a: ["), "complete"),
+    "config.yaml is gone": (lambda run: (run / "config.yaml").unlink(), "complete"),
     "the history is no history": (lambda run: (run / "resume.jsonl").write_text("my notes"), "unreadable"),
     "the history was emptied": (lambda run: (run / "resume.jsonl").write_text(""), "unreadable"),
     "an end of another shape": (
@@ -233,7 +303,7 @@ def test_a_note_from_before_the_first_start_hides_no_lost_history(
     history_file.unlink() if lost is None else history_file.write_text(lost)
     monkeypatch.setattr(survey.slurm, "states", lambda jobs: dict.fromkeys(jobs, in_slurm) if in_slurm else {})
     (row,) = survey.find_runs(tmp_path / "all")
-    assert (row.state, row.step, row.checkpoint) == (state, 6, 6)
+    assert (row.state, row.step, row.checkpoint) == (state, 7, 6)
 
 
 def test_a_start_that_was_killed_before_it_came_into_the_history_is_no_damage(tmp_path):
@@ -302,6 +372,7 @@ def test_what_cannot_be_read_says_what_to_do_where_that_is_known(error, words):
         b'[1]\n"x"\nnull\n',
         b'{"job": "7"}\n',
         b'{"after": "0"}\n',
+        b'{"after": false}\n',
         None,
     ],
 )
@@ -406,6 +477,23 @@ def test_a_pipe_in_a_run_or_a_time_without_end_hides_no_other_run(run, tmp_path)
         "whole": "complete",
     }
     table.show(tmp_path / "all")
+
+
+def test_steps_that_took_no_time_have_no_speed(run, tmp_path):
+    (run("a", history.COMPLETE) / "metrics.jsonl").write_text('{"step": 7, "seconds": 1e-320}\n')
+    (row,) = survey.find_runs(tmp_path / "all")
+    assert (row.step, row.images_per_s, row.damaged) == (7, None, ())
+
+
+@pytest.mark.parametrize("mean", [{"robust": 10**400}, {"robust": float("nan")}, {"robust": 7}, {"robust": -0.1}])
+def test_a_robust_accuracy_that_is_no_share_is_named_and_not_shown(run, tmp_path, mean):
+    results = {"settings": {"norm": "linf"}, "averages": {"all": {"eps": {"2/255": mean}}}}
+    folder = run("a", history.COMPLETE) / "evaluations" / "quick"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results))
+    (row,) = survey.find_runs(tmp_path / "all")
+    told = "evaluations/quick/results.json is damaged: its robust accuracy is no share; evaluate the model again"
+    assert (row.state, row.robust, row.damaged) == ("complete", None, (told,))
 
 
 def test_an_evaluation_whose_number_was_changed_is_named_and_not_shown(run, tmp_path):
