@@ -187,11 +187,13 @@ def _tail(path: Path) -> tuple[list[dict], tuple[str, ...]]:
         with path.open("rb") as file:
             cut = file.seek(0, os.SEEK_END) > TAIL_BYTES
             file.seek(-TAIL_BYTES if cut else 0, os.SEEK_END if cut else os.SEEK_SET)
-            lines = file.read().splitlines()[cut:]
+            lines = file.read().splitlines(keepends=True)[cut:]
     except FileNotFoundError:
         return [], ()
     except OSError as error:
         return [], (why_not_read(path, error),)
+    if lines and lines[-1].startswith(b"{") and not lines[-1].endswith(b"\n"):
+        del lines[-1]  # a row that is being written, or was when the run was killed
     rows = [row for row in json_objects(lines) if _is_row(row)]
     return rows, _left_out(path.name, len(lines), rows)
 

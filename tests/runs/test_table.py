@@ -46,7 +46,14 @@ def test_a_run_whose_metrics_are_gone_has_done_what_it_saved(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kept, after, lost", [(3, b"", 0), (2, b"\0" * 300, 1), (2, b'garbage\n{"step": 7}\n[]\n', 3), (0, b"x\n" * 5, 5)]
+    "kept, after, lost",
+    [
+        (3, b"", 0),
+        (2, b"\0" * 300, 1),
+        (2, b'garbage\n{"step": 7}\n[]\n', 3),
+        (0, b"x\n" * 5, 5),
+        (3, b'{"step": 8, "sec', 0),
+    ],
 )
 def test_a_run_has_done_what_it_saved_and_lines_of_its_metrics_that_are_no_rows_are_told(
     run, tmp_path, kept, after, lost
