@@ -46,10 +46,10 @@ def add(parts) -> None:
 
 
 def _run(args) -> None:
-    check_out(args.out)
-    check_trace(args.trace)
     for setting in [name for name in args.variants or () if "=" in name][:1]:
         raise UserError(f"--variants: '{setting}' is a setting, and no name; settings come before --variants")
+    check_out(args.out)  # which makes its folder
+    check_trace(args.trace)
     config = settings.load(args.config, args.overrides)
     choose_accelerator(config.engine.device)
     with heavy_imports():

@@ -110,7 +110,7 @@ def _attack_chunk(
     """One attack on a chunk, which may take hours: it is stopped at any question to a model, and goes on there."""
     heeding = task.work.interruption.heeding
     logits, source = heeding(task.logits), task.transfer_from and heeding(task.transfer_from)
-    kept = ChunkMemory(task.progress.memory_file(part, ids), task.work.say)
+    kept = ChunkMemory(task.progress.memory_file(part, ids), task.work.say, task.progress.graphs)
 
     def attack(x: Tensor, labels: Tensor, seeds: Tensor) -> dict:
         def run(memory: AttackMemory) -> dict:

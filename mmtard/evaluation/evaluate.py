@@ -24,6 +24,7 @@ from ..runs.environment import device_name, environment
 from . import out_folder, partial_results, results
 from .chunks import CPU_BATCH, CUDA_BATCH
 from .corruptions import corruption_error
+from .graphs import Graphs, all_compiled
 from .matching import deciding_settings
 from .model import EvaluatedModel, load_model
 from .request import EvaluationRequest
@@ -57,17 +58,16 @@ def evaluate(request: EvaluationRequest, ranks: Ranks, say=say, interruption: In
         stored = ranks.run_on_first(lambda: _stored(request.out))
         session = _session(request, ranks, say, Interruption() if interruption is None else interruption, held)
         _refuse_to_lose(names, stored, session)
-        own, new = [], False
-        with fused(Fusion(say)) if request.compile else nullcontext() as fusion:
+        own, measured = [], []  # measured: whether by graphs, of each dataset that had to be; see `all_compiled`
+        with fused(session.graphs.fusion) if session.graphs else nullcontext():
             for source in request.sources:
-                entry, measured = session.dataset(source, stored)
-                own, new = [*own, entry], new or measured
-        if not new and len(_with_stored(own, stored, session)) == len(stored["datasets"]):
+                entry, chunks = session.dataset(source, stored)
+                own.append(entry)
+                measured += [chunks.compiled] if chunks else []
+        if not measured and len(_with_stored(own, stored, session)) == len(stored["datasets"]):
             say(f"'{request.out}' holds these results already; remove it to measure them again")
             return stored
-        # asked for stands in the settings; a compiler may have been missing, or nothing have come that a graph is for
-        compiled = {"compiled": session.model.tower.graph.used and not fusion.failed} if request.compile else {}
-        return ranks.run_on_first(lambda: _publish(own, session, hosts, began, compiled))
+        return ranks.run_on_first(lambda: _publish(own, session, hosts, began, measured))
 
 
 def _silent(*_) -> None:
@@ -88,12 +88,14 @@ def _session(
         "transfer_from": {"weights": other.description["weights"], **other.identity} if other else None,
         **({"compile": True} if request.compile else {}),
     }
+    graphs = None
     if request.compile:
-        for one, name in ((model, "the model"), (other, "--transfer-from")):
-            if one is not None:
-                compile_tower(one.tower, name, say, any_batch=True)
+        towers = {name: one.tower for name, one in (("the model", model), ("--transfer-from", other)) if one}
+        for name, tower in towers.items():
+            compile_tower(tower, name, say, any_batch=True)
+        graphs = Graphs([tower.graph for tower in towers.values()], Fusion(say))
     in_batches = AdaptiveBatchSize(batch_size, say)
-    return EvaluationSession(request, ranks, say, interruption, model, other, settings, in_batches, held, run)
+    return EvaluationSession(request, ranks, say, interruption, model, other, settings, in_batches, held, run, graphs)
 
 
 def _with_stored(own: list[dict], stored: dict, session: EvaluationSession) -> list[dict]:
@@ -130,7 +132,19 @@ def _stored(out: Path) -> dict:
     return found
 
 
-def _publish(own: list[dict], session: EvaluationSession, hosts: list[str], began: float, compiled: dict) -> dict:
+def _compiled(measured: list[bool | None], entries: list[dict], stored: dict) -> bool:
+    """Whether graphs computed all that they are for, in what was measured now and in what is taken over.
+
+    Asked for stands in the settings; a compiler may have been missing all the time, or for a part: both are False.
+    """
+    names = {(entry["name"], entry["key"]) for entry in entries}
+    taken_over = any((entry["name"], entry["key"]) in names for entry in stored["datasets"])
+    return all_compiled([*measured, *([stored.get("compiled", False)] if taken_over else [])]) is True
+
+
+def _publish(
+    own: list[dict], session: EvaluationSession, hosts: list[str], began: float, measured: list[bool | None]
+) -> dict:
     """Write what was measured, beside what others have published meanwhile; the results. First rank."""
     request = session.request
     with out_folder.publishing(request.out):
@@ -148,7 +162,7 @@ def _publish(own: list[dict], session: EvaluationSession, hosts: list[str], bega
             "datasets": entries,
             "averages": results.averages(entries),
             **({"imagenet_c": found_c} if (found_c := corruption_error(entries)) else {}),
-            **compiled,
+            **({"compiled": _compiled(measured, entries, stored)} if session.graphs else {}),
             "seconds": round(time.monotonic() - began, 1),
         }
         session.say(f"written: {results.write(found, request.out)}")

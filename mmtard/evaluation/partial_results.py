@@ -16,6 +16,7 @@ import numpy as np
 from ..distributed.ranks import Ranks
 from ..errors import RunError, UserError
 from ..files import read_json_lines, slug
+from .graphs import Graphs, all_compiled
 
 FOLDER = "partial"
 CHECKSUM = "crc32"
@@ -30,11 +31,12 @@ class PartialResults:
     A part is the clean pass, or one attack at one radius. A chunk's result is a line of JSON in a file of the
     process that made it, `OUT/partial/NAME-KEY.*.jsonl`, with a checksum: a line that is cut off or damaged is measured
     again. `key` stands for the model, the data and the
-    settings: results of another key are removed, with a line. Collective.
+    settings: results of another key are removed, with a line. graphs: where they are asked for, each line says whether
+    they computed its chunk. Collective.
     """
 
-    def __init__(self, out: Path, name: str, key: str, ranks: Ranks, say=print):
-        self.folder, self.stem, self.ranks = out / FOLDER, f"{slug(name)}-{key}", ranks
+    def __init__(self, out: Path, name: str, key: str, ranks: Ranks, say=print, graphs: Graphs | None = None):
+        self.folder, self.stem, self.ranks, self.graphs = out / FOLDER, f"{slug(name)}-{key}", ranks, graphs
         self.done: dict[tuple[str, int], dict] = ranks.run_on_first(lambda: self._read(slug(name), say))
         self._file: IO | None = None
 
@@ -82,6 +84,8 @@ class PartialResults:
     def add(self, part: str, chunk: int, row: dict) -> None:
         """Keep a chunk's result, on disk first. Raises RunError where it cannot be written, naming the disk."""
         row = {"part": part, "chunk": chunk, **row}
+        if self.graphs:
+            row["compiled"] = self.graphs.end_chunk()
         try:
             if self._file is None:
                 # The first rank's folder is on another disk where OUT is not shared.
@@ -106,6 +110,11 @@ class PartialResults:
         for done in self.ranks.all_gather({k: v for k, v in self.done.items() if k[0] == part}):
             self.done |= done
         return [self.done[key] for key in sorted(k for k in self.done if k[0] == part)]
+
+    @property
+    def compiled(self) -> bool | None:
+        """Whether graphs computed all chunks, as `all_compiled` says it; no chunk whose line does not say so."""
+        return all_compiled(row.get("compiled", False) for row in self.done.values())
 
     def abandon(self) -> None:
         """Close the file without writing what its buffer still holds, which the disk did not take."""

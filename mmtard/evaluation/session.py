@@ -20,6 +20,7 @@ from . import data_checks, results, retrieval, zeroshot
 from .chunks import ChunkedWork
 from .class_folders import with_shards
 from .datasets import DatasetSource
+from .graphs import Graphs
 from .matching import deciding_settings
 from .model import EvaluatedModel
 from .partial_results import PartialResults
@@ -35,7 +36,7 @@ class EvaluationSession:
     """What the datasets of one evaluation share.
 
     settings: as results.json holds them. held: what is kept from others' hands until the evaluation ends. run: what the
-    model's run says of its training; None where it is no run's.
+    model's run says of its training; None where it is no run's. graphs: None where they are not asked for.
     """
 
     request: EvaluationRequest
@@ -48,9 +49,10 @@ class EvaluationSession:
     in_batches: AdaptiveBatchSize
     held: ExitStack
     run: TrainedWith | None = None
+    graphs: Graphs | None = None
 
-    def dataset(self, source: DatasetSource, stored: dict) -> tuple[dict, bool]:
-        """A dataset's part of the results, and whether it had to be measured. Collective."""
+    def dataset(self, source: DatasetSource, stored: dict) -> tuple[dict, PartialResults | None]:
+        """A dataset's part of the results, and its chunks where it had to be measured. Collective."""
         source, native = self.ranks.run_on_first(lambda: self._prepare(source), patience=INDEXING)
         # The first rank has just looked whether the shards are those that were indexed.
         dataset = open_dataset(source.data, look_again=False)
@@ -61,15 +63,15 @@ class EvaluationSession:
         attacked = measured["kind"] == "zeroshot"
         checked = not attacked or not self.request.sanity or (entry is not None and entry["sanity"])
         if entry is not None and checked:
-            return entry, False
+            return entry, None
         if entry is not None:
             self.say(f"{source.name}: is measured, the checks of --sanity are added")
-        progress = PartialResults(self.request.out, source.name, key, self.ranks, self.say)
+        progress = PartialResults(self.request.out, source.name, key, self.ranks, self.say, self.graphs)
         try:
             work = self._work(source, dataset, transform)
             if measured["kind"] == "retrieval":
                 found = self._retrieval(work, source.name, progress)
-                return self._entry(source, dataset, key, measured, found), True
+                return self._entry(source, dataset, key, measured, found), progress
             task = self._task(work, source, measured, progress)
             if entry is None:
                 entry = self._entry(source, dataset, key, measured, zeroshot.measure(task))
@@ -78,7 +80,7 @@ class EvaluationSession:
                 entry = {**entry, "health": [*entry["health"], *lines], "sanity": True}
         finally:
             progress.close()
-        return entry, True
+        return entry, progress
 
     def _prepare(self, source: DatasetSource) -> tuple[DatasetSource, tuple[int, int] | None]:
         """The source with shards and an index, and its images' size where they are perturbed at it. First rank."""

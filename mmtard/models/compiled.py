@@ -29,6 +29,8 @@ class CompiledForward:
     any_batch: a graph is for every batch of two images or more, whatever their number; a single image runs without. So
     does, on a CPU, what asks a ViT for no gradient, whose forward a graph slows down: it gains on the backward alone.
     A convolutional tower's forward gains, too, by the layout of its maps.
+
+    ran: True where a graph computed, False where the tower ran without that a graph is for; the caller may clear it.
     """
 
     def __init__(self, tower: ImageTower, name: str, say: Say, graphs: bool = False, any_batch: bool = False):
@@ -38,10 +40,13 @@ class CompiledForward:
         self._limits = _limits()
         self._shape: dict[tuple, torch.Size] = {}
         self._told: set[torch.Size] = set()
+        self.ran: set[bool] = set()
 
     def __call__(self, images: Tensor, tokens: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        if self.failed or self.any_batch and not self._gains(images):
+        if self.any_batch and not self._gains(images):
             return self.plain(images, tokens)
+        if self.failed:
+            return self._without(images, tokens)
         kind = (torch.is_grad_enabled(), images.requires_grad, tokens)
         asked = images.shape[1:] if self.any_batch else images.shape
         is_new = kind not in self._shape
@@ -50,7 +55,7 @@ class CompiledForward:
             if asked not in self._told:
                 self._told.add(asked)
                 self.say(f"{self.name}: compiled for images {list(shape)}; those of {list(asked)} run uncompiled")
-            return self.plain(images, tokens)
+            return self._without(images, tokens)
         before = _graphs_made()
         try:
             if self.any_batch:
@@ -59,16 +64,16 @@ class CompiledForward:
                 found = self._replayed(images, tokens) if self.graphs else self.compiled(images, tokens)
         except compiler_errors() as error:
             self._fail(error)
-            return self.plain(images, tokens)
+            return self._without(images, tokens)
+        self.ran.add(not self.failed)  # a block may have failed, and gone on
         if not is_new and not self.again and _graphs_made() > before:
             self.again = True
             self.say(f"{self.name} was compiled again, which costs time: see why with TORCH_LOGS=recompiles")
         return found
 
-    @property
-    def used(self) -> bool:
-        """Whether images went through a graph, and none was in want of a compiler."""
-        return bool(self._shape) and not self.failed
+    def _without(self, images: Tensor, tokens: bool) -> Tensor | tuple[Tensor, Tensor]:
+        self.ran.add(False)
+        return self.plain(images, tokens)
 
     def _gains(self, images: Tensor) -> bool:
         """Whether a graph for any batch is worth its while for these images."""

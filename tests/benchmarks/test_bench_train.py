@@ -260,12 +260,14 @@ def test_the_row_of_open_clips_towers_says_that_they_run_uncompiled(command, con
     assert list(found["variants"]) == [name] and "around_the_step" not in found  # which is around mmtard's own step
 
 
-def test_a_variant_that_is_not_there_is_refused_with_those_that_are(command, config, write, capsys):
+def test_a_variant_that_is_not_there_is_refused_with_those_that_are(command, config, write, tmp_path, capsys):
     path = write(config.model_dump(mode="json"))
     assert command("bench", "train", path, "--variants", "fastest") == 2
     assert "no 'fastest' here; those of this configuration: 'mmtard', 'mmtard, clean stored'" in capsys.readouterr().err
-    assert command("bench", "train", path, "--variants", "mmtard", "train.lr=1") == 2
+    out = tmp_path / "new" / "train.json"
+    assert command("bench", "train", path, "--variants", "mmtard", "train.lr=1", "--out", out) == 2
     assert "'train.lr=1' is a setting, and no name; settings come before --variants" in capsys.readouterr().err
+    assert not out.parent.exists()
 
 
 def test_the_page_has_the_arithmetic_of_the_main_step():

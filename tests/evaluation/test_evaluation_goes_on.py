@@ -5,16 +5,20 @@ import threading
 import zlib
 from datetime import timedelta
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_datasets import edited, flags, strip_seconds, write
+from torch._dynamo.exc import TorchDynamoException
 
-from mmtard.attacks import ensemble
+from mmtard.attacks import ensemble, fused
 from mmtard.config import Model, parse_fraction
-from mmtard.distributed.interruption import EXIT_REQUEUE, Interruption
-from mmtard.errors import RunError
-from mmtard.evaluation import partial_results, results, zeroshot
+from mmtard.distributed.interruption import EXIT_REQUEUE, Interruption, StoppedWithin
+from mmtard.distributed.ranks import Ranks
+from mmtard.errors import RunError, UserError
+from mmtard.evaluation import chunk_memory, partial_results, results, zeroshot
+from mmtard.evaluation.graphs import Graphs
 from mmtard.examples.pretrain import ARCHITECTURE
 from mmtard.models import clip, loading
 
@@ -165,3 +169,129 @@ def test_partial_results_of_other_settings_are_dropped_with_a_line(ranks, tmp_pa
         "colours: goes on, 1 chunks are done",
     ]
     assert sorted(p.name[:12] for p in folder.iterdir()) == ["colours-1111", "colours-2-00"]
+
+
+GRAPHS = {"compile": True, "attacks": ("pgd",), "iters": 1, "batch_size": 8}
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """torch.compile that makes nothing; of the towers, in the order in which they are compiled, `missing` fail."""
+
+    class Compiler:
+        missing: tuple[int, ...] = ()
+        towers = 0
+
+    def compile(function, **_):
+        number = Compiler.towers
+        Compiler.towers += function.__name__ == "compute"
+
+        def run(*given):
+            if function.__name__ == "compute" and number in Compiler.missing:
+                raise TorchDynamoException("no C++ compiler")
+            return function(*given)
+
+        return run
+
+    monkeypatch.setattr(fused, "_graphs", {})
+    monkeypatch.setattr(torch, "compile", compile)
+    return Compiler
+
+
+@pytest.fixture
+def killed(measure, monkeypatch):
+    """Measure as `measure` does, and be stopped in the second chunk of an attack."""
+
+    def run(root, **settings):
+        interruption, calls, attack = Interruption(), [], ensemble.run_attacks
+
+        def stopped(*args):
+            calls.append(1)
+            interruption.signal = "SIGTERM" if len(calls) == 2 else None
+            return attack(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(RunError, match="stopped by SIGTERM"):
+            patch.setattr(ensemble, "run_attacks", stopped)
+            measure(root, interruption=interruption, **settings)
+
+    return run
+
+
+@pytest.mark.parametrize("missing, compiled", [((0,), False), ((1,), False), ((), True)])
+def test_results_say_compiled_only_where_the_calls_before_had_a_compiler_too(
+    colours, measure, killed, compiler, missing, compiled
+):
+    compiler.missing = missing
+    killed(colours, **GRAPHS)
+    assert measure(colours, **GRAPHS)["compiled"] is compiled
+
+
+def test_what_an_earlier_version_measured_is_not_said_to_be_compiled(colours, measure, killed, compiler, tmp_path):
+    killed(colours, **GRAPHS)
+    (partial,) = (tmp_path / "out" / partial_results.FOLDER).iterdir()
+    rows = [json.loads(line) for line in partial.read_text().splitlines()]
+    plain = [{k: v for k, v in row.items() if k not in ("compiled", partial_results.CHECKSUM)} for row in rows]
+    lines = [json.dumps(row | {partial_results.CHECKSUM: partial_results._checksum(row)}) for row in plain]
+    partial.write_text("".join(f"{line}\n" for line in lines))
+    said = []
+    assert measure(colours, say=said.append, **GRAPHS)["compiled"] is False
+    assert f"colours: goes on, {len(rows)} chunks are done" in said
+
+
+def test_a_kill_before_the_results_are_written_does_not_lose_that_all_was_compiled(
+    colours, measure, compiler, monkeypatch
+):
+    def full(*_):
+        raise UserError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no space left"):
+        patch.setattr(results, "write", full)
+        measure(colours, **GRAPHS)
+    monkeypatch.setattr(ensemble, "run_attacks", None)  # measuring again would fail
+    assert measure(colours, **GRAPHS)["compiled"] is True
+
+
+def test_a_compiled_dataset_does_not_speak_for_those_that_were_measured_before(colours, measure, compiler, tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "colours").symlink_to(colours)
+    compiler.missing = (0,)
+    assert measure(root, **GRAPHS)["compiled"] is False
+    write(root / "more", 8)
+    assert measure(root, **GRAPHS)["compiled"] is False
+
+
+def test_the_model_that_transfer_attacks_is_among_what_is_compiled(colours, measure, exported, compiler):
+    settings = GRAPHS | {"attacks": ("transfer",), "transfer_from": Model(weights=str(exported))}
+    compiler.missing = (1,)
+    assert measure(colours, **settings)["compiled"] is False
+
+
+def test_chunks_of_other_ranks_count_among_the_compiled(ranks, tmp_path, monkeypatch):
+    graphs = Graphs([SimpleNamespace(ran={True})], fused.Fusion(print))
+    first, second = (
+        partial_results.PartialResults(tmp_path / str(rank), "colours", "1" * 16, ranks, print, own)
+        for rank, own in enumerate((graphs, Graphs([SimpleNamespace(ran={True, False})], fused.Fusion(print))))
+    )
+    first.add("colours clean", 0, {})
+    assert first.compiled is True
+    second.add("colours clean", 1, {})
+    monkeypatch.setattr(Ranks, "all_gather", lambda self, own: [own, second.done])
+    first.rows("colours clean")
+    assert first.compiled is False
+
+
+def test_a_chunk_that_was_begun_without_a_compiler_is_not_compiled(tmp_path):
+    path, done = tmp_path / "memory.safetensors", []
+
+    def stopped(_):
+        raise StoppedWithin
+
+    for ran in (False, True):
+        graphs = Graphs([SimpleNamespace(ran=set())], fused.Fusion(print))
+        memory = chunk_memory.ChunkMemory(path, print, graphs)
+        graphs.forwards[0].ran.add(ran)
+        memory.batch(torch.tensor([3, 4]), lambda _: done.append(ran))
+        with pytest.raises(StoppedWithin):
+            memory.batch(torch.tensor([5]), stopped)
+    assert done == [False] and graphs.end_chunk() is False and graphs.compiled() is None

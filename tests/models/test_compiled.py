@@ -49,7 +49,7 @@ def test_images_of_another_shape_run_uncompiled_and_that_is_said_once(tower, gra
     compiled.compile_tower(tower, "the student", said.append)
     for batch in (X, X[:3], X[:3], X):
         assert torch.allclose(tower(batch), expected[: len(batch)], atol=1e-6)
-    assert graphs == [[4, 3, 16, 16]] * 2 and graphs.dynamic is False
+    assert graphs == [[4, 3, 16, 16]] * 2 and graphs.dynamic is False and tower.graph.ran == {True, False}
     assert said == ["the student: compiled for images [4, 3, 16, 16]; those of [3, 3, 16, 16] run uncompiled"]
 
 
@@ -59,7 +59,9 @@ def test_one_graph_may_be_for_batches_of_any_size_but_a_single_image(tower, grap
     for batch in (X, X[:3], X[:1], X[:2]):
         assert torch.allclose(tower(batch), expected[: len(batch)], atol=1e-6)
     assert graphs == [[n, 3, 16, 16] for n in (4, 3, 2)] and graphs.dynamic is None and said == []
+    assert tower.graph.ran == {True}, "a single image is nothing that a graph is for"
     tower(torch.rand(4, 3, 20, 20))
+    assert tower.graph.ran == {True, False}
     assert said == ["the model: compiled for images [3, 16, 16]; those of [3, 20, 20] run uncompiled"]
 
 
@@ -82,7 +84,7 @@ def test_a_compiler_that_is_missing_is_said_once_and_all_goes_on(tower, monkeypa
     monkeypatch.setattr(torch, "compile", lambda function, **settings: broken)
     said, expected = [], tower(X)
     compiled.compile_tower(tower, "teacher clean", said.append)
-    assert tower(X).equal(expected) and tower(X).equal(expected)
+    assert tower(X).equal(expected) and tower(X).equal(expected) and tower.graph.ran == {False}
     assert said == ["teacher clean runs uncompiled: TorchDynamoException: no C++ compiler found"]
 
 
@@ -114,7 +116,7 @@ def test_a_block_that_cannot_be_compiled_goes_on_itself_and_none_is_run_twice(to
     for block in image_tower.blocks(tower):
         block.register_forward_pre_hook(lambda block, args: ran.append(block))
     compiled.compile_blocks(tower, "teacher clean", said.append)
-    assert tower(X).equal(expected) and tower(X).equal(expected)
+    assert tower(X).equal(expected) and tower(X).equal(expected) and tower.graph.ran == {False}
     assert said == ["teacher clean runs uncompiled: TorchDynamoException: no C++ compiler"]
     assert len(tried) == 1 and len(ran) == 2 * len(image_tower.blocks(tower))
 
