@@ -33,23 +33,30 @@ def read_settings(folder: Path) -> dict | None:
         ) from None
 
 
-def refuse_to_replace(folder: Path, then: dict | None, now: dict) -> None:
-    """Raise UserError that names what differs between what a folder was made with, `then`, and would be made with now.
+def is_kept(folder: Path, then: dict | None, now: dict) -> bool:
+    """Whether a folder that models came of stays as it is; False where there is none, so that it is to be made.
 
-    For a folder that models were made of. None: there is no folder. Another `source` is no difference: the same images
-    may lie elsewhere.
+    then, now: what it was made with, and would be made with. Raises UserError naming what of both differs. Another
+    `source` is no difference, since the same images may lie elsewhere, nor is what another version did not note.
     """
-    then, now = _without_source(then or now), _without_source(now)
-    if differ := [key for key in {**then, **now} if then.get(key) != now.get(key)]:
+    if then is None:
+        return False
+    if differ := _differing(then, now):
         raise UserError(
             f"'{folder}' was made with another {' and '.join(differ)} than it would be now, and runs or models came of "
             "it; name another folder with --out, or remove the study's 'runs' and 'models'"
         )
+    if then.get("source") != now.get("source"):
+        print(f"'{folder}' stays as it was made of '{then.get('source')}': runs or models came of it", flush=True)
+    return True
 
 
-def _without_source(settings: dict) -> dict:
-    own = {key: value for key, value in settings.items() if key != "source"}
-    return {key: _without_source(value) if isinstance(value, dict) else value for key, value in own.items()}
+def _differing(then: dict, now: dict) -> list[str]:
+    def same(one: object, other: object) -> bool:
+        both = isinstance(one, dict) and isinstance(other, dict)
+        return not _differing(one, other) if both else one == other
+
+    return [key for key in then if key in now and key != "source" and not same(then[key], now[key])]
 
 
 @contextmanager

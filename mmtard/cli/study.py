@@ -68,15 +68,16 @@ def _study(args) -> int:
     command = shlex.join(["mmtard", *sys.argv[1:]])
     if args.measure:
         return _measure(study, args.measure)
-    if args.page and args.jobs == "here":
-        print(run.write_page(study, command))
-        return 0
-    _check(study)
     if args.jobs == "slurm":
         return _on_slurm(study, args, command)
     if args.dry_run:
+        _check(study)
         run.dry_run(study)
         return 0
+    if args.page:
+        print(run.write_page(study, command))
+        return 0
+    _check(study)
     page = run.run_here(study, _make, command)
     from ..study import findings, summary
 
@@ -101,6 +102,8 @@ def _on_slurm(study, args, command: str) -> int:
     from ..launch.arguments import job_request
     from ..study import cluster, run
 
+    if not all(item.done for item in run.items(study)):
+        _check(study)
     status = cluster.submit(study, _make, job_request(args), args.dry_run)
     if not args.dry_run and all(item.done for item in run.items(study)):
         print(run.write_page(study, command))

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..data.index import EXTENSIONS
 from ..errors import UserError
-from ..folders import SETTINGS, publish_folder, read_settings, refuse_to_replace
+from ..folders import SETTINGS, is_kept, publish_folder, read_settings
 from .image_splits import Images, divide, spread, write_split
 
 PRETRAINING = "pretraining"
@@ -46,10 +46,8 @@ def make_splits(
     given = sorted(f"{p.name} {p.stat().st_size}" for p in source.glob("*.npz")) if source.is_dir() else []
     settings = {"source": str(source.resolve()), "files": given, "trained": trained, "seed": seed, "few": few}
     settings |= {"validation": validation, "zeroshot_validation": zeroshot_validation}
-    if (then := read_settings(out)) == settings:
+    if (then := read_settings(out)) == settings or keep and is_kept(out, then, settings):
         return
-    if keep:
-        refuse_to_replace(out, then, settings)
     wanted = {trained: validation}
     if zeroshot_validation:
         wanted[next(name for name in NAMES if name != trained)] = zeroshot_validation

@@ -23,7 +23,7 @@ from ..data.dataset import open_dataset
 from ..data.images import decode
 from ..data.reader import Reader
 from ..errors import UserError
-from ..folders import SETTINGS, publish_folder, read_settings, refuse_to_replace
+from ..folders import SETTINGS, is_kept, publish_folder, read_settings
 
 VERSION = 1  # one more where the same arguments give other weights; tests/examples/test_versions.py asks
 ARCHITECTURE = Path(__file__).with_name("tiny_clip.json")
@@ -64,15 +64,16 @@ def pretrain(
     """
     data, out, architecture = Path(data), Path(out), how.architecture
     settings, done = how.settings(data), read_settings(out)
-    if done is not None and done["made_with"] == settings:
+    made = done and done["made_with"]
+    if done is not None and (made == settings or keep and is_kept(out, made, settings)):
         return done["accuracy"]
-    if keep:
-        refuse_to_replace(out, done and done["made_with"], settings)
 
     open_clip.add_model_config(architecture)
     tokenizer = open_clip.get_tokenizer(architecture.stem)
     images, _, captions, _ = read_split(data / "train")
     measured = {split: read_split(data / split) for split in splits}  # before the work that damage there would undo
+    if len(sizes := {tuple(one.shape[2:]) for one in (images, *(split[0] for split in measured.values()))}) > 1:
+        raise RuntimeError(f"images of several sizes: {sizes}")
     with torch.random.fork_rng(devices=[]), _progress_bar(progress) as bar:
         torch.manual_seed(how.seed)
         model = open_clip.CLIP(**json.loads(architecture.read_text())).to(_device())

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from rich.progress import track
 
-from ..folders import publish_folder, read_settings, refuse_to_replace
+from ..folders import is_kept, publish_folder, read_settings
 
 VERSION = 1  # one more where the same arguments give other bytes; tests/examples/test_versions.py asks
 SIZE = 32
@@ -192,16 +192,14 @@ def make_data(
 
     train, test, zeroshot: images of each split. `train` and `test` share their classes, `zeroshot` has its own.
     The same arguments give the same bytes. A folder that already holds them is left as it is; one made with other
-    arguments is replaced. Raises UserError where `out` was not made here, and where it would replace what `keep` asks
-    to keep.
+    arguments is replaced. Raises UserError where `out` was not made here, and where
+    it would replace what `keep` asks to keep.
     """
     out = Path(out)
     settings = dict(train=train, test=test, zeroshot=zeroshot, shard_size=shard_size, seed=seed)
-    settings["renderer"] = VERSION
-    if (then := read_settings(out)) == settings:
+    settings["version"] = VERSION
+    if (then := read_settings(out)) == settings or keep and is_kept(out, then, settings):
         return out
-    if keep:
-        refuse_to_replace(out, then, settings)
     with publish_folder(out, settings) as partial:
         for i, (split, names, samples) in enumerate(
             [("train", TRAINED, train), ("test", TRAINED, test), ("zeroshot", HELD_OUT, zeroshot)]

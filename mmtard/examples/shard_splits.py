@@ -17,7 +17,7 @@ from ..data.images import DecodeError, Transform, decode
 from ..data.index import EXTENSIONS
 from ..data.reader import Reader
 from ..errors import UserError
-from ..folders import SETTINGS, publish_folder, read_settings, refuse_to_replace
+from ..folders import SETTINGS, is_kept, publish_folder, read_settings
 from .image_splits import Images, divide, write_split
 
 
@@ -39,10 +39,8 @@ def split_shards(source: Path, out: Path, *, validation: int, size: int, seed: i
     names = _names(source, given, dataset)
     settings = {"source": str(source.resolve()), "fingerprint": dataset.fingerprint, "classes": names}
     settings |= {"validation": validation, "seed": seed, **({"size": size} if size else {})}
-    if (then := read_settings(out)) == settings:
+    if (then := read_settings(out)) == settings or keep and is_kept(out, then, settings):
         return
-    if keep:
-        refuse_to_replace(out, then, settings)
     for note in dataset.index.notes():
         print(f"data.source '{source}': {note}", flush=True)
     rng = np.random.Generator(np.random.Philox(seed))

@@ -117,11 +117,15 @@ def _read_row(run: Path, in_slurm: str | None) -> Row:
 def _checkpoint(run: Path) -> tuple[dict, tuple[str, ...]]:
     """(step and age of the newest checkpoint that has all its files; which newer ones have not)."""
     newest, passed_over = manifest.newest(run)
-    damaged = tuple(f"{CHECKPOINTS}/{why}; restore or remove it" for why in passed_over[:MOST_PASSED_OVER])
+    # One that a run at work has removed meanwhile, as older than those it keeps, is not damaged.
+    there = [why for why in passed_over if os.path.lexists(run / CHECKPOINTS / why.partition(":")[0])]
+    damaged = tuple(f"{CHECKPOINTS}/{why}" for why in there[:MOST_PASSED_OVER])
     if newest is None:
         return {}, damaged
-    step, saved = int(newest.name.removeprefix("step-")), newest.stat().st_mtime
-    return {"checkpoint": step, "checkpoint_age": time.time() - saved}, damaged
+    found = {"checkpoint": int(newest.name.removeprefix("step-"))}
+    with suppress(FileNotFoundError):
+        found |= {"checkpoint_age": time.time() - newest.stat().st_mtime}
+    return found, damaged
 
 
 def _config(run: Path) -> tuple[settings.Config | None, tuple[str, ...]]:
@@ -231,7 +235,9 @@ def _robust(run: Path) -> tuple[str | None, tuple[str, ...]]:
             if found is None and averages:
                 eps, mean = next(iter(averages["all"]["eps"].items()))
                 if not 0 <= mean["robust"] <= 1:
-                    damaged.append(f"{name} is damaged: its robust accuracy is no share; evaluate the model again")
+                    damaged.append(
+                        f"{name} is damaged: its robust accuracy is no share; remove it, and evaluate the model again"
+                    )
                     continue
                 found = f"{100 * mean['robust']:.1f} % under {norm} {eps} ({path.parent.name})"
         except StopIteration:

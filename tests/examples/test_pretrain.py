@@ -139,11 +139,15 @@ def own_study(tmp_path, last="", size=32, **how):
     )
 
 
-@pytest.mark.parametrize("last", [png(32)[:40], png(40)], ids=["damaged", "size"])
+@pytest.mark.parametrize("last", [png(32)[:40], png(40), None], ids=["damaged", "size", "size of all"])
 def test_an_image_of_a_measured_split_is_told_before_the_work(tmp_path, monkeypatch, last):
+    one = own_study(tmp_path, last or "")
+    if last is None:
+        with wds.TarWriter(str(tmp_path / "data" / "test" / "0.tar")) as tar:
+            tar.write({"__key__": "7", "png": png(40), "cls": b"0"})
     monkeypatch.setattr(pretraining, "_train", lambda *_: pytest.fail("trained before it was told"))
     with pytest.raises(UserError, match="data: '0.tar/7' of '.*test' "):
-        materials.make(own_study(tmp_path, last))
+        materials.make(one)
 
 
 def test_a_device_that_is_full_is_not_blamed_on_an_image(tmp_path, monkeypatch):
@@ -173,6 +177,20 @@ def test_weights_that_runs_came_of_are_not_replaced(tmp_path):
     with pytest.raises(UserError, match="was made with another data than it would be now"):
         materials.make(one)
     assert weights.read_bytes() == before
+
+
+def test_weights_of_an_earlier_version_stay_where_runs_came_of_them(tmp_path, monkeypatch):
+    """It noted a hash of its code: whether this version would give the same cannot be told, and need not be."""
+    one = own_study(tmp_path)
+    materials.make(one)
+    file = tmp_path / "out" / "pretrained" / "student" / SETTINGS
+    noted = json.loads(file.read_text())
+    del noted["made_with"]["version"], noted["made_with"]["architecture"]
+    file.write_text(json.dumps(noted | {"made_with": {**noted["made_with"], "code": "0123"}}))
+    (tmp_path / "out" / "models" / "clean").mkdir(parents=True)
+    (tmp_path / "out" / "models" / "clean" / "config.yaml").touch()
+    monkeypatch.setattr(pretraining, "_train", lambda *_: pytest.fail("pretrained again"))
+    materials.make(one)
 
 
 def test_a_model_config_may_name_height_and_width(tmp_path):

@@ -170,12 +170,15 @@ def test_an_index_that_has_grown_stale_is_told_as_the_sources(source, tmp_path):
         made(source, tmp_path / "out", validation=2)
 
 
-def test_images_that_runs_came_of_are_not_replaced(source, tmp_path):
+def test_images_that_runs_came_of_are_not_replaced(source, tmp_path, capsys):
     made(source, tmp_path / "out", validation=2)
     with pytest.raises(UserError, match="out' was made with another validation than it would be now"):
         split_shards(source, tmp_path / "out", validation=4, size=0, seed=0, keep=True)
+    before = (tmp_path / "out").stat().st_ino
     moved = source.parent.rename(tmp_path / "moved") / source.name
     split_shards(moved, tmp_path / "out", validation=2, size=0, seed=0, keep=True)  # the same images, elsewhere
+    assert (tmp_path / "out").stat().st_ino == before
+    assert f"stays as it was made of '{source}'" in capsys.readouterr().out
 
 
 def test_without_a_source_it_is_asked_for(tmp_path):
