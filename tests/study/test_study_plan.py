@@ -188,6 +188,7 @@ def test_a_dry_run_says_what_is_made_before_anything_is_trained(tmp_path, vit, c
     file = write(tmp_path / "study.yaml", tree(tmp_path / "out", vit) | made)
     assert main(["study", str(file), "--dry-run"]) == 0
     assert "made first: data, pretrained/student\n" in capsys.readouterr().out
+    assert main(["study", str(file), "--page", "--dry-run"]) == 0 and not (tmp_path / "out").exists()
     (tmp_path / "out" / "data").mkdir(parents=True)
     assert main(["study", str(file), "--dry-run"]) == 0
     assert "made first: pretrained/student\n" in capsys.readouterr().out
