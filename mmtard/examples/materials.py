@@ -102,10 +102,8 @@ def _given(study: Study, data: Path, splits: tuple[str, ...]) -> list[Path]:
 def _refuse_no_shards(source: str | None) -> None:
     try:
         shards_of(Data(shards=source or ""))
-    except UserError:
-        raise UserError(
-            f"data.source: no .tar in '{source}'; name a folder of shards, which `mmtard shards` writes"
-        ) from None
+    except UserError as error:
+        raise UserError(f"data.source: {str(error).removeprefix('data.shards: ')}") from None
 
 
 def _image_size(architecture: Path) -> tuple[int, int] | None:

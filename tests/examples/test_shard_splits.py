@@ -147,12 +147,21 @@ def test_what_is_not_read_is_said(source, tmp_path, capsys):
     assert f"data.source '{source}': not read: 1 .gif images" in said and "such as 'moving.gif'" in said
 
 
-def test_a_source_without_shards_is_told_before_anything_is_made(tmp_path):
+@pytest.mark.parametrize(
+    "packed, message",
+    [
+        (False, "data.source: no .tar in '.*empty'; write shards with `mmtard shards IMAGES"),
+        (True, "data.source: no .tar in '.*empty' but '0.tar.gz'; unpack it to plain .tar"),
+    ],
+)
+def test_a_source_without_shards_is_told_before_anything_is_made(tmp_path, packed, message):
     (tmp_path / "empty").mkdir()
+    if packed:
+        (tmp_path / "empty" / "0.tar.gz").touch()
     study = Study.model_construct(
         out=str(tmp_path / "out"), data=Material(maker="shards", source=str(tmp_path / "empty")), pretrain={}
     )
-    with pytest.raises(UserError, match="data.source: no .tar in .*; name a folder of shards, which `mmtard shards`"):
+    with pytest.raises(UserError, match=message):
         materials.check(study)
 
 
